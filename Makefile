@@ -1,0 +1,58 @@
+# make demo, make test: everything else is a part of these.
+TORCH_SPEC ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUT ?= out/digits.png
+BIN := $(VENV)/bin
+CONSTRAINTS := $(VENV)/constraints.txt
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+MAX_JOBS ?= 2
+export MAX_JOBS
+
+.DEFAULT_GOAL := help
+.PHONY: help build dev demo test test-cpp lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch first; then everything else, held to the torch that is there.
+$(VENV)/torch-ready:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH_SPEC)"
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(CONSTRAINTS)
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) "setuptools>=70" wheel ninja
+	touch $@
+
+$(VENV)/built: $(VENV)/torch-ready setup.py pyproject.toml $(CSRC)
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/dev-ready: $(VENV)/torch-ready requirements-dev.txt
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -r requirements-dev.txt
+	touch $@
+
+build: $(VENV)/built ## .venv with torch and distorch
+dev: $(VENV)/built $(VENV)/dev-ready ## the same with what tests and linters need
+
+demo: build ## a digit transformer with most of its weights on disk
+	$(BIN)/python -m distorch demo --out $(DEMO_OUT)
+
+test: dev ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+test-cpp: ## the torch-free C++ under sanitizers
+	$(PYTHON) csrc/tests/run.py
+
+lint: dev ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/mypy
+
+format: dev ## put everything in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+clean: ## forget builds
+	rm -rf build $(VENV) distorch/*.so *.egg-info

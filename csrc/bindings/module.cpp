@@ -1,0 +1,33 @@
+// What Python needs beside the operators: numbers and settings.
+#include <pybind11/pybind11.h>
+
+#include "bindings/errors.h"
+#include "engine/devices.h"
+
+namespace py = pybind11;
+using distorch::Counters;
+using distorch::Reservation;
+
+PYBIND11_MODULE(_C, module) {
+  py::class_<Counters, std::shared_ptr<Counters>>(module, "Counters")
+      .def(py::init(&Counters::make))
+      .def_readonly("id", &Counters::id)
+      .def_property_readonly("fetches", [](const Counters& c) { return c.fetches.load(); })
+      .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
+      .def_property_readonly("stall_ns", [](const Counters& c) { return c.stall_ns.load(); })
+      .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
+      .def_property_readonly("disk_bytes", [](const Counters& c) { return c.disk_bytes.load(); })
+      .def_property_readonly("host_bytes", [](const Counters& c) { return c.host_bytes.load(); })
+      .def("reset", &Counters::reset);
+
+  py::class_<Reservation>(module, "Reservation")
+      .def(py::init<const std::string&, uint64_t>(), py::arg("device"), py::arg("nbytes"))
+      .def_property_readonly("capacity", &Reservation::capacity)
+      .def_property_readonly("used", &Reservation::used);
+
+  module.def("fetch_count", [] { return distorch::process_counters().fetches.load(); });
+  module.def("set_scratch_directory", &distorch::set_scratch_directory);
+  module.def("scratch_directory", &distorch::scratch_directory);
+  module.def("set_io_threads", &distorch::set_io_threads);
+  distorch::install_error_thrower(module);
+}

@@ -1,0 +1,55 @@
+// What comes next: the order of weights, learned from the passes seen so far.
+//
+// Note [Prediction by replay]
+// The whole past is kept (bounded), and a cursor replays it: while the present
+// equals the replayed past, the prediction is what followed then. On a
+// surprise the cursor jumps to the place whose recent past agrees longest with
+// ours. A model that repeats one pass is replayed one pass behind; one that
+// alternates passes (conditional / unconditional, with layers skipped in one)
+// settles two passes behind after two surprises; a backward pass or a tied
+// weight used twice is told apart by what came before it.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <unordered_map>
+
+namespace distorch {
+
+class AccessTrace {
+ public:
+  using Id = uint64_t;
+
+  explicit AccessTrace(size_t limit = 1 << 15) : limit_(limit) {}
+
+  // Appends an access. True: it is the one that was predicted, so predictions
+  // shift by one; false: they are all new. A repeat of the last access is not
+  // recorded (and returns true).
+  bool record(Id id);
+
+  // The k-th access from now (k = 0 is the next), or nothing when unknown.
+  // Beyond the recorded past the replayed period is taken to repeat.
+  std::optional<Id> predict(size_t k) const;
+
+  // Accesses between the present and the replayed past; 0 = no prediction.
+  size_t period() const { return following_ ? end() - cursor_ : 0; }
+  std::optional<Id> last() const;
+
+ private:
+  uint64_t end() const { return first_ + past_.size(); }
+  Id at(uint64_t position) const { return past_[position - first_]; }
+  void append(Id id);
+  void resync();
+  size_t agreement(uint64_t position) const;
+
+  size_t limit_;
+  std::deque<Id> past_;
+  uint64_t first_ = 0;   // position of past_.front()
+  uint64_t cursor_ = 0;  // position of the predicted next access
+  bool following_ = false;
+  // The last positions of each id, a chain from the newest backwards.
+  std::unordered_map<Id, std::deque<uint64_t>> positions_;
+};
+
+}  // namespace distorch

@@ -1,0 +1,33 @@
+// Room for slots inside one allocation: a first-fit allocator of offsets that
+// knows nothing of the memory it divides.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <optional>
+
+namespace distorch {
+
+class Arena {
+ public:
+  // `bytes` and every request are rounded up to `granule`.
+  Arena(uint64_t bytes, uint64_t granule);
+
+  // The lowest offset with room, or nothing.
+  std::optional<uint64_t> allocate(uint64_t bytes);
+  // REQUIRES: `offset` came from allocate(bytes) and was not freed since.
+  void free(uint64_t offset, uint64_t bytes);
+
+  uint64_t capacity() const { return capacity_; }
+  uint64_t used() const;
+
+ private:
+  const uint64_t granule_;
+  const uint64_t capacity_;
+  mutable std::mutex mutex_;
+  std::map<uint64_t, uint64_t> holes_;  // offset -> bytes, never adjacent; guarded by mutex_
+  uint64_t used_ = 0;                   // guarded by mutex_
+};
+
+}  // namespace distorch

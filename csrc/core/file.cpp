@@ -1,0 +1,234 @@
+#include "core/file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "core/error.h"
+
+namespace distorch {
+namespace {
+
+constexpr uint64_t kBounceBytes = 1 << 20;
+
+std::string reason(int error) { return std::strerror(error); }
+
+int64_t nanoseconds(const struct timespec& time) {
+  return static_cast<int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
+// The kernel answers "all cached" about files it may not tell us about.
+bool may_ask_cache(int fd, const struct stat& status) {
+  return status.st_uid == geteuid() || (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
+}
+
+int reopen_unbuffered(int fd) {
+  const std::string self = "/proc/self/fd/" + std::to_string(fd);
+  const int direct = ::open(self.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  if (direct < 0) return -1;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  // Some file systems accept the flag and refuse the first read.
+  std::unique_ptr<void, Free> probe(std::aligned_alloc(kPage, kPage));
+  if (::pread(direct, probe.get(), kPage, 0) >= 0) return direct;
+  ::close(direct);
+  return -1;
+}
+
+std::byte* bounce_buffer() {
+  struct Buffer {
+    std::byte* data = static_cast<std::byte*>(std::aligned_alloc(kPage, kBounceBytes + 2 * kPage));
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  return buffer.data;
+}
+
+}  // namespace
+
+File::File(std::string path, int fd, bool writable)
+    : path_(std::move(path)), fd_(fd), writable_(writable) {
+  struct stat status{};
+  ::fstat(fd_, &status);
+  size_ = static_cast<uint64_t>(status.st_size);
+  modified_ns_ = nanoseconds(status.st_mtim);
+  ::posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
+  direct_fd_ = reopen_unbuffered(fd_);
+  if (!writable_ && size_ > 0 && may_ask_cache(fd_, status)) {
+    void* map = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd_, 0);
+    if (map != MAP_FAILED) map_ = map, map_bytes_ = size_;
+  }
+}
+
+File::~File() {
+  if (map_ != nullptr) ::munmap(map_, map_bytes_);
+  if (direct_fd_ >= 0) ::close(direct_fd_);
+  ::close(fd_);
+}
+
+std::shared_ptr<File> File::open(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) {
+    throw Error(ErrorKind::kFormat, "cannot open '" + path + "': " + reason(errno));
+  }
+  return std::shared_ptr<File>(new File(path, fd, false));
+}
+
+std::shared_ptr<File> File::scratch(const std::string& directory) {
+  std::string path = directory + "/distorch-XXXXXX";
+  std::vector<char> name(path.begin(), path.end());
+  name.push_back('\0');
+  const int fd = ::mkostemp(name.data(), O_CLOEXEC);
+  if (fd < 0) {
+    throw Error(ErrorKind::kPlacement, "cannot create a donor file in '" + directory +
+                                           "': " + reason(errno) +
+                                           "; set DISTORCH_DISK to a folder on a disk with room");
+  }
+  ::unlink(name.data());
+  return std::shared_ptr<File>(new File(directory, fd, true));
+}
+
+void File::check_unchanged() const {
+  if (writable_) return;
+  struct stat status{};
+  if (::fstat(fd_, &status) != 0) {
+    throw Error(ErrorKind::kFetch, "cannot look at '" + path_ + "': " + reason(errno));
+  }
+  const auto size = static_cast<uint64_t>(status.st_size);
+  if (size != size_) {
+    throw Error(ErrorKind::kFetch, "'" + path_ + "' held " + std::to_string(size_) +
+                                       " bytes when it was opened and holds " +
+                                       std::to_string(size) +
+                                       " now; put the file back and load the model again");
+  }
+  if (nanoseconds(status.st_mtim) != modified_ns_) {
+    throw Error(ErrorKind::kFetch, "'" + path_ +
+                                       "' was written to after it was opened, so its weights are "
+                                       "not the loaded ones any more; load the model again");
+  }
+}
+
+bool File::is_cached(uint64_t offset, uint64_t bytes) const {
+  if (map_ == nullptr) return false;
+  const uint64_t begin = round_down(offset, kPage);
+  const uint64_t end = std::min(offset + bytes, map_bytes_);
+  if (begin >= end) return false;
+  thread_local std::vector<unsigned char> pages;
+  pages.resize(round_up(end - begin, kPage) / kPage);
+  if (::mincore(static_cast<char*>(map_) + begin, end - begin, pages.data()) != 0) return false;
+  return std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+}
+
+void File::read(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const {
+  check_unchanged();
+  if (direct_fd_ < 0 || is_cached(offset, bytes)) return read_buffered(offset, bytes, into);
+  const uint64_t lead = offset % kPage;
+  const bool in_phase = reinterpret_cast<uintptr_t>(into) % kPage == lead;
+  const bool whole_pages = lead == 0 && bytes % kPage == 0;
+  if (in_phase && (slack || whole_pages)) {
+    const uint64_t end = round_up(offset + bytes, kPage);
+    if (read_direct(offset - lead, end, into - lead)) return;
+  }
+  read_bounced(offset, bytes, into);
+}
+
+// Whole pages straight into place. False: not possible, nothing is promised
+// about the memory and the caller reads in another way.
+bool File::read_direct(uint64_t begin, uint64_t end, std::byte* into) const {
+  uint64_t at = begin;
+  while (at < end) {
+    const ssize_t got = ::pread(direct_fd_, into + (at - begin), end - at, static_cast<off_t>(at));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EINVAL) return false;
+    if (got < 0) throw Error(ErrorKind::kFetch, "reading '" + path_ + "': " + reason(errno));
+    at += static_cast<uint64_t>(got);
+    if (got == 0 || at % kPage != 0) break;  // the end of the file
+  }
+  if (at >= end || at >= size_) return true;
+  check_unchanged();
+  return false;
+}
+
+void File::read_bounced(uint64_t offset, uint64_t bytes, std::byte* into) const {
+  std::byte* bounce = bounce_buffer();
+  for (uint64_t done = 0; done < bytes;) {
+    const uint64_t at = offset + done;
+    const uint64_t lead = at % kPage;
+    const uint64_t part = std::min(bytes - done, kBounceBytes - lead);
+    if (!read_direct(at - lead, round_up(at + part, kPage), bounce)) {
+      return read_buffered(at, bytes - done, into + done);
+    }
+    std::memcpy(into + done, bounce + lead, part);
+    done += part;
+  }
+}
+
+void File::read_buffered(uint64_t offset, uint64_t bytes, std::byte* into) const {
+  for (uint64_t done = 0; done < bytes;) {
+    const ssize_t got = ::pread(fd_, into + done, bytes - done, static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw Error(ErrorKind::kFetch, "reading '" + path_ + "': " + reason(errno));
+    if (got == 0) {
+      throw Error(ErrorKind::kFetch, "'" + path_ + "' ends " + std::to_string(bytes - done) +
+                                         " bytes before the end of the weight at byte " +
+                                         std::to_string(offset));
+    }
+    done += static_cast<uint64_t>(got);
+  }
+}
+
+std::shared_ptr<std::byte> File::map(uint64_t offset, uint64_t bytes) const {
+  check_unchanged();
+  const uint64_t lead = offset % kPage;
+  const uint64_t length = std::max<uint64_t>(lead + bytes, 1);
+  void* map = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd_,
+                     static_cast<off_t>(offset - lead));
+  if (map == MAP_FAILED) {
+    throw Error(ErrorKind::kFetch, "cannot map '" + path_ + "': " + reason(errno));
+  }
+  auto* data = static_cast<std::byte*>(map) + lead;
+  return {data, [map, length](std::byte*) { ::munmap(map, length); }};
+}
+
+uint64_t File::allocate(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  const uint64_t offset = size_;
+  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
+  const int error = ::posix_fallocate(fd_, static_cast<off_t>(offset), static_cast<off_t>(room));
+  if (error != 0) {
+    throw Error(ErrorKind::kPlacement, "the disk under '" + path_ + "' has no room for " +
+                                           std::to_string(room) + " bytes: " + reason(error) +
+                                           "; free some, or set DISTORCH_DISK to another folder");
+  }
+  size_ += room;
+  return offset;
+}
+
+void File::release(uint64_t offset, uint64_t bytes) {
+  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
+  // A failure only keeps blocks until the file vanishes.
+  (void)::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                    static_cast<off_t>(room));
+}
+
+void File::write(uint64_t offset, uint64_t bytes, const std::byte* from) {
+  for (uint64_t done = 0; done < bytes;) {
+    const ssize_t put = ::pwrite(fd_, from + done, bytes - done, static_cast<off_t>(offset + done));
+    if (put < 0 && errno == EINTR) continue;
+    if (put <= 0) {
+      throw Error(ErrorKind::kFetch, "writing " + std::to_string(bytes) + " bytes under '" + path_ +
+                                         "': " + reason(errno));
+    }
+    done += static_cast<uint64_t>(put);
+  }
+}
+
+}  // namespace distorch

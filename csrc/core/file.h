@@ -1,0 +1,79 @@
+// A file that donors read from: large unbuffered reads that leave the page
+// cache alone, buffered ones where the bytes are already cached.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+
+namespace distorch {
+
+// Granule of unbuffered reads: offsets, lengths and addresses are multiples.
+inline constexpr uint64_t kPage = 4096;
+// Alignment of every weight's first byte in memory. A CPU matmul gives other
+// last bits when its operand starts 4 or 8 bytes off a 64-byte boundary.
+inline constexpr uint64_t kAlign = 64;
+
+constexpr uint64_t round_down(uint64_t value, uint64_t step) { return value - value % step; }
+constexpr uint64_t round_up(uint64_t value, uint64_t step) {
+  return round_down(value + step - 1, step);
+}
+
+class File {
+ public:
+  // Opens an existing file for reading. Throws Error(kFormat) when it cannot.
+  static std::shared_ptr<File> open(const std::string& path);
+  // A new file without a name in `directory`: it vanishes with this object,
+  // however the process ends. Throws Error(kPlacement) when it cannot.
+  static std::shared_ptr<File> scratch(const std::string& directory);
+
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  const std::string& path() const { return path_; }
+  uint64_t size() const { return size_; }
+  bool writable() const { return writable_; }
+
+  // Reads exactly [offset, offset + bytes) into `into`. Thread-safe.
+  // When `into` and `offset` agree modulo kPage the bytes travel without a
+  // copy, and up to a page on either side of `into` may be overwritten if
+  // `slack` says that this memory belongs to the caller.
+  // Throws Error(kFetch) on a short read, an I/O error, or when the file is
+  // not the one that was opened any more (size or modification time).
+  void read(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const;
+
+  // The bytes as copy-on-write memory, read from the file when touched.
+  // Throws Error(kFetch) when the file is not the one that was opened.
+  std::shared_ptr<std::byte> map(uint64_t offset, uint64_t bytes) const;
+
+  // Scratch files only. Reserves room on the disk, so that a full one is known
+  // here; returns the offset (a multiple of kPage). Throws Error(kPlacement).
+  uint64_t allocate(uint64_t bytes);
+  // Gives the room back to the file system.
+  void release(uint64_t offset, uint64_t bytes);
+  // Writes exactly the given bytes. Throws Error(kFetch).
+  void write(uint64_t offset, uint64_t bytes, const std::byte* from);
+
+ private:
+  File(std::string path, int fd, bool writable);
+  void check_unchanged() const;
+  bool is_cached(uint64_t offset, uint64_t bytes) const;
+  void read_buffered(uint64_t offset, uint64_t bytes, std::byte* into) const;
+  bool read_direct(uint64_t begin, uint64_t end, std::byte* into) const;
+  void read_bounced(uint64_t offset, uint64_t bytes, std::byte* into) const;
+
+  const std::string path_;
+  const int fd_;
+  int direct_fd_ = -1;   // -1: the file system has no unbuffered reads
+  void* map_ = nullptr;  // never touched: only asked what is cached
+  uint64_t map_bytes_ = 0;
+  uint64_t size_ = 0;
+  int64_t modified_ns_ = 0;
+  const bool writable_;
+  std::mutex mutex_;  // guards size_ of scratch files
+};
+
+}  // namespace distorch

@@ -1,0 +1,87 @@
+#include "engine/devices.h"
+
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/Storage.h>
+#include <sys/mman.h>
+
+#include <map>
+#include <new>
+
+namespace distorch {
+namespace {
+
+// Pages of the system's own, exact in size and gone when given back.
+class HostMemory : public RingMemory {
+ public:
+  std::shared_ptr<std::byte> allocate(uint64_t bytes) override {
+    void* memory =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    ::madvise(memory, bytes, MADV_HUGEPAGE);
+    return {static_cast<std::byte*>(memory), [bytes](std::byte* at) { ::munmap(at, bytes); }};
+  }
+
+  std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
+                             std::shared_ptr<void> block) override {
+    auto* owner = new std::shared_ptr<void>(std::move(block));
+    at::DataPtr pointer(data, owner, &release, at::kCPU);
+    // Resizable: an `out=` argument may grow.
+    return std::make_shared<c10::Storage>(c10::Storage::use_byte_size_t(),
+                                          static_cast<int64_t>(bytes), std::move(pointer),
+                                          c10::GetCPUAllocator(), /*resizable=*/true);
+  }
+
+  bool in_use(const std::shared_ptr<void>& wrapped) const override {
+    return wrapped.use_count() > 1 || static_cast<c10::Storage*>(wrapped.get())->use_count() > 1;
+  }
+
+ private:
+  static void release(void* owner) { delete static_cast<std::shared_ptr<void>*>(owner); }
+};
+
+struct Registry {
+  std::mutex mutex;
+  std::map<std::string, std::weak_ptr<Ring>> rings;  // guarded by mutex
+  std::string scratch = "/tmp";                      // guarded by mutex
+  size_t io_threads = 4;                             // guarded by mutex
+};
+
+// Never destroyed: weights may outlive every static object.
+Registry& registry() {
+  static Registry& instance = *new Registry;
+  return instance;
+}
+
+}  // namespace
+
+std::shared_ptr<Ring> ring_for(const std::string& device) {
+  Registry& all = registry();
+  std::lock_guard lock(all.mutex);
+  std::weak_ptr<Ring>& known = all.rings[device];
+  if (auto ring = known.lock()) return ring;
+  auto ring = std::make_shared<Ring>(std::make_unique<HostMemory>(), all.io_threads);
+  known = ring;
+  return ring;
+}
+
+Reservation::Reservation(const std::string& device, uint64_t bytes)
+    : ring_(ring_for(device)), ticket_(ring_->reserve(bytes)) {}
+
+Reservation::~Reservation() { ring_->release(ticket_); }
+
+void set_scratch_directory(std::string directory) {
+  std::lock_guard lock(registry().mutex);
+  registry().scratch = std::move(directory);
+}
+
+std::string scratch_directory() {
+  std::lock_guard lock(registry().mutex);
+  return registry().scratch;
+}
+
+void set_io_threads(size_t threads) {
+  std::lock_guard lock(registry().mutex);
+  registry().io_threads = std::max<size_t>(threads, 1);
+}
+
+}  // namespace distorch

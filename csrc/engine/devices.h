@@ -1,0 +1,38 @@
+// The rings of this process, one per compute device, and their memory.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "engine/ring.h"
+
+namespace distorch {
+
+// The ring of a compute device ("cpu", "cuda:0"). It lives as long as anybody
+// holds it: weights and reservations do.
+std::shared_ptr<Ring> ring_for(const std::string& device);
+
+// Room for look-ahead on one device, given back with this object.
+class Reservation {
+ public:
+  Reservation(const std::string& device, uint64_t bytes);
+  ~Reservation();
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+
+  uint64_t capacity() const { return ring_->capacity(); }
+  uint64_t used() const { return ring_->used(); }
+
+ private:
+  const std::shared_ptr<Ring> ring_;
+  const uint64_t ticket_;
+};
+
+// Where scratch files go when a weight must leave the file it came from.
+void set_scratch_directory(std::string directory);
+std::string scratch_directory();
+
+// Threads that read files; takes effect for rings made afterwards.
+void set_io_threads(size_t threads);
+
+}  // namespace distorch

@@ -1,0 +1,98 @@
+// Donors: the places that keep the bytes of weights.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "core/file.h"
+
+namespace distorch {
+
+// One weight's bytes on a donor. Thread-safe for reads; writes are as safe as
+// writes to a plain tensor, that is, they are the caller's to order.
+class Donor {
+ public:
+  virtual ~Donor() = default;
+
+  virtual const char* tier() const = 0;  // "cpu", "disk"
+  virtual uint64_t size() const = 0;     // bytes
+  // For error messages: where the bytes are, in words.
+  virtual std::string describe() const = 0;
+
+  // The bytes themselves where the CPU may use them in place, else null.
+  virtual std::byte* host() { return nullptr; }
+  // The bytes as host memory that costs nothing until it is touched, valid
+  // while the donor lives. Throws Error(kFetch).
+  virtual std::shared_ptr<std::byte> map() = 0;
+  // The remainder modulo kPage that the address of a reader's buffer should
+  // have so that bytes travel without a copy.
+  virtual uint64_t phase() const { return 0; }
+
+  // Blocking. Reads exactly [begin, begin + bytes); `slack` as in File::read.
+  // Throws Error(kFetch).
+  virtual void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const = 0;
+
+  // The same for a large range and a caller that waits: by several threads.
+  virtual void read_range(uint64_t begin, uint64_t bytes, std::byte* into) const {
+    read(begin, bytes, into, false);
+  }
+
+  // A donor that is somebody's checkpoint is never written.
+  virtual bool writable() const = 0;
+  // REQUIRES: writable(). Throws Error(kFetch).
+  virtual void write(uint64_t begin, uint64_t bytes, const std::byte* from) = 0;
+};
+
+class HostDonor : public Donor {
+ public:
+  // `data` stays valid as long as `owner` lives.
+  HostDonor(std::shared_ptr<void> owner, std::byte* data, uint64_t bytes)
+      : owner_(std::move(owner)), data_(data), bytes_(bytes) {}
+
+  const char* tier() const override { return "cpu"; }
+  uint64_t size() const override { return bytes_; }
+  std::string describe() const override { return "host memory"; }
+  std::byte* host() override { return data_; }
+  std::shared_ptr<std::byte> map() override { return {owner_, data_}; }
+  void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  bool writable() const override { return true; }
+  void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
+
+ private:
+  const std::shared_ptr<void> owner_;
+  std::byte* const data_;
+  const uint64_t bytes_;
+};
+
+class FileDonor : public Donor {
+ public:
+  // A range of a checkpoint, read where it lies. Throws Error(kFormat) when
+  // the range is not inside the file.
+  FileDonor(std::shared_ptr<File> checkpoint, uint64_t offset, uint64_t bytes);
+  // A range of its own in the process's scratch file under `directory`.
+  // Throws Error(kPlacement) when the disk is full.
+  static std::shared_ptr<FileDonor> scratch(const std::string& directory, uint64_t bytes);
+  ~FileDonor() override;
+
+  const char* tier() const override { return "disk"; }
+  uint64_t size() const override { return bytes_; }
+  std::string describe() const override;
+  uint64_t phase() const override { return offset_ % kPage; }
+  std::shared_ptr<std::byte> map() override { return file_->map(offset_, bytes_); }
+  void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  void read_range(uint64_t begin, uint64_t bytes, std::byte* into) const override;
+  bool writable() const override { return file_->writable(); }
+  void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
+
+  const std::string& path() const { return file_->path(); }
+  uint64_t offset() const { return offset_; }
+
+ private:
+  const std::shared_ptr<File> file_;
+  const uint64_t offset_;
+  const uint64_t bytes_;
+};
+
+}  // namespace distorch

@@ -1,0 +1,295 @@
+#include "engine/ring.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace distorch {
+namespace {
+
+constexpr uint64_t kPartBytes = 1 << 20;  // one read of an I/O thread
+constexpr size_t kMaxWindows = 32;        // threads whose order is remembered
+
+// One part of a weight, with errors that name the whole.
+void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
+               std::byte* into) {
+  try {
+    donor.read(begin, end - begin, into, true);
+  } catch (const Error& error) {
+    throw Error(error.kind(), "weight '" + name + "' (" + std::to_string(donor.size()) +
+                                  " bytes) could not be brought from " + donor.describe() + ": " +
+                                  error.what());
+  }
+}
+
+void count_bytes(Counters& counters, const Donor& donor) {
+  auto& counter =
+      donor.tier() == std::string_view("disk") ? counters.disk_bytes : counters.host_bytes;
+  counter.fetch_add(donor.size(), std::memory_order_relaxed);
+}
+
+}  // namespace
+
+struct Ring::Region {
+  Region(std::shared_ptr<std::byte> memory, uint64_t bytes)
+      : memory(std::move(memory)), arena(bytes, kPage) {}
+  std::shared_ptr<std::byte> memory;
+  Arena arena;
+};
+
+Ring::Ring(std::unique_ptr<RingMemory> memory, size_t io_threads)
+    : memory_(std::move(memory)), pool_(io_threads) {}
+
+Ring::~Ring() = default;
+
+void Ring::enlist(Weight& weight) {
+  Lock lock(mutex_);
+  weights_.emplace(weight.id(), &weight);
+}
+
+void Ring::delist(Weight& weight) {
+  Lock lock(mutex_);
+  weights_.erase(weight.id());
+  if (weight.in_ring.slot != nullptr) drop(SlotPtr(weight.in_ring.slot));
+}
+
+uint64_t Ring::capacity() const {
+  Lock lock(mutex_);
+  return capacity_;
+}
+
+uint64_t Ring::used() const {
+  Lock lock(mutex_);
+  return region_ ? region_->arena.used() : 0;
+}
+
+uint64_t Ring::reserve(uint64_t bytes) {
+  Lock lock(mutex_);
+  reservations_.emplace(next_ticket_, bytes);
+  resize();
+  return next_ticket_++;
+}
+
+void Ring::release(uint64_t ticket) {
+  Lock lock(mutex_);
+  reservations_.erase(ticket);
+  resize();
+}
+
+// Slots of the old region live on until their last holder lets go.
+void Ring::resize() {
+  uint64_t wanted = 0;
+  for (const auto& [ticket, bytes] : reservations_) wanted = std::max(wanted, bytes);
+  wanted = round_up(wanted, kPage);
+  if (wanted == capacity_) return;
+  while (!slots_.empty()) drop(SlotPtr(slots_.front()));
+  for (auto& [thread, window] : windows_) forget_predictions(window);
+  region_.reset();
+  capacity_ = wanted;
+}
+
+std::shared_ptr<void> Ring::acquire(Weight& weight) {
+  Counters& counters = weight.counters();
+  Lock lock(mutex_);
+  Window& window = window_of_this_thread();
+  advance(window, weight.id());
+  for (bool planned = false;;) {
+    SlotPtr slot = weight.in_ring.slot;
+    const bool ready = slot != nullptr && slot->state == Slot::State::kReady;
+    const bool asked_now = slot == nullptr;
+    if (asked_now) {
+      slot = load(weight, IoPool::Urgency::kNow);
+    } else {
+      slots_.splice(slots_.end(), slots_, slot->place);
+    }
+    if (!planned) look_ahead(window);
+    planned = true;  // `window` belongs to the lock, which waiting gives up
+    if (ready) {
+      counters.hits.fetch_add(1, std::memory_order_relaxed);
+      return slot->wrapped;
+    }
+    wait_for(slot, counters, lock);
+    if (slot->state == Slot::State::kReady) return slot->wrapped;
+    // An early read that failed may have met a passing fault: ask once more.
+    if (asked_now) throw Error(slot->error_kind, slot->error);
+  }
+}
+
+void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
+  const auto start = std::chrono::steady_clock::now();
+  part_done_.wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  const auto waited = std::chrono::steady_clock::now() - start;
+  counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
+                              std::memory_order_relaxed);
+}
+
+// A thread that was not seen before starts with what the last one knew.
+Ring::Window& Ring::window_of_this_thread() {
+  const auto id = std::this_thread::get_id();
+  auto found = windows_.find(id);
+  if (found == windows_.end()) {
+    const auto older = [](const auto& a, const auto& b) {
+      return a.second.used_at < b.second.used_at;
+    };
+    AccessTrace known;
+    if (!windows_.empty()) {
+      known = std::max_element(windows_.begin(), windows_.end(), older)->second.trace;
+    }
+    if (windows_.size() >= kMaxWindows) {
+      auto oldest = std::min_element(windows_.begin(), windows_.end(), older);
+      forget_predictions(oldest->second);
+      windows_.erase(oldest);
+    }
+    found = windows_.emplace(id, Window{std::move(known), {}, 0}).first;
+  }
+  found->second.used_at = ++clock_;
+  return found->second;
+}
+
+void Ring::advance(Window& window, uint64_t id) {
+  if (window.trace.last() == id) return;
+  if (!window.trace.record(id)) return forget_predictions(window);
+  if (window.ahead.empty()) return;
+  const auto found = weights_.find(window.ahead.front());
+  if (found != weights_.end()) --found->second->in_ring.wanted;
+  window.ahead.pop_front();
+}
+
+void Ring::forget_predictions(Window& window) {
+  for (const uint64_t id : window.ahead) {
+    const auto found = weights_.find(id);
+    if (found != weights_.end()) --found->second->in_ring.wanted;
+  }
+  window.ahead.clear();
+}
+
+void Ring::look_ahead(Window& window) {
+  const size_t limit = window.trace.period();
+  while (window.ahead.size() < limit) {
+    const uint64_t id = *window.trace.predict(window.ahead.size());
+    const auto found = weights_.find(id);
+    if (found != weights_.end()) {
+      Weight& weight = *found->second;
+      if (weight.in_ring.slot == nullptr && load(weight, IoPool::Urgency::kAhead) == nullptr) {
+        return;
+      }
+      ++weight.in_ring.wanted;
+    }
+    window.ahead.push_back(id);
+  }
+}
+
+// Null when there is no room and nobody waits for it.
+Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency) {
+  const std::shared_ptr<Donor> donor = weight.donor();
+  const uint64_t bytes = donor->size();
+  const uint64_t phase = donor->phase() % kAlign == 0 ? donor->phase() : 0;
+  std::byte* block_data = nullptr;
+  bool overflow = false;
+  auto block = find_room(round_up(phase + bytes, kPage), urgency, &block_data, &overflow);
+  if (block == nullptr) return nullptr;
+  auto slot = std::make_shared<Slot>();
+  slot->data = block_data + phase;
+  slot->wrapped = memory_->wrap(slot->data, bytes, std::move(block));
+  slot->weight = &weight;
+  slot->place = slots_.insert(slots_.end(), slot);
+  weight.in_ring.slot = slot;
+  queue_reads(slot, weight, phase, urgency);
+  if (overflow) weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
+  return slot;
+}
+
+std::shared_ptr<void> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
+                                      bool* overflow) {
+  if (bytes <= capacity_) {
+    do {
+      if (auto block = carve(bytes, data)) return block;
+    } while (evict_one());
+  }
+  if (urgency == IoPool::Urgency::kAhead) return nullptr;
+  // Threads that went away may still have predictions that hold room.
+  for (auto& [thread, window] : windows_) forget_predictions(window);
+  while (bytes <= capacity_ && evict_one()) {
+    if (auto block = carve(bytes, data)) return block;
+  }
+  *overflow = true;
+  auto block = memory_->allocate(bytes);
+  *data = block.get();
+  return block;
+}
+
+std::shared_ptr<void> Ring::carve(uint64_t bytes, std::byte** data) {
+  if (region_ == nullptr) {
+    region_ = std::make_shared<Region>(memory_->allocate(capacity_), capacity_);
+  }
+  const auto offset = region_->arena.allocate(bytes);
+  if (!offset) return nullptr;
+  *data = region_->memory.get() + *offset;
+  return std::shared_ptr<void>(*data, [region = region_, offset = *offset, bytes](void*) {
+    region->arena.free(offset, bytes);
+  });
+}
+
+// The least recently used slot that no prediction and no op holds.
+bool Ring::evict_one() {
+  for (const SlotPtr& slot : slots_) {
+    if (slot->weight->in_ring.wanted > 0 || slot->state == Slot::State::kLoading) continue;
+    if (memory_->in_use(slot->wrapped)) continue;
+    drop(SlotPtr(slot));
+    return true;
+  }
+  return false;
+}
+
+void Ring::drop(const SlotPtr& slot) {
+  if (slot->weight == nullptr) return;
+  slot->weight->in_ring.slot.reset();
+  slot->weight = nullptr;
+  slots_.erase(slot->place);
+}
+
+void Ring::queue_reads(const SlotPtr& slot, Weight& weight, uint64_t phase,
+                       IoPool::Urgency urgency) {
+  const std::shared_ptr<Donor> donor = weight.donor();
+  const uint64_t bytes = donor->size();
+  count_bytes(weight.counters(), *donor);
+  std::vector<IoPool::Task> tasks;
+  // Parts end at whole pages of the block, so that no two share one.
+  for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
+    const uint64_t end =
+        std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
+    tasks.emplace_back([this, slot, donor, begin, end, name = weight.name()] {
+      try {
+        read_part(*donor, name, begin, end, slot->data + begin);
+        finish_part(slot, nullptr);
+      } catch (const Error& error) {
+        finish_part(slot, &error);
+      }
+    });
+    begin = end;
+    if (begin >= bytes) break;
+  }
+  slot->parts_left = tasks.size();
+  pool_.submit(std::move(tasks), urgency);
+}
+
+void Ring::finish_part(const SlotPtr& slot, const Error* error) {
+  {
+    Lock lock(mutex_);
+    if (error != nullptr && slot->error.empty()) {
+      slot->error = error->what();
+      slot->error_kind = error->kind();
+    }
+    if (--slot->parts_left > 0) return;
+    slot->state = slot->error.empty() ? Slot::State::kReady : Slot::State::kFailed;
+    if (slot->state == Slot::State::kFailed) drop(slot);
+  }
+  part_done_.notify_all();
+}
+
+void Ring::written(Weight& weight, const std::byte* data) {
+  Lock lock(mutex_);
+  const SlotPtr slot = weight.in_ring.slot;
+  if (slot != nullptr && slot->data != data) drop(slot);
+}
+
+}  // namespace distorch

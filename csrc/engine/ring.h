@@ -1,0 +1,127 @@
+// Ring: bounded memory on the compute device in which fetched weights live,
+// and the look-ahead that keeps it full.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "core/access_trace.h"
+#include "core/arena.h"
+#include "core/error.h"
+#include "core/io_pool.h"
+#include "engine/weight.h"
+
+namespace distorch {
+
+// The memory that a ring is cut from, and the form in which ops hold a slot.
+class RingMemory {
+ public:
+  virtual ~RingMemory() = default;
+  // Aligned to kPage. Throws what an allocation on this device throws.
+  virtual std::shared_ptr<std::byte> allocate(uint64_t bytes) = 0;
+  // An object over [data, data + bytes) that keeps `block` alive.
+  virtual std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
+                                     std::shared_ptr<void> block) = 0;
+  // Whether anybody but the ring holds the wrapped object.
+  virtual bool in_use(const std::shared_ptr<void>& wrapped) const = 0;
+};
+
+// One weight's room in the ring. All members are guarded by the ring's mutex,
+// but for the bytes themselves while `state` is kLoading.
+struct Slot {
+  enum class State { kLoading, kReady, kFailed };
+  std::shared_ptr<void> wrapped;
+  std::byte* data = nullptr;
+  State state = State::kLoading;
+  Weight* weight = nullptr;  // null once the weight has let go of the slot
+  size_t parts_left = 0;
+  std::string error;
+  ErrorKind error_kind = ErrorKind::kFetch;
+  std::list<std::shared_ptr<Slot>>::iterator place;
+};
+
+// Note [What the ring promises]
+// * Bytes held by slots never exceed the capacity, but for fetches that found
+//   no room (an op waits for them now): these take ordinary memory and give it
+//   back after use. There is nothing to dead-lock on.
+// * A slot is refilled only when nobody else holds its storage.
+// * Predictions decide what is fetched early and what is thrown out, nothing
+//   else: a wrong one costs a read.
+class Ring {
+ public:
+  Ring(std::unique_ptr<RingMemory> memory, size_t io_threads);
+  ~Ring();
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+
+  // The wrapped bytes of `weight`, read now if they are not there. Blocks.
+  // Throws Error(kFetch) naming weight and donor.
+  std::shared_ptr<void> acquire(Weight& weight);
+
+  // After an op wrote to a fetched weight: any other copy of it is stale.
+  void written(Weight& weight, const std::byte* data);
+
+  // Bytes of look-ahead. Several holders (models) share one ring: the largest
+  // reservation counts. Returns a ticket for release().
+  uint64_t reserve(uint64_t bytes);
+  void release(uint64_t ticket);
+
+  uint64_t capacity() const;
+  uint64_t used() const;
+
+  // Called by Weight only.
+  void enlist(Weight& weight);
+  void delist(Weight& weight);
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+  using SlotPtr = std::shared_ptr<Slot>;
+
+  // What one thread did and what is under way for it.
+  struct Window {
+    AccessTrace trace;
+    std::deque<uint64_t> ahead;  // weights already asked for, in order
+    uint64_t used_at = 0;
+  };
+  // A piece of memory divided by an Arena; slots keep it alive.
+  struct Region;
+
+  Window& window_of_this_thread();
+  void advance(Window& window, uint64_t id);
+  void forget_predictions(Window& window);
+  void look_ahead(Window& window);
+  SlotPtr load(Weight& weight, IoPool::Urgency urgency);
+  std::shared_ptr<void> find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
+                                  bool* overflow);
+  std::shared_ptr<void> carve(uint64_t bytes, std::byte** data);
+  bool evict_one();
+  void drop(const SlotPtr& slot);
+  void queue_reads(const SlotPtr& slot, Weight& weight, uint64_t phase, IoPool::Urgency urgency);
+  void finish_part(const SlotPtr& slot, const Error* error);
+  void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
+  void resize();
+
+  const std::unique_ptr<RingMemory> memory_;
+  mutable std::mutex mutex_;
+  std::condition_variable part_done_;
+  // Everything below is guarded by mutex_.
+  std::shared_ptr<Region> region_;
+  uint64_t capacity_ = 0;
+  std::unordered_map<uint64_t, uint64_t> reservations_;  // ticket -> bytes
+  uint64_t next_ticket_ = 1;
+  uint64_t clock_ = 0;
+  std::unordered_map<uint64_t, Weight*> weights_;
+  std::unordered_map<std::thread::id, Window> windows_;
+  std::list<SlotPtr> slots_;  // least recently used first
+  // Last, so that its threads end before what they use.
+  IoPool pool_;
+};
+
+}  // namespace distorch

@@ -1,0 +1,105 @@
+#include "engine/weight.h"
+
+#include <map>
+
+#include "engine/ring.h"
+
+namespace distorch {
+namespace {
+
+std::atomic<uint64_t> next_weight{1};
+
+struct Groups {
+  std::mutex mutex;
+  std::map<uint64_t, std::weak_ptr<Counters>> known;  // guarded by mutex
+};
+
+Groups& groups() {
+  static Groups& instance = *new Groups;
+  return instance;
+}
+
+}  // namespace
+
+uint64_t Counters::next_id() {
+  static std::atomic<uint64_t> next{1};
+  return next++;
+}
+
+std::shared_ptr<Counters> Counters::make() {
+  auto made = std::make_shared<Counters>();
+  std::lock_guard lock(groups().mutex);
+  std::erase_if(groups().known, [](const auto& entry) { return entry.second.expired(); });
+  groups().known.emplace(made->id, made);
+  return made;
+}
+
+std::shared_ptr<Counters> Counters::find(uint64_t id) {
+  std::lock_guard lock(groups().mutex);
+  const auto found = groups().known.find(id);
+  return found == groups().known.end() ? nullptr : found->second.lock();
+}
+
+void Counters::reset() {
+  for (auto* counter : {&fetches, &hits, &stall_ns, &overflows, &disk_bytes, &host_bytes}) {
+    counter->store(0);
+  }
+}
+
+Counters& process_counters() {
+  static Counters counters;
+  return counters;
+}
+
+Weight::Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,
+               std::shared_ptr<Counters> counters)
+    : id_(next_weight++),
+      ring_(std::move(ring)),
+      name_(std::move(name)),
+      donor_(std::move(donor)),
+      counters_(counters.get()),
+      counter_owners_{std::move(counters)} {
+  ring_->enlist(*this);
+}
+
+Weight::~Weight() { ring_->delist(*this); }
+
+std::string Weight::name() const {
+  std::lock_guard lock(mutex_);
+  return name_;
+}
+
+void Weight::rename(std::string name) {
+  std::lock_guard lock(mutex_);
+  name_ = std::move(name);
+}
+
+std::shared_ptr<Donor> Weight::donor() const {
+  std::lock_guard lock(mutex_);
+  return donor_;
+}
+
+void Weight::count_in(std::shared_ptr<Counters> counters) {
+  std::lock_guard lock(mutex_);
+  counters_.store(counters.get(), std::memory_order_release);
+  counter_owners_.push_back(std::move(counters));
+}
+
+void Weight::move_to(std::shared_ptr<Donor> donor) {
+  std::lock_guard lock(mutex_);
+  donor_ = std::move(donor);
+}
+
+void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,
+                   const std::string& scratch_directory) {
+  std::shared_ptr<Donor> target = donor();
+  if (target->writable() && total == target->size()) {
+    target->write(begin, bytes, whole + begin);
+    return;
+  }
+  target = FileDonor::scratch(scratch_directory, total);
+  target->write(0, total, whole);
+  move_to(std::move(target));
+}
+
+}  // namespace distorch

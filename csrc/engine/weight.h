@@ -1,0 +1,85 @@
+// A sharded weight as the engine sees it: bytes on a donor, maybe a slot in a ring.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine/donor.h"
+
+namespace distorch {
+
+class Ring;
+struct Slot;
+
+// What a group of weights (usually one model) has asked of its donors.
+struct Counters {
+  const uint64_t id = next_id();
+  std::atomic<uint64_t> fetches{0};     // a weight made real for an op
+  std::atomic<uint64_t> hits{0};        // of these, found ready
+  std::atomic<uint64_t> stall_ns{0};    // time that ops waited
+  std::atomic<uint64_t> overflows{0};   // fetches for which the ring had no room
+  std::atomic<uint64_t> disk_bytes{0};  // bytes read from disk
+  std::atomic<uint64_t> host_bytes{0};  // bytes copied from host memory
+  void reset();
+
+  static std::shared_ptr<Counters> make();
+  // The living counters of that id, or null.
+  static std::shared_ptr<Counters> find(uint64_t id);
+
+ private:
+  static uint64_t next_id();
+};
+
+// Every fetch of this process, whatever the model.
+Counters& process_counters();
+
+class Weight {
+ public:
+  // `ring` brings the bytes of donors that cannot be used in place.
+  Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,
+         std::shared_ptr<Counters> counters);
+  ~Weight();
+  Weight(const Weight&) = delete;
+  Weight& operator=(const Weight&) = delete;
+
+  uint64_t id() const { return id_; }
+  std::string name() const;
+  void rename(std::string name);
+  uint64_t size() const { return donor()->size(); }
+  std::shared_ptr<Donor> donor() const;
+  Ring& ring() const { return *ring_; }
+  Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
+  // The old counters stay alive with the weight: an op may be counting there.
+  void count_in(std::shared_ptr<Counters> counters);
+  // The same bytes, from now on kept elsewhere.
+  void move_to(std::shared_ptr<Donor> donor);
+
+  // Brings [begin, begin + bytes) of `whole` (all bytes of the weight) to the
+  // donor. A checkpoint is never written: the weight moves to a scratch file
+  // under `scratch_directory` first. `total` other than size() resizes it.
+  // Throws Error(kFetch / kPlacement); the donor then has its old bytes.
+  void store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,
+             const std::string& scratch_directory);
+
+  // The ring's own bookkeeping, guarded by the ring's mutex.
+  struct InRing {
+    std::shared_ptr<Slot> slot;
+    uint32_t wanted = 0;  // how often the windows of all threads hold it
+  };
+  InRing in_ring;
+
+ private:
+  const uint64_t id_;
+  const std::shared_ptr<Ring> ring_;
+  mutable std::mutex mutex_;
+  std::string name_;              // guarded by mutex_
+  std::shared_ptr<Donor> donor_;  // guarded by mutex_
+  std::atomic<Counters*> counters_;
+  std::vector<std::shared_ptr<Counters>> counter_owners_;  // guarded by mutex_
+};
+
+}  // namespace distorch

@@ -1,0 +1,147 @@
+#include "hook/call.h"
+
+#include <ATen/core/List.h>
+
+#include "engine/devices.h"
+#include "engine/ring.h"
+
+namespace distorch {
+namespace {
+
+// The bytes of its storage that a strided tensor can reach.
+std::pair<uint64_t, uint64_t> extent(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return {0, 0};
+  int64_t last = tensor.storage_offset();
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  }
+  const auto item = static_cast<uint64_t>(tensor.itemsize());
+  const uint64_t begin = static_cast<uint64_t>(tensor.storage_offset()) * item;
+  return {begin, (static_cast<uint64_t>(last) + 1) * item - begin};
+}
+
+bool is_sharded_value(const c10::IValue& value) {
+  return value.isTensor() && is_sharded(value.toTensor());
+}
+
+bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && a.strides() == b.strides() &&
+         a.storage_offset() == b.storage_offset();
+}
+
+}  // namespace
+
+Call::~Call() {
+  for (const Swapped& argument : swapped_) {
+    if (!argument.writes || argument.committed) continue;
+    Handle& handle = handle_of(argument.sharded);
+    handle.weight->ring().written(*handle.weight, nullptr);
+  }
+}
+
+const c10::Storage& Call::memory_of(Handle& handle) {
+  for (const Fetched& known : fetched_) {
+    if (known.weight == handle.weight.get()) return known.memory;
+  }
+  fetched_.push_back({handle.weight.get(), fetch(handle)});
+  return fetched_.back().memory;
+}
+
+at::Tensor Call::real(const at::Tensor& tensor, bool writes) {
+  if (!is_sharded(tensor)) return tensor;
+  at::Tensor real = make_real(tensor, memory_of(handle_of(tensor)));
+  swapped_.push_back({tensor, real, writes, false});
+  return real;
+}
+
+void Call::swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& stack) {
+  const auto& arguments = schema.arguments();
+  const size_t first = stack.size() - arguments.size();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto* alias = arguments[i].alias_info();
+    swap(stack[first + i], alias != nullptr && alias->isWrite());
+  }
+}
+
+void Call::swap(c10::IValue& value, bool writes) {
+  if (is_sharded_value(value)) {
+    value = real(value.toTensor(), writes);
+    return;
+  }
+  if (!value.isList()) return;
+  const auto elements = value.toListRef();
+  if (std::none_of(elements.begin(), elements.end(), is_sharded_value)) return;
+  c10::List<c10::IValue> list = value.toList().copy();
+  for (size_t i = 0; i < list.size(); ++i) {
+    c10::IValue element = list.get(i);
+    swap(element, writes);
+    list.set(i, std::move(element));
+  }
+  value = std::move(list);
+}
+
+void Call::commit() {
+  for (Swapped& argument : swapped_) {
+    if (argument.writes) commit(argument);
+  }
+}
+
+void Call::commit(Swapped& argument) {
+  Handle& handle = handle_of(argument.sharded);
+  const c10::Storage& memory = argument.real.storage();
+  const at::Tensor host = memory.device().is_cpu() ? argument.real : argument.real.cpu();
+  const auto* bytes = static_cast<const std::byte*>(host.storage().data());
+  const uint64_t total = host.storage().nbytes();
+  const bool moved = handle.in_place && bytes != handle.weight->donor()->host();
+  if (moved) {
+    // An out= argument grew: its new memory is the donor now.
+    auto owner = std::make_shared<c10::Storage>(memory);
+    handle.weight->move_to(
+        std::make_shared<HostDonor>(owner, static_cast<std::byte*>(owner->mutable_data()), total));
+    handle.in_place = memory;
+  } else {
+    const auto [begin, length] = extent(host);
+    handle.weight->store(bytes, total, begin, length, scratch_directory());
+  }
+  handle.weight->ring().written(*handle.weight, bytes);
+  argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));
+  if (!same_geometry(argument.sharded, argument.real)) {
+    argument.sharded.unsafeGetTensorImpl()->set_sizes_and_strides(
+        argument.real.sizes(), argument.real.strides(), argument.real.storage_offset());
+  }
+  argument.committed = true;
+}
+
+void Call::wrap_results(torch::jit::Stack& stack, size_t count) {
+  for (size_t i = stack.size() - count; i < stack.size(); ++i) wrap(stack[i]);
+}
+
+void Call::wrap(c10::IValue& value) const {
+  if (value.isTensor()) {
+    value = wrapped(value.toTensor());
+    return;
+  }
+  if (!value.isList()) return;
+  const auto elements = value.toListRef();
+  if (elements.empty() || !elements[0].isTensor()) return;
+  c10::List<c10::IValue> list = value.toList();
+  for (size_t i = 0; i < list.size(); ++i) {
+    c10::IValue element = list.get(i);
+    wrap(element);
+    list.set(i, std::move(element));
+  }
+}
+
+at::Tensor Call::wrapped(const at::Tensor& result) const {
+  if (!result.defined() || !result.has_storage()) return result;
+  for (const Swapped& argument : swapped_) {
+    if (result.is_same(argument.real)) return argument.sharded;
+  }
+  for (const Swapped& argument : swapped_) {
+    if (!result.is_alias_of(argument.real)) continue;
+    return make_sharded_like(argument.sharded, result);
+  }
+  return result;
+}
+
+}  // namespace distorch

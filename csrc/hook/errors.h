@@ -1,0 +1,23 @@
+// Where the errors of the engine leave C++.
+#pragma once
+
+#include "core/error.h"
+
+namespace distorch {
+
+// Throws what the host language understands; never returns.
+using ErrorThrower = void (*)(const Error&);
+void set_error_thrower(ErrorThrower thrower);
+[[noreturn]] void throw_to_host(const Error& error);
+
+// Runs `body`; errors of the engine come out as the host's own.
+template <class Body>
+decltype(auto) at_border(Body&& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    throw_to_host(error);
+  }
+}
+
+}  // namespace distorch

@@ -1,0 +1,92 @@
+#include "hook/sharded.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+
+#include "engine/ring.h"
+
+namespace distorch {
+namespace {
+
+constexpr const char* kRawAccess =
+    "this weight is sharded by distorch: its bytes are on a donor and only PyTorch operators "
+    "bring them. Code that reads its memory directly (data_ptr, numpy, a custom extension) needs "
+    "distorch.materialize(weight), which returns an ordinary tensor with its values.";
+
+void delete_handle(void* handle) { delete static_cast<Handle*>(handle); }
+
+at::Tensor make_view(const c10::Storage& storage, c10::DispatchKeySet keys,
+                     const at::Tensor& like) {
+  auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys, like.dtype());
+  c10::TensorImpl* impl = view.unsafeGetTensorImpl();
+  impl->set_storage_offset(like.storage_offset());
+  impl->set_sizes_and_strides(like.sizes(), like.strides());
+  return view;
+}
+
+// Compute devices other than the CPU: staged through host memory, on the
+// current stream.
+c10::Storage fetch_through_host(Handle& handle) {
+  const std::shared_ptr<Donor> donor = handle.weight->donor();
+  const auto bytes = static_cast<int64_t>(donor->size());
+  at::Tensor staging = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+  donor->read(0, donor->size(), static_cast<std::byte*>(staging.mutable_data_ptr()), false);
+  return staging.to(handle.compute).storage();
+}
+
+}  // namespace
+
+Handle& handle_of(const at::Tensor& tensor) {
+  const at::DataPtr& tag = tensor.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
+  TORCH_CHECK(tag.get_deleter() == &delete_handle,
+              "distorch: this tensor has the key of a sharded weight but another storage; it was "
+              "made by code that replaces storages, which sharded weights do not support");
+  return *static_cast<Handle*>(tag.get_context());
+}
+
+c10::Storage make_tagged_storage(Handle handle) {
+  const auto bytes = static_cast<int64_t>(handle.weight->size());
+  const c10::Device compute = handle.compute;
+  auto* owned = new Handle(std::move(handle));
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                       at::DataPtr(nullptr, owned, &delete_handle, compute),
+                       /*allocator=*/nullptr, /*resizable=*/false);
+  storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
+  return storage;
+}
+
+at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArrayRef sizes,
+                        at::IntArrayRef strides, int64_t offset) {
+  // An inference tensor could not become a parameter.
+  c10::InferenceMode normal(false);
+  const at::Tensor like = at::empty({0}, at::TensorOptions().dtype(dtype).device(tagged.device()));
+  auto sharded = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(tagged), like.key_set().add(kHookKey), like.dtype());
+  c10::TensorImpl* impl = sharded.unsafeGetTensorImpl();
+  impl->set_storage_offset(offset);
+  impl->set_sizes_and_strides(sizes, strides);
+  return sharded;
+}
+
+at::Tensor make_sharded_like(const at::Tensor& sharded, const at::Tensor& like) {
+  return make_view(sharded.storage(), like.key_set().add(kHookKey), like);
+}
+
+at::Tensor make_real(const at::Tensor& sharded, const c10::Storage& memory) {
+  return make_view(memory, sharded.key_set().remove(kHookKey), sharded);
+}
+
+c10::Storage fetch(Handle& handle) {
+  Counters& counters = handle.weight->counters();
+  counters.fetches.fetch_add(1, std::memory_order_relaxed);
+  process_counters().fetches.fetch_add(1, std::memory_order_relaxed);
+  if (handle.in_place) {
+    counters.hits.fetch_add(1, std::memory_order_relaxed);
+    return handle.in_place;
+  }
+  if (!handle.compute.is_cpu()) return fetch_through_host(handle);
+  const std::shared_ptr<void> slot = handle.weight->ring().acquire(*handle.weight);
+  return *static_cast<c10::Storage*>(slot.get());
+}
+
+}  // namespace distorch

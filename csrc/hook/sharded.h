@@ -1,0 +1,53 @@
+// The sharded tensor: an ordinary TensorImpl with one more dispatch key, over
+// a storage that holds no memory but a handle.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "engine/weight.h"
+
+namespace distorch {
+
+// Note [The hook's dispatch key]
+// CustomRNGKeyId is a backend key that no backend uses. It comes after
+// autograd, autocast, functionalization and the Python modes (they see the
+// sharded tensor) and before the dense backend (it sees real memory). A tensor
+// has it in addition to the key of its compute device, so everything that asks
+// a tensor what it is gets the answer of an ordinary tensor of that device.
+inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
+
+// What the tag on a storage says.
+struct Handle {
+  std::shared_ptr<Weight> weight;
+  c10::Device compute;
+  c10::Storage in_place;  // the donor's own memory where ops may use it, else empty
+};
+
+inline bool is_sharded(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->key_set().has(kHookKey);
+}
+
+// REQUIRES: is_sharded(tensor).
+Handle& handle_of(const at::Tensor& tensor);
+
+// A storage without memory that stands for `handle`. Reading its pointer is an
+// error that explains itself.
+c10::Storage make_tagged_storage(Handle handle);
+
+// A sharded tensor of the given geometry (elements) over a tagged storage.
+at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArrayRef sizes,
+                        at::IntArrayRef strides, int64_t offset);
+
+// A sharded view of `sharded` with the geometry and dtype of `like`.
+at::Tensor make_sharded_like(const at::Tensor& sharded, const at::Tensor& like);
+
+// A plain tensor over `memory` with the geometry of `sharded`.
+at::Tensor make_real(const at::Tensor& sharded, const c10::Storage& memory);
+
+// The bytes of the weight on its compute device. Blocks until they are there.
+// Throws Error(kFetch).
+c10::Storage fetch(Handle& handle);
+
+}  // namespace distorch

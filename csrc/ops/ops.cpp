@@ -1,0 +1,175 @@
+// Every operator of distorch, in one place. None of them mutates an argument
+// but read_file and read_donor, which write `into`.
+#include <ATen/TensorUtils.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "core/file.h"
+#include "engine/devices.h"
+#include "hook/errors.h"
+#include "hook/sharded.h"
+#include "hook/sweep.h"
+
+namespace distorch {
+namespace {
+
+std::shared_ptr<Counters> no_group() {
+  static auto& counters = *new std::shared_ptr<Counters>(std::make_shared<Counters>());
+  return counters;
+}
+
+at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, at::ScalarType dtype,
+                      at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset,
+                      at::Device compute, const std::string& name) {
+  sweep_operators();
+  auto weight =
+      std::make_shared<Weight>(name, std::move(donor), ring_for(compute.str()), no_group());
+  return make_sharded(make_tagged_storage({std::move(weight), compute, std::move(in_place)}), dtype,
+                      sizes, strides, offset);
+}
+
+// The donor is the storage of `data` itself (host memory).
+at::Tensor shard_host(const at::Tensor& data, at::Device compute, std::string name) {
+  TORCH_CHECK_VALUE(data.device().is_cpu() && !is_sharded(data),
+                    "shard_host takes a plain CPU tensor");
+  auto owner = std::make_shared<c10::Storage>(data.storage());
+  auto donor = std::make_shared<HostDonor>(owner, static_cast<std::byte*>(owner->mutable_data()),
+                                           owner->nbytes());
+  c10::Storage in_place;
+  if (compute.is_cpu()) in_place = *owner;
+  return wrap_donor(std::move(donor), std::move(in_place), data.scalar_type(), data.sizes(),
+                    data.strides(), data.storage_offset(), compute, name);
+}
+
+// The donor is a range of a file, which is only ever read. Sizes and strides
+// in elements; the range is what they span.
+at::Tensor shard_file(std::string path, int64_t offset, at::IntArrayRef sizes, at::ScalarType dtype,
+                      at::Device compute, std::string name) {
+  return at_border([&] {
+    const int64_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+    auto donor = std::make_shared<FileDonor>(File::open(path), offset, bytes);
+    return wrap_donor(std::move(donor), {}, dtype, sizes, at::detail::defaultStrides(sizes), 0,
+                      compute, name);
+  });
+}
+
+// The donor is a new file under `directory` with the bytes of `data`'s storage.
+at::Tensor shard_scratch(const at::Tensor& data, std::string directory, at::Device compute,
+                         std::string name) {
+  return at_border([&] {
+    const at::Tensor host = data.cpu();
+    const c10::Storage& storage = host.storage();
+    auto donor = FileDonor::scratch(directory, storage.nbytes());
+    donor->write(0, storage.nbytes(), static_cast<const std::byte*>(storage.data()));
+    return wrap_donor(std::move(donor), {}, host.scalar_type(), host.sizes(), host.strides(),
+                      host.storage_offset(), compute, name);
+  });
+}
+
+bool is_sharded_op(const at::Tensor& tensor) { return is_sharded(tensor); }
+
+// (weight id, bytes of its storage, tier, where in words, read-only, name)
+std::tuple<int64_t, int64_t, std::string, std::string, bool, std::string> weight_info(
+    const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(is_sharded(tensor), "weight_info takes a sharded tensor");
+  const Weight& weight = *handle_of(tensor).weight;
+  const auto donor = weight.donor();
+  return {weight.id(),       donor->size(),      donor->tier(),
+          donor->describe(), !donor->writable(), weight.name()};
+}
+
+// (path, offset in bytes) of a weight that is read from a checkpoint, else ("", 0).
+std::tuple<std::string, int64_t> file_range(const at::Tensor& tensor) {
+  const auto donor = std::dynamic_pointer_cast<FileDonor>(handle_of(tensor).weight->donor());
+  if (donor == nullptr || donor->writable()) return {"", 0};
+  return {donor->path(), static_cast<int64_t>(donor->offset())};
+}
+
+// A second sharded tensor on the same donor: for copies of a module. Donors
+// that can be written are copied by the caller instead.
+at::Tensor share(const at::Tensor& tensor) {
+  const Handle& handle = handle_of(tensor);
+  TORCH_CHECK_VALUE(!handle.weight->donor()->writable(), "share takes a read-only donor");
+  return wrap_donor(handle.weight->donor(), {}, tensor.scalar_type(), tensor.sizes(),
+                    tensor.strides(), tensor.storage_offset(), handle.compute,
+                    handle.weight->name());
+}
+
+// The donor's bytes as a CPU tensor of them, without a copy: host memory
+// itself, or a private map of a file.
+at::Tensor donor_bytes(const at::Tensor& tensor) {
+  return at_border([&] {
+    struct Keep {
+      std::shared_ptr<Donor> donor;
+      std::shared_ptr<std::byte> data;
+    };
+    const auto donor = handle_of(tensor).weight->donor();
+    auto* keep = new Keep{donor, donor->map()};
+    at::DataPtr pointer(
+        keep->data.get(), keep, [](void* at) { delete static_cast<Keep*>(at); }, at::kCPU);
+    const auto bytes = static_cast<int64_t>(donor->size());
+    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(pointer), nullptr,
+                         false);
+    at::Tensor alias = at::empty({0}, at::TensorOptions().dtype(at::kByte));
+    alias.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
+    alias.unsafeGetTensorImpl()->set_sizes_contiguous({bytes});
+    return alias;
+  });
+}
+
+void check_target(const at::Tensor& into) {
+  TORCH_CHECK_VALUE(into.is_contiguous() && into.device().is_cpu() && !is_sharded(into),
+                    "expected a contiguous plain CPU tensor to read into");
+}
+
+// Exactly the bytes of `into` (contiguous, CPU) from the file, past the page cache.
+void read_file(std::string path, int64_t offset, at::Tensor into) {
+  at_border([&] {
+    check_target(into);
+    const FileDonor range(File::open(path), offset, into.nbytes());
+    range.read_range(0, into.nbytes(), static_cast<std::byte*>(into.mutable_data_ptr()));
+  });
+}
+
+// The donor's bytes from `begin` on, as many as `into` (contiguous, CPU) has.
+void read_donor(const at::Tensor& tensor, int64_t begin, at::Tensor into) {
+  at_border([&] {
+    check_target(into);
+    const auto donor = handle_of(tensor).weight->donor();
+    TORCH_CHECK_VALUE(begin >= 0 && begin + into.nbytes() <= donor->size(),
+                      "read_donor: the range is outside the weight");
+    donor->read_range(begin, into.nbytes(), static_cast<std::byte*>(into.mutable_data_ptr()));
+  });
+}
+
+// Fetches of this weight count in the group of that id from now on.
+void count_in(const at::Tensor& tensor, int64_t group) {
+  auto counters = Counters::find(static_cast<uint64_t>(group));
+  TORCH_CHECK_VALUE(counters != nullptr, "no counters with id ", group);
+  handle_of(tensor).weight->count_in(std::move(counters));
+}
+
+int64_t sweep() { return static_cast<int64_t>(sweep_operators()); }
+
+}  // namespace
+
+TORCH_LIBRARY(distorch, library) {
+  library.def("shard_host(Tensor data, Device compute, str name) -> Tensor", &shard_host);
+  library.def(
+      "shard_file(str path, int offset, int[] sizes, ScalarType dtype, Device compute, str name) "
+      "-> Tensor",
+      &shard_file);
+  library.def("shard_scratch(Tensor data, str directory, Device compute, str name) -> Tensor",
+              &shard_scratch);
+  library.def("is_sharded(Tensor tensor) -> bool", &is_sharded_op);
+  library.def("weight_info(Tensor tensor) -> (int, int, str, str, bool, str)", &weight_info);
+  library.def("file_range(Tensor tensor) -> (str, int)", &file_range);
+  library.def("share(Tensor tensor) -> Tensor", &share);
+  library.def("donor_bytes(Tensor tensor) -> Tensor", &donor_bytes);
+  library.def("read_file(str path, int offset, Tensor(a!) into) -> ()", &read_file);
+  library.def("read_donor(Tensor tensor, int begin, Tensor(a!) into) -> ()", &read_donor);
+  library.def("count_in(Tensor tensor, int group) -> ()", &count_in);
+  library.def("sweep() -> int", &sweep);
+}
+
+}  // namespace distorch

@@ -1,0 +1,145 @@
+"""What a sharded parameter answers where Python or C code would read its memory.
+
+Note [Behaviour on the instance]
+copy, pickle, numpy and printing look at the object before its class, so what a sharded parameter
+must do differently is set on the instance: no class of torch is patched, and `type(p)` stays
+`nn.Parameter`. Every function here holds the parameter weakly: a cycle would keep donor memory
+until the garbage collector runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distorch import _ops
+
+
+def alias_of_donor(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor with the sharded tensor's values, over the donor's own bytes where possible.
+
+    Host memory is aliased, files are mapped copy-on-write: nothing is read before it is touched.
+    """
+    if not _ops.is_sharded(tensor):
+        return tensor
+    return like_geometry(_ops.donor_bytes(tensor), tensor)
+
+
+def like_geometry(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The bytes `data` (uint8, 1-D) seen with dtype, sizes, strides and offset of `like`."""
+    item = like.element_size()
+    if data.numel() == 0 or like.numel() == 0:
+        return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
+    if not _ops.is_sharded(data) and data.data_ptr() % item != 0:
+        data = data.clone()  # a checkpoint that does not align its tensors
+    whole = data[: data.numel() // item * item].view(like.dtype)
+    return whole.as_strided(like.size(), like.stride(), like.storage_offset())
+
+
+def _rebuild(data: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad)
+
+
+def copy_of_donor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
+    """An independent sharded tensor: a checkpoint is shared, other donors are copied once."""
+    info = _ops.state(tensor)
+    key = ("distorch", info.id)
+    if key not in memo:
+        root = tensor.detach()
+        if info.read_only:
+            memo[key] = _ops.share(root)
+        else:
+            data = _ops.donor_bytes(root).clone()
+            memo[key] = _ops.shard_on(info.tier, data, tensor.device, info.name)
+    return like_storage(memo[key], tensor)
+
+
+def like_storage(root: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor over the storage of `root` with the dtype and geometry of `like`."""
+    nbytes = root.untyped_storage().nbytes()
+    flat = root.detach()
+    if flat.dtype != torch.uint8:
+        flat = flat.as_strided((nbytes // flat.element_size(),), (1,), 0).view(torch.uint8)
+    else:
+        flat = flat.as_strided((nbytes,), (1,), 0)
+    return like_geometry(flat, like)
+
+
+def _behaviour(parameter: nn.Parameter) -> dict[str, Callable[..., Any]]:
+    ref = weakref.ref(parameter)
+
+    def me() -> nn.Parameter:
+        found = ref()
+        assert found is not None, "a method of a parameter outlived it"
+        return found
+
+    def real() -> torch.Tensor:
+        with torch.no_grad():
+            return me().detach().clone(memory_format=torch.preserve_format)
+
+    def deepcopy(memo: dict[Any, Any]) -> nn.Parameter:
+        p = me()
+        if id(p) in memo:
+            found: nn.Parameter = memo[id(p)]
+            return found
+        with torch.no_grad():
+            copied = nn.Parameter(copy_of_donor(p, memo), p.requires_grad)
+        attach_behaviour(copied)
+        memo[id(p)] = copied
+        return copied
+
+    def reduce_ex(protocol: int) -> tuple[Any, ...]:
+        p = me()
+        return _rebuild, (alias_of_donor(p.detach()), p.requires_grad)
+
+    def numpy(*, force: bool = False) -> Any:
+        if me().requires_grad and not force:
+            raise RuntimeError(
+                "Can't call numpy() on a parameter that requires grad: "
+                "use p.detach().numpy(force=True) or distorch.materialize(p).numpy()"
+            )
+        return real().numpy(force=force)
+
+    def is_shared() -> bool:
+        return False
+
+    def new(*args: Any, **kwargs: Any) -> torch.Tensor:
+        p = me()
+        return torch.empty(0, dtype=p.dtype, device=p.device).new(*args, **kwargs)
+
+    def new_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        p = me()
+        return torch.empty(0, dtype=p.dtype, device=p.device).new_tensor(*args, **kwargs)
+
+    return {
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": reduce_ex,
+        "numpy": numpy,
+        "tolist": lambda: real().tolist(),
+        "is_shared": is_shared,
+        "new": new,
+        "new_tensor": new_tensor,
+        # Printing clones a tensor that says so before it looks at its values.
+        "_is_zerotensor": lambda: True,
+    }
+
+
+_NAMES = (
+    "__deepcopy__", "__reduce_ex__", "numpy", "tolist", "is_shared", "new", "new_tensor",
+    "_is_zerotensor",
+)  # fmt: skip
+
+
+def attach_behaviour(parameter: nn.Parameter) -> None:
+    """Sets the behaviour of a sharded parameter on the instance."""
+    parameter.__dict__.update(_behaviour(parameter))
+
+
+def detach_behaviour(parameter: nn.Parameter) -> None:
+    """Gives the parameter the behaviour of its class back."""
+    for name in _NAMES:
+        parameter.__dict__.pop(name, None)

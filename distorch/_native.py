@@ -1,0 +1,70 @@
+"""Loads the compiled library, once, and tells it what it needs from Python."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from distorch.errors import FetchError, FormatError, PlacementError
+
+try:
+    import torch
+except ImportError as error:  # pragma: no cover - needs an environment without torch
+    raise ImportError(
+        "distorch needs PyTorch 2.11 or newer, which it never installs by itself: "
+        "pip install torch, then install distorch again"
+    ) from error
+
+try:
+    from distorch import _C
+except ImportError as error:
+    raise ImportError(
+        "distorch's compiled library does not load. Likely causes: "
+        f"(1) torch was replaced after distorch was built (now {torch.__version__}); "
+        "(2) distorch was not built: pip install --no-build-isolation . in its folder; "
+        "(3) another Python than the one it was built for. "
+        f"The loader says: {error}"
+    ) from error
+
+_MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system under `folder` ("" when unknown)."""
+    best, kind = "", ""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    where = str(folder.resolve())
+    for line in mounts:
+        _, mount, mount_kind = line.split()[:3]
+        inside = where == mount or where.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, mount_kind
+    return kind
+
+
+def scratch_folder() -> Path:
+    """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
+    chosen = os.environ.get("DISTORCH_DISK")
+    if chosen:
+        return Path(chosen)
+    temporary = Path(tempfile.gettempdir())
+    if _file_system(temporary) not in _MEMORY_FILE_SYSTEMS:
+        return temporary
+    cache = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "distorch"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+_C.set_error_classes(PlacementError, FormatError, FetchError)
+_C.set_scratch_directory(str(scratch_folder()))
+if "DISTORCH_IO_THREADS" in os.environ:
+    _C.set_io_threads(int(os.environ["DISTORCH_IO_THREADS"]))
+
+Counters = _C.Counters
+Reservation = _C.Reservation
+fetch_count = _C.fetch_count
+scratch_directory = _C.scratch_directory

@@ -1,0 +1,114 @@
+"""Typed names for the operators of the compiled library: the only user of torch.ops.distorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+
+from distorch import _native
+from distorch.errors import PlacementError
+
+_ops = torch.ops.distorch
+
+
+class WeightState(NamedTuple):
+    """What the engine knows of a sharded tensor's storage."""
+
+    id: int
+    nbytes: int
+    tier: str  # "cpu" or "disk"
+    where: str  # in words, for messages
+    read_only: bool  # somebody's checkpoint, never written
+    name: str
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes live on a donor."""
+    return cast(bool, _ops.is_sharded(tensor))
+
+
+def state(tensor: torch.Tensor) -> WeightState:
+    """What the engine knows of a sharded tensor (ValueError on a plain one)."""
+    return WeightState(*_ops.weight_info(tensor))
+
+
+def byte_view(tensor: torch.Tensor, begin: int = 0, nbytes: int | None = None) -> torch.Tensor:
+    """Bytes [begin, begin + nbytes) of a plain tensor's storage: uint8, 1-D, no copy."""
+    storage = tensor.untyped_storage()
+    count = storage.nbytes() - begin if nbytes is None else nbytes
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(storage, begin, (count,), (1,))
+
+
+def shard_host(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
+    """A sharded tensor whose donor is the storage of `data` (host memory), not a copy."""
+    return cast(torch.Tensor, _ops.shard_host(data, compute, name))
+
+
+def shard_scratch(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
+    """A sharded tensor whose donor is a new nameless file with the bytes of `data`'s storage."""
+    folder = _native.scratch_directory()
+    return cast(torch.Tensor, _ops.shard_scratch(data, folder, compute, name))
+
+
+def shard_file(
+    path: str,
+    offset: int,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    compute: torch.device,
+    name: str,
+) -> torch.Tensor:
+    """A contiguous sharded tensor that is read from a file, `offset` bytes from its start."""
+    return cast(torch.Tensor, _ops.shard_file(path, offset, sizes, dtype, compute, name))
+
+
+def shard_on(tier: str, data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
+    """A sharded tensor with the bytes of `data`'s storage on a tier; host memory is adopted."""
+    if tier == "cpu":
+        return shard_host(data.cpu(), compute, name)
+    if tier == "disk":
+        return shard_scratch(data, compute, name)
+    raise PlacementError(
+        f"donor {tier!r} for weight {name!r}: this version has the donors 'cpu' and 'disk'; "
+        "give the weight to one of these"
+    )
+
+
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    """A second, independent sharded tensor on the same read-only donor."""
+    return cast(torch.Tensor, _ops.share(tensor))
+
+
+def file_range(tensor: torch.Tensor) -> tuple[str, int] | None:
+    """(path, byte offset) of a weight that is read from a checkpoint, else None."""
+    path, offset = _ops.file_range(tensor)
+    return (path, offset) if path else None
+
+
+def donor_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The donor's bytes, uint8 [nbytes], without a copy: writing to them is up to you."""
+    return cast(torch.Tensor, _ops.donor_bytes(tensor))
+
+
+def read_file(path: str, offset: int, into: torch.Tensor) -> None:
+    """Fills a contiguous CPU tensor from a file, past the page cache. FormatError, FetchError."""
+    _ops.read_file(path, offset, into)
+
+
+def read_donor(tensor: torch.Tensor, begin: int, into: torch.Tensor) -> None:
+    """Fills a contiguous CPU tensor with the donor's bytes from byte `begin` on. FetchError."""
+    _ops.read_donor(tensor, begin, into)
+
+
+def count_in(tensor: torch.Tensor, group: int) -> None:
+    """Counts the fetches of this weight in the counters of that id from now on."""
+    _ops.count_in(tensor, group)
+
+
+def sweep() -> int:
+    """Registers the hook for operators added since the last call; returns how many."""
+    return cast(int, _ops.sweep())

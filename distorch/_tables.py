@@ -1,0 +1,53 @@
+"""Aligned tables as text and as HTML, and byte counts that people can read."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+
+def human_bytes(nbytes: float) -> str:
+    """ "2.50 GiB": powers of 1024, three significant digits."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{int(size)} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:2].lstrip("-").isdigit()
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+    """Columns aligned by width, numbers to the right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    right = [
+        bool(rows) and all(_is_number(row[i]) or not row[i] for row in rows)
+        for i in range(len(header))
+    ]
+    lines = [title] if title else []
+    for number, row in enumerate(table):
+        cells = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+    """The same table for notebooks."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows)
+    caption = f"<caption>{html.escape(title)}</caption>" if title else ""
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _html_cell(cell: str) -> str:
+    side = "right" if _is_number(cell) else "left"
+    return f'<td style="text-align:{side}">{html.escape(cell)}</td>'

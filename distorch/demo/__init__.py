@@ -1,0 +1,1 @@
+"""The demo: a digit transformer with most of its weights on disk."""

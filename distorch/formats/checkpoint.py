@@ -1,0 +1,102 @@
+"""A checkpoint: one safetensors file, a sharded one (index.json), or a folder with either."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distorch.errors import FormatError
+from distorch.formats.safetensors import StoredTensor, read_header
+from distorch.planner import Inventory, WeightInfo
+
+# Prefixes that whole-model files put before the names of the module's own weights.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, in file order, and the metadata of the (first) file."""
+
+    path: str
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def inventory(self) -> Inventory:
+        """The file's tensors as a planner sees them."""
+        return Inventory(
+            tuple(weight_info(tensor, tensor.name) for tensor in self.tensors.values())
+        )
+
+
+def weight_info(tensor: StoredTensor, name: str, aliases: tuple[str, ...] = ()) -> WeightInfo:
+    """One stored tensor under the name that the module gives it."""
+    return WeightInfo(
+        name=name,
+        nbytes=tensor.nbytes,
+        shape=tensor.shape,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        floating=tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1,
+        aliases=aliases,
+    )
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads the headers only. FormatError when there is nothing to read or it is damaged."""
+    target = Path(path)
+    if target.is_dir():
+        target = _in_folder(target)
+    if target.name.endswith(".index.json"):
+        return _open_index(target)
+    if not target.is_file():
+        raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors file")
+    tensors, metadata = read_header(target.resolve())
+    return Checkpoint(str(target), tensors, metadata)
+
+
+def _in_folder(folder: Path) -> Path:
+    found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in found[:4]) or "none"
+    raise FormatError(
+        f"{str(folder)!r}: expected one *.safetensors or *.safetensors.index.json, found {names}; "
+        "name the file"
+    )
+
+
+def _open_index(index: Path) -> Checkpoint:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{str(index)!r} is not an index of a sharded checkpoint: {error}"
+        ) from error
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        if Path(name).name != name:
+            raise FormatError(f"{str(index)!r} names a file outside its folder: {name!r}")
+        found, metadata = read_header((index.parent / name).resolve())
+        tensors |= found
+    if missing := [name for name in weight_map if name not in tensors]:
+        raise FormatError(f"{str(index)!r} lists {missing[0]!r}, which none of its files has")
+    return Checkpoint(str(index), tensors, metadata if files else {})
+
+
+def match_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """Wanted name -> stored name, with the prefix stripped that makes most names fit."""
+    have, need = set(stored), list(wanted)
+    best: dict[str, str] = {}
+    for prefix in ("", *PREFIXES):
+        fits = {name: prefix + name for name in need if prefix + name in have}
+        if len(fits) > len(best):
+            best = fits
+    return best

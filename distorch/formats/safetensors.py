@@ -1,0 +1,70 @@
+"""Headers of safetensors files: name -> dtype, shape and byte range."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from distorch.errors import FormatError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes."""
+
+    name: str
+    path: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, in file order, and its metadata. FormatError when it is damaged.
+
+    The safetensors library judges the file first: what it refuses is refused here.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise FormatError(
+            f"{str(path)!r} is not a safetensors file that can be read ({error}); "
+            "if it was downloaded, compare its size and download it again"
+        ) from error
+    metadata = header.pop("__metadata__", None) or {}
+    start = 8 + length
+    tensors = {name: _stored(name, entry, start, path) for name, entry in header.items()}
+    return dict(sorted(tensors.items(), key=lambda item: item[1].offset)), metadata
+
+
+def _stored(name: str, entry: dict[str, Any], start: int, path: Path) -> StoredTensor:
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise FormatError(
+            f"tensor {name!r} in {str(path)!r} has dtype {entry['dtype']!r}, which this version "
+            f"does not read; it reads {', '.join(DTYPES)}"
+        )
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise FormatError(f"tensor {name!r} in {str(path)!r}: {end - begin} bytes for {shape}")
+    return StoredTensor(name, str(path), start + begin, end - begin, dtype, shape)

@@ -1,0 +1,19 @@
+"""From a placement string to a plan: pure policy over numbers, no devices."""
+
+from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
+from distorch.planner.plan import Plan, PlanDiff
+from distorch.planner.planner import make_plan, virtual_vram_spec
+from distorch.planner.spec import Spec, parse_bytes, parse_spec
+
+__all__ = [
+    "DeviceInfo",
+    "Inventory",
+    "Plan",
+    "PlanDiff",
+    "Spec",
+    "WeightInfo",
+    "make_plan",
+    "parse_bytes",
+    "parse_spec",
+    "virtual_vram_spec",
+]

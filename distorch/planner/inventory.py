@@ -1,0 +1,50 @@
+"""What a planner knows: weights and devices as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """One weight: all names of one piece of memory.
+
+    `nbytes` in bytes, `shape` in elements, `dtype` a torch dtype's name. `floating` is true for
+    floating and quantised dtypes, the ones that may leave the compute device. `aliases` are the
+    other names of tied weights.
+    """
+
+    name: str
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Literal["parameter", "buffer"] = "parameter"
+    floating: bool = True
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the first one first."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The weights of a model in the order of its definition (which stands for execution)."""
+
+    weights: tuple[WeightInfo, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights, tied ones once."""
+        return sum(weight.nbytes for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device or tier and its memory, in bytes."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int

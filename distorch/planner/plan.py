@@ -1,0 +1,191 @@
+"""The resolved placement: tensor by tensor, with a hash; saved, loaded, compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distorch._tables import html_table, human_bytes, text_table
+from distorch.errors import FormatError
+from distorch.planner.inventory import Inventory
+
+_VERSION = 1
+_HEADER = ("device", "weights", "bytes", "size", "share")
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """What differs between two plans: (name, from, to, bytes); None where a name is missing."""
+
+    moves: tuple[tuple[str, str | None, str | None, int], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.moves)
+
+    def __len__(self) -> int:
+        return len(self.moves)
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [(n, a or "(absent)", b or "(absent)", str(size)) for n, a, b, size in self.moves]
+
+    def __str__(self) -> str:
+        if not self.moves:
+            return "no difference"
+        return text_table(("weight", "from", "to", "bytes"), self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(("weight", "from", "to", "bytes"), self._rows())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every weight lives.
+
+    `placement` maps every parameter and buffer name (aliases too) to a device; `sizes` maps the
+    first name of each weight to bytes; `floor` is the bytes that cannot leave the compute device.
+    """
+
+    placement: Mapping[str, str]
+    sizes: Mapping[str, int]
+    compute: str
+    spec: str
+    order: str
+    floor: int
+    options: Mapping[str, Any]
+
+    @classmethod
+    def build(
+        cls,
+        inventory: Inventory,
+        placement: Mapping[str, str],
+        *,
+        compute: str,
+        spec: str,
+        order: str,
+        floor: int,
+        options: Mapping[str, Any],
+    ) -> Plan:
+        """A plan in the order of the inventory; `placement` names the first name of each weight."""
+        everywhere = {
+            name: placement[weight.name] for weight in inventory.weights for name in weight.names
+        }
+        sizes = {weight.name: weight.nbytes for weight in inventory.weights}
+        return cls(everywhere, sizes, compute, spec, order, floor, dict(options))
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Device -> bytes planned there (tied weights once), the compute device first."""
+        found = {self.compute: 0}
+        for name, nbytes in self.sizes.items():
+            device = self.placement[name]
+            found[device] = found.get(device, 0) + nbytes
+        return found
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole model."""
+        return sum(self.sizes.values())
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form: equal plans have equal hashes on every machine."""
+        return hashlib.sha256(_canonical(self._content()).encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "version": _VERSION,
+            "compute": self.compute,
+            "spec": self.spec,
+            "order": self.order,
+            "floor": self.floor,
+            "options": dict(self.options),
+            "placement": dict(self.placement),
+            "sizes": dict(self.sizes),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types, with the hash and the bytes per device."""
+        return {**self._content(), "hash": self.hash, "bytes": self.bytes}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, atomically."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a saved plan. FormatError when it is damaged, changed, or of another version."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FormatError(f"cannot read the plan {str(path)!r}: {error}") from error
+        plan = cls._from_content(data, str(path))
+        if plan.hash != data.get("hash"):
+            raise FormatError(
+                f"plan {str(path)!r}: its hash is {data.get('hash')!r} but its content gives "
+                f"{plan.hash!r}: it was edited or damaged; make it again with distorch.plan"
+            )
+        return plan
+
+    @classmethod
+    def _from_content(cls, data: Any, path: str) -> Plan:
+        if not isinstance(data, dict) or data.get("version") != _VERSION:
+            found = data.get("version") if isinstance(data, dict) else type(data).__name__
+            raise FormatError(f"plan {path!r}: expected version {_VERSION}, found {found!r}")
+        names = ("placement", "sizes", "compute", "spec", "order", "floor", "options")
+        if missing := [name for name in names if name not in data]:
+            raise FormatError(f"plan {path!r}: {', '.join(missing)} missing; make it again")
+        for name in ("placement", "sizes", "options"):
+            if not isinstance(data[name], dict):
+                raise FormatError(f"plan {path!r}: {name} should be an object")
+        if absent := [name for name in data["sizes"] if name not in data["placement"]]:
+            raise FormatError(f"plan {path!r}: no placement for {absent[0]!r}")
+        return cls(**{name: data[name] for name in names})
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What would move from this plan to the other one."""
+        moves = []
+        for name in [*self.placement, *(n for n in other.placement if n not in self.placement)]:
+            here, there = self.placement.get(name), other.placement.get(name)
+            if here != there:
+                nbytes = self.sizes.get(name, other.sizes.get(name, 0))
+                moves.append((name, here, there, nbytes))
+        return PlanDiff(tuple(moves))
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        total = max(self.total_bytes, 1)
+        rows = []
+        for device, nbytes in self.bytes.items():
+            count = sum(1 for name in self.sizes if self.placement[name] == device)
+            role = " (compute)" if device == self.compute else ""
+            share = f"{100 * nbytes / total:.1f}%"
+            rows.append((device + role, str(count), str(nbytes), human_bytes(nbytes), share))
+        rows.append(("total", str(len(self.sizes)), str(self.total_bytes),
+                     human_bytes(self.total_bytes), "100.0%"))  # fmt: skip
+        return rows
+
+    def _title(self) -> str:
+        return (
+            f"plan {self.spec!r}, {self.order}, {self.hash[:12]}; "
+            f"{human_bytes(self.floor)} cannot leave {self.compute}"
+        )
+
+    def __str__(self) -> str:
+        return text_table(_HEADER, self._rows(), self._title())
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._rows(), self._title())
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,198 @@
+"""What is where, measured on the tensors themselves and held against the plan; and what moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from distorch._tables import html_table, human_bytes, text_table
+from distorch.runtime.distribution import distribution_of
+from distorch.runtime.groups import byte_extent, group_members, unique_buffers
+from distorch.runtime.staging import current_place
+
+
+@dataclass(frozen=True)
+class Report:
+    """Measured placement: `bytes` device -> bytes, `placement` name -> device, `layers` top-level
+    part -> device -> bytes; `problems` says where it differs from the plan.
+    """
+
+    compute: str
+    bytes: dict[str, int]
+    planned: dict[str, int]
+    placement: dict[str, str]
+    layers: dict[str, dict[str, int]]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is where the plan says."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return {**self.__dict__, "ok": self.ok}
+
+    def _devices(self) -> list[str]:
+        return list(dict.fromkeys([self.compute, *self.planned, *self.bytes]))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        total = max(sum(self.bytes.values()), 1)
+        rows: list[tuple[str, ...]] = []
+        for device in self._devices():
+            measured, wanted = self.bytes.get(device, 0), self.planned.get(device, 0)
+            role = " (compute)" if device == self.compute else ""
+            rows.append(
+                (
+                    device + role,
+                    str(measured),
+                    str(wanted),
+                    human_bytes(measured),
+                    f"{100 * measured / total:.1f}%",
+                )
+            )
+        return rows
+
+    def _title(self) -> str:
+        state = "as planned" if self.ok else f"{len(self.problems)} differences from the plan"
+        return f"measured placement: {state}"
+
+    def _layer_rows(self) -> list[tuple[str, ...]]:
+        devices = self._devices()
+        return [
+            (layer, *(human_bytes(held[d]) if held.get(d) else "" for d in devices))
+            for layer, held in self.layers.items()
+        ]
+
+    def __str__(self) -> str:
+        parts = [
+            text_table(_HEADER, self._rows(), self._title()),
+            "",
+            text_table(("part", *self._devices()), self._layer_rows()),
+            *self.problems,
+        ]
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        return (
+            html_table(_HEADER, self._rows(), self._title())
+            + html_table(("part", *self._devices()), self._layer_rows())
+            + "".join(f"<p>{problem}</p>" for problem in self.problems)
+        )
+
+    def plot(self, path: str | None = None) -> Any:
+        """A bar per part, coloured by device (needs matplotlib); saved to `path` if given."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "report.plot() needs matplotlib: pip install distorch[plot]"
+            ) from error
+        figure = Figure(figsize=(9, 0.28 * len(self.layers) + 1.4), layout="constrained")
+        axes = figure.subplots()
+        names = list(self.layers)
+        left = [0.0] * len(names)
+        for device in self._devices():
+            widths = [self.layers[name].get(device, 0) / 2**20 for name in names]
+            axes.barh(names, widths, left=left, label=device)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel("MiB")
+        axes.set_title(self._title())
+        axes.legend()
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+_HEADER = ("device", "bytes", "planned", "size", "share")
+
+
+def report(module: nn.Module) -> Report:
+    """Walks the module's tensors and says where their bytes are now. PlacementError if the module
+    is not distributed.
+    """
+    state = distribution_of(module)
+    plan = state.plan
+    measured: dict[str, int] = {plan.compute: 0}
+    placement: dict[str, str] = {}
+    layers: dict[str, dict[str, int]] = {}
+
+    def count(names: list[str], device: str, nbytes: int) -> None:
+        measured[device] = measured.get(device, 0) + nbytes
+        part = layers.setdefault(_part(names[0]), {})
+        part[device] = part.get(device, 0) + nbytes
+        placement.update(dict.fromkeys(names, device))
+
+    for group in group_members(module):
+        count([m.name for m in group.members], current_place(group.first), group.nbytes)
+    for name, _, _, buffer in unique_buffers(module):
+        begin, end = byte_extent(buffer)
+        count([name], current_place(buffer), end - begin)
+    problems = [
+        f"{name}: planned on {plan.placement[name]}, found on {device}"
+        for name, device in placement.items()
+        if name in plan.placement and plan.placement[name] != device
+    ]
+    problems += [f"{name}: not in the plan" for name in placement if name not in plan.placement]
+    problems += [f"{name}: in the plan, gone" for name in plan.placement if name not in placement]
+    return Report(plan.compute, measured, plan.bytes, placement, layers, problems)
+
+
+def _part(name: str) -> str:
+    """The layer of a weight: its path up to and with the first index, else its first step."""
+    steps = name.split(".")
+    for position, step in enumerate(steps[:-1]):
+        if step.isdigit():
+            return ".".join(steps[: position + 1])
+    return steps[0]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the model's ops asked of its donors since reset_stats: `fetches` a sharded weight was
+    made real for an op, `hits` of these it was ready, `stall_seconds` ops waited, `overflows`
+    fetches for which the ring had no room, `bytes` link -> bytes that travelled.
+    """
+
+    fetches: int
+    hits: int
+    stall_seconds: float
+    overflows: int
+    bytes: dict[str, int]
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("fetches", str(self.fetches)),
+            ("found ready", str(self.hits)),
+            ("stall", f"{self.stall_seconds:.3f} s"),
+            ("no room in the ring", str(self.overflows)),
+            *((link, human_bytes(nbytes)) for link, nbytes in self.bytes.items()),
+        ]
+
+    def __str__(self) -> str:
+        return text_table(("since reset_stats", "value"), self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(("since reset_stats", "value"), self._rows())
+
+
+def stats(module: nn.Module) -> Stats:
+    """What the module's weights travelled since `reset_stats(module)` (or since it was placed)."""
+    state = distribution_of(module)
+    counters, compute = state.counters, state.plan.compute
+    links = {f"disk->{compute}": counters.disk_bytes, f"cpu->{compute}": counters.host_bytes}
+    return Stats(
+        counters.fetches,
+        counters.hits,
+        counters.stall_ns / 1e9,
+        counters.overflows,
+        {link: nbytes for link, nbytes in links.items() if nbytes},
+    )
+
+
+def reset_stats(module: nn.Module) -> None:
+    """Starts counting anew."""
+    distribution_of(module).counters.reset()

@@ -1,0 +1,379 @@
+"""distribute, redistribute, undistribute: a plan made true on a module, all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from distorch import _native, _ops
+from distorch._behaviour import attach_behaviour, detach_behaviour
+from distorch.errors import PlacementError, SpecError
+from distorch.planner import (
+    DeviceInfo,
+    Inventory,
+    Plan,
+    Spec,
+    make_plan,
+    parse_bytes,
+    parse_spec,
+    virtual_vram_spec,
+)
+from distorch.runtime import machine
+from distorch.runtime.groups import Group, group_members, inventory_of, unique_buffers
+from distorch.runtime.module_agent import ModuleAgent
+from distorch.runtime.staging import Origin, current_place, member_tensor, stage
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_KEY = "_distorch"
+_AUTO_RING_BYTES = 128 << 20
+_RESERVE_SHARE = 0.2  # of free memory that "auto" leaves for activations
+
+
+@dataclass
+class Options:
+    """The options of `distribute`, as documented there."""
+
+    compute: str | None = None
+    order: str = "interleaved"
+    min_bytes: int = 1 << 20
+    keep: Sequence[str] = ()
+    offload: Sequence[str] = ()
+    rules: Sequence[tuple[str, str]] = ()
+    prefetch: int | str = "auto"
+    compress: str = "auto"
+
+    def check(self) -> None:
+        """Raises SpecError on values outside their meaning."""
+        if self.compress not in ("auto", "never"):
+            raise SpecError(
+                f"compress={self.compress!r}: this version sends weights as they are; "
+                "expected 'auto' or 'never'"
+            )
+        if self.prefetch != "auto":
+            parse_bytes(self.prefetch)
+        if isinstance(self.min_bytes, str) or self.min_bytes < 0:
+            raise SpecError(f"min_bytes={self.min_bytes!r}: expected bytes, 0 or more")
+
+
+def _new_counters() -> Any:
+    return _native.Counters()
+
+
+@dataclass
+class Distribution:
+    """What a distributed module remembers: its plan, its counters, its room in the ring."""
+
+    plan: Plan
+    options: Options
+    origins: dict[str, Origin] = field(default_factory=dict)
+    counters: Any = field(default_factory=_new_counters)
+    reservation: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distribution:
+        copied = Distribution(self.plan, self.options, dict(self.origins))
+        copied.reserve(ring_bytes(self.plan, self.options))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A saved module is a plain one: its weights are in the file.
+        return _nothing, ()
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes the ring of the compute device at least so large while this object lives."""
+        # The old room goes first only when the new one is there.
+        self.reservation = _native.Reservation(str(torch.device(self.plan.compute)), nbytes)
+
+
+def _nothing() -> None:
+    return None
+
+
+def distribution_of(module: nn.Module) -> Distribution:
+    """The distribution of a module. PlacementError when it has none."""
+    found = module.__dict__.get(_KEY)
+    if not isinstance(found, Distribution):
+        raise PlacementError(
+            f"this {type(module).__name__} is not distributed: call distorch.distribute(model, "
+            "spec) first (on the module that you pass here, not on a part of it)"
+        )
+    return found
+
+
+def is_distributed(module: nn.Module) -> bool:
+    """Whether `distribute` or `load` has placed this module."""
+    return isinstance(module.__dict__.get(_KEY), Distribution)
+
+
+def ring_bytes(plan: Plan, options: Options) -> int:
+    """Bytes of look-ahead: at least two of the largest weights that are streamed."""
+    if options.prefetch != "auto":
+        return parse_bytes(options.prefetch)
+    streamed = [
+        nbytes
+        for name, nbytes in plan.sizes.items()
+        if plan.placement[name] != plan.compute and plan.placement[name] != "cpu"
+    ]
+    if not streamed:
+        return 0
+    page = 4096
+    rounded = [nbytes + 2 * page for nbytes in streamed]
+    return min(sum(rounded), max(2 * max(rounded), _AUTO_RING_BYTES))
+
+
+def resolve_spec(
+    spec: str | None, virtual_vram: str | int | None, donor: str, compute: str | None,
+    devices: dict[str, DeviceInfo],
+) -> tuple[Spec, str]:  # fmt: skip
+    """The parsed spec and the compute device that it means."""
+    if (spec is None) == (virtual_vram is None):
+        raise SpecError("give either a placement such as 'cuda:0,2.5gb;cpu,*' or virtual_vram=")
+    if compute is not None:
+        compute = canonical_device(compute)
+    if spec is not None:
+        parsed = parse_spec(spec)
+        entries = tuple(entry.device for entry in parsed.entries)
+        return parsed, compute or machine.default_compute(entries)
+    target = compute or machine.default_compute(())
+    assert virtual_vram is not None
+    return virtual_vram_spec(virtual_vram, donor, target, devices), target
+
+
+def canonical_device(name: str | torch.device) -> str:
+    """ "cuda" -> "cuda:0". SpecError when it cannot compute."""
+    device = parse_spec(f"{name},*").entries[0].device
+    if device == "disk":
+        raise SpecError("compute='disk': a disk cannot compute; expected 'cpu' or an accelerator")
+    return device
+
+
+def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, DeviceInfo]:
+    """The machine's devices; memory that the module holds now counts as free for it."""
+    found = machine.devices()
+    held: dict[str, int] = {}
+    for group in groups:
+        if not group.first.is_meta:
+            place = current_place(group.first)
+            held[place] = held.get(place, 0) + group.nbytes
+    for _, _, _, buffer in unique_buffers(module) if module is not None else ():
+        place = current_place(buffer)
+        held[place] = held.get(place, 0) + buffer.numel() * buffer.element_size()
+    for place, nbytes in held.items():
+        if place in found:
+            device = found[place]
+            found[place] = dataclasses.replace(
+                device, free_bytes=min(device.total_bytes, device.free_bytes + nbytes)
+            )
+    return found
+
+
+def plan_inventory(
+    inventory: Inventory,
+    spec: str | None,
+    options: Options,
+    devices: dict[str, DeviceInfo],
+    *,
+    virtual_vram: str | int | None = None,
+    donor: str = "cpu",
+) -> Plan:
+    """A plan for weights that are known by name and size."""
+    options.check()
+    parsed, compute = resolve_spec(spec, virtual_vram, donor, options.compute, devices)
+    reserve = int(devices[compute].free_bytes * _RESERVE_SHARE) if compute in devices else 0
+    plan = make_plan(
+        inventory,
+        parsed,
+        compute=compute,
+        devices=devices,
+        order=options.order,
+        min_bytes=options.min_bytes,
+        keep=options.keep,
+        offload=options.offload,
+        rules=options.rules,
+        reserve_bytes=reserve,
+    )
+    _check_tiers(plan)
+    return plan
+
+
+def _check_tiers(plan: Plan) -> None:
+    unknown = [d for d in plan.bytes if d not in (plan.compute, "cpu", "disk")]
+    if unknown:
+        raise PlacementError(
+            f"donor {unknown[0]!r}: this version keeps weights on the compute device, in RAM "
+            "('cpu') and on 'disk'; other devices as donors are not there yet"
+        )
+
+
+def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
+    """A saved plan must be about these weights. PlacementError with the first difference."""
+    for weight in inventory.weights:
+        if weight.name not in plan.placement:
+            raise PlacementError(f"the plan has no place for {weight.name!r}; make a new one")
+        size = plan.sizes.get(weight.name)
+        if size is not None and size != weight.nbytes:
+            raise PlacementError(
+                f"the plan was made for {weight.name!r} with {size} bytes, it has {weight.nbytes}"
+            )
+    known = {name for weight in inventory.weights for name in weight.names}
+    if extra := [name for name in plan.placement if name not in known]:
+        raise PlacementError(f"the plan places {extra[0]!r}, which the model does not have")
+
+
+def place(
+    module: Module, plan: Plan, options: Options, groups: list[Group], origins: dict[str, Origin]
+) -> Module:
+    """Makes the plan true. All or nothing: any exception leaves the module as it was."""
+    compute = torch.device(plan.compute)
+    staged = _stage_all(groups, plan, compute, origins)
+    buffers = {
+        name: buffer.to(compute)
+        for name, _, _, buffer in unique_buffers(module)
+        if not buffer.is_meta
+    }
+    known = module.__dict__.get(_KEY)
+    state = Distribution(plan, options, origins)
+    if isinstance(known, Distribution):
+        state.counters = known.counters
+    state.reserve(ring_bytes(plan, options))
+    _commit(module, groups, staged, buffers)
+    _install(module, plan, compute, state, groups)
+    return module
+
+
+def _stage_all(
+    groups: list[Group], plan: Plan, compute: torch.device, origins: dict[str, Origin]
+) -> dict[int, torch.Tensor]:
+    staged: dict[int, torch.Tensor] = {}
+    for index, group in enumerate(groups):
+        target = plan.placement[group.name]
+        sharded = _ops.is_sharded(group.first)
+        same_compute = group.first.device == compute
+        whole = not sharded or group.nbytes == group.first.untyped_storage().nbytes()
+        is_there = current_place(group.first) == target and same_compute and whole
+        if is_there and sharded == (target != plan.compute):
+            continue
+        staged[index] = stage(group, target, compute, origins.get(group.name))
+    return staged
+
+
+def _commit(
+    module: nn.Module,
+    groups: list[Group],
+    staged: dict[int, torch.Tensor],
+    buffers: dict[str, torch.Tensor],
+) -> None:
+    """Swaps in what was staged; undone as a whole when interrupted."""
+    undo: list[tuple[nn.Parameter, torch.Tensor]] = []
+    old_buffers = list(unique_buffers(module))
+    try:
+        for index, tensor in staged.items():
+            group = groups[index]
+            seen: set[int] = set()
+            geometry = [
+                (m.parameter, member_tensor(tensor, group, m.parameter)) for m in group.members
+            ]
+            for parameter, value in geometry:
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                undo.append((parameter, parameter.data))
+                _set(parameter, value)
+        for name, owner, key, _ in old_buffers:
+            if name in buffers:
+                owner._buffers[key] = buffers[name]
+    except BaseException:
+        for parameter, value in reversed(undo):
+            _set(parameter, value)
+        for _, owner, key, buffer in old_buffers:
+            owner._buffers[key] = buffer
+        raise
+
+
+def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    parameter.data = value.detach()
+    if _ops.is_sharded(parameter):
+        attach_behaviour(parameter)
+    else:
+        detach_behaviour(parameter)
+
+
+def _install(
+    module: nn.Module, plan: Plan, compute: torch.device, state: Distribution, groups: list[Group]
+) -> None:
+    """Agents on the owning modules, counters on the weights, the sweep before each forward."""
+    tiers: dict[int, dict[str, str]] = {}
+    owners: dict[int, nn.Module] = {}
+    for group in groups:
+        for member in group.members:
+            owners[id(member.owner)] = member.owner
+            if _ops.is_sharded(member.parameter):
+                tiers.setdefault(id(member.owner), {})[member.key] = plan.placement[group.name]
+        if _ops.is_sharded(group.first):
+            _ops.count_in(group.first, state.counters.id)
+    for key, owner in owners.items():
+        if key in tiers:
+            ModuleAgent.install(owner, compute, tiers[key])
+        else:
+            ModuleAgent.remove(owner)
+    if tiers and id(module) not in tiers:
+        # The root refuses .to(device) before any of its parts has moved.
+        ModuleAgent.install(module, compute, {})
+    _add_sweep(module)
+    module.__dict__[_KEY] = state
+
+
+def _sweep_hook(module: nn.Module, args: Any) -> None:
+    """Operators that libraries registered since the last forward get their hook."""
+    _ops.sweep()
+
+
+def _add_sweep(module: nn.Module) -> None:
+    if not any(hook is _sweep_hook for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(_sweep_hook)
+
+
+def _remove_sweep(module: nn.Module) -> None:
+    for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _sweep_hook]:
+        del module._forward_pre_hooks[key]
+
+
+def unplace(module: Module, device: str | torch.device | None) -> Module:
+    """A plain module on `device` (default: where it computed). All or nothing."""
+    state = distribution_of(module)
+    target = torch.device(device) if device is not None else torch.device(state.plan.compute)
+    groups = group_members(module)
+    staged = {
+        index: stage(group, str(target), target)
+        for index, group in enumerate(groups)
+        if _ops.is_sharded(group.first) or group.first.device != target
+    }
+    buffers = {name: buffer.to(target) for name, _, _, buffer in unique_buffers(module)}
+    _commit(module, groups, staged, buffers)
+    for part in module.modules():
+        ModuleAgent.remove(part)
+    _remove_sweep(module)
+    module.__dict__.pop(_KEY, None)
+    return module
+
+
+def check_has_values(module: nn.Module) -> None:
+    """A module without weights cannot be distributed, only loaded. PlacementError."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise PlacementError(
+                f"weight {name!r} is on the meta device: it has no values to place; "
+                "use distorch.load(model, 'file.safetensors', spec)"
+            )
+
+
+__all__ = [
+    "Distribution", "Options", "check_has_values", "check_plan_fits", "devices_for",
+    "distribution_of", "group_members", "inventory_of", "is_distributed", "place",
+    "plan_inventory", "unplace",
+]  # fmt: skip

@@ -1,0 +1,146 @@
+"""The weights of a module, grouped by the bytes they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from distorch import _ops
+from distorch.planner import Inventory, WeightInfo
+
+
+@dataclass
+class Member:
+    """One name of one parameter object."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    parameter: nn.Parameter
+
+
+@dataclass
+class Group:
+    """Parameters whose bytes overlap (tied weights): they move together.
+
+    `begin` and `end` are bytes within the storage; `members` are all names, the first one first.
+    """
+
+    begin: int
+    end: int
+    members: list[Member] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def first(self) -> nn.Parameter:
+        return self.members[0].parameter
+
+    def info(self) -> WeightInfo:
+        """The group as the planner sees it."""
+        p = self.first
+        return WeightInfo(
+            name=self.name,
+            nbytes=self.nbytes,
+            shape=tuple(p.shape),
+            dtype=str(p.dtype).removeprefix("torch."),
+            kind="parameter",
+            floating=p.is_floating_point() or p.is_complex() or p.dtype in _QUANTISED,
+            aliases=tuple(member.name for member in self.members[1:]),
+        )
+
+
+_QUANTISED = frozenset({torch.int8, torch.uint8})
+
+
+def byte_extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes [begin, end) of its storage that a strided tensor can reach."""
+    item, begin = tensor.element_size(), int(tensor.storage_offset())
+    if tensor.numel() == 0:
+        return begin * item, begin * item
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = begin + sum((size - 1) * stride for size, stride in steps)
+    return begin * item, (last + 1) * item
+
+
+def named_members(module: nn.Module) -> Iterator[Member]:
+    """Every name of every parameter, tied ones under each of their names, in definition order."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield Member(f"{prefix}.{key}" if prefix else key, owner, key, parameter)
+
+
+def group_members(module: nn.Module) -> list[Group]:
+    """The module's parameters as groups of overlapping bytes, in definition order."""
+    by_storage: dict[object, list[tuple[int, int, Member]]] = {}
+    for position, member in enumerate(named_members(module)):
+        tensor = member.parameter
+        begin, end = byte_extent(tensor)
+        by_storage.setdefault(_storage_key(tensor, position), []).append((begin, end, member))
+    groups = [group for entries in by_storage.values() for group in _merge(entries)]
+    positions = {name: i for i, name in enumerate(m.name for m in named_members(module))}
+    groups.sort(key=lambda group: positions[group.name])
+    return groups
+
+
+def _storage_key(tensor: torch.Tensor, position: int) -> object:
+    if _ops.is_sharded(tensor):
+        return ("sharded", _ops.state(tensor).id)
+    if tensor.numel() == 0:
+        return ("empty", position)
+    return ("plain", tensor.untyped_storage()._cdata)
+
+
+def _merge(entries: list[tuple[int, int, Member]]) -> list[Group]:
+    """Overlapping extents become one group; a storage cut into disjoint ones gives several."""
+    groups: list[Group] = []
+    for begin, end, member in entries:
+        touching = [g for g in groups if begin < g.end and g.begin < end]
+        merged = Group(begin, end, [member])
+        if touching:
+            merged = Group(
+                min(begin, *(g.begin for g in touching)),
+                max(end, *(g.end for g in touching)),
+                [m for g in touching for m in g.members] + [member],
+            )
+        at = groups.index(touching[0]) if touching else len(groups)
+        groups = [g for g in groups if g not in touching]
+        groups.insert(at, merged)
+    return groups
+
+
+def unique_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """(name, owner, key, tensor) of every buffer, each tensor once."""
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is None or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            yield f"{prefix}.{key}" if prefix else key, owner, key, buffer
+
+
+def inventory_of(module: nn.Module, groups: list[Group]) -> Inventory:
+    """What the planner needs to know of a module."""
+    buffers = [
+        WeightInfo(
+            name=name,
+            nbytes=buffer.numel() * buffer.element_size(),
+            shape=tuple(buffer.shape),
+            dtype=str(buffer.dtype).removeprefix("torch."),
+            kind="buffer",
+            floating=buffer.is_floating_point(),
+        )
+        for name, _, _, buffer in unique_buffers(module)
+    ]
+    return Inventory(tuple([group.info() for group in groups] + buffers))

@@ -1,0 +1,59 @@
+"""The devices of this machine as numbers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from distorch import _native
+from distorch.planner import DeviceInfo
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _host() -> DeviceInfo:
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit_file, usage_file in _CGROUPS:
+        try:
+            limit, usage = Path(limit_file).read_text(), Path(usage_file).read_text()
+        except OSError:
+            continue
+        if limit.strip().isdigit() and int(limit) < total:
+            total, free = int(limit), min(free, max(0, int(limit) - int(usage)))
+    return DeviceInfo("cpu", total, free)
+
+
+def _disk() -> DeviceInfo:
+    usage = shutil.disk_usage(_native.scratch_directory())
+    return DeviceInfo("disk", usage.total, usage.free)
+
+
+def devices() -> dict[str, DeviceInfo]:
+    """Every tier of this machine with total and free bytes."""
+    found = {"cpu": _host(), "disk": _disk()}
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        for index in range(torch.accelerator.device_count()):
+            name = f"{accelerator.type}:{index}"
+            module = getattr(torch, accelerator.type)
+            free, total = module.mem_get_info(index)
+            found[name] = DeviceInfo(name, total, free)
+    return found
+
+
+def default_compute(entries: tuple[str, ...]) -> str:
+    """The first accelerator of the spec, else the machine's first one, else the CPU."""
+    for device in entries:
+        if device not in ("cpu", "disk"):
+            return device
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        return f"{accelerator.type}:0"
+    return "cpu"

@@ -1,0 +1,182 @@
+"""What a module that owns sharded parameters does differently: save, load, convert.
+
+Note [Agents]
+`nn.Module` looks up `_apply` and its hooks on the instance, so one object per owning module is
+enough and no class changes. The agent holds its module weakly and follows it through deepcopy and
+pickle.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distorch import _ops
+from distorch._behaviour import alias_of_donor, attach_behaviour, detach_behaviour, like_geometry
+from distorch.errors import PlacementError
+
+_KEY = "_distorch_agent"
+
+# Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied.
+_given_out: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def agent_of(module: nn.Module) -> ModuleAgent | None:
+    """The agent of a module, if it owns or owned sharded parameters."""
+    found = module.__dict__.get(_KEY)
+    return found if isinstance(found, ModuleAgent) else None
+
+
+def saved_values(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor's values for a state dict: over the donor's bytes, nothing read yet."""
+    key = _ops.state(tensor).id
+    known = _given_out.get(key)
+    if known is not None:
+        return like_geometry(_ops.byte_view(known), tensor)
+    values = alias_of_donor(tensor)
+    _given_out[key] = values
+    return values
+
+
+def _save_hook(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """Puts values where the state dict has sharded tensors; parameters (keep_vars) stay."""
+    for key in module._parameters:
+        tensor = state_dict.get(prefix + key)
+        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, nn.Parameter):
+            continue
+        if _ops.is_sharded(tensor):
+            state_dict[prefix + key] = saved_values(tensor)
+
+
+def _load_hook(module: nn.Module, incompatible_keys: Any) -> None:
+    """After load_state_dict(assign=True): what was sharded is sharded again."""
+    agent = agent_of(module)
+    if agent is not None:
+        agent.restore_placement()
+
+
+class ModuleAgent:
+    """Keeps one module's sharded parameters sharded.
+
+    `tiers` maps a parameter's key in this module to the donor that holds it.
+    """
+
+    def __init__(self, module: nn.Module, compute: torch.device, tiers: dict[str, str]) -> None:
+        self._module = weakref.ref(module)
+        self.compute = compute
+        self.tiers = tiers
+
+    @property
+    def module(self) -> nn.Module:
+        """The module this agent belongs to."""
+        found = self._module()
+        assert found is not None, "an agent outlived its module"
+        return found
+
+    @classmethod
+    def install(cls, module: nn.Module, compute: torch.device, tiers: dict[str, str]) -> None:
+        """Gives the module an agent, or new orders to the one it has."""
+        agent = agent_of(module)
+        if agent is not None:
+            agent.compute, agent.tiers = compute, tiers
+            return
+        agent = cls(module, compute, tiers)
+        module.__dict__[_KEY] = agent
+        module.__dict__["_apply"] = agent
+        module.register_state_dict_post_hook(_save_hook)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(_load_hook)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        """Makes a plain module again."""
+        if module.__dict__.pop(_KEY, None) is None:
+            return
+        module.__dict__.pop("_apply", None)
+        for hooks, ours in (
+            (module._state_dict_hooks, _save_hook),
+            (module._load_state_dict_post_hooks, _load_hook),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+
+    def __call__(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> nn.Module:
+        """`module._apply`: conversions go donor by donor, moves to another device are refused."""
+        module = self.module
+        _refuse_other_devices(module, fn)
+        if recurse:
+            for child in module.children():
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        # The class's own way, with sharded parameters left for the end: RNN modules look at them.
+        plain = type(module)._apply
+        plain(module, lambda t: t if _ops.is_sharded(t) else fn(t), False)  # type: ignore[no-untyped-call]
+        for key, parameter in module._parameters.items():
+            if parameter is not None and _ops.is_sharded(parameter):
+                self._convert(key, parameter, fn)
+        return module
+
+    def _convert(
+        self, key: str, parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        with torch.no_grad():
+            result = fn(parameter)
+            if result is not parameter and not _ops.is_sharded(result):
+                put_on_donor(parameter, result, self.tiers.get(key, "cpu"), self.compute)
+
+    def restore_placement(self) -> None:
+        """Shards again what became plain, on the donor that the plan names."""
+        for key, tier in self.tiers.items():
+            parameter = self.module._parameters.get(key)
+            if parameter is None or _ops.is_sharded(parameter) or parameter.is_meta:
+                continue
+            with torch.no_grad():
+                put_on_donor(parameter, parameter.detach(), tier, self.compute)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleAgent:
+        copied = memo.get(id(self.module))
+        assert isinstance(copied, nn.Module), "an agent is copied with its module"
+        return ModuleAgent(copied, self.compute, dict(self.tiers))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModuleAgent, (self.module, self.compute, {})
+
+
+def _refuse_other_devices(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Before anything moved: a sharded weight has one compute device."""
+    for name, parameter in module.named_parameters():
+        if not _ops.is_sharded(parameter):
+            continue
+        probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        with torch.no_grad():
+            target = fn(probe).device
+        if target.type == parameter.device.type and (target.index or 0) == (
+            parameter.device.index or 0
+        ):
+            return
+        raise PlacementError(
+            f"cannot move {name!r} to {target}: the model is distributed with compute device "
+            f"{parameter.device}. Use distorch.redistribute(model, spec, compute='{target}'), or "
+            f"distorch.undistribute(model, device='{target}') for a plain module there"
+        )
+
+
+def put_on_donor(
+    parameter: nn.Parameter, values: torch.Tensor, tier: str, compute: torch.device
+) -> None:
+    """Gives the parameter new values that live on a donor (its own storage)."""
+    begin = values.storage_offset() == 0
+    whole = begin and values.untyped_storage().nbytes() == values.numel() * values.element_size()
+    owned = values if whole and values.device.type == "cpu" else values.clone()
+    name = _ops.state(parameter).name if _ops.is_sharded(parameter) else "weight"
+    parameter.data = _ops.shard_on(tier, owned, compute, name)
+    if _ops.is_sharded(parameter):
+        attach_behaviour(parameter)
+    else:
+        detach_behaviour(parameter)

@@ -1,0 +1,100 @@
+"""Moves one group of weights to where the plan wants it, without touching the module yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from distorch import _ops
+from distorch.errors import PlacementError
+from distorch.runtime.groups import Group
+
+_COMPARE_BYTES = 32 << 20
+
+
+@dataclass
+class Origin:
+    """Where a weight came from: a range of a checkpoint, and its present values or not."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+def current_place(tensor: torch.Tensor) -> str:
+    """The device or tier that holds a tensor's bytes: "cpu", "cuda:0", "disk"."""
+    if _ops.is_sharded(tensor):
+        return _ops.state(tensor).tier
+    device = tensor.device
+    if device.type != "cpu" and device.index is None:
+        return f"{device.type}:0"
+    return str(device)
+
+
+def group_bytes(group: Group) -> torch.Tensor:
+    """The group's bytes, uint8 [nbytes], plain, on the device that holds them.
+
+    A view of a plain tensor's storage, new memory for a sharded one.
+    """
+    tensor = group.first.detach()
+    if _ops.is_sharded(tensor):
+        data = torch.empty(group.nbytes, dtype=torch.uint8)
+        _ops.read_donor(tensor, group.begin, data)
+        return data
+    return _ops.byte_view(tensor, group.begin, group.nbytes)
+
+
+def _alone(data: torch.Tensor) -> torch.Tensor:
+    """The same bytes as the whole of a storage, so that a donor keeps no more than these."""
+    return data if data.untyped_storage().nbytes() == data.numel() else data.clone()
+
+
+def same_bytes(origin: Origin, data: torch.Tensor) -> bool:
+    """Whether `data` (uint8, CPU) is what the checkpoint holds at that range."""
+    if origin.nbytes != data.numel():
+        return False
+    buffer = torch.empty(min(_COMPARE_BYTES, max(data.numel(), 1)), dtype=torch.uint8)
+    for begin in range(0, data.numel(), _COMPARE_BYTES):
+        part = data[begin : begin + _COMPARE_BYTES]
+        into = buffer[: part.numel()]
+        _ops.read_file(origin.path, origin.offset + begin, into)
+        if not torch.equal(into, part):
+            return False
+    return True
+
+
+def stage(
+    group: Group, target: str, compute: torch.device, origin: Origin | None = None
+) -> torch.Tensor:
+    """The group's bytes at `target` ("cpu", "disk" or the compute device): uint8 [nbytes].
+
+    Sharded when `target` is a donor, plain when it is the compute device. The module is not
+    changed. Raises PlacementError, FetchError.
+    """
+    data = group_bytes(group)
+    if target == str(compute):
+        return data.to(compute)
+    if target == "disk" and origin is not None and same_bytes(origin, data.cpu()):
+        return _ops.shard_file(
+            origin.path,
+            origin.offset,
+            (group.nbytes,),
+            torch.uint8,
+            compute=compute,
+            name=group.name,
+        )
+    if target in ("cpu", "disk"):
+        return _ops.shard_on(target, _alone(data.cpu()), compute, group.name)
+    raise PlacementError(
+        f"weight {group.name!r} should go to {target!r}: this version keeps weights on the "
+        f"compute device ({compute}), in RAM ('cpu') and on 'disk'"
+    )
+
+
+def member_tensor(staged: torch.Tensor, group: Group, parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's dtype and geometry over the staged bytes of its group."""
+    item = parameter.element_size()
+    shifted = parameter.storage_offset() - group.begin // item
+    whole = staged[: staged.numel() // item * item].view(parameter.dtype)
+    return whole.as_strided(parameter.size(), parameter.stride(), shifted)

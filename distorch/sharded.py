@@ -1,0 +1,66 @@
+"""Sharded tensors one at a time: make them, recognise them, make them real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distorch import _native, _ops
+from distorch._behaviour import attach_behaviour
+from distorch.errors import PlacementError
+
+is_sharded = _ops.is_sharded
+
+
+def shard(
+    tensor: torch.Tensor, donor: str = "cpu", compute: str | torch.device | None = None
+) -> torch.Tensor:
+    """A sharded copy of `tensor`: same shape, strides and dtype, bytes on `donor`.
+
+    `donor` is "cpu" or "disk"; ops run on `compute` (default: the tensor's device). The result
+    is always sharded, also when donor and compute are the same device: a fetch may then be the
+    donor's memory itself. An `nn.Parameter` gives an `nn.Parameter`.
+    Raises PlacementError when the donor has no room or is not there.
+    """
+    if is_sharded(tensor):
+        tensor = materialize(tensor)
+    device = torch.device(compute) if compute is not None else tensor.device
+    if device.type == "meta":
+        raise PlacementError("cannot shard a tensor on the meta device: it has no values")
+    name = donor.strip().lower()
+    with torch.no_grad():
+        values = tensor.detach().clone(memory_format=torch.preserve_format)
+        sharded = _ops.shard_on(name, values, device, "tensor")
+    if isinstance(tensor, torch.nn.Parameter):
+        parameter = torch.nn.Parameter(sharded, requires_grad=tensor.requires_grad)
+        attach_behaviour(parameter)
+        return parameter
+    return sharded.requires_grad_(tensor.requires_grad)
+
+
+def materialize(tensor: torch.Tensor) -> torch.Tensor:
+    """A real copy of a tensor on its compute device (strides kept), detached from autograd."""
+    with torch.no_grad():
+        return tensor.detach().clone(memory_format=torch.preserve_format)
+
+
+def fetch_count() -> int:
+    """How often, in this process, a sharded weight was made real for an operator."""
+    return int(_native.fetch_count())
+
+
+class _ShardedMeta(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, torch.nn.Parameter) and is_sharded(instance)
+
+
+class ShardedParameter(metaclass=_ShardedMeta):
+    """`isinstance(p, ShardedParameter)`: a parameter whose bytes live on a donor.
+
+    A virtual class: `type(p)` stays `torch.nn.Parameter`, so that code which looks at types
+    (torch.compile, PEFT, optimizers) sees an ordinary parameter. Not to be instantiated.
+    """
+
+    def __init__(self) -> None:
+        raise TypeError("ShardedParameter only answers isinstance(); use distorch.shard(tensor)")
