@@ -1,0 +1,7 @@
+"""python -m distorch"""
+
+import sys
+
+from distorch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""The command line: distorch inspect | plan | doctor | demo.
+
+Exit status: 0 done, 1 what was asked failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distorch.errors import DistorchError, SpecError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distorch", description="Run PyTorch models whose weights do not fit."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="what is in a checkpoint or LoRA file")
+    inspect.add_argument("file", help=".safetensors, .safetensors.index.json, or a folder")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    plan = commands.add_parser("plan", help="where the weights of a file would go; nothing moves")
+    plan.add_argument("file", help=".safetensors, .safetensors.index.json, or a folder")
+    plan.add_argument("spec", help="for example 'cuda:0,2.5gb;cpu,*'")
+    plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    plan.add_argument("--plot", metavar="PNG", help="also draw it (needs matplotlib)")
+    plan.add_argument("--order", default="interleaved", choices=["interleaved", "sequential"])
+    plan.add_argument("--min-bytes", type=int, default=1 << 20, metavar="BYTES")
+
+    doctor = commands.add_parser("doctor", help="devices, memory, versions, and what is wrong")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    demo = commands.add_parser("demo", help="digits from a model with most weights on donors")
+    demo.add_argument("--out", type=Path, default=Path("digits.png"), metavar="PNG")
+    demo.add_argument("--spec", help="another placement, for example 'cpu,0b;disk,*'")
+    demo.add_argument("--count", type=int, default=50, help="digits per sheet (default 50)")
+    demo.add_argument("--steps", type=int, default=24, help="sampling steps (default 24)")
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from distorch.cli.inspect import inspect_file
+
+    facts = inspect_file(arguments.file)
+    print(json.dumps(facts.to_dict(), indent=1) if arguments.json else facts)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from distorch.api import plan
+
+    made = plan(
+        arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes
+    )
+    print(json.dumps(made.to_dict(), indent=1) if arguments.json else made)
+    if arguments.plot:
+        from distorch.cli.plot import plot_plan
+
+        plot_plan(made, arguments.plot)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from distorch.cli.doctor import examine
+
+    findings = examine()
+    print(json.dumps(findings.to_dict(), indent=1) if arguments.json else findings)
+    return 0 if findings.ok else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from distorch.demo.run import run_demo
+
+    if arguments.count < 1 or arguments.steps < 1:
+        raise SpecError("--count and --steps: expected 1 or more")
+    same = run_demo(
+        arguments.out, spec=arguments.spec, count=arguments.count, steps=arguments.steps
+    )
+    return 0 if same else 1
+
+
+_COMMANDS = {"inspect": _inspect, "plan": _plan, "doctor": _doctor, "demo": _demo}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return _COMMANDS[parsed.command](parsed)
+    except SpecError as error:
+        print(f"distorch: {error}", file=sys.stderr)
+        return 2
+    except (DistorchError, OSError, ImportError) as error:
+        print(f"distorch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("distorch: interrupted", file=sys.stderr)
+        return 1
