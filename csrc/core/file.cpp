@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/stream_copy.h"
 
 namespace distorch {
 namespace {
@@ -43,9 +44,14 @@ int reopen_unbuffered(int fd) {
   return -1;
 }
 
+// Memory of its own for each reading thread: one huge page where there are
+// some, since the kernel pins what it reads into page by page.
 std::byte* bounce_buffer() {
+  constexpr uint64_t kHugePage = 2 << 20;
+  static_assert(kBounceBytes + 2 * kPage <= kHugePage);
   struct Buffer {
-    std::byte* data = static_cast<std::byte*>(std::aligned_alloc(kPage, kBounceBytes + 2 * kPage));
+    std::byte* data = static_cast<std::byte*>(std::aligned_alloc(kHugePage, kHugePage));
+    Buffer() { ::madvise(data, kHugePage, MADV_HUGEPAGE); }
     ~Buffer() { std::free(data); }
   };
   thread_local Buffer buffer;
@@ -162,11 +168,11 @@ void File::read_bounced(uint64_t offset, uint64_t bytes, std::byte* into) const 
   for (uint64_t done = 0; done < bytes;) {
     const uint64_t at = offset + done;
     const uint64_t lead = at % kPage;
-    const uint64_t part = std::min(bytes - done, kBounceBytes - lead);
+    const uint64_t part = std::min(bytes - done, kBounceBytes);
     if (!read_direct(at - lead, round_up(at + part, kPage), bounce)) {
       return read_buffered(at, bytes - done, into + done);
     }
-    std::memcpy(into + done, bounce + lead, part);
+    stream_copy(into + done, bounce + lead, part);
     done += part;
   }
 }

@@ -1,7 +1,8 @@
 #include "core/io_pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -9,47 +10,45 @@ namespace distorch {
 
 IoPool::~IoPool() {
   {
-    std::lock_guard lock(mutex_);
-    closing_ = true;
-    queue_.clear();
-    if (process_ != getpid()) threads_.swap(*new std::vector<std::thread>);
+    std::lock_guard lock(crew_->mutex);
+    crew_->closing = true;
+    crew_->queue.clear();
   }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  crew_->wake.notify_all();
+  for (std::thread& thread : crew_->threads) thread.join();
 }
 
 void IoPool::submit(std::vector<Task> tasks, Urgency urgency) {
+  Crew& crew = *crew_;
   {
-    std::lock_guard lock(mutex_);
-    const auto where = urgency == Urgency::kNow ? queue_.begin() : queue_.end();
-    queue_.insert(where, std::make_move_iterator(tasks.begin()),
-                  std::make_move_iterator(tasks.end()));
-    start_threads();
+    std::lock_guard lock(crew.mutex);
+    const auto where = urgency == Urgency::kNow ? crew.queue.begin() : crew.queue.end();
+    crew.queue.insert(where, std::make_move_iterator(tasks.begin()),
+                      std::make_move_iterator(tasks.end()));
+    while (crew.threads.size() < std::min(wanted_threads_, crew.queue.size())) {
+      crew.threads.emplace_back([&crew] { work(crew); });
+    }
   }
-  wake_.notify_all();
+  crew.wake.notify_all();
 }
 
-// A forked child has the thread objects of its parent but not the threads:
-// they are forgotten, since they can be neither joined nor destroyed.
-void IoPool::start_threads() {
-  if (process_ != getpid()) {
-    threads_.swap(*new std::vector<std::thread>);
-    process_ = getpid();
-  }
-  while (threads_.size() < wanted_threads_ && threads_.size() < queue_.size()) {
-    threads_.emplace_back([this] { run(); });
-  }
+// The old crew is leaked: its threads can be neither joined nor destroyed, and
+// its mutex may have been held by one of them.
+void IoPool::start_afresh() {
+  static_cast<void>(crew_.release());
+  crew_ = std::make_unique<Crew>();
 }
 
-void IoPool::run() {
+void IoPool::work(Crew& crew) {
+  pthread_setname_np(pthread_self(), "distorch-io");
   for (;;) {
     Task task;
     {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [this] { return closing_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-      task = std::move(queue_.front());
-      queue_.pop_front();
+      std::unique_lock lock(crew.mutex);
+      crew.wake.wait(lock, [&] { return crew.closing || !crew.queue.empty(); });
+      if (crew.queue.empty()) return;
+      task = std::move(crew.queue.front());
+      crew.queue.pop_front();
     }
     task();
   }

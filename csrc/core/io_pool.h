@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -27,17 +28,22 @@ class IoPool {
   // tasks of one call keep their order.
   void submit(std::vector<Task> tasks, Urgency urgency);
 
+  // In a forked child, before anything else: threads do not survive a fork.
+  void start_afresh();
+
  private:
-  void run();
-  void start_threads();
+  struct Crew {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::deque<Task> queue;            // guarded by mutex
+    bool closing = false;              // guarded by mutex
+    std::vector<std::thread> threads;  // guarded by mutex until closing
+  };
+
+  static void work(Crew& crew);
 
   const size_t wanted_threads_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<Task> queue_;            // guarded by mutex_
-  int process_ = 0;                   // whose threads they are; guarded by mutex_
-  bool closing_ = false;              // guarded by mutex_
-  std::vector<std::thread> threads_;  // guarded by mutex_ until closing
+  std::unique_ptr<Crew> crew_ = std::make_unique<Crew>();
 };
 
 }  // namespace distorch

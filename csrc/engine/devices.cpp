@@ -2,10 +2,12 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/Storage.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <map>
 #include <new>
+#include <vector>
 
 namespace distorch {
 namespace {
@@ -43,13 +45,48 @@ struct Registry {
   std::mutex mutex;
   std::map<std::string, std::weak_ptr<Ring>> rings;  // guarded by mutex
   std::string scratch = "/tmp";                      // guarded by mutex
-  size_t io_threads = 4;                             // guarded by mutex
+  size_t io_threads = 6;                             // guarded by mutex
 };
+
+void hold_for_fork();
+void let_go_in_parent();
+void let_go_in_child();
 
 // Never destroyed: weights may outlive every static object.
 Registry& registry() {
-  static Registry& instance = *new Registry;
+  static Registry& instance = []() -> Registry& {
+    ::pthread_atfork(&hold_for_fork, &let_go_in_parent, &let_go_in_child);
+    return *new Registry;
+  }();
   return instance;
+}
+
+// The rings that hold_for_fork() locked. The registry stays locked in between.
+std::vector<std::shared_ptr<Ring>>& held() {
+  static auto& rings = *new std::vector<std::shared_ptr<Ring>>;
+  return rings;
+}
+
+void hold_for_fork() {
+  registry().mutex.lock();
+  for (auto& [device, known] : registry().rings) {
+    if (auto ring = known.lock()) held().push_back(std::move(ring));
+  }
+  for (auto& ring : held()) ring->before_fork();
+}
+
+void let_go_in_parent() {
+  for (auto& ring : held()) ring->after_fork_in_parent();
+  const auto rings = std::move(held());  // the last holder of one may be here
+  held().clear();
+  registry().mutex.unlock();
+}
+
+void let_go_in_child() {
+  for (auto& ring : held()) ring->after_fork_in_child();
+  const auto rings = std::move(held());
+  held().clear();
+  registry().mutex.unlock();
 }
 
 }  // namespace

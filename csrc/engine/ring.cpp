@@ -105,18 +105,23 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     planned = true;  // `window` belongs to the lock, which waiting gives up
     if (ready) {
       counters.hits.fetch_add(1, std::memory_order_relaxed);
-      return slot->wrapped;
+      return hand_out(slot);
     }
     wait_for(slot, counters, lock);
-    if (slot->state == Slot::State::kReady) return slot->wrapped;
+    if (slot->state == Slot::State::kReady) return hand_out(slot);
     // An early read that failed may have met a passing fault: ask once more.
     if (asked_now) throw Error(slot->error_kind, slot->error);
   }
 }
 
+std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
+  if (slot->overflow) drop(slot);
+  return slot->wrapped;
+}
+
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const auto start = std::chrono::steady_clock::now();
-  part_done_.wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
                               std::memory_order_relaxed);
@@ -182,15 +187,17 @@ void Ring::look_ahead(Window& window) {
 Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency) {
   const std::shared_ptr<Donor> donor = weight.donor();
   const uint64_t bytes = donor->size();
-  const uint64_t phase = donor->phase() % kAlign == 0 ? donor->phase() : 0;
+  const uint64_t phase = donor->phase() % weight.alignment() == 0 ? donor->phase() : 0;
   std::byte* block_data = nullptr;
   bool overflow = false;
-  auto block = find_room(round_up(phase + bytes, kPage), urgency, &block_data, &overflow);
+  const uint64_t room = std::max(round_up(phase + bytes, kPage), kPage);
+  auto block = find_room(room, urgency, &block_data, &overflow);
   if (block == nullptr) return nullptr;
   auto slot = std::make_shared<Slot>();
   slot->data = block_data + phase;
   slot->wrapped = memory_->wrap(slot->data, bytes, std::move(block));
   slot->weight = &weight;
+  slot->overflow = overflow;
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
   queue_reads(slot, weight, phase, urgency);
@@ -283,7 +290,19 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
     slot->state = slot->error.empty() ? Slot::State::kReady : Slot::State::kFailed;
     if (slot->state == Slot::State::kFailed) drop(slot);
   }
-  part_done_.notify_all();
+  part_done_->notify_all();
+}
+
+void Ring::after_fork_in_child() {
+  pool_.start_afresh();
+  // Threads that waited in the parent are part of the old one's state.
+  static_cast<void>(part_done_.release());
+  part_done_ = std::make_unique<std::condition_variable>();
+  for (auto slot = slots_.begin(); slot != slots_.end();) {
+    const SlotPtr current = *slot++;
+    if (current->state == Slot::State::kLoading) drop(current);
+  }
+  mutex_.unlock();
 }
 
 void Ring::written(Weight& weight, const std::byte* data) {

@@ -42,6 +42,7 @@ struct Slot {
   State state = State::kLoading;
   Weight* weight = nullptr;  // null once the weight has let go of the slot
   size_t parts_left = 0;
+  bool overflow = false;  // ordinary memory: let go as soon as it was handed out
   std::string error;
   ErrorKind error_kind = ErrorKind::kFetch;
   std::list<std::shared_ptr<Slot>>::iterator place;
@@ -76,6 +77,12 @@ class Ring {
   uint64_t capacity() const;
   uint64_t used() const;
 
+  // Around a fork of the process. The child's ring forgets what was on its way:
+  // the threads that carried it are not there.
+  void before_fork() { mutex_.lock(); }
+  void after_fork_in_parent() { mutex_.unlock(); }
+  void after_fork_in_child();
+
   // Called by Weight only.
   void enlist(Weight& weight);
   void delist(Weight& weight);
@@ -97,6 +104,7 @@ class Ring {
   void advance(Window& window, uint64_t id);
   void forget_predictions(Window& window);
   void look_ahead(Window& window);
+  std::shared_ptr<void> hand_out(const SlotPtr& slot);
   SlotPtr load(Weight& weight, IoPool::Urgency urgency);
   std::shared_ptr<void> find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
                                   bool* overflow);
@@ -110,7 +118,7 @@ class Ring {
 
   const std::unique_ptr<RingMemory> memory_;
   mutable std::mutex mutex_;
-  std::condition_variable part_done_;
+  std::unique_ptr<std::condition_variable> part_done_ = std::make_unique<std::condition_variable>();
   // Everything below is guarded by mutex_.
   std::shared_ptr<Region> region_;
   uint64_t capacity_ = 0;

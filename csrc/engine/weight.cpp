@@ -52,8 +52,9 @@ Counters& process_counters() {
 }
 
 Weight::Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,
-               std::shared_ptr<Counters> counters)
+               std::shared_ptr<Counters> counters, uint64_t alignment)
     : id_(next_weight++),
+      alignment_(alignment),
       ring_(std::move(ring)),
       name_(std::move(name)),
       donor_(std::move(donor)),

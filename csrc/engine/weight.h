@@ -41,12 +41,14 @@ class Weight {
  public:
   // `ring` brings the bytes of donors that cannot be used in place.
   Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,
-         std::shared_ptr<Counters> counters);
+         std::shared_ptr<Counters> counters, uint64_t alignment = kAlign);
   ~Weight();
   Weight(const Weight&) = delete;
   Weight& operator=(const Weight&) = delete;
 
   uint64_t id() const { return id_; }
+  // What the address of fetched bytes is a multiple of.
+  uint64_t alignment() const { return alignment_; }
   std::string name() const;
   void rename(std::string name);
   uint64_t size() const { return donor()->size(); }
@@ -74,6 +76,7 @@ class Weight {
 
  private:
   const uint64_t id_;
+  const uint64_t alignment_;
   const std::shared_ptr<Ring> ring_;
   mutable std::mutex mutex_;
   std::string name_;              // guarded by mutex_

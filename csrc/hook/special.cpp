@@ -1,10 +1,11 @@
 // Operators whose schema does not tell the hook what it has to know.
+#include "hook/call.h"
+
 #include <ATen/ops/copy_ops.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "engine/devices.h"
-#include "hook/call.h"
 #include "hook/errors.h"
 #include "hook/fallback.h"
 

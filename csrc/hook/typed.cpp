@@ -1,5 +1,7 @@
 // Unboxed kernels for the operators that inference spends its calls on: the
 // same five steps as the fallback, without building a stack.
+#include "hook/call.h"
+
 #include <ATen/ops/_scaled_mm_ops.h>
 #include <ATen/ops/addmm_ops.h>
 #include <ATen/ops/baddbmm_ops.h>
@@ -10,7 +12,6 @@
 #include <ATen/ops/native_layer_norm_ops.h>
 #include <torch/library.h>
 
-#include "hook/call.h"
 #include "hook/errors.h"
 
 namespace distorch {

@@ -18,14 +18,31 @@ std::shared_ptr<Counters> no_group() {
   return counters;
 }
 
-at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, at::ScalarType dtype,
-                      at::IntArrayRef sizes, at::IntArrayRef strides, int64_t offset,
-                      at::Device compute, const std::string& name) {
+// See Note [Alignment and last bits].
+uint64_t alignment_of(at::ScalarType dtype) {
+  const bool small_float = at::isReducedFloatingType(dtype) || at::isFloat8Type(dtype);
+  return small_float ? kLooseAlign : kAlign;
+}
+
+// The shape of a sharded tensor, in elements.
+struct Geometry {
+  at::ScalarType dtype;
+  at::IntArrayRef sizes;
+  at::IntArrayRef strides;
+  int64_t offset;
+};
+
+Geometry geometry_of(const at::Tensor& tensor) {
+  return {tensor.scalar_type(), tensor.sizes(), tensor.strides(), tensor.storage_offset()};
+}
+
+at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, const Geometry& geometry,
+                      at::Device compute, const std::string& name, uint64_t alignment = kAlign) {
   sweep_operators();
-  auto weight =
-      std::make_shared<Weight>(name, std::move(donor), ring_for(compute.str()), no_group());
-  return make_sharded(make_tagged_storage({std::move(weight), compute, std::move(in_place)}), dtype,
-                      sizes, strides, offset);
+  auto weight = std::make_shared<Weight>(name, std::move(donor), ring_for(compute.str()),
+                                         no_group(), alignment);
+  return make_sharded(make_tagged_storage({std::move(weight), compute, std::move(in_place)}),
+                      geometry.dtype, geometry.sizes, geometry.strides, geometry.offset);
 }
 
 // The donor is the storage of `data` itself (host memory).
@@ -37,8 +54,7 @@ at::Tensor shard_host(const at::Tensor& data, at::Device compute, std::string na
                                            owner->nbytes());
   c10::Storage in_place;
   if (compute.is_cpu()) in_place = *owner;
-  return wrap_donor(std::move(donor), std::move(in_place), data.scalar_type(), data.sizes(),
-                    data.strides(), data.storage_offset(), compute, name);
+  return wrap_donor(std::move(donor), std::move(in_place), geometry_of(data), compute, name);
 }
 
 // The donor is a range of a file, which is only ever read. Sizes and strides
@@ -48,8 +64,9 @@ at::Tensor shard_file(std::string path, int64_t offset, at::IntArrayRef sizes, a
   return at_border([&] {
     const int64_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
     auto donor = std::make_shared<FileDonor>(File::open(path), offset, bytes);
-    return wrap_donor(std::move(donor), {}, dtype, sizes, at::detail::defaultStrides(sizes), 0,
-                      compute, name);
+    const std::vector<int64_t> strides = at::detail::defaultStrides(sizes);
+    return wrap_donor(std::move(donor), {}, {dtype, sizes, strides, 0}, compute, name,
+                      alignment_of(dtype));
   });
 }
 
@@ -61,8 +78,7 @@ at::Tensor shard_scratch(const at::Tensor& data, std::string directory, at::Devi
     const c10::Storage& storage = host.storage();
     auto donor = FileDonor::scratch(directory, storage.nbytes());
     donor->write(0, storage.nbytes(), static_cast<const std::byte*>(storage.data()));
-    return wrap_donor(std::move(donor), {}, host.scalar_type(), host.sizes(), host.strides(),
-                      host.storage_offset(), compute, name);
+    return wrap_donor(std::move(donor), {}, geometry_of(host), compute, name);
   });
 }
 
@@ -90,9 +106,8 @@ std::tuple<std::string, int64_t> file_range(const at::Tensor& tensor) {
 at::Tensor share(const at::Tensor& tensor) {
   const Handle& handle = handle_of(tensor);
   TORCH_CHECK_VALUE(!handle.weight->donor()->writable(), "share takes a read-only donor");
-  return wrap_donor(handle.weight->donor(), {}, tensor.scalar_type(), tensor.sizes(),
-                    tensor.strides(), tensor.storage_offset(), handle.compute,
-                    handle.weight->name());
+  return wrap_donor(handle.weight->donor(), {}, geometry_of(tensor), handle.compute,
+                    handle.weight->name(), handle.weight->alignment());
 }
 
 // The donor's bytes as a CPU tensor of them, without a copy: host memory

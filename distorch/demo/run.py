@@ -20,6 +20,8 @@ from distorch.load import load
 from distorch.report import Report, Stats, report, reset_stats, stats
 from distorch.runtime.machine import default_compute
 
+# Small enough that this small model really streams: a few weights at a time.
+RING_BYTES = 2 << 20
 WEIGHTS = Path(__file__).parent / "weights"
 BASE = WEIGHTS / "digits-dit-bf16.safetensors"
 LORA = WEIGHTS / "digits-negative-lora.safetensors"
@@ -82,7 +84,9 @@ def compare(spec: str, strength: float, *, count: int, steps: int) -> Outcome:
     with torch.device("meta"):
         empty = DigitTransformer(_config())
     loras = [(LORA, strength)] if strength else []
-    model = load(empty, BASE, spec, min_bytes=0, loras=loras, progress=False).eval()
+    model = load(
+        empty, BASE, spec, min_bytes=0, loras=loras, prefetch=RING_BYTES, progress=False
+    ).eval()
     plain = resident_model(strength, torch.device(report(model).compute))
     for warm_up in (plain, model):
         sample(warm_up, labels, steps=2)

@@ -27,17 +27,19 @@ def sample(
     seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Digits for `labels` [n] as images [n, 1, size, size] in -1..1.
+    """Digits for `labels` [n] as images [n, 1, size, size] in -1..1, on the model's device.
 
     Euler steps of the learned flow from noise (time 0) to image (time 1); two passes a step, with
-    and without the label (classifier-free guidance, Ho and Salimans, 2022). Deterministic.
+    and without the label (classifier-free guidance, Ho and Salimans, 2022). Deterministic: the
+    noise is drawn on the CPU, so that a seed means the same noise on every device.
     """
-    size, dtype = model.config.image, model.embed.weight.dtype
+    size, weight = model.config.image, model.embed.weight
+    labels = labels.to(weight.device)
     noise = torch.randn(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed))
-    images = noise.to(dtype)
+    images = noise.to(weight.device, weight.dtype)
     nothing = torch.full_like(labels, model.no_label)
     for step in range(steps):
-        times = torch.full((len(labels),), step / steps)
+        times = torch.full((len(labels),), step / steps, device=labels.device)
         with_label = model(images, times, labels)
         without = model(images, times, nothing)
         images = images + (without + guidance * (with_label - without)) / steps
@@ -46,7 +48,12 @@ def sample(
 
 
 def sheet(images: Tensor, columns: int = 10, scale: int = 8) -> Bytes2D:
-    """Images [n, 1, size, size] in -1..1 as one grey picture, ink dark on white paper."""
+    """Images [n, 1, size, size] in -1..1 as one grey picture, ink dark on white paper.
+
+    A last row that is not full is filled up with empty paper (-1).
+    """
+    missing = -len(images) % columns if len(images) > columns else 0
+    images = torch.nn.functional.pad(images.cpu(), (0,) * 7 + (missing,), value=-1.0)
     grown = torch.nn.functional.interpolate(images, scale_factor=scale, mode="bicubic")
     grey = (255 * (1 - (grown.clamp(-1, 1) + 1) / 2)).round().to(torch.uint8)[:, 0]
     edge = scale // 2

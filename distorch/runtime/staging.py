@@ -64,6 +64,16 @@ def same_bytes(origin: Origin, data: torch.Tensor) -> bool:
     return True
 
 
+def _from_checkpoint(group: Group, origin: Origin, compute: torch.device) -> torch.Tensor:
+    """The group read from its checkpoint again: uint8 [nbytes], sharded."""
+    dtypes = {member.parameter.dtype for member in group.members}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
+    count = group.nbytes // dtype.itemsize
+    path, offset = origin.path, origin.offset
+    sharded = _ops.shard_file(path, offset, (count,), dtype, compute=compute, name=group.name)
+    return sharded.view(torch.uint8)
+
+
 def stage(
     group: Group, target: str, compute: torch.device, origin: Origin | None = None
 ) -> torch.Tensor:
@@ -76,14 +86,7 @@ def stage(
     if target == str(compute):
         return data.to(compute)
     if target == "disk" and origin is not None and same_bytes(origin, data.cpu()):
-        return _ops.shard_file(
-            origin.path,
-            origin.offset,
-            (group.nbytes,),
-            torch.uint8,
-            compute=compute,
-            name=group.name,
-        )
+        return _from_checkpoint(group, origin, compute)
     if target in ("cpu", "disk"):
         return _ops.shard_on(target, _alone(data.cpu()), compute, group.name)
     raise PlacementError(

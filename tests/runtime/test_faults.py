@@ -1,0 +1,184 @@
+"""Faults in the middle: the named error, the module as before, nothing left behind."""
+
+import copy
+import errno
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import distorch
+from distorch import _ops
+from tests.processes import donor_files
+
+
+def net():
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+
+
+X = torch.ones(2, 64)
+
+
+def test_interrupt_while_staging(monkeypatch):
+    module = net()
+    wanted, calls = module(X), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return _original(*args, **kwargs)
+
+    _original = _ops.shard_on
+    monkeypatch.setattr(_ops, "shard_on", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
+    monkeypatch.undo()
+    del caught
+    calls.clear()
+    gc.collect()
+    assert not any(distorch.is_sharded(p) for p in module.parameters())
+    assert "_distorch" not in module.__dict__
+    assert torch.equal(module(X), wanted)
+    assert donor_files() == []
+
+
+def test_interrupt_while_swapping(monkeypatch):
+    from distorch.runtime import distribution
+
+    module = net()
+    wanted, calls = module(X), []
+
+    def interrupted(parameter, value):
+        calls.append(parameter)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        _original(parameter, value)
+
+    _original = distribution._set
+    monkeypatch.setattr(distribution, "_set", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
+    monkeypatch.undo()
+    assert not any(distorch.is_sharded(p) for p in module.parameters())
+    assert torch.equal(module(X), wanted)
+
+
+def test_file_truncated_while_running(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(net().state_dict(), path)
+    module = distorch.load(net(), path, "cpu,0b;disk,*", min_bytes=0, prefetch=0)
+    wanted = module(X)
+    data = path.read_bytes()
+    os.truncate(path, len(data) // 2)
+    with pytest.raises(distorch.FetchError, match=r"weight '0\.weight'.*bytes.*load the model"):
+        module(X)
+    assert distorch.is_sharded(module[0].weight)
+    again = distorch.load(net(), _copy(tmp_path, data), "cpu,0b;disk,*", min_bytes=0)
+    assert torch.equal(again(X), wanted)
+
+
+def test_file_changed_while_running(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(net().state_dict(), path)
+    module = distorch.load(net(), path, "cpu,0b;disk,*", min_bytes=0, prefetch=0)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    os.utime(path, (1, 1))
+    with pytest.raises(distorch.FetchError, match="written to after it was opened"):
+        module(X)
+
+
+def _copy(folder, data):
+    path = folder / "copy.safetensors"
+    path.write_bytes(data)
+    return path
+
+
+def test_disk_full(tmp_path):
+    """A file size limit stands for a full disk: the system refuses the donor file's room."""
+    program = """
+        import resource, signal, torch, distorch
+        from torch import nn
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        module = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+        wanted = module(torch.ones(2, 256))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 256 * 256 * 4, resource.RLIM_INFINITY))
+        try:
+            distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
+        except distorch.PlacementError as error:
+            assert "no room" in str(error) and "DISTORCH_DISK" in str(error), error
+        else:
+            raise SystemExit("no error")
+        assert not any(distorch.is_sharded(p) for p in module.parameters())
+        assert torch.equal(module(torch.ones(2, 256)), wanted)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
+        assert torch.equal(module(torch.ones(2, 256)), wanted)
+        print("as before")
+    """
+    environment = {**os.environ, "DISTORCH_DISK": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "as before", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_error_is_a_fetch_error(monkeypatch, tmp_path):
+    """A folder cannot be read as a file: the system's own error comes through, named."""
+    with pytest.raises(distorch.DistorchError, match=os.strerror(errno.EISDIR)):
+        weight = torch.ops.distorch.shard_file(str(tmp_path), 0, [16], torch.uint8, "cpu", "w")
+        weight + 1
+
+
+def test_failed_load_leaves_the_module(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_file(net().state_dict(), path)
+    module = net()
+    wanted = module(X)
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distorch.runtime.distribution._install", broken)
+    with pytest.raises(KeyboardInterrupt):
+        distorch.load(module, path, "cpu,0b;disk,*", min_bytes=0)
+    assert torch.equal(module(X), wanted)
+    assert not any(distorch.is_sharded(p) for p in module.parameters())
+
+
+@pytest.mark.parametrize("prefetch", [0, "2mib"])
+def test_fork_after_use(prefetch):
+    """A child process reads with threads of its own, also when a read was under way.
+
+    Elementwise ops of one thread: OpenMP itself does not survive a fork.
+    """
+    module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0, prefetch=prefetch)
+    weights = [p for p in module.parameters() if p.dim() == 2]
+
+    def values():
+        return torch.stack([w.detach() + 0 for w in weights])
+
+    wanted = values()
+    values()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(values(), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(values(), wanted)
+
+
+def test_copies_and_originals_are_apart():
+    module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0)
+    twin = copy.deepcopy(module)
+    del module
+    assert twin(X).shape == (2, 64)
