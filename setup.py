@@ -1,7 +1,6 @@
 """Builds the compiled library against the torch that is installed."""
 
 import os
-import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -11,18 +10,16 @@ ROOT = Path(__file__).parent
 ROOMS = ("core", "engine", "hook", "ops", "bindings")
 
 
-def want_cuda() -> bool:
-    """DISTORCH_CUDA: 1 needs the toolkit, 0 leaves it, auto takes what is there."""
+def check_cuda_choice() -> None:
+    """DISTORCH_CUDA: 0 leaves the CUDA part out, auto takes what is there, 1 must have it."""
     choice = os.environ.get("DISTORCH_CUDA", "auto").lower()
     if choice not in {"0", "1", "auto"}:
         raise SystemExit(f"DISTORCH_CUDA={choice!r}: expected 0, 1 or auto")
-    found = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
-    if choice == "1" and not found:
+    if choice == "1" and not (ROOT / "csrc" / "cuda").is_dir():
         raise SystemExit(
-            "DISTORCH_CUDA=1 but there is no nvcc: put the CUDA toolkit's bin folder on PATH, "
-            "or build the CPU part with DISTORCH_CUDA=0"
+            "DISTORCH_CUDA=1: this version has no CUDA part yet. "
+            "Build the CPU part with DISTORCH_CUDA=0 or auto"
         )
-    return found and choice != "0"
 
 
 def extension():
@@ -62,5 +59,5 @@ def commands():
     return {"build_ext": BuildExtension}
 
 
-want_cuda()
+check_cuda_choice()
 setup(ext_modules=[extension()], cmdclass=commands())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.staging import Origin, current_place, member_tensor, stage
 
 Module = TypeVar("Module", bound=nn.Module)
+_Undo = list[Callable[[], None]]
 
 _KEY = "_distorch"
 _AUTO_RING_BYTES = 128 << 20
@@ -241,8 +243,13 @@ def place(
     if isinstance(known, Distribution):
         state.counters = known.counters
     state.reserve(ring_bytes(plan, options))
-    _commit(module, groups, staged, buffers)
-    _install(module, plan, compute, state, groups)
+    undo: _Undo = []
+    try:
+        _swap_in(module, groups, staged, buffers, undo)
+        _install(module, state, groups, undo)
+    except BaseException:
+        _take_back(undo)
+        raise
     return module
 
 
@@ -262,37 +269,30 @@ def _stage_all(
     return staged
 
 
-def _commit(
+def _take_back(undo: _Undo) -> None:
+    for step in reversed(undo):
+        step()
+
+
+def _swap_in(
     module: nn.Module,
     groups: list[Group],
     staged: dict[int, torch.Tensor],
     buffers: dict[str, torch.Tensor],
+    undo: _Undo,
 ) -> None:
-    """Swaps in what was staged; undone as a whole when interrupted."""
-    undo: list[tuple[nn.Parameter, torch.Tensor]] = []
-    old_buffers = list(unique_buffers(module))
-    try:
-        for index, tensor in staged.items():
-            group = groups[index]
-            seen: set[int] = set()
-            geometry = [
-                (m.parameter, member_tensor(tensor, group, m.parameter)) for m in group.members
-            ]
-            for parameter, value in geometry:
-                if id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                undo.append((parameter, parameter.data))
-                _set(parameter, value)
-        for name, owner, key, _ in old_buffers:
-            if name in buffers:
-                owner._buffers[key] = buffers[name]
-    except BaseException:
-        for parameter, value in reversed(undo):
-            _set(parameter, value)
-        for _, owner, key, buffer in old_buffers:
-            owner._buffers[key] = buffer
-        raise
+    """Gives the module what was staged; how to go back is noted first, step by step."""
+    for index, tensor in staged.items():
+        group = groups[index]
+        parameters = {id(member.parameter): member.parameter for member in group.members}
+        values = {i: member_tensor(tensor, group, p) for i, p in parameters.items()}
+        for identity, parameter in parameters.items():
+            undo.append(partial(_set, parameter, parameter.data))
+            _set(parameter, values[identity])
+    for name, owner, key, buffer in unique_buffers(module):
+        if name in buffers:
+            undo.append(partial(owner._buffers.__setitem__, key, buffer))
+            owner._buffers[key] = buffers[name]
 
 
 def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -303,10 +303,9 @@ def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
         detach_behaviour(parameter)
 
 
-def _install(
-    module: nn.Module, plan: Plan, compute: torch.device, state: Distribution, groups: list[Group]
-) -> None:
+def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: _Undo) -> None:
     """Agents on the owning modules, counters on the weights, the sweep before each forward."""
+    plan, compute = state.plan, torch.device(state.plan.compute)
     tiers: dict[int, dict[str, str]] = {}
     owners: dict[int, nn.Module] = {}
     for group in groups:
@@ -316,15 +315,19 @@ def _install(
                 tiers.setdefault(id(member.owner), {})[member.key] = plan.placement[group.name]
         if _ops.is_sharded(group.first):
             _ops.count_in(group.first, state.counters.id)
+    if tiers and id(module) not in tiers:
+        # The root refuses .to(device) before any of its parts has moved.
+        owners[id(module)], tiers[id(module)] = module, {}
     for key, owner in owners.items():
+        undo.append(ModuleAgent.restorer(owner))
         if key in tiers:
             ModuleAgent.install(owner, compute, tiers[key])
         else:
             ModuleAgent.remove(owner)
-    if tiers and id(module) not in tiers:
-        # The root refuses .to(device) before any of its parts has moved.
-        ModuleAgent.install(module, compute, {})
+    if not is_distributed(module):
+        undo.append(partial(_remove_sweep, module))
     _add_sweep(module)
+    # Last, and in one step: from here on it is done.
     module.__dict__[_KEY] = state
 
 
@@ -354,11 +357,18 @@ def unplace(module: Module, device: str | torch.device | None) -> Module:
         if _ops.is_sharded(group.first) or group.first.device != target
     }
     buffers = {name: buffer.to(target) for name, _, _, buffer in unique_buffers(module)}
-    _commit(module, groups, staged, buffers)
-    for part in module.modules():
-        ModuleAgent.remove(part)
-    _remove_sweep(module)
-    module.__dict__.pop(_KEY, None)
+    undo: _Undo = []
+    try:
+        _swap_in(module, groups, staged, buffers, undo)
+        for part in module.modules():
+            undo.append(ModuleAgent.restorer(part))
+            ModuleAgent.remove(part)
+        undo.append(partial(_add_sweep, module))
+        _remove_sweep(module)
+        module.__dict__.pop(_KEY, None)
+    except BaseException:
+        _take_back(undo)
+        raise
     return module
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,14 @@ class ModuleAgent:
         ):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
+
+    @classmethod
+    def restorer(cls, module: nn.Module) -> Callable[[], None]:
+        """What puts the module's present agent, or its absence, back."""
+        agent = agent_of(module)
+        if agent is None:
+            return partial(cls.remove, module)
+        return partial(cls.install, module, agent.compute, agent.tiers)
 
     def __call__(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

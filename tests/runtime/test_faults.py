@@ -15,6 +15,8 @@ from torch import nn
 
 import distorch
 from distorch import _ops
+from distorch.runtime import distribution
+from distorch.runtime.module_agent import ModuleAgent
 from tests.processes import donor_files
 
 
@@ -49,25 +51,59 @@ def test_interrupt_while_staging(monkeypatch):
     assert donor_files() == []
 
 
-def test_interrupt_while_swapping(monkeypatch):
-    from distorch.runtime import distribution
+def _interrupt_at(monkeypatch, target, name, call):
+    """Ctrl-C at the `call`-th call of target.name."""
+    original, calls = getattr(target, name), []
 
-    module = net()
-    wanted, calls = module(X), []
-
-    def interrupted(parameter, value):
-        calls.append(parameter)
-        if len(calls) == 5:
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
             raise KeyboardInterrupt
-        _original(parameter, value)
+        return original(*args, **kwargs)
 
-    _original = distribution._set
-    monkeypatch.setattr(distribution, "_set", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(target, name, interrupted)
+
+
+INTERRUPTS = {
+    "swapping": (distribution, "_set", 5),
+    "agents": (ModuleAgent, "install", 3),
+    "end": (distribution, "_add_sweep", 1),
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTS)
+def test_interrupt_of_distribute(monkeypatch, where):
+    module = net()
+    wanted = module(X)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        _interrupt_at(patched, *INTERRUPTS[where])
         distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
-    monkeypatch.undo()
     assert not any(distorch.is_sharded(p) for p in module.parameters())
     assert torch.equal(module(X), wanted)
+    assert module.double()(X.double()).dtype is torch.float64  # no agent is left behind
+
+
+@pytest.mark.parametrize("where", INTERRUPTS)
+def test_interrupt_of_redistribute(monkeypatch, where):
+    module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0)
+    wanted, before = module(X), distorch.report(module).placement
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        _interrupt_at(patched, *INTERRUPTS[where])
+        distorch.redistribute(module, "cpu,50%;disk,50%")
+    assert distorch.report(module).placement == before
+    assert distorch.report(module).ok
+    assert torch.equal(module(X), wanted)
+
+
+def test_interrupt_of_undistribute(monkeypatch):
+    module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0)
+    wanted = module(X)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        _interrupt_at(patched, ModuleAgent, "remove", 3)
+        distorch.undistribute(module)
+    assert distorch.report(module).ok
+    assert torch.equal(module(X), wanted)
+    assert torch.equal(distorch.undistribute(module)(X), wanted)
 
 
 def test_file_truncated_while_running(tmp_path):
