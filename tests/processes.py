@@ -1,4 +1,4 @@
-"""What the running process holds: donor files, threads, memory (Linux)."""
+"""What the running process holds: donor files and threads (Linux)."""
 
 import contextlib
 from pathlib import Path
@@ -19,11 +19,3 @@ def reader_threads() -> int:
     return sum(
         (task / "comm").read_text().startswith("distorch") for task in (PROC / "task").iterdir()
     )
-
-
-def status_bytes(field: str) -> int:
-    """A memory field of /proc/self/status, for example VmHWM (peak resident size)."""
-    for line in (PROC / "status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
