@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from distorch.errors import FormatError, PlacementError
 from distorch.formats.checkpoint import Checkpoint, match_names, open_checkpoint, weight_info
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import LoraSource, Patches, read_loras
-from distorch.planner import Inventory, Plan, WeightInfo
+from distorch.planner import Inventory, Plan
 from distorch.runtime import distribution, groups
 from distorch.runtime.distribution import Options
 from distorch.runtime.staging import Origin
@@ -34,10 +34,11 @@ class _Job:
     stored: StoredTensor
     members: list[groups.Member]
     buffer: tuple[nn.Module, str] | None = None
+    buffer_name: str = ""
 
     @property
     def name(self) -> str:
-        return self.members[0].name if self.members else self.stored.name
+        return self.members[0].name if self.members else self.buffer_name
 
 
 def load(
@@ -66,7 +67,7 @@ def load(
     checkpoint = open_checkpoint(file)
     jobs = _match(module, checkpoint, strict)
     patches = read_loras(loras, [name for job in jobs for name in _names(job)], strict_loras)
-    inventory = Inventory(tuple(_info(job) for job in jobs))
+    inventory = _inventory(module, jobs)
     if plan is None:
         devices = distribution.devices_for((), None)
         plan = distribution.plan_inventory(
@@ -81,11 +82,28 @@ def _names(job: _Job) -> list[str]:
     return [member.name for member in job.members]
 
 
-def _info(job: _Job) -> WeightInfo:
-    if job.buffer is not None:
-        info = weight_info(job.stored, job.stored.name)
-        return WeightInfo(info.name, info.nbytes, info.shape, info.dtype, kind="buffer")
-    return weight_info(job.stored, job.name, tuple(_names(job)[1:]))
+def _inventory(module: nn.Module, jobs: list[_Job]) -> Inventory:
+    """The module as it will be: what the file brings, and what stays as it is."""
+    brought = {job.name: job for job in jobs}
+    filled = {id(member.parameter) for job in jobs for member in job.members}
+    weights = {}
+    for group in groups.group_members(module):
+        rest = [member for member in group.members if id(member.parameter) not in filled]
+        if rest:
+            weights[rest[0].name] = groups.Group(group.begin, group.end, rest).info()
+    for job in jobs:
+        weights[job.name] = weight_info(job.stored, job.name, tuple(_names(job)[1:]))
+    order = {member.name: i for i, member in enumerate(groups.named_members(module))}
+    parameters = sorted(
+        (weight for name, weight in weights.items() if name in order),
+        key=lambda weight: order[weight.name],
+    )
+    buffers = []
+    for buffer in groups.buffer_infos(module):
+        new = brought.get(buffer.name)
+        info = buffer if new is None else weight_info(new.stored, buffer.name)
+        buffers.append(replace(info, kind="buffer"))
+    return Inventory((*parameters, *buffers))
 
 
 def _match(module: nn.Module, checkpoint: Checkpoint, strict: bool) -> list[_Job]:
@@ -105,7 +123,7 @@ def _match(module: nn.Module, checkpoint: Checkpoint, strict: bool) -> list[_Job
         jobs.append(_Job(checkpoint.tensors[stored], members))
     for name, (owner, key) in buffers.items():
         if name in names:
-            jobs.append(_Job(checkpoint.tensors[names[name]], [], (owner, key)))
+            jobs.append(_Job(checkpoint.tensors[names[name]], [], (owner, key), name))
         elif key not in owner._non_persistent_buffers_set:
             missing.append(name)
     unexpected = sorted(set(checkpoint.tensors) - set(names.values()))

@@ -130,9 +130,9 @@ def unique_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, tor
             yield f"{prefix}.{key}" if prefix else key, owner, key, buffer
 
 
-def inventory_of(module: nn.Module, groups: list[Group]) -> Inventory:
-    """What the planner needs to know of a module."""
-    buffers = [
+def buffer_infos(module: nn.Module) -> list[WeightInfo]:
+    """The module's buffers as the planner sees them."""
+    return [
         WeightInfo(
             name=name,
             nbytes=buffer.numel() * buffer.element_size(),
@@ -143,4 +143,8 @@ def inventory_of(module: nn.Module, groups: list[Group]) -> Inventory:
         )
         for name, _, _, buffer in unique_buffers(module)
     ]
-    return Inventory(tuple([group.info() for group in groups] + buffers))
+
+
+def inventory_of(module: nn.Module, groups: list[Group]) -> Inventory:
+    """What the planner needs to know of a module."""
+    return Inventory((*(group.info() for group in groups), *buffer_infos(module)))

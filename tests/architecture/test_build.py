@@ -1,0 +1,46 @@
+"""setup.py's settings, and that core needs no torch to compile and link."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"), [("1", "no CUDA part"), ("maybe", "expected 0, 1 or auto")]
+)
+def test_cuda_choice_is_checked(choice, message):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env={**os.environ, "DISTORCH_CUDA": choice}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("choice", ["0", "auto"])
+def test_cpu_choices(choice):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env={**os.environ, "DISTORCH_CUDA": choice}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.strip().splitlines()[-1] == "0.1.0"
+
+
+def test_core_compiles_and_links_without_torch(tmp_path):
+    """Every object of csrc/core into one shared library, with no name left open but libc's."""
+    sources = sorted(map(str, (ROOT / "csrc" / "core").glob("*.cpp")))
+    library = tmp_path / "libcore.so"
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run(
+        [compiler, "-std=c++20", "-O0", "-fPIC", "-shared", "-Wl,--no-undefined", "-pthread",
+         f"-I{ROOT / 'csrc'}", *sources, "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    assert library.stat().st_size > 0

@@ -1,0 +1,122 @@
+"""Dependencies point down only. Each rule is also shown a breach, and must see it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What each folder of csrc may include, and which libraries it may know.
+CSRC = {
+    "core": ({"core"}, set()),
+    "engine": ({"engine", "core"}, {"c10"}),
+    "hook": ({"hook", "engine", "core"}, {"c10", "ATen", "torch"}),
+    "ops": ({"ops", "hook", "engine", "core"}, {"c10", "ATen", "torch"}),
+    "bindings": (
+        {"bindings", "ops", "hook", "engine", "core"},
+        {"c10", "ATen", "torch", "pybind11"},
+    ),
+    "tests": ({"tests", "engine", "core"}, set()),
+}
+_LIBRARIES = {"torch", "ATen", "c10", "pybind11", "cuda", "cuda_runtime", "Python"}
+
+
+def _includes(csrc):
+    for file in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cpp")]):
+        room = file.relative_to(csrc).parts[0]
+        for kind, target in re.findall(r'^\s*#\s*include\s+(["<])([^">]+)', file.read_text(), re.M):
+            yield file.relative_to(csrc), room, kind == '"', target
+
+
+def cpp_breaches(csrc):
+    found = []
+    for file, room, ours, target in _includes(csrc):
+        rooms, libraries = CSRC[room]
+        first = target.split("/")[0].removesuffix(".h")
+        if (ours and first not in rooms) or (not ours and first in _LIBRARIES - libraries):
+            found.append(f"{file} includes {target}")
+    return found
+
+
+def library_users(package):
+    """Files that name the extension module or its operators."""
+    pattern = re.compile(r"torch\.ops\.distorch|import _C\b|distorch\._C\b")
+    return {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if pattern.search(file.read_text())
+    }
+
+
+def import_linter(folder):
+    tool = Path(sys.executable).with_name("lint-imports")
+    command = [str(tool), "--config", str(folder / "pyproject.toml"), "--no-cache"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The sources, to be broken."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors")
+    for folder in ("distorch", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_cpp_layers():
+    assert list(_includes(ROOT / "csrc"))
+    assert cpp_breaches(ROOT / "csrc") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("core/arena.h", '#include "engine/ring.h"'),
+        ("core/file.cpp", "#include <torch/library.h>"),
+        ("core/file.cpp", "#include <c10/core/Storage.h>"),
+        ("engine/ring.cpp", '#include "hook/call.h"'),
+        ("engine/ring.cpp", "#include <ATen/core/Tensor.h>"),
+        ("hook/call.cpp", "#include <pybind11/pybind11.h>"),
+    ],
+)
+def test_cpp_breach_is_seen(copied, file, line):
+    path = copied / "csrc" / file
+    path.write_text(line + "\n" + path.read_text())
+    assert len(cpp_breaches(copied / "csrc")) == 1
+
+
+def test_python_layers():
+    kept, output = import_linter(ROOT)
+    assert kept, output
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("planner/spec.py", "import torch"),
+        ("planner/plan.py", "from distorch.runtime import machine"),
+        ("formats/safetensors.py", "from distorch.load import load"),
+        ("_native.py", "from distorch import _ops"),
+        ("runtime/groups.py", "import distorch.lora"),
+    ],
+)
+def test_python_breach_is_seen(copied, file, line):
+    path = copied / "distorch" / file
+    path.write_text(path.read_text() + f"\n{line}\n")
+    kept, output = import_linter(copied)
+    assert not kept, output
+
+
+def test_two_files_know_the_compiled_library():
+    assert library_users(ROOT / "distorch") == {"_native.py", "_ops.py"}
+
+
+def test_use_of_the_compiled_library_is_seen(copied):
+    (copied / "distorch" / "report.py").write_text("torch.ops.distorch.sweep()\n")
+    assert "report.py" in library_users(copied / "distorch")
