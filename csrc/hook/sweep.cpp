@@ -78,6 +78,12 @@ bool takes_tensors(const c10::FunctionSchema& schema) {
 Treatment classify(const c10::OperatorHandle& op) {
   if (!op.hasSchema() || !takes_tensors(op.schema())) return Treatment::kLeave;
   if (op.hasKernelForDispatchKey(kHookKey)) return Treatment::kLeave;
+  const bool own_kernel =
+      op.hasKernelForDispatchKey(DispatchKey::CPU) || op.hasKernelForDispatchKey(DispatchKey::CUDA);
+  const bool implicit = op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd);
+  // Its decomposition sits at the hook's key already. (A fallthrough in its
+  // place breaks `to`: BackendSelect redispatches without skipping those.)
+  if (implicit && !own_kernel) return Treatment::kLeave;
   const c10::OperatorName& name = op.operator_name();
   if (shape_only_operators().count(name.name) > 0 &&
       name.overload_name.find("out") == std::string::npos) {
@@ -88,12 +94,7 @@ Treatment classify(const c10::OperatorHandle& op) {
       op.hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutogradNonFunctional)) {
     return Treatment::kBoxed;
   }
-  const bool own_kernel =
-      op.hasKernelForDispatchKey(DispatchKey::CPU) || op.hasKernelForDispatchKey(DispatchKey::CUDA);
-  if (own_kernel && op.hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
-    return Treatment::kBoxed;
-  }
-  return Treatment::kLeave;
+  return implicit ? Treatment::kBoxed : Treatment::kLeave;
 }
 
 c10::KernelFunction kernel_for(Treatment treatment) {

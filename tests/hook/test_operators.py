@@ -28,6 +28,8 @@ CASES = {
     "einsum": lambda w: torch.einsum("ij,kj->ik", w, w),
     "embedding": lambda w: torch.nn.functional.embedding(torch.tensor([1, 5]), w),
     "sort": lambda w: w.sort().values,
+    "to_device": lambda w: w.to("cpu") * 1,
+    "to_device_and_dtype": lambda w: w.to("cpu", torch.float64),
     "to_dtype": lambda w: w.to(torch.float64),
     "item": lambda w: torch.tensor(w[3, 4].item()),
     "mask": lambda w: w[w > 0],
@@ -44,10 +46,17 @@ CASES = {
 }
 
 
+MODES = {
+    "grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
-def test_same_bits(pair, name):
+def test_same_bits(pair, name, mode):
     plain, sharded = pair
-    wanted, got = CASES[name](plain), CASES[name](sharded)
+    with MODES[mode]():
+        wanted, got = CASES[name](plain), CASES[name](sharded)
     assert got.dtype == wanted.dtype
     assert got.shape == wanted.shape
     assert torch.equal(got, wanted)
