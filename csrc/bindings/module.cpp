@@ -12,7 +12,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Counters, std::shared_ptr<Counters>>(module, "Counters")
       .def(py::init(&Counters::make))
       .def_readonly("id", &Counters::id)
-      .def_property_readonly("fetches", [](const Counters& c) { return c.fetches.load(); })
+      .def_property_readonly("fetches",
+                             [](const Counters& c) { return c.hits.load() + c.misses.load(); })
       .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
       .def_property_readonly("stall_ns", [](const Counters& c) { return c.stall_ns.load(); })
       .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
@@ -25,7 +26,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("capacity", &Reservation::capacity)
       .def_property_readonly("used", &Reservation::used);
 
-  module.def("fetch_count", [] { return distorch::process_counters().fetches.load(); });
+  module.def("fetch_count", [] { return distorch::process_fetches.load(); });
   module.def("set_scratch_directory", &distorch::set_scratch_directory);
   module.def("scratch_directory", &distorch::scratch_directory);
   module.def("set_io_threads", &distorch::set_io_threads);

@@ -92,21 +92,19 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   Lock lock(mutex_);
   Window& window = window_of_this_thread();
   advance(window, weight.id());
+  if (const SlotPtr& slot = weight.in_ring.slot; slot && slot->state == Slot::State::kReady) {
+    std::shared_ptr<void> bytes = hand_out(slot);  // held: looking ahead does not evict it
+    look_ahead(window);
+    counters.hits.fetch_add(1, std::memory_order_relaxed);
+    return bytes;
+  }
+  counters.misses.fetch_add(1, std::memory_order_relaxed);
   for (bool planned = false;;) {
     SlotPtr slot = weight.in_ring.slot;
-    const bool ready = slot != nullptr && slot->state == Slot::State::kReady;
     const bool asked_now = slot == nullptr;
-    if (asked_now) {
-      slot = load(weight, IoPool::Urgency::kNow);
-    } else {
-      slots_.splice(slots_.end(), slots_, slot->place);
-    }
+    if (asked_now) slot = load(weight, IoPool::Urgency::kNow);
     if (!planned) look_ahead(window);
     planned = true;  // `window` belongs to the lock, which waiting gives up
-    if (ready) {
-      counters.hits.fetch_add(1, std::memory_order_relaxed);
-      return hand_out(slot);
-    }
     wait_for(slot, counters, lock);
     if (slot->state == Slot::State::kReady) return hand_out(slot);
     // An early read that failed may have met a passing fault: ask once more.
@@ -115,8 +113,13 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
 }
 
 std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
-  if (slot->overflow) drop(slot);
-  return slot->wrapped;
+  std::shared_ptr<void> bytes = slot->wrapped;
+  if (slot->overflow) {
+    drop(SlotPtr(slot));
+  } else if (slot->weight != nullptr) {
+    slots_.splice(slots_.end(), slots_, slot->place);  // most recently used
+  }
+  return bytes;
 }
 
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
@@ -130,6 +133,10 @@ void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
 // A thread that was not seen before starts with what the last one knew.
 Ring::Window& Ring::window_of_this_thread() {
   const auto id = std::this_thread::get_id();
+  if (id == latest_thread_) {
+    latest_window_->used_at = ++clock_;
+    return *latest_window_;
+  }
   auto found = windows_.find(id);
   if (found == windows_.end()) {
     const auto older = [](const auto& a, const auto& b) {
@@ -147,7 +154,9 @@ Ring::Window& Ring::window_of_this_thread() {
     found = windows_.emplace(id, Window{std::move(known), {}, 0}).first;
   }
   found->second.used_at = ++clock_;
-  return found->second;
+  latest_thread_ = id;
+  latest_window_ = &found->second;
+  return *latest_window_;
 }
 
 void Ring::advance(Window& window, uint64_t id) {

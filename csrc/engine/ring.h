@@ -127,7 +127,9 @@ class Ring {
   uint64_t clock_ = 0;
   std::unordered_map<uint64_t, Weight*> weights_;
   std::unordered_map<std::thread::id, Window> windows_;
-  std::list<SlotPtr> slots_;  // least recently used first
+  std::thread::id latest_thread_;    // whose window was asked for last,
+  Window* latest_window_ = nullptr;  // and that window
+  std::list<SlotPtr> slots_;         // least recently used first
   // Last, so that its threads end before what they use.
   IoPool pool_;
 };

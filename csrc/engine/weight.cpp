@@ -41,14 +41,9 @@ std::shared_ptr<Counters> Counters::find(uint64_t id) {
 }
 
 void Counters::reset() {
-  for (auto* counter : {&fetches, &hits, &stall_ns, &overflows, &disk_bytes, &host_bytes}) {
+  for (auto* counter : {&hits, &misses, &stall_ns, &overflows, &disk_bytes, &host_bytes}) {
     counter->store(0);
   }
-}
-
-Counters& process_counters() {
-  static Counters counters;
-  return counters;
 }
 
 Weight::Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,

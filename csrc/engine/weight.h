@@ -18,8 +18,8 @@ struct Slot;
 // What a group of weights (usually one model) has asked of its donors.
 struct Counters {
   const uint64_t id = next_id();
-  std::atomic<uint64_t> fetches{0};     // a weight made real for an op
-  std::atomic<uint64_t> hits{0};        // of these, found ready
+  std::atomic<uint64_t> hits{0};        // a weight was made real for an op, and was there
+  std::atomic<uint64_t> misses{0};      // the same, and the op waited
   std::atomic<uint64_t> stall_ns{0};    // time that ops waited
   std::atomic<uint64_t> overflows{0};   // fetches for which the ring had no room
   std::atomic<uint64_t> disk_bytes{0};  // bytes read from disk
@@ -35,7 +35,7 @@ struct Counters {
 };
 
 // Every fetch of this process, whatever the model.
-Counters& process_counters();
+inline std::atomic<uint64_t> process_fetches{0};
 
 class Weight {
  public:

@@ -39,12 +39,14 @@ Call::~Call() {
   }
 }
 
-const c10::Storage& Call::memory_of(Handle& handle) {
+c10::Storage Call::memory_of(Handle& handle) {
   for (const Fetched& known : fetched_) {
-    if (known.weight == handle.weight.get()) return known.memory;
+    if (known.weight != handle.weight.get()) continue;
+    return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(known.memory));
   }
-  fetched_.push_back({handle.weight.get(), fetch(handle)});
-  return fetched_.back().memory;
+  c10::Storage memory = fetch(handle);
+  fetched_.push_back({handle.weight.get(), memory.unsafeGetStorageImpl()});
+  return memory;
 }
 
 at::Tensor Call::real(const at::Tensor& tensor, bool writes) {
@@ -52,6 +54,10 @@ at::Tensor Call::real(const at::Tensor& tensor, bool writes) {
   at::Tensor real = make_real(tensor, memory_of(handle_of(tensor)));
   swapped_.push_back({tensor, real, writes, false});
   return real;
+}
+
+at::Tensor Call::read_only(const at::Tensor& tensor) {
+  return is_sharded(tensor) ? make_real(tensor, memory_of(handle_of(tensor))) : tensor;
 }
 
 void Call::swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& stack) {

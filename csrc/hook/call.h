@@ -30,6 +30,8 @@ class Call {
   void swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& stack);
   // The real tensor to pass for `tensor`, or `tensor` itself if it is plain.
   at::Tensor real(const at::Tensor& tensor, bool writes = false);
+  // The same for an operator that neither writes to it nor returns it.
+  at::Tensor read_only(const at::Tensor& tensor);
   // Brings written arguments to their donors. Throws Error(kFetch).
   void commit();
   // Replaces real arguments and their views among the top `count` values.
@@ -38,7 +40,7 @@ class Call {
  private:
   struct Fetched {
     Weight* weight;
-    c10::Storage memory;
+    c10::StorageImpl* memory;  // kept alive by the real tensors over it
   };
   struct Swapped {
     at::Tensor sharded;
@@ -48,7 +50,7 @@ class Call {
   };
 
   // Aliasing arguments of one call see one memory.
-  const c10::Storage& memory_of(Handle& handle);
+  c10::Storage memory_of(Handle& handle);
   void swap(c10::IValue& value, bool writes);
   void commit(Swapped& argument);
   void wrap(c10::IValue& value) const;

@@ -15,9 +15,8 @@ constexpr const char* kRawAccess =
 
 void delete_handle(void* handle) { delete static_cast<Handle*>(handle); }
 
-at::Tensor make_view(const c10::Storage& storage, c10::DispatchKeySet keys,
-                     const at::Tensor& like) {
-  auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys, like.dtype());
+at::Tensor make_view(c10::Storage storage, c10::DispatchKeySet keys, const at::Tensor& like) {
+  auto view = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
   c10::TensorImpl* impl = view.unsafeGetTensorImpl();
   impl->set_storage_offset(like.storage_offset());
   impl->set_sizes_and_strides(like.sizes(), like.strides());
@@ -72,19 +71,20 @@ at::Tensor make_sharded_like(const at::Tensor& sharded, const at::Tensor& like) 
   return make_view(sharded.storage(), like.key_set().add(kHookKey), like);
 }
 
-at::Tensor make_real(const at::Tensor& sharded, const c10::Storage& memory) {
-  return make_view(memory, sharded.key_set().remove(kHookKey), sharded);
+at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory) {
+  return make_view(std::move(memory), sharded.key_set().remove(kHookKey), sharded);
 }
 
 c10::Storage fetch(Handle& handle) {
-  Counters& counters = handle.weight->counters();
-  counters.fetches.fetch_add(1, std::memory_order_relaxed);
-  process_counters().fetches.fetch_add(1, std::memory_order_relaxed);
+  process_fetches.fetch_add(1, std::memory_order_relaxed);
   if (handle.in_place) {
-    counters.hits.fetch_add(1, std::memory_order_relaxed);
+    handle.weight->counters().hits.fetch_add(1, std::memory_order_relaxed);
     return handle.in_place;
   }
-  if (!handle.compute.is_cpu()) return fetch_through_host(handle);
+  if (!handle.compute.is_cpu()) {
+    handle.weight->counters().misses.fetch_add(1, std::memory_order_relaxed);
+    return fetch_through_host(handle);
+  }
   const std::shared_ptr<void> slot = handle.weight->ring().acquire(*handle.weight);
   return *static_cast<c10::Storage*>(slot.get());
 }

@@ -44,7 +44,7 @@ at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArray
 at::Tensor make_sharded_like(const at::Tensor& sharded, const at::Tensor& like);
 
 // A plain tensor over `memory` with the geometry of `sharded`.
-at::Tensor make_real(const at::Tensor& sharded, const c10::Storage& memory);
+at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory);
 
 // The bytes of the weight on its compute device. Blocks until they are there.
 // Throws Error(kFetch).

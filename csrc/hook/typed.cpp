@@ -8,6 +8,7 @@
 #include <ATen/ops/bmm_ops.h>
 #include <ATen/ops/convolution_ops.h>
 #include <ATen/ops/embedding_ops.h>
+#include <ATen/ops/linear_ops.h>
 #include <ATen/ops/mm_ops.h>
 #include <ATen/ops/native_layer_norm_ops.h>
 #include <torch/library.h>
@@ -17,11 +18,11 @@
 namespace distorch {
 namespace {
 
-inline at::Tensor swapped(Call& call, const at::Tensor& tensor) { return call.real(tensor); }
+inline at::Tensor swapped(Call& call, const at::Tensor& tensor) { return call.read_only(tensor); }
 
 inline std::optional<at::Tensor> swapped(Call& call, const std::optional<at::Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return call.real(*tensor);
+  return call.read_only(*tensor);
 }
 
 template <class Other>
@@ -60,6 +61,7 @@ TORCH_LIBRARY_IMPL(aten, CustomRNGKeyId, library) {
   register_typed<at::_ops::baddbmm>(library);
   register_typed<at::_ops::convolution>(library);
   register_typed<at::_ops::embedding>(library);
+  register_typed<at::_ops::linear>(library);
   register_typed<at::_ops::native_layer_norm>(library);
   register_typed<at::_ops::_scaled_mm>(library);
 }
