@@ -46,6 +46,7 @@ def extension():
             "-std=c++20",
             "-O2",
             "-g0",
+            "-fvisibility=hidden",
             "-Wall",
             "-Wextra",
             "-Wno-unused-parameter",

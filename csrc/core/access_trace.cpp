@@ -8,13 +8,8 @@ constexpr size_t kLongEnough = 4096;  // accesses that agree: look no further
 
 }  // namespace
 
-std::optional<AccessTrace::Id> AccessTrace::last() const {
-  if (past_.empty()) return std::nullopt;
-  return past_.back();
-}
-
 bool AccessTrace::record(Id id) {
-  if (last() == id) return true;
+  if (last_was(id)) return true;
   const bool expected = following_ && cursor_ < end() && at(cursor_) == id;
   append(id);
   if (expected) {

@@ -34,7 +34,7 @@ class AccessTrace {
 
   // Accesses between the present and the replayed past; 0 = no prediction.
   size_t period() const { return following_ ? end() - cursor_ : 0; }
-  std::optional<Id> last() const;
+  bool last_was(Id id) const { return !past_.empty() && past_.back() == id; }
 
  private:
   uint64_t end() const { return first_ + past_.size(); }

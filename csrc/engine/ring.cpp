@@ -160,7 +160,7 @@ Ring::Window& Ring::window_of_this_thread() {
 }
 
 void Ring::advance(Window& window, uint64_t id) {
-  if (window.trace.last() == id) return;
+  if (window.trace.last_was(id)) return;
   if (!window.trace.record(id)) return forget_predictions(window);
   if (window.ahead.empty()) return;
   const auto found = weights_.find(window.ahead.front());

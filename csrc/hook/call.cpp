@@ -51,13 +51,13 @@ c10::Storage Call::memory_of(Handle& handle) {
 
 at::Tensor Call::real(const at::Tensor& tensor, bool writes) {
   if (!is_sharded(tensor)) return tensor;
-  at::Tensor real = make_real(tensor, memory_of(handle_of(tensor)));
+  at::Tensor real = make_real(tensor, memory_of(handle_of(tensor)), Likeness::kExact);
   swapped_.push_back({tensor, real, writes, false});
   return real;
 }
 
-at::Tensor Call::read_only(const at::Tensor& tensor) {
-  return is_sharded(tensor) ? make_real(tensor, memory_of(handle_of(tensor))) : tensor;
+at::Tensor Call::read_only(const at::Tensor& tensor, Likeness likeness) {
+  return is_sharded(tensor) ? make_real(tensor, memory_of(handle_of(tensor)), likeness) : tensor;
 }
 
 void Call::swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& stack) {

@@ -31,7 +31,7 @@ class Call {
   // The real tensor to pass for `tensor`, or `tensor` itself if it is plain.
   at::Tensor real(const at::Tensor& tensor, bool writes = false);
   // The same for an operator that neither writes to it nor returns it.
-  at::Tensor read_only(const at::Tensor& tensor);
+  at::Tensor read_only(const at::Tensor& tensor, Likeness likeness);
   // Brings written arguments to their donors. Throws Error(kFetch).
   void commit();
   // Replaces real arguments and their views among the top `count` values.

@@ -1,6 +1,7 @@
 #include "hook/sharded.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/AutogradState.h>
 #include <c10/core/InferenceMode.h>
 
 #include "engine/ring.h"
@@ -14,6 +15,23 @@ constexpr const char* kRawAccess =
     "distorch.materialize(weight), which returns an ordinary tensor with its values.";
 
 void delete_handle(void* handle) { delete static_cast<Handle*>(handle); }
+
+// While it lives, new tensors are inference tensors or are not. All that a
+// c10::InferenceMode does beside this costs more than the rest of the hook.
+class TensorsAre {
+ public:
+  explicit TensorsAre(bool inference)
+      : state_(c10::AutogradState::get_tls_state()), before_(state_.get_inference_mode()) {
+    state_.set_inference_mode(inference);
+  }
+  ~TensorsAre() { state_.set_inference_mode(before_); }
+  TensorsAre(const TensorsAre&) = delete;
+  TensorsAre& operator=(const TensorsAre&) = delete;
+
+ private:
+  c10::AutogradState& state_;
+  const bool before_;
+};
 
 at::Tensor make_view(c10::Storage storage, c10::DispatchKeySet keys, const at::Tensor& like) {
   auto view = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
@@ -68,11 +86,17 @@ at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArray
 }
 
 at::Tensor make_sharded_like(const at::Tensor& sharded, const at::Tensor& like) {
+  const TensorsAre mode(like.is_inference());
   return make_view(sharded.storage(), like.key_set().add(kHookKey), like);
 }
 
-at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory) {
-  return make_view(std::move(memory), sharded.key_set().remove(kHookKey), sharded);
+at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory, Likeness likeness) {
+  const c10::DispatchKeySet keys = sharded.key_set().remove(kHookKey);
+  if (likeness == Likeness::kBytes) return make_view(std::move(memory), keys, sharded);
+  const TensorsAre mode(sharded.is_inference());
+  auto real = make_view(std::move(memory), keys, sharded);
+  if (sharded.requires_grad()) real.set_requires_grad(true);
+  return real;
 }
 
 c10::Storage fetch(Handle& handle) {

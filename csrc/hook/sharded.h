@@ -43,8 +43,14 @@ at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArray
 // A sharded view of `sharded` with the geometry and dtype of `like`.
 at::Tensor make_sharded_like(const at::Tensor& sharded, const at::Tensor& like);
 
+// How much a real tensor is like its sharded one. Below autograd nothing needs
+// "requires grad" or "is an inference tensor", but composite kernels (matmul,
+// convolution) choose by them between algorithms that differ in their bits.
+// Kernels that only read bytes are spared the cost.
+enum class Likeness { kExact, kBytes };
+
 // A plain tensor over `memory` with the geometry of `sharded`.
-at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory);
+at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory, Likeness likeness);
 
 // The bytes of the weight on its compute device. Blocks until they are there.
 // Throws Error(kFetch).
