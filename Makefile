@@ -40,8 +40,8 @@ demo: build ## a digit transformer with most of its weights on disk
 test: dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
-test-cpp: ## the torch-free C++ under sanitizers
-	$(PYTHON) csrc/tests/run.py
+test-cpp: dev ## the torch-free C++ under sanitizers
+	$(BIN)/python -m pytest tests/core
 
 lint: dev ## style, formatting, types
 	$(BIN)/ruff check .

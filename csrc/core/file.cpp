@@ -135,6 +135,11 @@ bool File::is_cached(uint64_t offset, uint64_t bytes) const {
 
 void File::read(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const {
   check_unchanged();
+  if (offset > size_ || bytes > size_ - offset) {
+    throw Error(ErrorKind::kFetch, "bytes " + std::to_string(offset) + " to " +
+                                       std::to_string(offset + bytes) + " of '" + path_ +
+                                       "', which has " + std::to_string(size_));
+  }
   if (direct_fd_ < 0 || is_cached(offset, bytes)) return read_buffered(offset, bytes, into);
   const uint64_t lead = offset % kPage;
   const bool in_phase = reinterpret_cast<uintptr_t>(into) % kPage == lead;

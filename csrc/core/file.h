@@ -2,6 +2,7 @@
 // cache alone, buffered ones where the bytes are already cached.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -76,10 +77,10 @@ class File {
   int direct_fd_ = -1;   // -1: the file system has no unbuffered reads
   void* map_ = nullptr;  // never touched: only asked what is cached
   uint64_t map_bytes_ = 0;
-  uint64_t size_ = 0;
+  std::atomic<uint64_t> size_{0};  // scratch files grow under mutex_
   int64_t modified_ns_ = 0;
   const bool writable_;
-  std::mutex mutex_;  // guards size_ of scratch files
+  std::mutex mutex_;
 };
 
 }  // namespace distorch

@@ -1,0 +1,69 @@
+// An Arena against a list of what was handed out.
+#include <map>
+#include <vector>
+
+#include "core/arena.h"
+#include "tests/check.h"
+
+using distorch::Arena;
+
+namespace {
+
+void whole_and_back() {
+  Arena arena(1000, 64);  // 15 granules and a rest that is of no use
+  const uint64_t capacity = arena.capacity();
+  CHECK(capacity % 64 == 0);
+  CHECK(*arena.allocate(capacity) == 0);
+  CHECK(!arena.allocate(1).has_value());
+  arena.free(0, capacity);
+  CHECK(arena.used() == 0);
+  CHECK(*arena.allocate(capacity) == 0);
+}
+
+void holes_are_joined() {
+  Arena arena(640, 64);
+  std::vector<uint64_t> offsets;
+  for (int i = 0; i < 10; ++i) offsets.push_back(*arena.allocate(64));
+  for (const int i : {3, 5, 4}) arena.free(offsets[i], 64);
+  CHECK(*arena.allocate(3 * 64) == offsets[3]);
+}
+
+void random_requests() {
+  std::mt19937_64 random(2);
+  Arena arena(1 << 20, 4096);
+  std::map<uint64_t, uint64_t> live;
+  uint64_t refused = 0;
+  for (int i = 0; i < 50000; ++i) {
+    if (live.empty() || random() % 2 == 0) {
+      const uint64_t bytes = 1 + random() % 50000;
+      const auto offset = arena.allocate(bytes);
+      if (!offset) {
+        ++refused;
+        continue;
+      }
+      CHECK(*offset % 4096 == 0);
+      CHECK(*offset + bytes <= arena.capacity());
+      const auto after = live.lower_bound(*offset);
+      CHECK(after == live.end() || *offset + bytes <= after->first);
+      CHECK(after == live.begin() || std::prev(after)->first + std::prev(after)->second <= *offset);
+      live.emplace(*offset, bytes);
+    } else {
+      auto entry = live.begin();
+      std::advance(entry, random() % live.size());
+      arena.free(entry->first, entry->second);
+      live.erase(entry);
+    }
+  }
+  CHECK(refused > 0);
+  for (const auto& [offset, bytes] : live) arena.free(offset, bytes);
+  CHECK(arena.used() == 0);
+  CHECK(*arena.allocate(arena.capacity()) == 0);
+}
+
+}  // namespace
+
+int main() {
+  whole_and_back();
+  holes_are_joined();
+  random_requests();
+}

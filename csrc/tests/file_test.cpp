@@ -1,0 +1,138 @@
+// Reads of any alignment, scratch files, and files that change behind our back.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <vector>
+
+#include "core/bulk_read.h"
+#include "core/error.h"
+#include "core/file.h"
+#include "core/stream_copy.h"
+#include "tests/check.h"
+
+using namespace distorch;
+
+namespace {
+
+constexpr uint64_t kBytes = 3'000'001;
+
+std::vector<std::byte> pattern(uint64_t bytes, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::vector<std::byte> data(bytes);
+  for (auto& value : data) value = static_cast<std::byte>(random());
+  return data;
+}
+
+std::string write_file(const std::string& name, const std::vector<std::byte>& data) {
+  std::ofstream(name, std::ios::binary)
+      .write(reinterpret_cast<const char*>(data.data()), static_cast<std::streamsize>(data.size()));
+  return name;
+}
+
+void forget_cached_pages(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY);
+  ::fdatasync(fd);
+  ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+  ::close(fd);
+}
+
+void reads_of_any_alignment(bool cached) {
+  const auto data = pattern(kBytes, 1);
+  const std::string path = write_file("plain.bin", data);
+  if (!cached) forget_cached_pages(path);
+  const auto file = File::open(path);
+  CHECK(file->size() == kBytes);
+  std::mt19937_64 random(3);
+  // A guard before and behind: reads without slack touch nothing else.
+  constexpr uint64_t kGuard = 2 * kPage;
+  std::vector<std::byte> memory(kBytes + 2 * kGuard + kPage);
+  for (int i = 0; i < 300; ++i) {
+    const uint64_t offset = random() % kBytes;
+    const uint64_t bytes = std::min(random() % (i % 3 == 0 ? 100 : 600'000), kBytes - offset);
+    std::byte* into = memory.data() + kGuard + random() % kPage;
+    std::fill(memory.begin(), memory.end(), std::byte{0x5a});
+    file->read(offset, bytes, into, false);
+    CHECK(std::memcmp(into, data.data() + offset, bytes) == 0);
+    CHECK(into[-1] == std::byte{0x5a});
+    CHECK(into[bytes] == std::byte{0x5a});
+    // With slack and the file's own phase: no copy, a page on either side.
+    const auto base = reinterpret_cast<uintptr_t>(memory.data() + kGuard);
+    into = memory.data() + kGuard + (kPage - base % kPage) % kPage + offset % kPage;
+    file->read(offset, bytes, into, true);
+    CHECK(std::memcmp(into, data.data() + offset, bytes) == 0);
+    if (!cached && i % 50 == 0) forget_cached_pages(path);
+  }
+  std::vector<std::byte> whole(kBytes);
+  bulk_read(*file, 0, kBytes, whole.data(), 4);
+  CHECK(whole == data);
+  const auto mapped = file->map(12345, 4321);
+  CHECK(std::memcmp(mapped.get(), data.data() + 12345, 4321) == 0);
+  CHECK_THROWS(kFetch, file->read(kBytes - 3, 4, memory.data(), false));
+}
+
+void scratch_file() {
+  const auto file = File::scratch(".");
+  const auto one = pattern(100'000, 4), two = pattern(70'000, 5);
+  const uint64_t first = file->allocate(one.size()), second = file->allocate(two.size());
+  CHECK(first % kPage == 0 && second % kPage == 0);
+  file->write(first, one.size(), one.data());
+  file->write(second, two.size(), two.data());
+  std::vector<std::byte> back(one.size());
+  file->read(first, one.size(), back.data(), false);
+  CHECK(back == one);
+  file->release(first, one.size());
+  back.resize(two.size());
+  file->read(second, two.size(), back.data(), false);
+  CHECK(back == two);
+  CHECK_THROWS(kPlacement, File::scratch("/nowhere/at/all"));
+}
+
+void changed_files_are_noticed() {
+  const auto data = pattern(50'000, 6);
+  std::vector<std::byte> into(50'000);
+  const std::string path = write_file("changing.bin", data);
+  auto file = File::open(path);
+  std::filesystem::resize_file(path, 20'000);
+  CHECK_THROWS(kFetch, file->read(0, 50'000, into.data(), false));
+  write_file(path, data);
+  file = File::open(path);
+  std::filesystem::last_write_time(
+      path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+  CHECK_THROWS(kFetch, file->read(0, 10, into.data(), false));
+  CHECK_THROWS(kFormat, File::open("no such file"));
+  // A file that is replaced (another inode) does not matter: ours is open.
+  file = File::open(path);
+  std::filesystem::rename(path, "old.bin");
+  write_file(path, pattern(50'000, 7));
+  file->read(0, 50'000, into.data(), false);
+  CHECK(into == data);
+}
+
+void copies() {
+  std::mt19937_64 random(8);
+  const auto data = pattern(200'000, 9);
+  std::vector<std::byte> into(210'000);
+  for (int i = 0; i < 500; ++i) {
+    const uint64_t begin = random() % 1000, to = random() % 1000, bytes = random() % 190'000;
+    std::fill(into.begin(), into.end(), std::byte{0});
+    stream_copy(into.data() + to, data.data() + begin, bytes);
+    CHECK(std::memcmp(into.data() + to, data.data() + begin, bytes) == 0);
+    CHECK(into[to + bytes] == std::byte{0});
+    CHECK(to == 0 || into[to - 1] == std::byte{0});
+  }
+}
+
+}  // namespace
+
+int main() {
+  reads_of_any_alignment(true);
+  reads_of_any_alignment(false);
+  scratch_file();
+  changed_files_are_noticed();
+  copies();
+}

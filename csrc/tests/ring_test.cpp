@@ -1,0 +1,210 @@
+// The ring over ordinary memory: right bytes for any order, size and number of
+// threads; bounded; faults end in errors; nothing is left behind.
+#include <atomic>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "engine/donor.h"
+#include "engine/ring.h"
+#include "tests/check.h"
+
+using namespace distorch;
+
+namespace {
+
+std::atomic<uint64_t> allocated{0};
+
+// Slots are handed out as shared pointers to a pair: data, and what holds it.
+struct Wrapped {
+  std::byte* data;
+  std::shared_ptr<void> block;
+};
+
+class PlainMemory : public RingMemory {
+ public:
+  std::shared_ptr<std::byte> allocate(uint64_t bytes) override {
+    allocated += bytes;
+    auto* memory = static_cast<std::byte*>(std::aligned_alloc(kPage, bytes));
+    return {memory, [bytes](std::byte* at) {
+              allocated -= bytes;
+              std::free(at);
+            }};
+  }
+  std::shared_ptr<void> wrap(std::byte* data, uint64_t, std::shared_ptr<void> block) override {
+    return std::make_shared<Wrapped>(Wrapped{data, std::move(block)});
+  }
+  bool in_use(const std::shared_ptr<void>& wrapped) const override {
+    return wrapped.use_count() > 1;
+  }
+};
+
+// A donor whose bytes are a function of its number, and which can fail.
+class Numbered : public Donor {
+ public:
+  Numbered(uint64_t number, uint64_t bytes) : number_(number), bytes_(bytes) {}
+  const char* tier() const override { return "disk"; }
+  uint64_t size() const override { return bytes_; }
+  std::string describe() const override { return "donor " + std::to_string(number_); }
+  uint64_t phase() const override { return number_ * 8 % kPage; }
+  std::shared_ptr<std::byte> map() override { return nullptr; }
+  void read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const override {
+    if (failures > 0 && failures-- > 0) throw Error(ErrorKind::kFetch, "a failure of the disk");
+    for (uint64_t i = 0; i < bytes; ++i) into[i] = at(begin + i);
+    ++reads;
+  }
+  bool writable() const override { return false; }
+  void write(uint64_t, uint64_t, const std::byte*) override {}
+
+  std::byte at(uint64_t position) const {
+    return static_cast<std::byte>((number_ * 131 + position * 7) & 0xff);
+  }
+  mutable std::atomic<int> failures{0};
+  mutable std::atomic<int> reads{0};
+
+ private:
+  const uint64_t number_, bytes_;
+};
+
+struct Model {
+  Model(const std::shared_ptr<Ring>& ring, size_t count, uint64_t bytes) {
+    for (size_t i = 0; i < count; ++i) {
+      donors.push_back(std::make_shared<Numbered>(i, bytes + i * 999));
+      weights.push_back(std::make_unique<Weight>("w" + std::to_string(i), donors.back(), ring,
+                                                 counters, kLooseAlign));
+    }
+  }
+  void use(Ring& ring, size_t i) {
+    const auto bytes = ring.acquire(*weights[i]);
+    const auto* data = static_cast<Wrapped*>(bytes.get())->data;
+    for (uint64_t k = 0; k < donors[i]->size(); k += 37) CHECK(data[k] == donors[i]->at(k));
+    CHECK(data[donors[i]->size() - 1] == donors[i]->at(donors[i]->size() - 1));
+  }
+  std::shared_ptr<Counters> counters = Counters::make();
+  std::vector<std::shared_ptr<Numbered>> donors;
+  std::vector<std::unique_ptr<Weight>> weights;
+};
+
+std::shared_ptr<Ring> make_ring() {
+  return std::make_shared<Ring>(std::make_unique<PlainMemory>(), 3);
+}
+
+// Any capacity, from none to everything: right bytes, bounded memory.
+void right_bytes_for_any_capacity() {
+  for (const uint64_t capacity : {0UL, 10'000UL, 300'000UL, 1'000'000UL, 4'000'000UL}) {
+    const auto ring = make_ring();
+    Model model(ring, 20, 50'000);
+    const uint64_t ticket = ring->reserve(capacity);
+    for (int pass = 0; pass < 5; ++pass) {
+      for (size_t i = 0; i < 20; ++i) model.use(*ring, i);
+      CHECK(ring->used() <= ring->capacity());
+    }
+    const uint64_t fetches = model.counters->hits + model.counters->misses;
+    CHECK(fetches == 100);
+    if (capacity == 4'000'000) CHECK(model.donors[3]->reads == 1);  // it stayed
+    ring->release(ticket);
+    CHECK(ring->capacity() == 0);
+  }
+  CHECK(allocated == 0);
+}
+
+void random_order_only_costs_time() {
+  const auto ring = make_ring();
+  Model model(ring, 30, 20'000);
+  ring->reserve(200'000);
+  std::mt19937_64 random(1);
+  for (int i = 0; i < 2000; ++i) model.use(*ring, random() % 30);
+}
+
+void many_threads() {
+  const auto ring = make_ring();
+  Model one(ring, 12, 30'000), two(ring, 9, 80'000);
+  const uint64_t ticket = ring->reserve(400'000);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 6; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937_64 random(t);
+      for (int i = 0; i < 200; ++i) {
+        Model& model = t % 2 == 0 ? one : two;
+        model.use(*ring, t < 4 ? i % model.weights.size() : random() % model.weights.size());
+      }
+    });
+  }
+  // Meanwhile the ring is made smaller and larger, weights come and go.
+  std::thread planner([&] {
+    for (int i = 0; i < 30; ++i) {
+      const uint64_t more = ring->reserve(100'000 * (i % 7));
+      Model passing(ring, 3, 10'000);
+      passing.use(*ring, 1);
+      ring->release(more);
+    }
+  });
+  for (auto& thread : threads) thread.join();
+  planner.join();
+  ring->release(ticket);
+}
+
+void failed_reads() {
+  const auto ring = make_ring();
+  Model model(ring, 4, 3'000'000);  // several parts each
+  ring->reserve(20'000'000);
+  model.donors[1]->failures = 1;
+  CHECK_THROWS(kFetch, model.use(*ring, 1));
+  model.use(*ring, 1);  // the next try is a new one
+  // A look-ahead that fails is no error: the op that needs it asks again.
+  for (int pass = 0; pass < 3; ++pass) {
+    for (size_t i = 0; i < 4; ++i) model.use(*ring, i);
+  }
+  try {
+    model.donors[2]->failures = 100;
+    ring->written(*model.weights[2], nullptr);
+    model.use(*ring, 2);
+    CHECK(false);
+  } catch (const Error& error) {
+    const std::string text = error.what();
+    for (const char* part : {"w2", "3001998", "donor 2", "a failure of the disk"}) {
+      CHECK(text.find(part) != std::string::npos);
+    }
+  }
+}
+
+// What ops hold is not refilled, whatever else is asked for.
+void held_slots_stay() {
+  const auto ring = make_ring();
+  Model model(ring, 10, 50'000);
+  ring->reserve(150'000);
+  const auto held = ring->acquire(*model.weights[0]);
+  for (int pass = 0; pass < 3; ++pass) {
+    for (size_t i = 1; i < 10; ++i) model.use(*ring, i);
+  }
+  const auto* data = static_cast<Wrapped*>(held.get())->data;
+  for (uint64_t k = 0; k < 50'000; ++k) CHECK(data[k] == model.donors[0]->at(k));
+}
+
+void the_order_is_learned() {
+  const auto ring = make_ring();
+  Model model(ring, 20, 50'000);
+  ring->reserve(300'000);
+  for (int pass = 0; pass < 2; ++pass) {
+    for (size_t i = 0; i < 20; ++i) model.use(*ring, i);
+  }
+  model.counters->reset();
+  for (size_t i = 0; i < 20; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // an op
+    model.use(*ring, i);
+  }
+  CHECK(model.counters->hits == 20);
+  CHECK(model.counters->overflows == 0);
+}
+
+}  // namespace
+
+int main() {
+  right_bytes_for_any_capacity();
+  random_order_only_costs_time();
+  many_threads();
+  failed_reads();
+  held_slots_stay();
+  the_order_is_learned();
+  CHECK(allocated == 0);
+}

@@ -1,0 +1,47 @@
+"""The programs of csrc/tests: core and engine without torch, under sanitizers."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+PROGRAMS = sorted(path.stem for path in (CSRC / "tests").glob("*_test.cpp"))
+# devices.cpp is where the engine meets c10.
+ENGINE = [path for path in (CSRC / "engine").glob("*.cpp") if path.name != "devices.cpp"]
+SOURCES = sorted([*(CSRC / "core").glob("*.cpp"), *ENGINE])
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def library(request, tmp_path_factory):
+    """Core and engine as an archive, built with one sanitizer; and the flags for it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = [
+        os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}",
+        f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all",
+    ]  # fmt: skip
+    jobs = [
+        subprocess.Popen([*flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")])
+        for source in SOURCES
+    ]
+    assert [job.wait() for job in jobs] == [0] * len(jobs)
+    return flags, sorted(map(str, folder.glob("*.o")))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program(library, program, tmp_path):
+    flags, objects = library
+    executable = tmp_path / program
+    subprocess.run(
+        [*flags, str(CSRC / "tests" / f"{program}.cpp"), *objects, "-o", str(executable)],
+        check=True,
+    )
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run(
+        [str(executable)], cwd=tmp_path, env={**os.environ, **options}, timeout=300,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
