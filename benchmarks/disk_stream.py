@@ -207,17 +207,17 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict:
         limit = MemoryLimit(int(options.memory_gib * GIB)) if limited else None
         return Worker(script, [*common, "--spec", options.spec, "--worker", name], limit)
 
-    names = ["distorch", "mmap", "accelerate"]
-    workers = {name: worker(name, True) for name in names}
-    workers["resident"] = worker("resident", False)
+    names = ["distorch", "mmap", "accelerate", "resident"]
+    workers = {name: worker(name, limited=name != "resident") for name in names}
     raw = worker("raw", False)
     runs = []
     for tokens in options.tokens:
         for round_ in range(options.rounds + 1):
             row: dict = {"tokens": tokens, "warm_up": round_ == 0}
-            for name, child in workers.items():
+            order = names[round_ % len(names) :] + names[: round_ % len(names)]
+            for name in order:  # nobody always runs after the same other
                 drop_page_cache()
-                row[name] = child.ask(tokens=tokens)
+                row[name] = workers[name].ask(tokens=tokens)
             streamed = row["distorch"]["stats"]["bytes"]["disk->cpu"]
             row["raw"] = raw.ask(nbytes=streamed)
             row["raw_all"] = raw.ask(nbytes=total)

@@ -20,14 +20,33 @@ IoPool::~IoPool() {
 
 void IoPool::submit(std::vector<Task> tasks, Urgency urgency) {
   Crew& crew = *crew_;
+  bool all = false;
   {
     std::lock_guard lock(crew.mutex);
     const auto where = urgency == Urgency::kNow ? crew.queue.begin() : crew.queue.end();
     crew.queue.insert(where, std::make_move_iterator(tasks.begin()),
                       std::make_move_iterator(tasks.end()));
+    if (urgency == Urgency::kNow) crew.hurried = kHurryTasks;
     while (crew.threads.size() < std::min(wanted_threads_, crew.queue.size())) {
       crew.threads.emplace_back([&crew] { work(crew); });
     }
+    if (!may_start(crew)) return;
+    all = crew.hurried > 0;
+  }
+  if (all) {
+    crew.wake.notify_all();
+  } else {
+    crew.wake.notify_one();
+  }
+}
+
+void IoPool::hurry() {
+  Crew& crew = *crew_;
+  {
+    std::lock_guard lock(crew.mutex);
+    const bool hurrying = crew.hurried > 0;
+    crew.hurried = kHurryTasks;
+    if (hurrying) return;
   }
   crew.wake.notify_all();
 }
@@ -39,18 +58,28 @@ void IoPool::start_afresh() {
   crew_ = std::make_unique<Crew>();
 }
 
+bool IoPool::may_start(const Crew& crew) {
+  return !crew.queue.empty() && (crew.hurried > 0 || crew.busy < kCalmThreads);
+}
+
 void IoPool::work(Crew& crew) {
   pthread_setname_np(pthread_self(), "distorch-io");
+  std::unique_lock lock(crew.mutex);
   for (;;) {
-    Task task;
-    {
-      std::unique_lock lock(crew.mutex);
-      crew.wake.wait(lock, [&] { return crew.closing || !crew.queue.empty(); });
-      if (crew.queue.empty()) return;
-      task = std::move(crew.queue.front());
-      crew.queue.pop_front();
-    }
+    crew.wake.wait(lock, [&] { return crew.closing || may_start(crew); });
+    if (crew.queue.empty()) return;
+    Task task = std::move(crew.queue.front());
+    crew.queue.pop_front();
+    if (crew.hurried > 0) --crew.hurried;
+    ++crew.busy;
+    // One more thread may join in; it wakes the next.
+    const bool more = may_start(crew);
+    lock.unlock();
+    if (more) crew.wake.notify_one();
     task();
+    task = nullptr;
+    lock.lock();
+    --crew.busy;
   }
 }
 

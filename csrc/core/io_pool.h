@@ -12,6 +12,12 @@
 
 namespace distorch {
 
+// Note [Calm and hurry]
+// Reads take little CPU, but each one that ends wakes a thread, and with all
+// cores computing every wake-up costs the computation. So while nobody waits
+// for a read, kCalmThreads of them keep the queue going; as soon as somebody
+// does (hurry(), or a task that is submitted as kNow), all threads take part,
+// for kHurryTasks tasks.
 class IoPool {
  public:
   using Task = std::function<void()>;
@@ -28,6 +34,9 @@ class IoPool {
   // tasks of one call keep their order.
   void submit(std::vector<Task> tasks, Urgency urgency);
 
+  // Somebody waits for a task: all threads are to work for a while.
+  void hurry();
+
   // In a forked child, before anything else: threads do not survive a fork.
   void start_afresh();
 
@@ -36,10 +45,16 @@ class IoPool {
     std::mutex mutex;
     std::condition_variable wake;
     std::deque<Task> queue;            // guarded by mutex
+    size_t busy = 0;                   // threads with a task; guarded by mutex
+    size_t hurried = 0;                // tasks still to hurry for; guarded by mutex
     bool closing = false;              // guarded by mutex
     std::vector<std::thread> threads;  // guarded by mutex until closing
   };
 
+  static constexpr size_t kCalmThreads = 2;
+  static constexpr size_t kHurryTasks = 256;
+
+  static bool may_start(const Crew& crew);
   static void work(Crew& crew);
 
   const size_t wanted_threads_;

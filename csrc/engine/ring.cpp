@@ -124,6 +124,7 @@ std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
 
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const auto start = std::chrono::steady_clock::now();
+  pool_.hurry();
   part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
