@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import threading
@@ -200,12 +201,17 @@ def raw_worker(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace, checkpoint: Path) -> dict:
     """All variants, interleaved."""
-    script, common = __file__, ["--checkpoint", str(checkpoint), "--depth", str(options.depth)]
+    script, common = __file__, ["--depth", str(options.depth), "--spec", options.spec]
     total = checkpoint.stat().st_size
+    # Mapped pages survive drop_page_cache(): the mapped model gets a file of its own, or the
+    # others would find half of theirs cached.
+    own_file = checkpoint.with_name("mapped.safetensors")
+    shutil.copyfile(checkpoint, own_file)
 
     def worker(name: str, limited: bool) -> Worker:
         limit = MemoryLimit(int(options.memory_gib * GIB)) if limited else None
-        return Worker(script, [*common, "--spec", options.spec, "--worker", name], limit)
+        file = own_file if name == "mmap" else checkpoint
+        return Worker(script, [*common, "--checkpoint", str(file), "--worker", name], limit)
 
     names = ["distorch", "mmap", "accelerate", "resident"]
     workers = {name: worker(name, limited=name != "resident") for name in names}

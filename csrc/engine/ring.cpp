@@ -6,8 +6,10 @@
 namespace distorch {
 namespace {
 
-constexpr uint64_t kPartBytes = 1 << 20;  // one read of an I/O thread
-constexpr size_t kMaxWindows = 32;        // threads whose order is remembered
+// One read of an I/O thread. Each read that ends wakes a thread, which costs
+// the computation on the other cores more than the read itself.
+constexpr uint64_t kPartBytes = 4 << 20;
+constexpr size_t kMaxWindows = 32;  // threads whose order is remembered
 
 // One part of a weight, with errors that name the whole.
 void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
