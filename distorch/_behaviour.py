@@ -36,8 +36,19 @@ def like_geometry(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
     if not _ops.is_sharded(data) and data.data_ptr() % item != 0:
         data = data.clone()  # a checkpoint that does not align its tensors
-    whole = data[: data.numel() // item * item].view(like.dtype)
-    return whole.as_strided(like.size(), like.stride(), like.storage_offset())
+    return geometry_over(data, like, int(like.storage_offset()))
+
+
+def geometry_over(data: torch.Tensor, like: torch.Tensor, offset: int) -> torch.Tensor:
+    """A view of the bytes `data` (uint8, 1-D) with dtype, sizes and strides of `like`.
+
+    `offset` is in elements. A lazy conjugation or negation of `like` is one of the view, too.
+    """
+    whole = data[: data.numel() // like.element_size() * like.element_size()].view(like.dtype)
+    view = whole.as_strided(like.size(), like.stride(), offset)
+    if like.is_conj():
+        view = view.conj()
+    return torch._neg_view(view) if like.is_neg() else view
 
 
 def _rebuild(data: torch.Tensor, requires_grad: bool) -> nn.Parameter:
@@ -115,7 +126,17 @@ def _behaviour(parameter: nn.Parameter) -> dict[str, Callable[..., Any]]:
         p = me()
         return torch.empty(0, dtype=p.dtype, device=p.device).new_tensor(*args, **kwargs)
 
-    return {
+    def while_sharded(name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+        # `p.data = plain` makes a plain parameter of it, with the behaviour of its class.
+        def method(*args: Any, **kwargs: Any) -> Any:
+            p = me()
+            if _ops.is_sharded(p):
+                return ours(*args, **kwargs)
+            return getattr(type(p), name)(p, *args, **kwargs)
+
+        return method
+
+    behaviour: dict[str, Callable[..., Any]] = {
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce_ex,
         "numpy": numpy,
@@ -126,6 +147,7 @@ def _behaviour(parameter: nn.Parameter) -> dict[str, Callable[..., Any]]:
         # Printing clones a tensor that says so before it looks at its values.
         "_is_zerotensor": lambda: True,
     }
+    return {name: while_sharded(name, ours) for name, ours in behaviour.items()}
 
 
 _NAMES = (

@@ -31,6 +31,7 @@ def shard(
     name = donor.strip().lower()
     with torch.no_grad():
         values = tensor.detach().clone(memory_format=torch.preserve_format)
+        values = values.resolve_conj().resolve_neg()
         sharded = _ops.shard_on(name, values, device, "tensor")
     if isinstance(tensor, torch.nn.Parameter):
         parameter = torch.nn.Parameter(sharded, requires_grad=tensor.requires_grad)

@@ -59,6 +59,24 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
   });
 }
 
+// Note [Nested activations]
+// The kernels of nested tensors come before the hook's key and read weights as
+// memory. The ones that torch.nn itself calls with a padding mask are met a key
+// earlier, at BackendSelect, where weights become real whatever else is nested.
+void transformer_layer(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                       torch::jit::Stack* stack) {
+  at_border([&] {
+    const c10::FunctionSchema& schema = op.schema();
+    const auto below =
+        c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
+    Call call;
+    call.swap_arguments(schema, *stack);
+    op.redispatchBoxed((keys & below).remove(kHookKey), stack);
+    call.commit();
+    call.wrap_results(*stack, schema.returns().size());
+  });
+}
+
 bool is_pinned(c10::DispatchKeySet, const at::Tensor&, std::optional<at::Device>) { return false; }
 
 void record_stream(c10::DispatchKeySet, at::Tensor&, at::Stream) {
@@ -87,6 +105,12 @@ TORCH_LIBRARY_IMPL(aten, CustomRNGKeyId, library) {
   for (const char* overload : {"set_", "set_.source_Storage", "set_.source_Storage_storage_offset",
                                "set_.source_Tensor", "set_.source_Tensor_storage_offset"}) {
     library.impl(overload, torch::CppFunction::makeFromBoxedFunction<&refuse_set>());
+  }
+}
+
+TORCH_LIBRARY_IMPL(aten, BackendSelect, library) {
+  for (const char* name : {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&transformer_layer>());
   }
 }
 

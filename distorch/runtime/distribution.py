@@ -25,7 +25,7 @@ from distorch.planner import (
     virtual_vram_spec,
 )
 from distorch.runtime import machine
-from distorch.runtime.groups import Group, group_members, inventory_of, unique_buffers
+from distorch.runtime.groups import Group, group_members, inventory_of, size_of, unique_buffers
 from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.staging import Origin, current_place, member_tensor, stage
 
@@ -164,7 +164,7 @@ def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, 
             held[place] = held.get(place, 0) + group.nbytes
     for _, _, _, buffer in unique_buffers(module) if module is not None else ():
         place = current_place(buffer)
-        held[place] = held.get(place, 0) + buffer.numel() * buffer.element_size()
+        held[place] = held.get(place, 0) + size_of(buffer)
     for place, nbytes in held.items():
         if place in found:
             device = found[place]
@@ -333,7 +333,8 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
 
 def _sweep_hook(module: nn.Module, args: Any) -> None:
     """Operators that libraries registered since the last forward get their hook."""
-    _ops.sweep()
+    if not torch._C._is_tracing():  # a call without tensors, which a trace cannot hold
+        _ops.sweep()
 
 
 def _add_sweep(module: nn.Module) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from distorch import _ops
+from distorch.errors import PlacementError
 from distorch.planner import Inventory, WeightInfo
 
 
@@ -51,10 +54,11 @@ class Group:
         return WeightInfo(
             name=self.name,
             nbytes=self.nbytes,
-            shape=tuple(p.shape),
+            shape=shape_of(p),
             dtype=str(p.dtype).removeprefix("torch."),
             kind="parameter",
-            floating=p.is_floating_point() or p.is_complex() or p.dtype in _QUANTISED,
+            floating=has_bytes(p)
+            and (p.is_floating_point() or p.is_complex() or p.dtype in _QUANTISED),
             aliases=tuple(member.name for member in self.members[1:]),
         )
 
@@ -62,8 +66,42 @@ class Group:
 _QUANTISED = frozenset({torch.int8, torch.uint8})
 
 
+def has_bytes(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a view of one storage: sparse and nested tensors are not."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that hold what a tensor says: itself, or indices and values."""
+    if has_bytes(tensor):
+        return [tensor]
+    if tensor.is_nested:
+        return [tensor.detach().values()] if tensor.layout is torch.strided else []
+    if tensor.layout is torch.sparse_coo:
+        return [tensor.detach()._indices(), tensor.detach()._values()]
+    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    index = (
+        (tensor.crow_indices(), tensor.col_indices())
+        if rows
+        else (tensor.ccol_indices(), tensor.row_indices())
+    )
+    return [*index, tensor.detach().values()]
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements (and indices, if it is sparse)."""
+    return sum(part.numel() * part.element_size() for part in parts_of(tensor))
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Its shape; of a nested tensor, which has none, the number of elements."""
+    return (tensor.numel(),) if tensor.is_nested else tuple(tensor.shape)
+
+
 def byte_extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes [begin, end) of its storage that a strided tensor can reach."""
+    """The bytes [begin, end) of its storage that a tensor can reach."""
+    if not has_bytes(tensor):
+        return 0, size_of(tensor)
     item, begin = tensor.element_size(), int(tensor.storage_offset())
     if tensor.numel() == 0:
         return begin * item, begin * item
@@ -80,8 +118,27 @@ def named_members(module: nn.Module) -> Iterator[Member]:
                 yield Member(f"{prefix}.{key}" if prefix else key, owner, key, parameter)
 
 
+def _refuse_unready(module: nn.Module) -> None:
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise PlacementError(
+                f"weight {name!r} of a lazy module has no shape yet: run the model once on an "
+                "example input, then distribute it"
+            )
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise PlacementError(
+                f"{name or type(module).__name__!r} is a TorchScript module, which takes no hooks: "
+                "distribute the nn.Module it was made from (torch.jit.trace works on that)"
+            )
+
+
 def group_members(module: nn.Module) -> list[Group]:
-    """The module's parameters as groups of overlapping bytes, in definition order."""
+    """The module's parameters as groups of overlapping bytes, in definition order.
+
+    Raises PlacementError on a module whose weights have no shape yet, and on a compiled one.
+    """
+    _refuse_unready(module)
     by_storage: dict[object, list[tuple[int, int, Member]]] = {}
     for position, member in enumerate(named_members(module)):
         tensor = member.parameter
@@ -96,6 +153,8 @@ def group_members(module: nn.Module) -> list[Group]:
 def _storage_key(tensor: torch.Tensor, position: int) -> object:
     if _ops.is_sharded(tensor):
         return ("sharded", _ops.state(tensor).id)
+    if not has_bytes(tensor):
+        return ("whole", id(tensor))
     if tensor.numel() == 0:
         return ("empty", position)
     return ("plain", tensor.untyped_storage()._cdata)
@@ -135,8 +194,8 @@ def buffer_infos(module: nn.Module) -> list[WeightInfo]:
     return [
         WeightInfo(
             name=name,
-            nbytes=buffer.numel() * buffer.element_size(),
-            shape=tuple(buffer.shape),
+            nbytes=size_of(buffer),
+            shape=shape_of(buffer),
             dtype=str(buffer.dtype).removeprefix("torch."),
             kind="buffer",
             floating=buffer.is_floating_point(),

@@ -180,6 +180,7 @@ def put_on_donor(
     parameter: nn.Parameter, values: torch.Tensor, tier: str, compute: torch.device
 ) -> None:
     """Gives the parameter new values that live on a donor (its own storage)."""
+    values = values.resolve_conj().resolve_neg()
     begin = values.storage_offset() == 0
     whole = begin and values.untyped_storage().nbytes() == values.numel() * values.element_size()
     owned = values if whole and values.device.type == "cpu" else values.clone()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from distorch import _ops
+from distorch._behaviour import geometry_over
 from distorch.errors import PlacementError
-from distorch.runtime.groups import Group
+from distorch.runtime.groups import Group, has_bytes
 
 _COMPARE_BYTES = 32 << 20
 
@@ -74,14 +75,26 @@ def _from_checkpoint(group: Group, origin: Origin, compute: torch.device) -> tor
     return sharded.view(torch.uint8)
 
 
+def _whole(group: Group, target: str, compute: torch.device) -> torch.Tensor:
+    if target == str(compute):
+        return group.first.detach().to(compute)
+    raise PlacementError(
+        f"weight {group.name!r} should go to {target!r}, but a sparse or nested tensor is not one "
+        f"piece of memory: it stays on the compute device ({compute}); take it out of the rules"
+    )
+
+
 def stage(
     group: Group, target: str, compute: torch.device, origin: Origin | None = None
 ) -> torch.Tensor:
     """The group's bytes at `target` ("cpu", "disk" or the compute device): uint8 [nbytes].
 
+    A sparse or nested tensor is given back as it is, on the compute device.
     Sharded when `target` is a donor, plain when it is the compute device. The module is not
     changed. Raises PlacementError, FetchError.
     """
+    if not has_bytes(group.first):
+        return _whole(group, target, compute)
     data = group_bytes(group)
     if target == str(compute):
         return data.to(compute)
@@ -97,7 +110,7 @@ def stage(
 
 def member_tensor(staged: torch.Tensor, group: Group, parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's dtype and geometry over the staged bytes of its group."""
-    item = parameter.element_size()
-    shifted = parameter.storage_offset() - group.begin // item
-    whole = staged[: staged.numel() // item * item].view(parameter.dtype)
-    return whole.as_strided(parameter.size(), parameter.stride(), shifted)
+    if not has_bytes(parameter):
+        return staged
+    shifted = int(parameter.storage_offset()) - group.begin // parameter.element_size()
+    return geometry_over(staged, parameter, shifted)

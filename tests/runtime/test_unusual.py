@@ -1,0 +1,99 @@
+"""Modules whose parameters are not plain strided memory, and tools that look inside modules."""
+
+import pytest
+import torch
+from torch import nn
+
+import distorch
+
+DISK = "cpu,0b;disk,*"
+
+
+class Holder(nn.Module):
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def lazily_conjugated():
+    return torch.randn(4, 4, dtype=torch.complex64).conj()
+
+
+@pytest.mark.parametrize("spec", [DISK, "cpu,*"])
+@pytest.mark.parametrize(
+    "make", [lazily_conjugated, lambda: lazily_conjugated().imag], ids=["conjugate", "negative"]
+)
+def test_lazy_bits_stay(spec, make):
+    module = Holder(w=make())
+    expected = module.w.detach().clone()
+    distorch.distribute(module, spec, min_bytes=0)
+    assert torch.equal(module.w.abs(), expected.abs())
+    assert torch.equal(module.w.detach().clone(), expected)
+    assert torch.equal(module.state_dict()["w"], expected)
+    distorch.undistribute(module)
+    assert torch.equal(module.w, expected)
+
+
+def test_shard_of_a_conjugate():
+    tensor = lazily_conjugated()
+    assert torch.equal(distorch.materialize(distorch.shard(tensor, "disk")), tensor)
+
+
+def test_sparse_and_nested_stay_resident():
+    sparse = torch.eye(8).to_sparse()
+    nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
+    module = Holder(coo=sparse, csr=sparse.to_sparse_csr(), nested=nested, w=torch.randn(8, 8))
+    plan = distorch.plan(module, DISK, min_bytes=0)
+    assert plan.sizes["coo"] == 8 * (2 * 8 + 4)
+    assert plan.sizes["csr"] == 9 * 8 + 8 * (8 + 4)
+    assert plan.sizes["nested"] == 5 * 8 * 4
+    assert plan.placement == {"coo": "cpu", "csr": "cpu", "nested": "cpu", "w": "disk"}
+    distorch.distribute(module, DISK, min_bytes=0)
+    report = distorch.report(module)
+    assert report.ok, report.problems
+    assert torch.equal(module.coo.to_dense(), torch.eye(8))
+    distorch.undistribute(module)
+    assert not distorch.is_sharded(module.w)
+
+
+def test_lazy_module_is_refused():
+    with pytest.raises(distorch.PlacementError, match="run the model once"):
+        distorch.distribute(nn.Sequential(nn.LazyLinear(8)), DISK)
+
+
+def test_scripted_module_is_refused():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(distorch.PlacementError, match="TorchScript"):
+        distorch.distribute(scripted, DISK, min_bytes=0)
+
+
+def test_traced():
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    x = torch.randn(2, 8)
+    expected = module(x)
+    distorch.distribute(module, DISK, min_bytes=0)
+    assert torch.equal(torch.jit.trace(module, x)(x), expected)
+
+
+def test_encoder_with_padding_mask():
+    """In eval mode its layers run on nested activations."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 8)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=mask)
+        distorch.distribute(model, DISK, min_bytes=0)
+        assert torch.equal(model(x, src_key_padding_mask=mask), expected)
+
+
+def test_data_replaced_by_a_plain_tensor():
+    module = Holder(w=torch.randn(4, 4))
+    distorch.distribute(module, DISK, min_bytes=0)
+    module.w.data = torch.ones(4, 4)
+    copied = torch.nn.Parameter.__deepcopy__(module.w, {})
+    assert torch.equal(module.w.__deepcopy__({}), copied)
+    assert module.w.tolist() == torch.ones(4, 4).tolist()
+    assert module.w.numpy().sum() == 16
+    assert "1." in repr(module.w)
