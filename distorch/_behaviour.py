@@ -51,7 +51,11 @@ def geometry_over(data: torch.Tensor, like: torch.Tensor, offset: int) -> torch.
     return torch._neg_view(view) if like.is_neg() else view
 
 
-def _rebuild(data: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+def _rebuild(
+    data: torch.Tensor, requires_grad: bool, kind: type[torch.Tensor] = nn.Parameter
+) -> torch.Tensor:
+    if kind is torch.Tensor:
+        return data.requires_grad_(requires_grad)
     return nn.Parameter(data, requires_grad)
 
 
@@ -80,10 +84,10 @@ def like_storage(root: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return like_geometry(flat, like)
 
 
-def _behaviour(parameter: nn.Parameter) -> dict[str, Callable[..., Any]]:
+def _behaviour(parameter: torch.Tensor) -> dict[str, Callable[..., Any]]:
     ref = weakref.ref(parameter)
 
-    def me() -> nn.Parameter:
+    def me() -> torch.Tensor:
         found = ref()
         assert found is not None, "a method of a parameter outlived it"
         return found
@@ -92,20 +96,20 @@ def _behaviour(parameter: nn.Parameter) -> dict[str, Callable[..., Any]]:
         with torch.no_grad():
             return me().detach().clone(memory_format=torch.preserve_format)
 
-    def deepcopy(memo: dict[Any, Any]) -> nn.Parameter:
+    def deepcopy(memo: dict[Any, Any]) -> torch.Tensor:
         p = me()
         if id(p) in memo:
-            found: nn.Parameter = memo[id(p)]
+            found: torch.Tensor = memo[id(p)]
             return found
         with torch.no_grad():
-            copied = nn.Parameter(copy_of_donor(p, memo), p.requires_grad)
+            copied = _rebuild(copy_of_donor(p, memo), p.requires_grad, type(p))
         attach_behaviour(copied)
         memo[id(p)] = copied
         return copied
 
     def reduce_ex(protocol: int) -> tuple[Any, ...]:
         p = me()
-        return _rebuild, (alias_of_donor(p.detach()), p.requires_grad)
+        return _rebuild, (alias_of_donor(p.detach()), p.requires_grad, type(p))
 
     def numpy(*, force: bool = False) -> Any:
         if me().requires_grad and not force:
@@ -156,7 +160,7 @@ _NAMES = (
 )  # fmt: skip
 
 
-def attach_behaviour(parameter: nn.Parameter) -> None:
+def attach_behaviour(parameter: torch.Tensor) -> None:
     """Sets the behaviour of a sharded parameter on the instance."""
     parameter.__dict__.update(_behaviour(parameter))
 

@@ -9,6 +9,7 @@ import torch
 from distorch import _native, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.errors import PlacementError
+from distorch.runtime.groups import has_bytes
 
 is_sharded = _ops.is_sharded
 
@@ -16,19 +17,26 @@ is_sharded = _ops.is_sharded
 def shard(
     tensor: torch.Tensor, donor: str = "cpu", compute: str | torch.device | None = None
 ) -> torch.Tensor:
-    """A sharded copy of `tensor`: same shape, strides and dtype, bytes on `donor`.
+    """A sharded copy of `tensor`: same shape and dtype, bytes on `donor`.
+
+    Strides are kept where the tensor is dense; one that overlaps or has gaps becomes contiguous.
 
     `donor` is "cpu" or "disk"; ops run on `compute` (default: the tensor's device). The result
     is always sharded, also when donor and compute are the same device: a fetch may then be the
     donor's memory itself. An `nn.Parameter` gives an `nn.Parameter`.
     Raises PlacementError when the donor has no room or is not there.
     """
+    if not has_bytes(tensor):
+        raise PlacementError(
+            f"cannot shard a {type(tensor).__name__} with layout {tensor.layout}: expected plain "
+            "memory, not a sparse, nested or quantised tensor or a wrapper; shard its parts"
+        )
     if is_sharded(tensor):
         tensor = materialize(tensor)
     device = torch.device(compute) if compute is not None else tensor.device
     if device.type == "meta":
         raise PlacementError("cannot shard a tensor on the meta device: it has no values")
-    name = donor.strip().lower()
+    name = str(donor).strip().lower()
     with torch.no_grad():
         values = tensor.detach().clone(memory_format=torch.preserve_format)
         values = values.resolve_conj().resolve_neg()
@@ -37,6 +45,7 @@ def shard(
         parameter = torch.nn.Parameter(sharded, requires_grad=tensor.requires_grad)
         attach_behaviour(parameter)
         return parameter
+    attach_behaviour(sharded)
     return sharded.requires_grad_(tensor.requires_grad)
 
 

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distorch import _ops
 from distorch.errors import PlacementError
@@ -67,13 +68,21 @@ _QUANTISED = frozenset({torch.int8, torch.uint8})
 
 
 def has_bytes(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a view of one storage: sparse and nested tensors are not."""
-    return tensor.layout is torch.strided and not tensor.is_nested
+    """Whether the tensor is plain memory: a view of one storage, and nothing else but its dtype.
+
+    Sparse, nested and quantised tensors and wrapper subclasses are not.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return not is_traceable_wrapper_subclass(tensor)
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The strided tensors that hold what a tensor says: itself, or indices and values."""
-    if has_bytes(tensor):
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in parts_of(getattr(tensor, name))]
+    if has_bytes(tensor) or tensor.is_quantized:
         return [tensor]
     if tensor.is_nested:
         return [tensor.detach().values()] if tensor.layout is torch.strided else []

@@ -79,8 +79,9 @@ def _whole(group: Group, target: str, compute: torch.device) -> torch.Tensor:
     if target == str(compute):
         return group.first.detach().to(compute)
     raise PlacementError(
-        f"weight {group.name!r} should go to {target!r}, but a sparse or nested tensor is not one "
-        f"piece of memory: it stays on the compute device ({compute}); take it out of the rules"
+        f"weight {group.name!r} should go to {target!r}, but a sparse, nested or quantised "
+        f"tensor is not plain memory: it stays on the compute device ({compute}); take it out of "
+        "the rules"
     )
 
 
@@ -89,7 +90,7 @@ def stage(
 ) -> torch.Tensor:
     """The group's bytes at `target` ("cpu", "disk" or the compute device): uint8 [nbytes].
 
-    A sparse or nested tensor is given back as it is, on the compute device.
+    A tensor that is not plain memory is given back as it is, on the compute device.
     Sharded when `target` is a donor, plain when it is the compute device. The module is not
     changed. Raises PlacementError, FetchError.
     """

@@ -1,8 +1,12 @@
 """Modules whose parameters are not plain strided memory, and tools that look inside modules."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import distorch
 
@@ -97,3 +101,43 @@ def test_data_replaced_by_a_plain_tensor():
     assert module.w.tolist() == torch.ones(4, 4).tolist()
     assert module.w.numpy().sum() == 16
     assert "1." in repr(module.w)
+
+
+def test_wrapper_subclass_stays_resident():
+    halves = TwoTensor(torch.randn(4, 4), torch.randn(4, 4))
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[0].weight = nn.Parameter(halves)
+    x = torch.randn(2, 4)
+    expected = module(x)
+    distorch.distribute(module, DISK, min_bytes=0)
+    assert distorch.report(module).ok
+    assert distorch.is_sharded(module[1].weight)
+    got = module(x)
+    assert torch.equal(got.a, expected.a) and torch.equal(got.b, expected.b)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.quantize_per_tensor(torch.randn(4, 4), 0.1, 0, torch.qint8),
+        lambda: TwoTensor(torch.randn(4, 4), torch.randn(4, 4)),
+    ],
+    ids=["sparse", "quantised", "wrapper"],
+)
+def test_shard_takes_plain_memory_only(make):
+    with pytest.raises(distorch.PlacementError, match="expected plain memory"):
+        distorch.shard(make())
+
+
+@pytest.mark.parametrize("donor", ["cpu", "disk"])
+def test_a_sharded_tensor_prints_and_copies(donor):
+    tensor = torch.arange(4.0)
+    sharded = distorch.shard(tensor, donor)
+    assert repr(sharded) == repr(tensor)
+    assert sharded.tolist() == tensor.tolist()
+    copied = copy.deepcopy(sharded)
+    assert type(copied) is torch.Tensor and distorch.is_sharded(copied)
+    assert torch.equal(copied + 0, tensor)
+    assert torch.equal(pickle.loads(pickle.dumps(sharded)), tensor)
+    assert not sharded.is_shared()
