@@ -18,9 +18,9 @@ DEVICE_TYPES = (
     "privateuseone",
 )  # fmt: skip
 _UNIT_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
-_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([a-z%]*)\Z")
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-z%]*)\Z")
 _UNIT = re.compile(r"([kmgt]?)(i?)b?\Z")
-_DEVICE = re.compile(r"([a-z_]+)(?::(\d+))?\Z")
+_DEVICE = re.compile(r"([a-z_]+)(?::([0-9]+))?\Z")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ BAD = {
     "cuda:0,1ib": "unknown unit 'ib'",
     "cuda:0,1e3gb": "is not a share",
     "cuda:0,nan": "is not a share",
+    "cuda:0,٣gb": "is not a share",
     "cuda:0,inf": "is not a share",
     "cuda:0,gb": "is not a share",
     "cuda:0,1..5gb": "is not a share",
