@@ -84,11 +84,19 @@ def like_storage(root: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return like_geometry(flat, like)
 
 
-def _behaviour(parameter: torch.Tensor) -> dict[str, Callable[..., Any]]:
+def _not_shared() -> bool:
+    return False
+
+
+def _behaviour(
+    parameter: torch.Tensor, stand_in: torch.Tensor | None
+) -> dict[str, Callable[..., Any]]:
     ref = weakref.ref(parameter)
 
     def me() -> torch.Tensor:
         found = ref()
+        if found is None:  # `shard(t).tolist()`: Python let go of the object to call its method
+            found = stand_in
         assert found is not None, "a method of a parameter outlived it"
         return found
 
@@ -160,9 +168,15 @@ _NAMES = (
 )  # fmt: skip
 
 
-def attach_behaviour(parameter: torch.Tensor) -> None:
-    """Sets the behaviour of a sharded parameter on the instance."""
-    parameter.__dict__.update(_behaviour(parameter))
+def attach_behaviour(parameter: torch.Tensor, stand_in: torch.Tensor | None = None) -> None:
+    """Sets the behaviour of a sharded parameter on the instance, and on its storage's.
+
+    `stand_in` is a view of it that answers when the object is a temporary.
+    """
+    parameter.__dict__.update(_behaviour(parameter, stand_in))
+    # torch asks the storage's pointer in a C function that cannot carry our error. The storage
+    # keeps this Python object, so every view of the parameter has it.
+    parameter.untyped_storage().__dict__["is_shared"] = _not_shared
 
 
 def detach_behaviour(parameter: nn.Parameter) -> None:

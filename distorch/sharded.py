@@ -43,9 +43,9 @@ def shard(
         sharded = _ops.shard_on(name, values, device, "tensor")
     if isinstance(tensor, torch.nn.Parameter):
         parameter = torch.nn.Parameter(sharded, requires_grad=tensor.requires_grad)
-        attach_behaviour(parameter)
+        attach_behaviour(parameter, stand_in=sharded)
         return parameter
-    attach_behaviour(sharded)
+    attach_behaviour(sharded, stand_in=sharded.detach())
     return sharded.requires_grad_(tensor.requires_grad)
 
 

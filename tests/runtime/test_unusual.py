@@ -1,6 +1,7 @@
 """Modules whose parameters are not plain strided memory, and tools that look inside modules."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -136,8 +137,22 @@ def test_a_sharded_tensor_prints_and_copies(donor):
     sharded = distorch.shard(tensor, donor)
     assert repr(sharded) == repr(tensor)
     assert sharded.tolist() == tensor.tolist()
+    assert distorch.shard(tensor, donor).tolist() == tensor.tolist()
+    assert distorch.shard(nn.Parameter(tensor), donor).tolist() == tensor.tolist()
     copied = copy.deepcopy(sharded)
     assert type(copied) is torch.Tensor and distorch.is_sharded(copied)
     assert torch.equal(copied + 0, tensor)
     assert torch.equal(pickle.loads(pickle.dumps(sharded)), tensor)
     assert not sharded.is_shared()
+    assert not sharded[1:].is_shared()
+
+
+@pytest.mark.parametrize("donor", ["cpu", "disk"])
+def test_whether_memory_is_shared(donor):
+    """torch would end the process when the storage refused to say where it is."""
+    module = Holder(w=torch.randn(4, 4))
+    distorch.distribute(module, f"cpu,0b;{donor},*" if donor == "disk" else "cpu,*", min_bytes=0)
+    gc.collect()
+    for tensor in (module.w, module.w.data, module.w.detach()[1], copy.deepcopy(module).w.data):
+        assert not tensor.is_shared()
+        assert not tensor.untyped_storage().is_shared()
