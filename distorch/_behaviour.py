@@ -144,6 +144,7 @@ def _behaviour(
             p = me()
             if _ops.is_sharded(p):
                 return ours(*args, **kwargs)
+            detach_behaviour(p)
             return getattr(type(p), name)(p, *args, **kwargs)
 
         return method
@@ -179,7 +180,7 @@ def attach_behaviour(parameter: torch.Tensor, stand_in: torch.Tensor | None = No
     parameter.untyped_storage().__dict__["is_shared"] = _not_shared
 
 
-def detach_behaviour(parameter: nn.Parameter) -> None:
+def detach_behaviour(parameter: torch.Tensor) -> None:
     """Gives the parameter the behaviour of its class back."""
     for name in _NAMES:
         parameter.__dict__.pop(name, None)

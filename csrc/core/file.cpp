@@ -1,6 +1,7 @@
 #include "core/file.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -58,10 +59,24 @@ std::byte* bounce_buffer() {
   return buffer.data;
 }
 
+// Forks of this process. A scratch file from before one has more readers than
+// this process knows of.
+std::atomic<uint64_t> forks{0};
+
+uint64_t count_forks() {
+  static const int registered = ::pthread_atfork(nullptr, [] { ++forks; }, nullptr);
+  static_cast<void>(registered);
+  return forks;
+}
+
 }  // namespace
 
 File::File(std::string path, int fd, bool writable)
-    : path_(std::move(path)), fd_(fd), writable_(writable) {
+    : path_(std::move(path)),
+      fd_(fd),
+      writable_(writable),
+      owner_(::getpid()),
+      forks_before_(count_forks()) {
   struct stat status{};
   ::fstat(fd_, &status);
   size_ = static_cast<uint64_t>(status.st_size);
@@ -223,7 +238,11 @@ uint64_t File::allocate(uint64_t bytes) {
   return offset;
 }
 
+bool File::writable() const { return writable_ && owner_ == ::getpid(); }
+
 void File::release(uint64_t offset, uint64_t bytes) {
+  // A child may still read there; its blocks go with the file.
+  if (!writable() || forks_before_ != count_forks()) return;
   const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
   // A failure only keeps blocks until the file vanishes.
   (void)::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),

@@ -2,6 +2,8 @@
 // cache alone, buffered ones where the bytes are already cached.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +44,10 @@ class File {
 
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
-  bool writable() const { return writable_; }
+  // A scratch file belongs to the process that made it: a fork's child reads it.
+  bool writable() const;
+  // Whether the bytes are somebody's file and not scratch.
+  bool is_checkpoint() const { return !writable_; }
 
   // Reads exactly [offset, offset + bytes) into `into`. Thread-safe.
   // When `into` and `offset` agree modulo kPage the bytes travel without a
@@ -80,6 +85,8 @@ class File {
   std::atomic<uint64_t> size_{0};  // scratch files grow under mutex_
   int64_t modified_ns_ = 0;
   const bool writable_;
+  const pid_t owner_;
+  const uint64_t forks_before_;
   std::mutex mutex_;
 };
 

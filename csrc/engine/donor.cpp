@@ -18,7 +18,7 @@ std::shared_ptr<File> shared_scratch(const std::string& directory) {
   static auto& files = *new std::map<std::string, std::weak_ptr<File>>;
   std::lock_guard lock(mutex);
   std::weak_ptr<File>& known = files[directory];
-  if (auto file = known.lock()) return file;
+  if (auto file = known.lock(); file && file->writable()) return file;
   auto file = File::scratch(directory);
   known = file;
   return file;
@@ -51,11 +51,11 @@ std::shared_ptr<FileDonor> FileDonor::scratch(const std::string& directory, uint
 }
 
 FileDonor::~FileDonor() {
-  if (file_->writable()) file_->release(offset_, bytes_);
+  if (!file_->is_checkpoint()) file_->release(offset_, bytes_);
 }
 
 std::string FileDonor::describe() const {
-  if (file_->writable()) return "a donor file under '" + file_->path() + "'";
+  if (!file_->is_checkpoint()) return "a donor file under '" + file_->path() + "'";
   return "'" + file_->path() + "' at byte " + std::to_string(offset_);
 }
 

@@ -84,6 +84,7 @@ class FileDonor : public Donor {
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   void read_range(uint64_t begin, uint64_t bytes, std::byte* into) const override;
   bool writable() const override { return file_->writable(); }
+  bool is_checkpoint() const { return file_->is_checkpoint(); }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 
   const std::string& path() const { return file_->path(); }

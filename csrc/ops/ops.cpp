@@ -97,7 +97,7 @@ std::tuple<int64_t, int64_t, std::string, std::string, bool, std::string> weight
 // (path, offset in bytes) of a weight that is read from a checkpoint, else ("", 0).
 std::tuple<std::string, int64_t> file_range(const at::Tensor& tensor) {
   const auto donor = std::dynamic_pointer_cast<FileDonor>(handle_of(tensor).weight->donor());
-  if (donor == nullptr || donor->writable()) return {"", 0};
+  if (donor == nullptr || !donor->is_checkpoint()) return {"", 0};
   return {donor->path(), static_cast<int64_t>(donor->offset())};
 }
 

@@ -227,6 +227,7 @@ def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
         raise PlacementError(f"the plan places {extra[0]!r}, which the model does not have")
 
 
+@torch.inference_mode(False)  # parameters made in it could never have a gradient
 def place(
     module: Module, plan: Plan, options: Options, groups: list[Group], origins: dict[str, Origin]
 ) -> Module:
@@ -347,6 +348,7 @@ def _remove_sweep(module: nn.Module) -> None:
         del module._forward_pre_hooks[key]
 
 
+@torch.inference_mode(False)
 def unplace(module: Module, device: str | torch.device | None) -> Module:
     """A plain module on `device` (default: where it computed). All or nothing."""
     state = distribution_of(module)

@@ -22,8 +22,9 @@ from distorch.errors import PlacementError
 
 _KEY = "_distorch_agent"
 
-# Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied.
-_given_out: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+# Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied, and
+# its version then: once somebody wrote to it, it is theirs and says nothing of the weight.
+_given_out: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
 
 def agent_of(module: nn.Module) -> ModuleAgent | None:
@@ -35,11 +36,12 @@ def agent_of(module: nn.Module) -> ModuleAgent | None:
 def saved_values(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor's values for a state dict: over the donor's bytes, nothing read yet."""
     key = _ops.state(tensor).id
-    known = _given_out.get(key)
-    if known is not None:
+    ref, version = _given_out.get(key, (None, 0))
+    known = ref() if ref is not None else None
+    if known is not None and known._version == version:
         return like_geometry(_ops.byte_view(known), tensor)
     values = alias_of_donor(tensor)
-    _given_out[key] = values
+    _given_out[key] = weakref.ref(values, lambda _: _given_out.pop(key, None)), values._version
     return values
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import os
 import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -156,3 +158,90 @@ def test_whether_memory_is_shared(donor):
     for tensor in (module.w, module.w.data, module.w.detach()[1], copy.deepcopy(module).w.data):
         assert not tensor.is_shared()
         assert not tensor.untyped_storage().is_shared()
+
+
+def test_distributed_in_inference_mode_trains_outside():
+    module = nn.Linear(4, 4)
+    with torch.inference_mode():
+        distorch.distribute(module, DISK, min_bytes=0)
+        module(torch.ones(1, 4))
+    module(torch.ones(1, 4)).sum().backward()
+    assert module.weight.grad is not None
+    with torch.inference_mode():
+        distorch.undistribute(module)
+    assert not module.weight.is_inference()
+
+
+def test_a_state_dict_that_was_written_to():
+    module = Holder(w=torch.ones(4, 4))
+    distorch.distribute(module, DISK, min_bytes=0)
+    mine = module.state_dict()
+    mine["w"].mul_(0)
+    assert torch.equal(module.state_dict()["w"], torch.ones(4, 4))
+    module.w.fill_(9)
+    assert torch.equal(module.state_dict()["w"], torch.full((4, 4), 9.0))
+    assert torch.equal(mine["w"], torch.zeros(4, 4))
+
+
+def test_saved_after_its_data_was_replaced(tmp_path):
+    module = Holder(w=torch.randn(4, 4))
+    distorch.distribute(module, DISK, min_bytes=0)
+    module.w.data = torch.ones(4, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(module.w)), torch.ones(4, 4))
+
+
+def test_back_to_a_disk_whose_file_is_gone(tmp_path):
+    path = tmp_path / "w.safetensors"
+    expected = torch.randn(4, 4)
+    save_file({"w": expected}, path)
+    module = distorch.load(Holder(w=torch.zeros(4, 4)), path, DISK, min_bytes=0)
+    distorch.redistribute(module, "cpu,*")
+    path.unlink()
+    distorch.redistribute(module, DISK)
+    assert distorch.report(module).ok
+    assert torch.equal(module.w + 0, expected)
+
+
+def in_a_fork(work):
+    """Runs `work` in a forked child and fails unless it returns."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_does_not_touch_the_donors_of_its_parent():
+    module = nn.Linear(64, 64)
+    expected = module.weight.detach().clone()
+    distorch.distribute(module, DISK, min_bytes=0, prefetch=0)
+    kept = []
+
+    def work():
+        with torch.no_grad():
+            module.weight.zero_()
+        kept.append(distorch.shard(torch.full((4096,), 7.0), "disk"))
+        assert not module.weight.any()
+        distorch.undistribute(module)
+
+    in_a_fork(work)
+    other = distorch.shard(torch.full((4096,), 5.0), "disk")
+    assert torch.equal(module.weight + 0, expected)
+    assert torch.equal(other + 0, torch.full((4096,), 5.0))
+
+
+def test_a_fork_reads_on_when_its_parent_lets_go():
+    module = nn.Linear(64, 64)
+    expected = module.weight.detach().clone()
+    distorch.distribute(module, DISK, min_bytes=0, prefetch=0)
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read_end, 1)
+        os._exit(0 if torch.equal(module.weight + 0, expected) else 1)
+    distorch.undistribute(module)
+    os.write(write_end, b".")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
