@@ -9,14 +9,22 @@ until the garbage collector runs.
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import _rebuild_parameter
 
 from distorch import _ops
+from distorch.errors import PlacementError
+
+# Libraries that ask for addresses only to see whether two weights are one. A number that is no
+# address must not get further than that: what launches kernels gets the error.
+_COMPARE_ADDRESSES = ("peft.",)
 
 
 def alias_of_donor(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,6 +96,22 @@ def _not_shared() -> bool:
     return False
 
 
+def _cannot_share(*args: Any) -> Any:
+    raise PlacementError(
+        "a sharded weight cannot be put into memory that processes share: send "
+        "model.state_dict(), or distorch.undistribute(model) first and distribute it there"
+    )
+
+
+# What torch asks of a storage's memory in C functions that cannot carry our error.
+_STORAGE_BEHAVIOUR: dict[str, Callable[..., Any]] = {
+    "is_shared": _not_shared,
+    "share_memory_": _cannot_share,
+    "_share_fd_cpu_": _cannot_share,
+    "_share_filename_cpu_": _cannot_share,
+}
+
+
 def _behaviour(
     parameter: torch.Tensor, stand_in: torch.Tensor | None
 ) -> dict[str, Callable[..., Any]]:
@@ -99,10 +123,6 @@ def _behaviour(
             found = stand_in
         assert found is not None, "a method of a parameter outlived it"
         return found
-
-    def real() -> torch.Tensor:
-        with torch.no_grad():
-            return me().detach().clone(memory_format=torch.preserve_format)
 
     def deepcopy(memo: dict[Any, Any]) -> torch.Tensor:
         p = me()
@@ -117,15 +137,13 @@ def _behaviour(
 
     def reduce_ex(protocol: int) -> tuple[Any, ...]:
         p = me()
-        return _rebuild, (alias_of_donor(p.detach()), p.requires_grad, type(p))
-
-    def numpy(*, force: bool = False) -> Any:
-        if me().requires_grad and not force:
-            raise RuntimeError(
-                "Can't call numpy() on a parameter that requires grad: "
-                "use p.detach().numpy(force=True) or distorch.materialize(p).numpy()"
-            )
-        return real().numpy(force=force)
+        values = alias_of_donor(p.detach())
+        if type(p) is torch.Tensor:
+            values.requires_grad_(p.requires_grad)
+            found: tuple[Any, ...] = values.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+            return found
+        # As nn.Parameter does it: a file of weights opens where distorch is not installed.
+        return _rebuild_parameter, (values, p.requires_grad, OrderedDict())
 
     def is_shared() -> bool:
         return False
@@ -137,6 +155,13 @@ def _behaviour(
     def new_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
         p = me()
         return torch.empty(0, dtype=p.dtype, device=p.device).new_tensor(*args, **kwargs)
+
+    def data_ptr() -> int:
+        p = me()
+        asker = str(sys._getframe(2).f_globals.get("__name__"))
+        if asker.startswith(_COMPARE_ADDRESSES):
+            return _ops.state(p).id
+        return torch.Tensor.data_ptr(p)  # our error
 
     def while_sharded(name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
         # `p.data = plain` makes a plain parameter of it, with the behaviour of its class.
@@ -152,21 +177,15 @@ def _behaviour(
     behaviour: dict[str, Callable[..., Any]] = {
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce_ex,
-        "numpy": numpy,
-        "tolist": lambda: real().tolist(),
         "is_shared": is_shared,
         "new": new,
         "new_tensor": new_tensor,
-        # Printing clones a tensor that says so before it looks at its values.
-        "_is_zerotensor": lambda: True,
+        "data_ptr": data_ptr,
     }
     return {name: while_sharded(name, ours) for name, ours in behaviour.items()}
 
 
-_NAMES = (
-    "__deepcopy__", "__reduce_ex__", "numpy", "tolist", "is_shared", "new", "new_tensor",
-    "_is_zerotensor",
-)  # fmt: skip
+_NAMES = ("__deepcopy__", "__reduce_ex__", "is_shared", "new", "new_tensor", "data_ptr")
 
 
 def attach_behaviour(parameter: torch.Tensor, stand_in: torch.Tensor | None = None) -> None:
@@ -175,12 +194,20 @@ def attach_behaviour(parameter: torch.Tensor, stand_in: torch.Tensor | None = No
     `stand_in` is a view of it that answers when the object is a temporary.
     """
     parameter.__dict__.update(_behaviour(parameter, stand_in))
-    # torch asks the storage's pointer in a C function that cannot carry our error. The storage
-    # keeps this Python object, so every view of the parameter has it.
-    parameter.untyped_storage().__dict__["is_shared"] = _not_shared
+    # The storage keeps its Python object, so every view of the parameter has it.
+    parameter.untyped_storage().__dict__.update(_STORAGE_BEHAVIOUR)
 
 
 def detach_behaviour(parameter: torch.Tensor) -> None:
     """Gives the parameter the behaviour of its class back."""
     for name in _NAMES:
         parameter.__dict__.pop(name, None)
+
+
+def replace_data(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """`parameter.data = value`, with the behaviour that goes with it, sharded or plain."""
+    parameter.data = value.detach()
+    if _ops.is_sharded(parameter):
+        attach_behaviour(parameter)
+    else:
+        detach_behaviour(parameter)

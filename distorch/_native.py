@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from distorch.errors import FetchError, FormatError, PlacementError
+from distorch.errors import FetchError, FormatError, PlacementError, SpecError
 
 try:
     import torch
@@ -27,6 +27,8 @@ except ImportError as error:
         f"The loader says: {error}"
     ) from error
 
+_IO_THREADS = 6  # that read files, per compute device
+_MOST_IO_THREADS = 256
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
 
 
@@ -59,10 +61,18 @@ def scratch_folder() -> Path:
     return cache
 
 
+def _io_threads() -> int:
+    chosen = os.environ.get("DISTORCH_IO_THREADS", str(_IO_THREADS))
+    if not chosen.isdecimal() or not 1 <= int(chosen) <= _MOST_IO_THREADS:
+        raise SpecError(
+            f"DISTORCH_IO_THREADS={chosen!r}: expected a number of threads, 1 to {_MOST_IO_THREADS}"
+        )
+    return int(chosen)
+
+
 _C.set_error_classes(PlacementError, FormatError, FetchError)
 _C.set_scratch_directory(str(scratch_folder()))
-if "DISTORCH_IO_THREADS" in os.environ:
-    _C.set_io_threads(int(os.environ["DISTORCH_IO_THREADS"]))
+_C.set_io_threads(_io_threads())
 
 Counters = _C.Counters
 Reservation = _C.Reservation

@@ -12,7 +12,7 @@ from distorch.errors import SpecError
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.planner import Plan
 from distorch.runtime import distribution
-from distorch.runtime.distribution import Options
+from distorch.runtime.options import Options
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -54,7 +54,9 @@ def distribute(
     """Places a module's weights as the spec (or a saved plan) says; returns the same module.
 
     Options: `compute` device; `order` "interleaved" | "sequential"; `min_bytes` (smaller and 1-D
-    tensors stay resident, 0: every floating parameter may leave); `keep` / `offload` name patterns;
+    tensors stay resident, 0: every floating parameter may leave); `keep` / `offload` name patterns
+    (what is kept stays resident like small tensors do, even beyond the compute device's share:
+    `plan.floor` says how much that is);
     `rules` [(pattern, device)]; `prefetch` bytes of look-ahead ("auto", 0 = none); `compress`
     "auto" | "never". On a distributed module this is `redistribute`.
     All or nothing: SpecError, PlacementError, FetchError leave the module as it was.

@@ -20,7 +20,7 @@ from distorch.formats.safetensors import StoredTensor
 from distorch.lora import LoraSource, Patches, read_loras
 from distorch.planner import Inventory, Plan
 from distorch.runtime import distribution, groups
-from distorch.runtime.distribution import Options
+from distorch.runtime.options import Options
 from distorch.runtime.staging import Origin
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -28,7 +28,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is where the plan says."""
+        """Whether everything is where the plan says, and takes no more than it says."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,15 +126,24 @@ def report(module: nn.Module) -> Report:
         part[device] = part.get(device, 0) + nbytes
         placement.update(dict.fromkeys(names, device))
 
+    sizes: dict[str, int] = {}
     for group in group_members(module):
         count([m.name for m in group.members], current_place(group.first), group.nbytes)
+        sizes[group.name] = group.nbytes
     for name, _, _, buffer in unique_buffers(module):
         begin, end = byte_extent(buffer)
         count([name], current_place(buffer), end - begin)
+        sizes[name] = end - begin
     problems = [
         f"{name}: planned on {plan.placement[name]}, found on {device}"
         for name, device in placement.items()
         if name in plan.placement and plan.placement[name] != device
+    ]
+    problems += [
+        f"{name}: planned {plan.sizes[name]} bytes, found {nbytes} (converted since?); "
+        "distorch.redistribute plans anew"
+        for name, nbytes in sizes.items()
+        if nbytes > plan.sizes.get(name, nbytes)
     ]
     problems += [f"{name}: not in the plan" for name in placement if name not in plan.placement]
     problems += [f"{name}: in the plan, gone" for name in plan.placement if name not in placement]

@@ -10,6 +10,7 @@ from distorch import _native, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.errors import PlacementError
 from distorch.runtime.groups import has_bytes
+from distorch.runtime.options import compute_device
 
 is_sharded = _ops.is_sharded
 
@@ -33,9 +34,9 @@ def shard(
         )
     if is_sharded(tensor):
         tensor = materialize(tensor)
-    device = torch.device(compute) if compute is not None else tensor.device
-    if device.type == "meta":
+    if tensor.is_meta:
         raise PlacementError("cannot shard a tensor on the meta device: it has no values")
+    device = torch.device(compute_device(tensor.device if compute is None else compute))
     name = str(donor).strip().lower()
     with torch.no_grad():
         values = tensor.detach().clone(memory_format=torch.preserve_format)

@@ -1,6 +1,7 @@
 // Operators whose schema does not tell the hook what it has to know.
 #include "hook/call.h"
 
+#include <ATen/ops/clone.h>
 #include <ATen/ops/copy_ops.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -77,6 +78,14 @@ void transformer_layer(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   });
 }
 
+// Note [Values for Python]
+// numpy(), tolist() and printing take their pointer from what resolve_neg()
+// gives them. It is met at the autograd key, where its composite kernel would
+// give back the sharded tensor itself.
+at::Tensor resolve_neg(const at::Tensor& self) {
+  return is_sharded(self) || self.is_neg() ? self.clone() : self;
+}
+
 bool is_pinned(c10::DispatchKeySet, const at::Tensor&, std::optional<at::Device>) { return false; }
 
 void record_stream(c10::DispatchKeySet, at::Tensor&, at::Stream) {
@@ -100,12 +109,17 @@ TORCH_LIBRARY_IMPL(aten, CustomRNGKeyId, library) {
   library.impl("miopen_batch_norm", boxed_batch_norm());
   library.impl("copy_", TORCH_FN(copy_));
   library.impl("is_pinned", TORCH_FN(is_pinned));
+  library.impl("resolve_neg", TORCH_FN(resolve_neg));
   library.impl("record_stream", TORCH_FN(record_stream));
   library.impl("resize_", torch::CppFunction::makeFromBoxedFunction<&run_with_real_weights>());
   for (const char* overload : {"set_", "set_.source_Storage", "set_.source_Storage_storage_offset",
                                "set_.source_Tensor", "set_.source_Tensor_storage_offset"}) {
     library.impl(overload, torch::CppFunction::makeFromBoxedFunction<&refuse_set>());
   }
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
+  library.impl("resolve_neg", TORCH_FN(resolve_neg));
 }
 
 TORCH_LIBRARY_IMPL(aten, BackendSelect, library) {

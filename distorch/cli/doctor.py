@@ -85,6 +85,16 @@ def _unbuffered_reads(folder: str) -> bool:
     return hasattr(os, "O_DIRECT")
 
 
+def _disk_checks(scratch: str, free_bytes: int) -> list[tuple[str, bool, str]]:
+    return [
+        ("a weight on disk gives the same bits", _same_bits("disk"), "set DISTORCH_DISK to a disk"),
+        ("the disk reads past the page cache", _unbuffered_reads(scratch),
+         "works, but slower: set DISTORCH_DISK to a folder on ext4, xfs or btrfs"),
+        ("the disk has room", free_bytes > _LOW_DISK_BYTES,
+         "set DISTORCH_DISK to a folder on a disk with room"),
+    ]  # fmt: skip
+
+
 def examine() -> Findings:
     """Looks at the machine and runs a small weight through every donor."""
     scratch = _native.scratch_directory()
@@ -93,10 +103,9 @@ def examine() -> Findings:
     checks = [
         ("torch is 2.11 or newer", version >= (2, 11), "upgrade torch, then build distorch again"),
         ("a weight in RAM gives the same bits", _same_bits("cpu"), "report this as a bug"),
-        ("a weight on disk gives the same bits", _same_bits("disk"), "set DISTORCH_DISK to a disk"),
-        ("the disk reads past the page cache", _unbuffered_reads(scratch),
-         "works, but slower: set DISTORCH_DISK to a folder on ext4, xfs or btrfs"),
-        ("the disk has room", devices["disk"][1] > _LOW_DISK_BYTES,
-         "set DISTORCH_DISK to a folder on a disk with room"),
+        ("the folder for donor files is there", "disk" in devices,
+         f"make {scratch!r}, or set DISTORCH_DISK to a folder on a disk"),
     ]  # fmt: skip
+    if "disk" in devices:
+        checks += _disk_checks(scratch, free_bytes=devices["disk"][1])
     return Findings(_versions(), devices, scratch, checks)

@@ -106,6 +106,8 @@ def virtual_vram_spec(
     what is left, the compute device keeps the rest. Raises SpecError, PlacementError.
     """
     left = parse_bytes(virtual_vram)
+    if not isinstance(donor, str):
+        raise SpecError(f"donor={donor!r}: expected one or more devices, such as 'cuda:1,cpu'")
     names = [name for name in (part.strip() for part in donor.split(",")) if name]
     if not names:
         raise SpecError(f"donor={donor!r}: expected one or more devices, such as 'cuda:1,cpu'")
@@ -150,7 +152,10 @@ def _auto_spec(
 
 
 def _missing(device: str, devices: Mapping[str, DeviceInfo]) -> str:
-    return f"device {device!r} is not there; this machine has {', '.join(sorted(devices))}"
+    hint = ""
+    if device == "disk":
+        hint = "; make the folder for donor files (the environment variable DISTORCH_DISK names it)"
+    return f"device {device!r} is not there; this machine has {', '.join(sorted(devices))}{hint}"
 
 
 def _check_devices(spec: Spec, compute: str, devices: Mapping[str, DeviceInfo]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distorch import _native, _ops
-from distorch._behaviour import attach_behaviour, detach_behaviour
+from distorch._behaviour import replace_data
 from distorch.errors import PlacementError, SpecError
 from distorch.planner import (
     DeviceInfo,
@@ -27,6 +27,7 @@ from distorch.planner import (
 from distorch.runtime import machine
 from distorch.runtime.groups import Group, group_members, inventory_of, size_of, unique_buffers
 from distorch.runtime.module_agent import ModuleAgent
+from distorch.runtime.options import Options, compute_device
 from distorch.runtime.staging import Origin, current_place, member_tensor, stage
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,32 +36,6 @@ _Undo = list[Callable[[], None]]
 _KEY = "_distorch"
 _AUTO_RING_BYTES = 128 << 20
 _RESERVE_SHARE = 0.2  # of free memory that "auto" leaves for activations
-
-
-@dataclass
-class Options:
-    """The options of `distribute`, as documented there."""
-
-    compute: str | None = None
-    order: str = "interleaved"
-    min_bytes: int = 1 << 20
-    keep: Sequence[str] = ()
-    offload: Sequence[str] = ()
-    rules: Sequence[tuple[str, str]] = ()
-    prefetch: int | str = "auto"
-    compress: str = "auto"
-
-    def check(self) -> None:
-        """Raises SpecError on values outside their meaning."""
-        if self.compress not in ("auto", "never"):
-            raise SpecError(
-                f"compress={self.compress!r}: this version sends weights as they are; "
-                "expected 'auto' or 'never'"
-            )
-        if self.prefetch != "auto":
-            parse_bytes(self.prefetch)
-        if isinstance(self.min_bytes, str) or self.min_bytes < 0:
-            raise SpecError(f"min_bytes={self.min_bytes!r}: expected bytes, 0 or more")
 
 
 def _new_counters() -> Any:
@@ -114,8 +89,6 @@ def is_distributed(module: nn.Module) -> bool:
 
 def ring_bytes(plan: Plan, options: Options) -> int:
     """Bytes of look-ahead: at least two of the largest weights that are streamed."""
-    if options.prefetch != "auto":
-        return parse_bytes(options.prefetch)
     streamed = [
         nbytes
         for name, nbytes in plan.sizes.items()
@@ -125,18 +98,24 @@ def ring_bytes(plan: Plan, options: Options) -> int:
         return 0
     page = 4096
     rounded = [nbytes + 2 * page for nbytes in streamed]
-    return min(sum(rounded), max(2 * max(rounded), _AUTO_RING_BYTES))
+    wanted = max(2 * max(rounded), _AUTO_RING_BYTES)
+    if options.prefetch != "auto":
+        wanted = parse_bytes(options.prefetch)
+    return min(sum(rounded), wanted)  # a ring that holds everything is never larger
 
 
 def resolve_spec(
-    spec: str | None, virtual_vram: str | int | None, donor: str, compute: str | None,
+    spec: str | None,
+    virtual_vram: str | int | None,
+    donor: str,
+    compute: str | torch.device | None,
     devices: dict[str, DeviceInfo],
-) -> tuple[Spec, str]:  # fmt: skip
+) -> tuple[Spec, str]:
     """The parsed spec and the compute device that it means."""
     if (spec is None) == (virtual_vram is None):
         raise SpecError("give either a placement such as 'cuda:0,2.5gb;cpu,*' or virtual_vram=")
     if compute is not None:
-        compute = canonical_device(compute)
+        compute = compute_device(compute)
     if spec is not None:
         parsed = parse_spec(spec)
         entries = tuple(entry.device for entry in parsed.entries)
@@ -144,14 +123,6 @@ def resolve_spec(
     target = compute or machine.default_compute(())
     assert virtual_vram is not None
     return virtual_vram_spec(virtual_vram, donor, target, devices), target
-
-
-def canonical_device(name: str | torch.device) -> str:
-    """ "cuda" -> "cuda:0". SpecError when it cannot compute."""
-    device = parse_spec(f"{name},*").entries[0].device
-    if device == "disk":
-        raise SpecError("compute='disk': a disk cannot compute; expected 'cpu' or an accelerator")
-    return device
 
 
 def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, DeviceInfo]:
@@ -213,7 +184,19 @@ def _check_tiers(plan: Plan) -> None:
 
 
 def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
-    """A saved plan must be about these weights. PlacementError with the first difference."""
+    """A plan that is given must be about these weights and this machine. PlacementError."""
+    if not isinstance(plan, Plan):
+        raise SpecError(
+            f"plan={plan!r}: expected a Plan; Plan.load('p.json') reads a saved one, and a "
+            "placement string is given without plan="
+        )
+    compute_device(plan.compute, "the plan's compute")
+    there = machine.devices()
+    if absent := [d for d in plan.bytes if d not in there]:
+        raise PlacementError(
+            f"the plan uses {absent[0]!r}; this machine has {', '.join(sorted(there))}"
+        )
+    _check_tiers(plan)
     for weight in inventory.weights:
         if weight.name not in plan.placement:
             raise PlacementError(f"the plan has no place for {weight.name!r}; make a new one")
@@ -288,20 +271,12 @@ def _swap_in(
         parameters = {id(member.parameter): member.parameter for member in group.members}
         values = {i: member_tensor(tensor, group, p) for i, p in parameters.items()}
         for identity, parameter in parameters.items():
-            undo.append(partial(_set, parameter, parameter.data))
-            _set(parameter, values[identity])
+            undo.append(partial(replace_data, parameter, parameter.data))
+            replace_data(parameter, values[identity])
     for name, owner, key, buffer in unique_buffers(module):
         if name in buffers:
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
             owner._buffers[key] = buffers[name]
-
-
-def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    parameter.data = value.detach()
-    if _ops.is_sharded(parameter):
-        attach_behaviour(parameter)
-    else:
-        detach_behaviour(parameter)
 
 
 def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: _Undo) -> None:
@@ -325,6 +300,9 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
             ModuleAgent.install(owner, compute, tiers[key])
         else:
             ModuleAgent.remove(owner)
+    for part in module.modules():
+        if part is not module:  # a part that was distributed by itself is now one of the whole's
+            _forget(part, undo)
     if not is_distributed(module):
         undo.append(partial(_remove_sweep, module))
     _add_sweep(module)
@@ -348,11 +326,23 @@ def _remove_sweep(module: nn.Module) -> None:
         del module._forward_pre_hooks[key]
 
 
+def _forget(module: nn.Module, undo: _Undo) -> None:
+    """Takes a module's own distribution away, if it has one."""
+    if is_distributed(module):
+        undo.append(partial(module.__dict__.__setitem__, _KEY, module.__dict__[_KEY]))
+        undo.append(partial(_add_sweep, module))
+        _remove_sweep(module)
+        module.__dict__.pop(_KEY)
+
+
 @torch.inference_mode(False)
 def unplace(module: Module, device: str | torch.device | None) -> Module:
     """A plain module on `device` (default: where it computed). All or nothing."""
     state = distribution_of(module)
-    target = torch.device(device) if device is not None else torch.device(state.plan.compute)
+    name = state.plan.compute if device is None else compute_device(device, "device")
+    if name not in (there := machine.devices()):
+        raise PlacementError(f"device={name!r}: this machine has {', '.join(sorted(there))}")
+    target = torch.device(name)
     groups = group_members(module)
     staged = {
         index: stage(group, str(target), target)
@@ -366,9 +356,7 @@ def unplace(module: Module, device: str | torch.device | None) -> Module:
         for part in module.modules():
             undo.append(ModuleAgent.restorer(part))
             ModuleAgent.remove(part)
-        undo.append(partial(_add_sweep, module))
-        _remove_sweep(module)
-        module.__dict__.pop(_KEY, None)
+            _forget(part, undo)
     except BaseException:
         _take_back(undo)
         raise

@@ -30,14 +30,17 @@ def _host() -> DeviceInfo:
     return DeviceInfo("cpu", total, free)
 
 
-def _disk() -> DeviceInfo:
-    usage = shutil.disk_usage(_native.scratch_directory())
-    return DeviceInfo("disk", usage.total, usage.free)
+def _disk() -> dict[str, DeviceInfo]:
+    try:
+        usage = shutil.disk_usage(_native.scratch_directory())
+    except OSError:  # DISTORCH_DISK names a folder that is not there
+        return {}
+    return {"disk": DeviceInfo("disk", usage.total, usage.free)}
 
 
 def devices() -> dict[str, DeviceInfo]:
     """Every tier of this machine with total and free bytes."""
-    found = {"cpu": _host(), "disk": _disk()}
+    found = {"cpu": _host(), **_disk()}
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):

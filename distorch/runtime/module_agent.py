@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from distorch import _ops
-from distorch._behaviour import alias_of_donor, attach_behaviour, detach_behaviour, like_geometry
+from distorch._behaviour import alias_of_donor, like_geometry, replace_data
 from distorch.errors import PlacementError
 
 _KEY = "_distorch_agent"
@@ -25,6 +26,9 @@ _KEY = "_distorch_agent"
 # Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied, and
 # its version then: once somebody wrote to it, it is theirs and says nothing of the weight.
 _given_out: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+
+# Set while an agent above has already converted the sharded weights of the whole tree.
+_converting: ContextVar[bool] = ContextVar("distorch_converting", default=False)
 
 
 def agent_of(module: nn.Module) -> ModuleAgent | None:
@@ -119,27 +123,33 @@ class ModuleAgent:
     def __call__(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
-        """`module._apply`: conversions go donor by donor, moves to another device are refused."""
-        module = self.module
-        _refuse_other_devices(module, fn)
-        if recurse:
-            for child in module.children():
-                child._apply(fn)  # type: ignore[no-untyped-call]
-        # The class's own way, with sharded parameters left for the end: RNN modules look at them.
-        plain = type(module)._apply
-        plain(module, lambda t: t if _ops.is_sharded(t) else fn(t), False)  # type: ignore[no-untyped-call]
-        for key, parameter in module._parameters.items():
-            if parameter is not None and _ops.is_sharded(parameter):
-                self._convert(key, parameter, fn)
-        return module
+        """`module._apply`: conversions go donor by donor, moves to another device are refused.
 
-    def _convert(
-        self, key: str, parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        with torch.no_grad():
-            result = fn(parameter)
-            if result is not parameter and not _ops.is_sharded(result):
-                put_on_donor(parameter, result, self.tiers.get(key, "cpu"), self.compute)
+        All or nothing for sharded weights: the new ones are made first, below this module too.
+        """
+        module = self.module
+        # The class's own way, with sharded parameters passed over: RNN modules look at them.
+        plain = partial(type(module)._apply, module, lambda t: t if _ops.is_sharded(t) else fn(t))
+        if not recurse:
+            plain = partial(plain, recurse=False)
+        if _converting.get():
+            plain()
+            return module
+        _refuse_other_devices(module, fn)
+        converted = _converted(module, fn, recurse)
+        before = [(parameter, parameter.data) for parameter, _ in converted]
+        token = _converting.set(True)
+        try:
+            for parameter, value in converted:
+                replace_data(parameter, value)
+            plain()
+        except BaseException:
+            for parameter, value in before:
+                replace_data(parameter, value)
+            raise
+        finally:
+            _converting.reset(token)
+        return module
 
     def restore_placement(self) -> None:
         """Shards again what became plain, on the donor that the plan names."""
@@ -148,7 +158,9 @@ class ModuleAgent:
             if parameter is None or _ops.is_sharded(parameter) or parameter.is_meta:
                 continue
             with torch.no_grad():
-                put_on_donor(parameter, parameter.detach(), tier, self.compute)
+                replace_data(
+                    parameter, _on_donor(parameter, parameter.detach(), tier, self.compute)
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleAgent:
         copied = memo.get(id(self.module))
@@ -178,17 +190,33 @@ def _refuse_other_devices(module: nn.Module, fn: Callable[[torch.Tensor], torch.
         )
 
 
-def put_on_donor(
+def _converted(
+    module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Every sharded parameter with what it becomes, on its donor. The module is not changed."""
+    found: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    for owner in module.modules() if recurse else (module,):
+        agent = agent_of(owner)
+        for key, parameter in owner._parameters.items():
+            if parameter is None or not _ops.is_sharded(parameter) or id(parameter) in found:
+                continue
+            with torch.no_grad():
+                value = fn(parameter)
+                if value is parameter:
+                    continue
+                if agent is not None and not _ops.is_sharded(value):
+                    value = _on_donor(parameter, value, agent.tiers.get(key, "cpu"), agent.compute)
+            found[id(parameter)] = parameter, value
+    return list(found.values())
+
+
+def _on_donor(
     parameter: nn.Parameter, values: torch.Tensor, tier: str, compute: torch.device
-) -> None:
-    """Gives the parameter new values that live on a donor (its own storage)."""
+) -> torch.Tensor:
+    """New values of a parameter on a donor, in a storage of their own."""
     values = values.resolve_conj().resolve_neg()
     begin = values.storage_offset() == 0
     whole = begin and values.untyped_storage().nbytes() == values.numel() * values.element_size()
     owned = values if whole and values.device.type == "cpu" else values.clone()
     name = _ops.state(parameter).name if _ops.is_sharded(parameter) else "weight"
-    parameter.data = _ops.shard_on(tier, owned, compute, name)
-    if _ops.is_sharded(parameter):
-        attach_behaviour(parameter)
-    else:
-        detach_behaviour(parameter)
+    return _ops.shard_on(tier, owned, compute, name)

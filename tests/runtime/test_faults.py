@@ -65,7 +65,7 @@ def _interrupt_at(monkeypatch, target, name, call):
 
 
 INTERRUPTS = {
-    "swapping": (distribution, "_set", 5),
+    "swapping": (distribution, "replace_data", 5),
     "agents": (ModuleAgent, "install", 3),
     "end": (distribution, "_add_sweep", 1),
 }
@@ -158,6 +158,16 @@ def test_disk_full(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
         assert torch.equal(module(torch.ones(2, 256)), wanted)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9 * 256 * 256 * 4, resource.RLIM_INFINITY))
+        try:
+            module.double()
+        except distorch.PlacementError as error:
+            assert "no room" in str(error), error
+        else:
+            raise SystemExit("no error")
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        assert torch.equal(module(torch.ones(2, 256)), wanted)
+        assert distorch.report(module).ok
         print("as before")
     """
     environment = {**os.environ, "DISTORCH_DISK": str(tmp_path)}

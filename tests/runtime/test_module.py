@@ -198,6 +198,13 @@ def test_values_for_people(twins):
     assert repr(module.up.weight).split("requires")[0] == repr(plain.up.weight).split("requires")[0]
     assert module.up.weight.tolist() == plain.up.weight.tolist()
     assert (module.up.weight.numpy(force=True) == plain.up.weight.detach().numpy()).all()
+    for view in (lambda w: w.data, lambda w: w.detach().t(), lambda w: w[1, :2].detach()):
+        ours, theirs = view(module.up.weight), view(plain.up.weight)
+        assert repr(ours) == repr(theirs)
+        assert ours.tolist() == theirs.tolist()
+        assert (ours.numpy() == theirs.numpy()).all()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        module.up.weight.numpy()
     assert module.up.weight.is_shared() is False
     assert module.up.weight.new_tensor([1.0]).item() == 1
 

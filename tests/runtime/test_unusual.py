@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import io
 import os
 import pickle
+import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -245,3 +248,91 @@ def test_a_fork_reads_on_when_its_parent_lets_go():
     distorch.undistribute(module)
     os.write(write_end, b".")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def linears(count=3):
+    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(count)))
+
+
+def test_a_file_of_parameters_opens_without_distorch():
+    module = distorch.distribute(linears(), DISK, min_bytes=0)
+    buffer = io.BytesIO()
+    torch.save({**dict(module.named_parameters()), "one": distorch.shard(torch.ones(2))}, buffer)
+    assert b"distorch" not in buffer.getvalue()
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    assert type(saved["0.weight"]) is nn.Parameter
+    assert torch.equal(saved["0.weight"], module[0].weight)
+    assert saved["one"].tolist() == [1, 1]
+
+
+def test_memory_between_processes_is_refused():
+    module = distorch.distribute(linears(), DISK, min_bytes=0)
+    for attempt in (module.share_memory, lambda: ForkingPickler.dumps(module[0].weight)):
+        with pytest.raises(distorch.PlacementError, match="state_dict"):
+            attempt()
+    assert distorch.report(module).ok
+    assert ForkingPickler.dumps(module.state_dict())
+
+
+def test_a_whole_takes_over_its_parts():
+    module = nn.Sequential(linears(), linears())
+    x = torch.randn(2, 16)
+    wanted = module(x)
+    distorch.distribute(module[0], DISK, min_bytes=0)
+    distorch.distribute(module, "cpu,50%;disk,50%", min_bytes=0)
+    assert distorch.report(module).ok
+    with pytest.raises(distorch.PlacementError, match="not distributed"):
+        distorch.report(module[0])
+    distorch.distribute(module[1], DISK, min_bytes=0)
+    assert not distorch.report(module).ok
+    assert distorch.report(module[1]).ok
+    distorch.undistribute(module)
+    assert not any("_distorch" in part.__dict__ for part in module.modules())
+    assert not any(part._forward_pre_hooks for part in module.modules())
+    assert torch.equal(module(x), wanted)
+
+
+def test_a_converted_model_that_outgrew_its_plan():
+    module = distorch.distribute(linears(), DISK, min_bytes=0)
+    assert distorch.report(module.half()).ok
+    (problem, *_) = distorch.report(module.double()).problems
+    assert "0.weight: planned 1024 bytes, found 2048" in problem
+    assert distorch.report(distorch.redistribute(module, DISK)).ok
+
+
+def test_a_conversion_that_fails_changes_no_weight():
+    module = distorch.distribute(linears(), DISK, min_bytes=0)
+    wanted, calls = module(torch.ones(1, 16)), []
+
+    def convert(tensor):
+        calls.append(tensor)
+        if len(calls) == 6:
+            raise MemoryError
+        return tensor * 2
+
+    with pytest.raises(MemoryError):
+        module._apply(convert)
+    assert torch.equal(module(torch.ones(1, 16)), wanted)
+    assert distorch.report(module).ok
+
+
+def test_peft_merges_a_tied_model():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    plain = transformers.LlamaForCausalLM(config).eval()
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(plain, lora)
+    module = distorch.distribute(copy.deepcopy(adapted), DISK, min_bytes=0)
+    ids = torch.arange(12)[None]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Input and output embeddings")
+        ours, theirs = module.merge_and_unload(), adapted.merge_and_unload()
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert ours.config.tie_word_embeddings is True
+    with pytest.raises(RuntimeError, match="materialize"):
+        ours.lm_head.weight.data_ptr()
