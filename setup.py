@@ -6,8 +6,10 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# csrc/cuda and csrc/sim are libraries of their own; csrc/tests are programs.
+# csrc/tests are programs.
 ROOMS = ("core", "engine", "hook", "ops", "bindings")
+# The simulated accelerator is a library of its own, which `import distorch` never loads.
+SIM_ROOMS = ("sim",)
 
 
 def check_cuda_choice() -> None:
@@ -22,8 +24,8 @@ def check_cuda_choice() -> None:
         )
 
 
-def extension():
-    """The one extension module, distorch._C."""
+def extension(name, rooms, more=()):
+    """An extension module from some rooms of csrc, and more single sources."""
     try:
         from torch.utils.cpp_extension import CppExtension
     except ImportError as error:
@@ -33,12 +35,13 @@ def extension():
         ) from error
     sources = [
         str(path.relative_to(ROOT))
-        for room in ROOMS
+        for room in rooms
         for path in sorted((ROOT / "csrc" / room).glob("*.cpp"))
     ]
+    sources += more
     headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
     return CppExtension(
-        "distorch._C",
+        name,
         sources,
         include_dirs=[str(ROOT / "csrc")],
         depends=headers,
@@ -61,4 +64,10 @@ def commands():
 
 
 check_cuda_choice()
-setup(ext_modules=[extension()], cmdclass=commands())
+setup(
+    ext_modules=[
+        extension("distorch._C", ROOMS),
+        extension("distorch.testing._sim", SIM_ROOMS, ["csrc/core/arena.cpp"]),
+    ],
+    cmdclass=commands(),
+)

@@ -52,11 +52,19 @@ def devices() -> dict[str, DeviceInfo]:
 
 
 def default_compute(entries: tuple[str, ...]) -> str:
-    """The first accelerator of the spec, else the machine's first one, else the CPU."""
+    """The first accelerator of the spec, else the machine's first one, else the CPU.
+
+    A device type that some library registered at run time computes only where it is named.
+    """
     for device in entries:
         if device not in ("cpu", "disk"):
             return device
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and torch.accelerator.is_available():
+    registered = torch._C._get_privateuse1_backend_name()
+    if accelerator is not None and accelerator.type != registered and _is_there():
         return f"{accelerator.type}:0"
     return "cpu"
+
+
+def _is_there() -> bool:
+    return torch.accelerator.is_available() and torch.accelerator.device_count() > 0

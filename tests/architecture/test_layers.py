@@ -20,6 +20,7 @@ CSRC = {
         {"bindings", "ops", "hook", "engine", "core"},
         {"c10", "ATen", "torch", "pybind11"},
     ),
+    "sim": ({"sim", "core"}, {"c10", "ATen", "torch", "pybind11"}),
     "tests": ({"tests", "engine", "core"}, set()),
 }
 _LIBRARIES = {"torch", "ATen", "c10", "pybind11", "cuda", "cuda_runtime", "Python"}

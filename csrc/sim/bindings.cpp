@@ -1,0 +1,74 @@
+// The simulator's own controls, for Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "sim/device.h"
+#include "sim/memory.h"
+
+namespace py = pybind11;
+using namespace distorch::sim;  // NOLINT: this file is nothing else
+
+namespace {
+
+Mode mode_named(const std::string& name) {
+  if (name == "deferred") return Mode::kDeferred;
+  if (name == "eager") return Mode::kEager;
+  if (name == "dry") return Mode::kDry;
+  throw std::invalid_argument("mode=" + name + ": expected deferred, eager or dry");
+}
+
+void configure(int devices, uint64_t memory, double flops, double memory_bandwidth,
+               const std::vector<std::tuple<int, int, double, double>>& links,
+               const std::vector<std::vector<size_t>>& shared, const std::string& mode) {
+  Config config{devices, memory, flops, memory_bandwidth, {}, shared, mode_named(mode)};
+  for (const auto& [from, to, rate, latency] : links) {
+    config.links.push_back({from, to, rate, latency});
+  }
+  Machine::instance().configure(std::move(config));
+  renew_memories();
+}
+
+std::vector<std::tuple<double, double, std::string, std::string>> timeline() {
+  std::vector<std::tuple<double, double, std::string, std::string>> found;
+  for (const Span& span : Machine::instance().timeline()) {
+    found.emplace_back(span.start, span.end, span.resource, span.label);
+  }
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_sim, module) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  module.def("register_device", [] {
+    register_device();
+    register_kernels();
+  });
+  module.def("configure", &configure, released);
+  module.def("reset", [] { Machine::instance().reset(); }, released);
+  module.def("now", [] { return Machine::instance().now(); });
+  module.def("host_work", [](double seconds) { Machine::instance().host_work(seconds); });
+  module.def("synchronize", [] { Machine::instance().synchronize_all(); }, released);
+  module.def("races", [] { return Machine::instance().races(); });
+  module.def("timeline", &timeline, released);
+  module.def(
+      "slow",
+      [](int from, int to, double factor, double start, double end) {
+        Machine::instance().slow(from, to, factor, start, end);
+      },
+      released);
+  module.def("fail_copy", [](uint64_t nth) { Machine::instance().fail_copy(nth); });
+  module.def("fail_alloc", &fail_allocation);
+  module.def("fail_device", [](int device) { Machine::instance().fail_device(device); });
+  module.def("has_link", [](int from, int to) { return Machine::instance().link(from, to) >= 0; });
+  module.def("memory", [](int device) {
+    const MemoryNumbers numbers = memory_numbers(device);
+    return std::make_tuple(numbers.capacity, numbers.used, numbers.peak);
+  });
+  module.def("device_count", [] { return Machine::instance().config().devices; });
+  module.def("reset_peak", &reset_peak);
+  module.def("pinned_bytes", &pinned_bytes);
+  module.def("is_dry", [] { return Machine::instance().config().mode == Mode::kDry; });
+}

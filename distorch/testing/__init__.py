@@ -1,0 +1,1 @@
+"""What tests and benchmarks of distorch stand on. Never imported by distorch itself."""
