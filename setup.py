@@ -7,7 +7,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 # csrc/tests are programs.
-ROOMS = ("core", "engine", "hook", "ops", "bindings")
+ROOMS = ("core", "engine", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
 

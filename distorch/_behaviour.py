@@ -206,7 +206,7 @@ def detach_behaviour(parameter: torch.Tensor) -> None:
 
 def replace_data(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """`parameter.data = value`, with the behaviour that goes with it, sharded or plain."""
-    parameter.data = value.detach()
+    _ops.set_data(parameter, value.detach())
     if _ops.is_sharded(parameter):
         attach_behaviour(parameter)
     else:

@@ -78,3 +78,4 @@ Counters = _C.Counters
 Reservation = _C.Reservation
 fetch_count = _C.fetch_count
 scratch_directory = _C.scratch_directory
+set_peer_access = _C.set_peer_access

@@ -66,16 +66,75 @@ def shard_file(
     return cast(torch.Tensor, _ops.shard_file(path, offset, sizes, dtype, compute, name))
 
 
+def shard_pinned(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
+    """A sharded tensor with the bytes of `data`'s storage in pinned memory of exactly that size."""
+    slab = _ops.pinned_slab(data.untyped_storage().nbytes(), compute)
+    if not data.is_meta:
+        slab.copy_(byte_view(data))
+    return cast(torch.Tensor, _ops.shard_slab(slab, 0, data, compute, name))
+
+
+def shard_device(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
+    """A sharded tensor whose donor is the storage of `data` (device memory), not a copy."""
+    if data.device != compute:
+        peer = _can_access_peer(compute, data.device)
+        _native.set_peer_access(str(compute), str(data.device), peer)
+    return cast(torch.Tensor, _ops.shard_device(data, compute, name))
+
+
+def _can_access_peer(compute: torch.device, donor: torch.device) -> bool:
+    if compute.type != donor.type:
+        return False
+    asks = getattr(torch.get_device_module(compute), "can_device_access_peer", None)
+    return asks is None or bool(asks(compute.index or 0, donor.index or 0))
+
+
+def shard_striped(
+    parts: Sequence[torch.Tensor], like: torch.Tensor, compute: torch.device, name: str
+) -> torch.Tensor:
+    """One weight whose bytes are those of several sharded tensors, one after the other."""
+    return cast(torch.Tensor, _ops.shard_striped(list(parts), like, compute, name))
+
+
 def shard_on(tier: str, data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
-    """A sharded tensor with the bytes of `data`'s storage on a tier; host memory is adopted."""
+    """A sharded tensor with the bytes of `data`'s storage on a tier ("cpu", "disk", "sim:1").
+
+    Memory that is already there is adopted, unless copies need it pinned.
+    """
     if tier == "cpu":
-        return shard_host(data.cpu(), compute, name)
+        if compute.type == "cpu":
+            return shard_host(data.cpu(), compute, name)
+        return shard_pinned(data if data.is_meta else data.cpu(), compute, name)
     if tier == "disk":
         return shard_scratch(data, compute, name)
-    raise PlacementError(
-        f"donor {tier!r} for weight {name!r}: this version has the donors 'cpu' and 'disk'; "
-        "give the weight to one of these"
-    )
+    return shard_device(moved(data, _donor_device(tier, name)), compute, name)
+
+
+def _donor_device(tier: str, name: str) -> torch.device:
+    try:
+        device = torch.device(tier)
+        known = (device.index or 0) < torch.get_device_module(device).device_count()
+    except (RuntimeError, AttributeError):
+        known = False
+    if not known:
+        raise PlacementError(
+            f"donor {tier!r} for weight {name!r} is not there; expected 'cpu', 'disk' or a device "
+            "of this machine, such as 'cuda:1'"
+        )
+    return device
+
+
+def moved(data: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`data.to(device)`; of a tensor without values, room for them."""
+    return torch.empty_like(data, device=device) if data.is_meta else data.to(device)
+
+
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """`tensor.data = data`, also between devices where PyTorch refuses."""
+    if torch._has_compatible_shallow_copy_type(tensor, data):
+        tensor.data = data
+    else:
+        _ops.set_data(tensor, data)
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,6 @@ def distribute(
     "auto" | "never". On a distributed module this is `redistribute`.
     All or nothing: SpecError, PlacementError, FetchError leave the module as it was.
     """
-    distribution.check_has_values(module)
     opts = Options(**options)
     groups = distribution.group_members(module)
     inventory = distribution.inventory_of(module, groups)
@@ -75,6 +74,7 @@ def distribute(
         plan = distribution.plan_inventory(
             inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
         )
+    distribution.check_has_values(module, plan.compute)
     origins = {}
     if distribution.is_distributed(module):
         origins = distribution.distribution_of(module).origins

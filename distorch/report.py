@@ -192,13 +192,12 @@ def stats(module: nn.Module) -> Stats:
     """What the module's weights travelled since `reset_stats(module)` (or since it was placed)."""
     state = distribution_of(module)
     counters, compute = state.counters, state.plan.compute
-    links = {f"disk->{compute}": counters.disk_bytes, f"cpu->{compute}": counters.host_bytes}
     return Stats(
         counters.fetches,
         counters.hits,
         counters.stall_ns / 1e9,
         counters.overflows,
-        {link: nbytes for link, nbytes in links.items() if nbytes},
+        {f"{tier}->{compute}": nbytes for tier, nbytes in counters.bytes.items()},
     )
 
 

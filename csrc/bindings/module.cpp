@@ -1,8 +1,10 @@
 // What Python needs beside the operators: numbers and settings.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bindings/errors.h"
-#include "engine/devices.h"
+#include "device/accelerator.h"
+#include "device/devices.h"
 
 namespace py = pybind11;
 using distorch::Counters;
@@ -17,8 +19,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
       .def_property_readonly("stall_ns", [](const Counters& c) { return c.stall_ns.load(); })
       .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
-      .def_property_readonly("disk_bytes", [](const Counters& c) { return c.disk_bytes.load(); })
-      .def_property_readonly("host_bytes", [](const Counters& c) { return c.host_bytes.load(); })
+      .def_property_readonly("bytes", &Counters::bytes)
       .def("reset", &Counters::reset);
 
   py::class_<Reservation>(module, "Reservation")
@@ -30,5 +31,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_scratch_directory", &distorch::set_scratch_directory);
   module.def("scratch_directory", &distorch::scratch_directory);
   module.def("set_io_threads", &distorch::set_io_threads);
+  module.def("set_peer_access", &distorch::set_peer_access, py::arg("to"), py::arg("from_"),
+             py::arg("possible"));
   distorch::install_error_thrower(module);
 }

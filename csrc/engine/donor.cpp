@@ -1,5 +1,6 @@
 #include "engine/donor.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -69,6 +70,55 @@ void FileDonor::read_range(uint64_t begin, uint64_t bytes, std::byte* into) cons
 
 void FileDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
   file_->write(offset_ + begin, bytes, from);
+}
+
+StripedDonor::StripedDonor(std::vector<std::shared_ptr<Donor>> parts) : parts_(std::move(parts)) {
+  for (const auto& part : parts_) {
+    tier_ += (tier_.empty() ? "" : "+") + part->tier();
+    bytes_ += part->size();
+  }
+}
+
+std::vector<Extent> StripedDonor::extents() const {
+  std::vector<Extent> found;
+  uint64_t begin = 0;
+  for (const auto& part : parts_) {
+    for (Extent extent : part->extents()) {
+      extent.begin += begin;
+      found.push_back(std::move(extent));
+    }
+    begin += part->size();
+  }
+  return found;
+}
+
+template <class Visit>
+void StripedDonor::for_each_part(uint64_t begin, uint64_t bytes, Visit&& visit) const {
+  uint64_t part_begin = 0;
+  for (const auto& part : parts_) {
+    const uint64_t from = std::max(begin, part_begin);
+    const uint64_t to = std::min(begin + bytes, part_begin + part->size());
+    if (from < to) visit(*part, from - part_begin, to - from, from - begin);
+    part_begin += part->size();
+  }
+}
+
+void StripedDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const {
+  for_each_part(begin, bytes, [&](Donor& part, uint64_t at, uint64_t count, uint64_t done) {
+    part.read(at, count, into + done, false);
+  });
+}
+
+void StripedDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
+  for_each_part(begin, bytes, [&](Donor& part, uint64_t at, uint64_t count, uint64_t done) {
+    part.write(at, count, from + done);
+  });
+}
+
+std::shared_ptr<std::byte> StripedDonor::map() {
+  std::shared_ptr<std::byte> copy(new std::byte[bytes_], std::default_delete<std::byte[]>());
+  read(0, bytes_, copy.get(), false);
+  return copy;
 }
 
 }  // namespace distorch

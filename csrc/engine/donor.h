@@ -5,10 +5,21 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/file.h"
 
 namespace distorch {
+
+// A piece of a weight that a device can copy by itself. `place` is "cpu" or a
+// device ("sim:1"); pieces with one owner may be copied together where they lie
+// side by side.
+struct Extent {
+  uint64_t begin, bytes;
+  std::string place;
+  const std::byte* data;
+  const void* owner;
+};
 
 // One weight's bytes on a donor. Thread-safe for reads; writes are as safe as
 // writes to a plain tensor, that is, they are the caller's to order.
@@ -16,7 +27,7 @@ class Donor {
  public:
   virtual ~Donor() = default;
 
-  virtual const char* tier() const = 0;  // "cpu", "disk"
+  virtual std::string tier() const = 0;  // "cpu", "disk", a device
   virtual uint64_t size() const = 0;     // bytes
   // For error messages: where the bytes are, in words.
   virtual std::string describe() const = 0;
@@ -26,6 +37,9 @@ class Donor {
   // The bytes as host memory that costs nothing until it is touched, valid
   // while the donor lives. Throws Error(kFetch).
   virtual std::shared_ptr<std::byte> map() = 0;
+  // Where a device finds the bytes, in order and without a gap; empty when
+  // reader threads have to bring them.
+  virtual std::vector<Extent> extents() const { return {}; }
   // The remainder modulo kPage that the address of a reader's buffer should
   // have so that bytes travel without a copy.
   virtual uint64_t phase() const { return 0; }
@@ -47,14 +61,20 @@ class Donor {
 
 class HostDonor : public Donor {
  public:
-  // `data` stays valid as long as `owner` lives.
-  HostDonor(std::shared_ptr<void> owner, std::byte* data, uint64_t bytes)
-      : owner_(std::move(owner)), data_(data), bytes_(bytes) {}
+  // `data` stays valid as long as `owner` lives. `owner_id` is the same for
+  // donors in one piece of memory.
+  HostDonor(std::shared_ptr<void> owner, std::byte* data, uint64_t bytes,
+            const void* owner_id = nullptr)
+      : owner_(std::move(owner)),
+        owner_id_(owner_id != nullptr ? owner_id : owner_.get()),
+        data_(data),
+        bytes_(bytes) {}
 
-  const char* tier() const override { return "cpu"; }
+  std::string tier() const override { return "cpu"; }
   uint64_t size() const override { return bytes_; }
   std::string describe() const override { return "host memory"; }
   std::byte* host() override { return data_; }
+  std::vector<Extent> extents() const override { return {{0, bytes_, "cpu", data_, owner_id_}}; }
   std::shared_ptr<std::byte> map() override { return {owner_, data_}; }
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   bool writable() const override { return true; }
@@ -62,6 +82,7 @@ class HostDonor : public Donor {
 
  private:
   const std::shared_ptr<void> owner_;
+  const void* const owner_id_;
   std::byte* const data_;
   const uint64_t bytes_;
 };
@@ -76,7 +97,7 @@ class FileDonor : public Donor {
   static std::shared_ptr<FileDonor> scratch(const std::string& directory, uint64_t bytes);
   ~FileDonor() override;
 
-  const char* tier() const override { return "disk"; }
+  std::string tier() const override { return "disk"; }
   uint64_t size() const override { return bytes_; }
   std::string describe() const override;
   uint64_t phase() const override { return offset_ % kPage; }
@@ -94,6 +115,29 @@ class FileDonor : public Donor {
   const std::shared_ptr<File> file_;
   const uint64_t offset_;
   const uint64_t bytes_;
+};
+
+// Bytes on several donors at once, one after the other.
+class StripedDonor : public Donor {
+ public:
+  explicit StripedDonor(std::vector<std::shared_ptr<Donor>> parts);
+
+  std::string tier() const override { return tier_; }
+  uint64_t size() const override { return bytes_; }
+  std::string describe() const override { return "stripes on " + tier_; }
+  std::vector<Extent> extents() const override;
+  std::shared_ptr<std::byte> map() override;
+  void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  bool writable() const override { return true; }
+  void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
+
+ private:
+  template <class Visit>
+  void for_each_part(uint64_t begin, uint64_t bytes, Visit&& visit) const;
+
+  const std::vector<std::shared_ptr<Donor>> parts_;
+  std::string tier_;
+  uint64_t bytes_ = 0;
 };
 
 }  // namespace distorch

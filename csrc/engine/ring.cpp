@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 namespace distorch {
 namespace {
@@ -11,35 +12,39 @@ namespace {
 constexpr uint64_t kPartBytes = 4 << 20;
 constexpr size_t kMaxWindows = 32;  // threads whose order is remembered
 
+Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& donor,
+                      const std::string& why) {
+  return Error(kind, "weight '" + name + "' (" + std::to_string(donor.size()) +
+                         " bytes) could not be brought from " + donor.describe() + ": " + why);
+}
+
 // One part of a weight, with errors that name the whole.
 void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
                std::byte* into) {
   try {
     donor.read(begin, end - begin, into, true);
   } catch (const Error& error) {
-    throw Error(error.kind(), "weight '" + name + "' (" + std::to_string(donor.size()) +
-                                  " bytes) could not be brought from " + donor.describe() + ": " +
-                                  error.what());
+    throw could_not_bring(error.kind(), name, donor, error.what());
   }
 }
 
 void count_bytes(Counters& counters, const Donor& donor) {
-  auto& counter =
-      donor.tier() == std::string_view("disk") ? counters.disk_bytes : counters.host_bytes;
-  counter.fetch_add(donor.size(), std::memory_order_relaxed);
+  const std::vector<Extent> extents = donor.extents();
+  for (const Extent& extent : extents) counters.travelled(extent.place, extent.bytes);
+  if (extents.empty()) counters.travelled(donor.tier(), donor.size());
 }
 
 }  // namespace
 
 struct Ring::Region {
-  Region(std::shared_ptr<std::byte> memory, uint64_t bytes)
-      : memory(std::move(memory)), arena(bytes, kPage) {}
+  Region(std::shared_ptr<std::byte> memory, uint64_t bytes, uint64_t granule)
+      : memory(std::move(memory)), arena(bytes, granule) {}
   std::shared_ptr<std::byte> memory;
   Arena arena;
 };
 
-Ring::Ring(std::unique_ptr<RingMemory> memory, size_t io_threads)
-    : memory_(std::move(memory)), pool_(io_threads) {}
+Ring::Ring(std::unique_ptr<RingDevice> device, size_t io_threads)
+    : device_(std::move(device)), pool_(io_threads) {}
 
 Ring::~Ring() = default;
 
@@ -92,11 +97,15 @@ void Ring::resize() {
 std::shared_ptr<void> Ring::acquire(Weight& weight) {
   Counters& counters = weight.counters();
   Lock lock(mutex_);
+  if (!staged_.empty()) bring_staged();
   Window& window = window_of_this_thread();
   advance(window, weight.id());
   if (const SlotPtr& slot = weight.in_ring.slot; slot && slot->state == Slot::State::kReady) {
-    std::shared_ptr<void> bytes = hand_out(slot);  // held: looking ahead does not evict it
+    const SlotPtr held = slot;
+    std::shared_ptr<void> bytes = hand_out(held);  // held: looking ahead does not evict it
     look_ahead(window);
+    flush();
+    device_->lend(*held);
     counters.hits.fetch_add(1, std::memory_order_relaxed);
     return bytes;
   }
@@ -107,8 +116,16 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     if (asked_now) slot = load(weight, IoPool::Urgency::kNow);
     if (!planned) look_ahead(window);
     planned = true;  // `window` belongs to the lock, which waiting gives up
+    flush();
     wait_for(slot, counters, lock);
-    if (slot->state == Slot::State::kReady) return hand_out(slot);
+    if (slot->state == Slot::State::kStaged) {
+      bring_staged();
+      flush();
+    }
+    if (slot->state == Slot::State::kReady) {
+      device_->lend(*slot);
+      return hand_out(slot);
+    }
     // An early read that failed may have met a passing fault: ask once more.
     if (asked_now) throw Error(slot->error_kind, slot->error);
   }
@@ -125,6 +142,7 @@ std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
 }
 
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
+  if (slot->state != Slot::State::kLoading) return;
   const auto start = std::chrono::steady_clock::now();
   pool_.hurry();
   part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
@@ -199,30 +217,68 @@ void Ring::look_ahead(Window& window) {
 Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency) {
   const std::shared_ptr<Donor> donor = weight.donor();
   const uint64_t bytes = donor->size();
-  const uint64_t phase = donor->phase() % weight.alignment() == 0 ? donor->phase() : 0;
+  const bool by_device = device_->brings(*donor);
+  uint64_t phase = donor->phase() % weight.alignment() == 0 ? donor->phase() : 0;
+  std::shared_ptr<Staged> staging;
+  if (!by_device) staging = device_->staging(round_up(phase + bytes, kPage));
+  const uint64_t slot_phase = by_device || staging != nullptr ? 0 : phase;
   std::byte* block_data = nullptr;
   bool overflow = false;
-  const uint64_t room = std::max(round_up(phase + bytes, kPage), kPage);
+  const uint64_t granule = device_->granule();
+  const uint64_t room = std::max(round_up(slot_phase + bytes, granule), granule);
   auto block = find_room(room, urgency, &block_data, &overflow);
   if (block == nullptr) return nullptr;
   auto slot = std::make_shared<Slot>();
-  slot->data = block_data + phase;
-  slot->wrapped = memory_->wrap(slot->data, bytes, std::move(block));
+  slot->data = block_data + slot_phase;
+  slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
   slot->weight = &weight;
   slot->overflow = overflow;
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
-  queue_reads(slot, weight, phase, urgency);
+  count_bytes(weight.counters(), *donor);
   if (overflow) weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
+  if (by_device) {
+    device_->bring(slot, *donor);
+    return slot;
+  }
+  std::byte* into = slot->data;
+  if (staging != nullptr) into = slot->staged_data = staging->data + phase;
+  slot->staged = std::move(staging);
+  queue_reads(slot, weight, into, phase, urgency);
   return slot;
+}
+
+// What readers brought to host memory goes on to the device.
+void Ring::bring_staged() {
+  for (const SlotPtr& slot : std::exchange(staged_, {})) {
+    if (slot->weight == nullptr) continue;  // let go of in the meantime
+    slot->state = Slot::State::kLoading;
+    device_->bring(slot, *slot->weight->donor());
+  }
+}
+
+void Ring::flush() {
+  std::vector<SlotPtr> failed;
+  device_->flush(&failed);
+  for (const SlotPtr& slot : failed) {
+    if (slot->weight == nullptr) continue;
+    const Error named = could_not_bring(ErrorKind::kFetch, slot->weight->name(),
+                                        *slot->weight->donor(), slot->error);
+    slot->error = named.what();
+    drop(slot);
+  }
 }
 
 std::shared_ptr<void> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
                                       bool* overflow) {
-  if (bytes <= capacity_) {
-    do {
-      if (auto block = carve(bytes, data)) return block;
-    } while (evict_one());
+  try {
+    if (bytes <= capacity_) {
+      do {
+        if (auto block = carve(bytes, data)) return block;
+      } while (evict_one());
+    }
+  } catch (const std::exception&) {  // the device has no room for the ring itself
+    if (urgency == IoPool::Urgency::kNow) return overflow_room(bytes, data, overflow);
   }
   if (urgency == IoPool::Urgency::kAhead) return nullptr;
   // Threads that went away may still have predictions that hold room.
@@ -230,15 +286,19 @@ std::shared_ptr<void> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, s
   while (bytes <= capacity_ && evict_one()) {
     if (auto block = carve(bytes, data)) return block;
   }
+  return overflow_room(bytes, data, overflow);
+}
+
+std::shared_ptr<void> Ring::overflow_room(uint64_t bytes, std::byte** data, bool* overflow) {
   *overflow = true;
-  auto block = memory_->allocate(bytes);
+  auto block = device_->allocate(bytes);
   *data = block.get();
   return block;
 }
 
 std::shared_ptr<void> Ring::carve(uint64_t bytes, std::byte** data) {
   if (region_ == nullptr) {
-    region_ = std::make_shared<Region>(memory_->allocate(capacity_), capacity_);
+    region_ = std::make_shared<Region>(device_->allocate(capacity_), capacity_, device_->granule());
   }
   const auto offset = region_->arena.allocate(bytes);
   if (!offset) return nullptr;
@@ -251,8 +311,8 @@ std::shared_ptr<void> Ring::carve(uint64_t bytes, std::byte** data) {
 // The least recently used slot that no prediction and no op holds.
 bool Ring::evict_one() {
   for (const SlotPtr& slot : slots_) {
-    if (slot->weight->in_ring.wanted > 0 || slot->state == Slot::State::kLoading) continue;
-    if (memory_->in_use(slot->wrapped)) continue;
+    if (slot->weight->in_ring.wanted > 0 || slot->state != Slot::State::kReady) continue;
+    if (device_->in_use(slot->wrapped)) continue;
     drop(SlotPtr(slot));
     return true;
   }
@@ -266,19 +326,18 @@ void Ring::drop(const SlotPtr& slot) {
   slots_.erase(slot->place);
 }
 
-void Ring::queue_reads(const SlotPtr& slot, Weight& weight, uint64_t phase,
+void Ring::queue_reads(const SlotPtr& slot, Weight& weight, std::byte* into, uint64_t phase,
                        IoPool::Urgency urgency) {
   const std::shared_ptr<Donor> donor = weight.donor();
   const uint64_t bytes = donor->size();
-  count_bytes(weight.counters(), *donor);
   std::vector<IoPool::Task> tasks;
   // Parts end at whole pages of the block, so that no two share one.
   for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
     const uint64_t end =
         std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
-    tasks.emplace_back([this, slot, donor, begin, end, name = weight.name()] {
+    tasks.emplace_back([this, slot, donor, begin, end, into, name = weight.name()] {
       try {
-        read_part(*donor, name, begin, end, slot->data + begin);
+        read_part(*donor, name, begin, end, into + begin);
         finish_part(slot, nullptr);
       } catch (const Error& error) {
         finish_part(slot, &error);
@@ -300,7 +359,12 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
     }
     if (--slot->parts_left > 0) return;
     slot->state = slot->error.empty() ? Slot::State::kReady : Slot::State::kFailed;
-    if (slot->state == Slot::State::kFailed) drop(slot);
+    if (slot->state == Slot::State::kFailed) {
+      drop(slot);
+    } else if (slot->staged != nullptr) {
+      slot->state = Slot::State::kStaged;
+      staged_.push_back(slot);
+    }
   }
   part_done_->notify_all();
 }

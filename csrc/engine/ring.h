@@ -20,23 +20,17 @@
 
 namespace distorch {
 
-// The memory that a ring is cut from, and the form in which ops hold a slot.
-class RingMemory {
- public:
-  virtual ~RingMemory() = default;
-  // Aligned to kPage. Throws what an allocation on this device throws.
-  virtual std::shared_ptr<std::byte> allocate(uint64_t bytes) = 0;
-  // An object over [data, data + bytes) that keeps `block` alive.
-  virtual std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
-                                     std::shared_ptr<void> block) = 0;
-  // Whether anybody but the ring holds the wrapped object.
-  virtual bool in_use(const std::shared_ptr<void>& wrapped) const = 0;
+// Host memory that readers fill and a device then copies; aligned to kPage.
+struct Staged {
+  virtual ~Staged() = default;
+  std::byte* data = nullptr;
 };
 
 // One weight's room in the ring. All members are guarded by the ring's mutex,
 // but for the bytes themselves while `state` is kLoading.
 struct Slot {
-  enum class State { kLoading, kReady, kFailed };
+  // kStaged: in host memory, and the device was not yet asked to copy it.
+  enum class State { kLoading, kStaged, kReady, kFailed };
   std::shared_ptr<void> wrapped;
   std::byte* data = nullptr;
   State state = State::kLoading;
@@ -46,6 +40,41 @@ struct Slot {
   std::string error;
   ErrorKind error_kind = ErrorKind::kFetch;
   std::list<std::shared_ptr<Slot>>::iterator place;
+  // Of devices that are not the host: bytes that readers brought to host
+  // memory, and what the device knows of the copies on their way.
+  std::shared_ptr<Staged> staged;
+  std::byte* staged_data = nullptr;
+  std::shared_ptr<void> arrival;
+};
+
+// The compute device of a ring: the memory that it is cut from, the form in
+// which ops hold a slot, and how bytes get there. Called with the ring's mutex
+// held.
+class RingDevice {
+ public:
+  virtual ~RingDevice() = default;
+  // What slots are rounded up to.
+  virtual uint64_t granule() const { return kPage; }
+  // Aligned to granule(). Throws what an allocation on this device throws.
+  virtual std::shared_ptr<std::byte> allocate(uint64_t bytes) = 0;
+  // An object over [data, data + bytes) that keeps `block` alive.
+  virtual std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
+                                     std::shared_ptr<void> block) = 0;
+  // Whether anybody but the ring holds the wrapped object.
+  virtual bool in_use(const std::shared_ptr<void>& wrapped) const = 0;
+
+  // Whether the device copies from this donor by itself.
+  virtual bool brings(const Donor&) const { return false; }
+  // Room for readers to put what the device then copies; null when they write
+  // to slots.
+  virtual std::shared_ptr<Staged> staging(uint64_t bytes) { return nullptr; }
+  // Asks for a copy of the donor's bytes (or of what is staged) to the slot.
+  virtual void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {}
+  // Issues what was asked for, in that order, behind everything that used the
+  // slots' memory. The slots are then kReady, or kFailed with an error.
+  virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
+  // Operators issued from now on, by this thread, find the bytes in the slot.
+  virtual void lend(Slot& slot) {}
 };
 
 // Note [What the ring promises]
@@ -57,7 +86,7 @@ struct Slot {
 //   else: a wrong one costs a read.
 class Ring {
  public:
-  Ring(std::unique_ptr<RingMemory> memory, size_t io_threads);
+  Ring(std::unique_ptr<RingDevice> device, size_t io_threads);
   ~Ring();
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
@@ -108,15 +137,19 @@ class Ring {
   SlotPtr load(Weight& weight, IoPool::Urgency urgency);
   std::shared_ptr<void> find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
                                   bool* overflow);
+  std::shared_ptr<void> overflow_room(uint64_t bytes, std::byte** data, bool* overflow);
   std::shared_ptr<void> carve(uint64_t bytes, std::byte** data);
   bool evict_one();
   void drop(const SlotPtr& slot);
-  void queue_reads(const SlotPtr& slot, Weight& weight, uint64_t phase, IoPool::Urgency urgency);
+  void bring_staged();
+  void flush();
+  void queue_reads(const SlotPtr& slot, Weight& weight, std::byte* into, uint64_t phase,
+                   IoPool::Urgency urgency);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
   void resize();
 
-  const std::unique_ptr<RingMemory> memory_;
+  const std::unique_ptr<RingDevice> device_;
   mutable std::mutex mutex_;
   std::unique_ptr<std::condition_variable> part_done_ = std::make_unique<std::condition_variable>();
   // Everything below is guarded by mutex_.
@@ -130,6 +163,7 @@ class Ring {
   std::thread::id latest_thread_;    // whose window was asked for last,
   Window* latest_window_ = nullptr;  // and that window
   std::list<SlotPtr> slots_;         // least recently used first
+  std::vector<SlotPtr> staged_;      // read to host memory, not yet copied
   // Last, so that its threads end before what they use.
   IoPool pool_;
 };

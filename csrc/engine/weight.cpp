@@ -41,9 +41,19 @@ std::shared_ptr<Counters> Counters::find(uint64_t id) {
 }
 
 void Counters::reset() {
-  for (auto* counter : {&hits, &misses, &stall_ns, &overflows, &disk_bytes, &host_bytes}) {
-    counter->store(0);
-  }
+  for (auto* counter : {&hits, &misses, &stall_ns, &overflows}) counter->store(0);
+  std::lock_guard lock(mutex_);
+  bytes_.clear();
+}
+
+void Counters::travelled(const std::string& tier, uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  bytes_[tier] += bytes;
+}
+
+std::map<std::string, uint64_t> Counters::bytes() const {
+  std::lock_guard lock(mutex_);
+  return bytes_;
 }
 
 Weight::Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,

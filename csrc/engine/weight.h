@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -18,13 +19,14 @@ struct Slot;
 // What a group of weights (usually one model) has asked of its donors.
 struct Counters {
   const uint64_t id = next_id();
-  std::atomic<uint64_t> hits{0};        // a weight was made real for an op, and was there
-  std::atomic<uint64_t> misses{0};      // the same, and the op waited
-  std::atomic<uint64_t> stall_ns{0};    // time that ops waited
-  std::atomic<uint64_t> overflows{0};   // fetches for which the ring had no room
-  std::atomic<uint64_t> disk_bytes{0};  // bytes read from disk
-  std::atomic<uint64_t> host_bytes{0};  // bytes copied from host memory
+  std::atomic<uint64_t> hits{0};       // a weight was made real for an op, and was there
+  std::atomic<uint64_t> misses{0};     // the same, and the op waited
+  std::atomic<uint64_t> stall_ns{0};   // time that ops waited
+  std::atomic<uint64_t> overflows{0};  // fetches for which the ring had no room
   void reset();
+  // Bytes that came from a tier.
+  void travelled(const std::string& tier, uint64_t bytes);
+  std::map<std::string, uint64_t> bytes() const;
 
   static std::shared_ptr<Counters> make();
   // The living counters of that id, or null.
@@ -32,6 +34,9 @@ struct Counters {
 
  private:
   static uint64_t next_id();
+
+  mutable std::mutex mutex_;
+  std::map<std::string, uint64_t> bytes_;  // guarded by mutex_
 };
 
 // Every fetch of this process, whatever the model.

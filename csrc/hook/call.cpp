@@ -1,8 +1,9 @@
 #include "hook/call.h"
 
 #include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
 
-#include "engine/devices.h"
+#include "device/devices.h"
 #include "engine/ring.h"
 
 namespace distorch {
@@ -18,6 +19,14 @@ std::pair<uint64_t, uint64_t> extent(const at::Tensor& tensor) {
   const auto item = static_cast<uint64_t>(tensor.itemsize());
   const uint64_t begin = static_cast<uint64_t>(tensor.storage_offset()) * item;
   return {begin, (static_cast<uint64_t>(last) + 1) * item - begin};
+}
+
+// All bytes of a storage as a CPU tensor; the storage itself where it is the host's.
+at::Tensor whole_on_host(const c10::Storage& memory) {
+  at::Tensor bytes = at::empty({0}, at::TensorOptions().dtype(at::kByte).device(memory.device()));
+  bytes.unsafeGetTensorImpl()->set_storage_keep_dtype(memory);
+  bytes.unsafeGetTensorImpl()->set_sizes_contiguous({static_cast<int64_t>(memory.nbytes())});
+  return bytes.cpu();
 }
 
 bool is_sharded_value(const c10::IValue& value) {
@@ -95,21 +104,20 @@ void Call::commit() {
 void Call::commit(Swapped& argument) {
   Handle& handle = handle_of(argument.sharded);
   const c10::Storage& memory = argument.real.storage();
-  const at::Tensor host = memory.device().is_cpu() ? argument.real : argument.real.cpu();
-  const auto* bytes = static_cast<const std::byte*>(host.storage().data());
-  const uint64_t total = host.storage().nbytes();
-  const bool moved = handle.in_place && bytes != handle.weight->donor()->host();
-  if (moved) {
+  const uint64_t total = memory.nbytes();
+  if (!handle.in_place) {
+    const at::Tensor host = whole_on_host(memory);
+    const auto* bytes = static_cast<const std::byte*>(host.storage().data());
+    const auto [begin, length] = extent(argument.real);
+    handle.weight->store(bytes, total, begin, length, scratch_directory());
+    handle.weight->ring().written(*handle.weight, bytes);
+  } else if (memory.device().is_cpu() && memory.data() != handle.weight->donor()->host()) {
     // An out= argument grew: its new memory is the donor now.
     auto owner = std::make_shared<c10::Storage>(memory);
     handle.weight->move_to(
         std::make_shared<HostDonor>(owner, static_cast<std::byte*>(owner->mutable_data()), total));
     handle.in_place = memory;
-  } else {
-    const auto [begin, length] = extent(host);
-    handle.weight->store(bytes, total, begin, length, scratch_directory());
   }
-  handle.weight->ring().written(*handle.weight, bytes);
   argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));
   if (!same_geometry(argument.sharded, argument.real)) {
     argument.sharded.unsafeGetTensorImpl()->set_sizes_and_strides(

@@ -41,16 +41,6 @@ at::Tensor make_view(c10::Storage storage, c10::DispatchKeySet keys, const at::T
   return view;
 }
 
-// Compute devices other than the CPU: staged through host memory, on the
-// current stream.
-c10::Storage fetch_through_host(Handle& handle) {
-  const std::shared_ptr<Donor> donor = handle.weight->donor();
-  const auto bytes = static_cast<int64_t>(donor->size());
-  at::Tensor staging = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
-  donor->read(0, donor->size(), static_cast<std::byte*>(staging.mutable_data_ptr()), false);
-  return staging.to(handle.compute).storage();
-}
-
 }  // namespace
 
 Handle& handle_of(const at::Tensor& tensor) {
@@ -104,10 +94,6 @@ c10::Storage fetch(Handle& handle) {
   if (handle.in_place) {
     handle.weight->counters().hits.fetch_add(1, std::memory_order_relaxed);
     return handle.in_place;
-  }
-  if (!handle.compute.is_cpu()) {
-    handle.weight->counters().misses.fetch_add(1, std::memory_order_relaxed);
-    return fetch_through_host(handle);
   }
   const std::shared_ptr<void> slot = handle.weight->ring().acquire(*handle.weight);
   return *static_cast<c10::Storage*>(slot.get());

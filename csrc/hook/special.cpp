@@ -6,7 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "engine/devices.h"
+#include "device/devices.h"
 #include "hook/errors.h"
 #include "hook/fallback.h"
 

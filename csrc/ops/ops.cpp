@@ -1,11 +1,13 @@
 // Every operator of distorch, in one place. None of them mutates an argument
-// but read_file and read_donor, which write `into`.
+// but read_file and read_donor, which write `into`, and set_data.
 #include <ATen/TensorUtils.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "core/file.h"
-#include "engine/devices.h"
+#include "device/accelerator.h"
+#include "device/devices.h"
 #include "hook/errors.h"
 #include "hook/sharded.h"
 #include "hook/sweep.h"
@@ -55,6 +57,62 @@ at::Tensor shard_host(const at::Tensor& data, at::Device compute, std::string na
   c10::Storage in_place;
   if (compute.is_cpu()) in_place = *owner;
   return wrap_donor(std::move(donor), std::move(in_place), geometry_of(data), compute, name);
+}
+
+// The donor is pinned host memory for a compute device that copies: bytes
+// [begin, begin + bytes of `like`) of `slab` (uint8), with the geometry of `like`.
+at::Tensor shard_slab(const at::Tensor& slab, int64_t begin, const at::Tensor& like,
+                      at::Device compute, std::string name) {
+  TORCH_CHECK_VALUE(slab.device().is_cpu() && begin >= 0, "shard_slab takes a CPU tensor");
+  const auto bytes = static_cast<int64_t>(like.storage().nbytes());
+  TORCH_CHECK_VALUE(begin + bytes <= static_cast<int64_t>(slab.storage().nbytes()),
+                    "shard_slab: the weight is outside the slab");
+  auto owner = std::make_shared<c10::Storage>(slab.storage());
+  auto* data = static_cast<std::byte*>(owner->mutable_data()) + begin;
+  const void* slab_id = slab.storage().unsafeGetStorageImpl();
+  auto donor = std::make_shared<HostDonor>(owner, data, bytes, slab_id);
+  return wrap_donor(std::move(donor), {}, geometry_of(like), compute, name);
+}
+
+// Pinned memory for copies to a device, exact in size: uint8 [bytes].
+at::Tensor pinned_slab(int64_t bytes, at::Device compute) {
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                       at::getHostAllocator(compute.type())->allocate(bytes), nullptr, false);
+  at::Tensor slab = at::empty({0}, at::TensorOptions().dtype(at::kByte));
+  slab.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
+  slab.unsafeGetTensorImpl()->set_sizes_contiguous({bytes});
+  return slab;
+}
+
+// The donor is the memory of a device: the storage of `data` itself.
+at::Tensor shard_device(const at::Tensor& data, at::Device compute, std::string name) {
+  TORCH_CHECK_VALUE(!is_sharded(data), "shard_device takes a plain tensor");
+  auto donor = std::make_shared<DeviceDonor>(data.storage());
+  c10::Storage in_place;
+  if (compute == data.device()) in_place = data.storage();
+  return wrap_donor(std::move(donor), std::move(in_place), geometry_of(data), compute, name);
+}
+
+// The donors of several sharded tensors (uint8), one after the other, as the
+// bytes of one weight with the geometry of `like`.
+at::Tensor shard_striped(at::TensorList parts, const at::Tensor& like, at::Device compute,
+                         std::string name) {
+  std::vector<std::shared_ptr<Donor>> donors;
+  uint64_t bytes = 0;
+  for (const at::Tensor& part : parts) {
+    donors.push_back(handle_of(part).weight->donor());
+    TORCH_CHECK_VALUE(!donors.back()->extents().empty(), "a disk cannot hold a stripe");
+    bytes += donors.back()->size();
+  }
+  TORCH_CHECK_VALUE(bytes == like.storage().nbytes(), "the stripes do not add up to the weight");
+  return wrap_donor(std::make_shared<StripedDonor>(std::move(donors)), {}, geometry_of(like),
+                    compute, name);
+}
+
+// `self.data = data` for tensors of devices that PyTorch does not let change
+// places. The version of `self` is kept.
+void set_data(at::Tensor self, const at::Tensor& data) {
+  self.unsafeGetTensorImpl()->shallow_copy_from(data.getIntrusivePtr());
 }
 
 // The donor is a range of a file, which is only ever read. Sizes and strides
@@ -176,6 +234,13 @@ TORCH_LIBRARY(distorch, library) {
       &shard_file);
   library.def("shard_scratch(Tensor data, str directory, Device compute, str name) -> Tensor",
               &shard_scratch);
+  library.def("pinned_slab(int bytes, Device compute) -> Tensor", &pinned_slab);
+  library.def("shard_slab(Tensor slab, int begin, Tensor like, Device compute, str name) -> Tensor",
+              &shard_slab);
+  library.def("shard_device(Tensor data, Device compute, str name) -> Tensor", &shard_device);
+  library.def("shard_striped(Tensor[] parts, Tensor like, Device compute, str name) -> Tensor",
+              &shard_striped);
+  library.def("set_data(Tensor(a!) self, Tensor data) -> ()", &set_data);
   library.def("is_sharded(Tensor tensor) -> bool", &is_sharded_op);
   library.def("weight_info(Tensor tensor) -> (int, int, str, str, bool, str)", &weight_info);
   library.def("file_range(Tensor tensor) -> (str, int)", &file_range);

@@ -132,7 +132,10 @@ void free_block(void* context) {
 void Guard::recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const {
   if (data.get_deleter() != &free_block) return;
   auto* block = static_cast<Block*>(data.get_context());
-  if (machine_stream(stream) != block->stream) block->others.push_back(machine_stream(stream));
+  const int id = machine_stream(stream);
+  const auto& others = block->others;
+  const bool known = std::find(others.begin(), others.end(), id) != others.end();
+  if (id != block->stream && !known) block->others.push_back(id);
 }
 
 using Stats = c10::CachingDeviceAllocator::DeviceStats;

@@ -21,7 +21,7 @@ struct Wrapped {
   std::shared_ptr<void> block;
 };
 
-class PlainMemory : public RingMemory {
+class PlainMemory : public RingDevice {
  public:
   std::shared_ptr<std::byte> allocate(uint64_t bytes) override {
     allocated += bytes;
@@ -43,7 +43,7 @@ class PlainMemory : public RingMemory {
 class Numbered : public Donor {
  public:
   Numbered(uint64_t number, uint64_t bytes) : number_(number), bytes_(bytes) {}
-  const char* tier() const override { return "disk"; }
+  std::string tier() const override { return "disk"; }
   uint64_t size() const override { return bytes_; }
   std::string describe() const override { return "donor " + std::to_string(number_); }
   uint64_t phase() const override { return number_ * 8 % kPage; }

@@ -89,10 +89,10 @@ def is_distributed(module: nn.Module) -> bool:
 
 def ring_bytes(plan: Plan, options: Options) -> int:
     """Bytes of look-ahead: at least two of the largest weights that are streamed."""
+    # The CPU computes with what is in RAM in place.
+    in_place = {plan.compute, "cpu"} if plan.compute == "cpu" else {plan.compute}
     streamed = [
-        nbytes
-        for name, nbytes in plan.sizes.items()
-        if plan.placement[name] != plan.compute and plan.placement[name] != "cpu"
+        nbytes for name, nbytes in plan.sizes.items() if plan.placement[name] not in in_place
     ]
     if not streamed:
         return 0
@@ -158,7 +158,7 @@ def plan_inventory(
     options.check()
     parsed, compute = resolve_spec(spec, virtual_vram, donor, options.compute, devices)
     reserve = int(devices[compute].free_bytes * _RESERVE_SHARE) if compute in devices else 0
-    plan = make_plan(
+    return make_plan(
         inventory,
         parsed,
         compute=compute,
@@ -170,17 +170,6 @@ def plan_inventory(
         rules=options.rules,
         reserve_bytes=reserve,
     )
-    _check_tiers(plan)
-    return plan
-
-
-def _check_tiers(plan: Plan) -> None:
-    unknown = [d for d in plan.bytes if d not in (plan.compute, "cpu", "disk")]
-    if unknown:
-        raise PlacementError(
-            f"donor {unknown[0]!r}: this version keeps weights on the compute device, in RAM "
-            "('cpu') and on 'disk'; other devices as donors are not there yet"
-        )
 
 
 def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
@@ -196,7 +185,6 @@ def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
         raise PlacementError(
             f"the plan uses {absent[0]!r}; this machine has {', '.join(sorted(there))}"
         )
-    _check_tiers(plan)
     for weight in inventory.weights:
         if weight.name not in plan.placement:
             raise PlacementError(f"the plan has no place for {weight.name!r}; make a new one")
@@ -218,9 +206,9 @@ def place(
     compute = torch.device(plan.compute)
     staged = _stage_all(groups, plan, compute, origins)
     buffers = {
-        name: buffer.to(compute)
+        name: _ops.moved(buffer, compute)
         for name, _, _, buffer in unique_buffers(module)
-        if not buffer.is_meta
+        if not buffer.is_meta or not machine.needs_values(compute)
     }
     known = module.__dict__.get(_KEY)
     state = Distribution(plan, options, origins)
@@ -247,6 +235,7 @@ def _stage_all(
         same_compute = group.first.device == compute
         whole = not sharded or group.nbytes == group.first.untyped_storage().nbytes()
         is_there = current_place(group.first) == target and same_compute and whole
+        is_there = is_there and not group.first.is_meta
         if is_there and sharded == (target != plan.compute):
             continue
         staged[index] = stage(group, target, compute, origins.get(group.name))
@@ -363,8 +352,10 @@ def unplace(module: Module, device: str | torch.device | None) -> Module:
     return module
 
 
-def check_has_values(module: nn.Module) -> None:
+def check_has_values(module: nn.Module, compute: str) -> None:
     """A module without weights cannot be distributed, only loaded. PlacementError."""
+    if not machine.needs_values(torch.device(compute)):
+        return
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise PlacementError(

@@ -68,3 +68,11 @@ def default_compute(entries: tuple[str, ...]) -> str:
 
 def _is_there() -> bool:
     return torch.accelerator.is_available() and torch.accelerator.device_count() > 0
+
+
+def needs_values(device: torch.device) -> bool:
+    """Whether weights on this device have values. Those of a simulated dry run have none."""
+    if device.type == "cpu":
+        return True
+    is_dry = getattr(torch.get_device_module(device), "is_dry", None)
+    return is_dry is None or not is_dry()

@@ -91,7 +91,7 @@ def _whole(group: Group, target: str, compute: torch.device) -> torch.Tensor:
 def stage(
     group: Group, target: str, compute: torch.device, origin: Origin | None = None
 ) -> torch.Tensor:
-    """The group's bytes at `target` ("cpu", "disk" or the compute device): uint8 [nbytes].
+    """The group's bytes at `target` ("cpu", "disk" or a device): uint8 [nbytes].
 
     A tensor that is not plain memory is given back as it is, on the compute device.
     Sharded when `target` is a donor, plain when it is the compute device. The module is not
@@ -101,15 +101,12 @@ def stage(
         return _whole(group, target, compute)
     data = group_bytes(group)
     if target == str(compute):
-        return data.to(compute)
+        return _ops.moved(data, compute)
     if target == "disk" and origin is not None and same_bytes(origin, data.cpu()):
         return _from_checkpoint(group, origin, compute)
-    if target in ("cpu", "disk"):
-        return _ops.shard_on(target, _alone(data.cpu()), compute, group.name)
-    raise PlacementError(
-        f"weight {group.name!r} should go to {target!r}: this version keeps weights on the "
-        f"compute device ({compute}), in RAM ('cpu') and on 'disk'"
-    )
+    if target in ("cpu", "disk") and not data.is_meta:
+        data = data.cpu()
+    return _ops.shard_on(target, _alone(data), compute, group.name)
 
 
 def member_tensor(staged: torch.Tensor, group: Group, parameter: torch.Tensor) -> torch.Tensor:

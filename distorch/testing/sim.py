@@ -165,6 +165,7 @@ def _device_module() -> types.ModuleType:
         "memory_allocated": lambda device=None: _sim.memory(index_of(device))[1],
         "max_memory_allocated": lambda device=None: _sim.memory(index_of(device))[2],
         "reset_peak_memory_stats": lambda device=None: _sim.reset_peak(index_of(device)),
+        "is_dry": is_dry,
         "can_device_access_peer": lambda device, peer: bool(_sim.has_link(peer, device)),
     }
     for name, function in functions.items():

@@ -13,11 +13,13 @@ ROOT = Path(__file__).parents[2]
 # What each folder of csrc may include, and which libraries it may know.
 CSRC = {
     "core": ({"core"}, set()),
-    "engine": ({"engine", "core"}, {"c10"}),
-    "hook": ({"hook", "engine", "core"}, {"c10", "ATen", "torch"}),
-    "ops": ({"ops", "hook", "engine", "core"}, {"c10", "ATen", "torch"}),
+    "engine": ({"engine", "core"}, set()),
+    # ATen for one operator only: copy_, the one way to copy on any device's streams.
+    "device": ({"device", "engine", "core"}, {"c10", "ATen"}),
+    "hook": ({"hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
+    "ops": ({"ops", "hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "bindings": (
-        {"bindings", "ops", "hook", "engine", "core"},
+        {"bindings", "ops", "hook", "device", "engine", "core"},
         {"c10", "ATen", "torch", "pybind11"},
     ),
     "sim": ({"sim", "core"}, {"c10", "ATen", "torch", "pybind11"}),

@@ -9,9 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = sorted(path.stem for path in (CSRC / "tests").glob("*_test.cpp"))
-# devices.cpp is where the engine meets c10.
-ENGINE = [path for path in (CSRC / "engine").glob("*.cpp") if path.name != "devices.cpp"]
-SOURCES = sorted([*(CSRC / "core").glob("*.cpp"), *ENGINE])
+SOURCES = sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "engine").glob("*.cpp")])
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 
 

@@ -1,4 +1,4 @@
-#include "engine/devices.h"
+#include "device/devices.h"
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/Storage.h>
@@ -9,11 +9,13 @@
 #include <new>
 #include <vector>
 
+#include "device/accelerator.h"
+
 namespace distorch {
 namespace {
 
 // Pages of the system's own, exact in size and gone when given back.
-class HostMemory : public RingMemory {
+class HostDevice : public RingDevice {
  public:
   std::shared_ptr<std::byte> allocate(uint64_t bytes) override {
     void* memory =
@@ -96,7 +98,10 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
   std::lock_guard lock(all.mutex);
   std::weak_ptr<Ring>& known = all.rings[device];
   if (auto ring = known.lock()) return ring;
-  auto ring = std::make_shared<Ring>(std::make_unique<HostMemory>(), all.io_threads);
+  const c10::Device where(device);
+  std::unique_ptr<RingDevice> memory = std::make_unique<HostDevice>();
+  if (!where.is_cpu()) memory = std::make_unique<Accelerator>(where);
+  auto ring = std::make_shared<Ring>(std::move(memory), all.io_threads);
   known = ring;
   return ring;
 }

@@ -1,0 +1,329 @@
+#include "device/accelerator.h"
+
+#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/StreamGuard.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace distorch {
+namespace {
+
+constexpr uint64_t kBounceBytes = 2 << 20;
+constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
+
+struct Peers {
+  std::mutex mutex;
+  std::map<std::pair<std::string, std::string>, bool> known;  // guarded by mutex
+};
+
+Peers& peers() {
+  static Peers& instance = *new Peers;
+  return instance;
+}
+
+bool can_reach(const std::string& to, const std::string& from) {
+  std::lock_guard lock(peers().mutex);
+  const auto found = peers().known.find({to, from});
+  return found == peers().known.end() || found->second;
+}
+
+c10::Device device_of(const std::string& place) { return c10::Device(place); }
+
+// Bytes as a tensor that owns nothing.
+at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
+  const auto count = static_cast<int64_t>(bytes);
+  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
+                       at::DataPtr(const_cast<std::byte*>(data), device), nullptr, false);
+  const auto key = device.is_cpu()
+                       ? c10::DispatchKey::CPU
+                       : c10::backendToDispatchKey(c10::dispatchKeyToBackend(
+                             c10::computeDispatchKey(c10::kByte, c10::kStrided, device)));
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(c10::kByte));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous({count});
+  return tensor;
+}
+
+void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  to.copy_(from, non_blocking);
+}
+
+at::Tensor pinned_bytes(uint64_t bytes, c10::DeviceType type) {
+  const auto count = static_cast<int64_t>(bytes);
+  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
+                       at::getHostAllocator(type)->allocate(bytes), nullptr, false);
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
+                                                         c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                         c10::scalarTypeToTypeMeta(c10::kByte));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous({count});
+  return tensor;
+}
+
+// What is known of the bytes on their way to a slot.
+struct Arrival {
+  std::vector<std::shared_ptr<c10::Event>> events;
+  std::vector<c10::StreamId> waited;  // streams that waited for them
+};
+
+Arrival& arrival_of(Slot& slot) {
+  if (slot.arrival == nullptr) slot.arrival = std::make_shared<Arrival>();
+  return *static_cast<Arrival*>(slot.arrival.get());
+}
+
+}  // namespace
+
+// Pinned memory that readers fill, used again when its copies are done.
+struct Accelerator::StagingPool {
+  struct Buffer {
+    at::Tensor bytes;
+    std::shared_ptr<c10::Event> copied;  // null: it was never on its way
+  };
+  std::mutex mutex;
+  std::vector<Buffer> idle;  // guarded by mutex
+};
+
+struct Accelerator::PinnedStaging : Staged {
+  ~PinnedStaging() override {
+    std::lock_guard lock(pool->mutex);
+    pool->idle.push_back(std::move(buffer));
+  }
+  std::shared_ptr<StagingPool> pool;
+  StagingPool::Buffer buffer;
+};
+
+Accelerator::Accelerator(c10::Device device)
+    : device_(device), guard_(device.type()), staging_(std::make_shared<StagingPool>()) {}
+
+std::shared_ptr<std::byte> Accelerator::allocate(uint64_t bytes) {
+  const c10::OptionalDeviceGuard on{device_};
+  auto storage = std::make_shared<c10::Storage>(
+      c10::Storage::use_byte_size_t(), static_cast<int64_t>(bytes),
+      c10::GetAllocator(device_.type())->allocate(bytes), nullptr, false);
+  for (const auto& [place, link] : links_) {
+    guard_.recordDataPtrOnStream(storage->data_ptr(), link.stream);
+  }
+  for (const c10::Stream& user : users_) guard_.recordDataPtrOnStream(storage->data_ptr(), user);
+  use_on(guard_.getStream(device_));  // copies follow what this memory was before
+  std::erase_if(blocks_, [](const auto& block) { return block.expired(); });
+  blocks_.push_back(storage);
+  auto* data = static_cast<std::byte*>(storage->mutable_data());
+  return {std::move(storage), data};
+}
+
+void Accelerator::use_on(const c10::Stream& stream) {
+  if (std::find(users_.begin(), users_.end(), stream) != users_.end()) return;
+  users_.push_back(stream);
+  for (const auto& weak : blocks_) {
+    if (const auto block = weak.lock()) guard_.recordDataPtrOnStream(block->data_ptr(), stream);
+  }
+}
+
+std::shared_ptr<void> Accelerator::wrap(std::byte* data, uint64_t bytes,
+                                        std::shared_ptr<void> block) {
+  auto* owner = new std::shared_ptr<void>(std::move(block));
+  at::DataPtr pointer(
+      data, owner, [](void* held) { delete static_cast<std::shared_ptr<void>*>(held); }, device_);
+  return std::make_shared<c10::Storage>(c10::Storage::use_byte_size_t(),
+                                        static_cast<int64_t>(bytes), std::move(pointer),
+                                        c10::GetAllocator(device_.type()), /*resizable=*/true);
+}
+
+bool Accelerator::in_use(const std::shared_ptr<void>& wrapped) const {
+  return wrapped.use_count() > 1 || static_cast<c10::Storage*>(wrapped.get())->use_count() > 1;
+}
+
+bool Accelerator::brings(const Donor& donor) const { return !donor.extents().empty(); }
+
+std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
+  auto staged = std::make_shared<PinnedStaging>();
+  staged->pool = staging_;
+  std::unique_lock lock(staging_->mutex);
+  for (auto known = staging_->idle.begin(); known != staging_->idle.end(); ++known) {
+    const auto room = static_cast<uint64_t>(known->bytes.numel());
+    if (room < bytes || room > 2 * bytes) continue;
+    if (known->copied != nullptr && !known->copied->query()) continue;
+    staged->buffer.bytes = known->bytes;
+    staging_->idle.erase(known);
+    break;
+  }
+  lock.unlock();
+  at::Tensor& buffer = staged->buffer.bytes;
+  if (!buffer.defined()) buffer = pinned_bytes(bytes, device_.type());
+  staged->data = static_cast<std::byte*>(buffer.mutable_data_ptr());
+  return staged;
+}
+
+Accelerator::Link& Accelerator::link_from(const std::string& place) {
+  const auto found = links_.find(place);
+  if (found != links_.end()) return found->second;
+  const c10::Device from = device_of(place);
+  Link link{from, guard_.getNewStream(device_), std::nullopt, {}, std::nullopt};
+  if (!from.is_cpu()) {
+    link.source = c10::impl::VirtualGuardImpl(from.type()).getNewStream(from);
+    if (!can_reach(device_.str(), place)) {
+      link.bounce = Bounce{
+          {pinned_bytes(kBounceBytes, device_.type()), pinned_bytes(kBounceBytes, device_.type())},
+          {c10::Event(device_.type()), c10::Event(device_.type())},
+          0};
+    }
+  }
+  for (const auto& weak : blocks_) {
+    if (const auto block = weak.lock()) {
+      guard_.recordDataPtrOnStream(block->data_ptr(), link.stream);
+    }
+  }
+  return links_.emplace(place, std::move(link)).first->second;
+}
+
+void Accelerator::bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {
+  std::vector<Extent> extents = donor.extents();
+  if (slot->staged != nullptr) {
+    extents = {{0, donor.size(), "cpu", slot->staged_data, slot->staged.get()}};
+  }
+  for (const Extent& extent : extents) {
+    std::vector<Copy>& waiting = link_from(extent.place).waiting;
+    std::byte* to = slot->data + extent.begin;
+    if (!waiting.empty()) {
+      Copy& last = waiting.back();
+      const auto gap = static_cast<uint64_t>(to - (last.to + last.bytes));
+      if (last.owner == extent.owner && to >= last.to + last.bytes && gap < kMergeGap &&
+          extent.data == last.from + last.bytes + gap) {
+        last.bytes += gap + extent.bytes;
+        last.slots.push_back(slot);
+        continue;
+      }
+    }
+    waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}});
+  }
+}
+
+void Accelerator::wait_for_users(const c10::Stream& stream) {
+  for (const c10::Stream& user : users_) {
+    c10::Event issued(device_.type());
+    issued.record(user);
+    issued.block(stream);
+  }
+}
+
+void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
+  for (auto& [place, link] : links_) {
+    if (link.waiting.empty()) continue;
+    const std::vector<Copy> copies = std::exchange(link.waiting, {});
+    wait_for_users(link.stream);
+    for (const Copy& copy : copies) {
+      if (!issue(link, copy)) failed->insert(failed->end(), copy.slots.begin(), copy.slots.end());
+    }
+  }
+}
+
+// False: the device refused; the slots have the error.
+bool Accelerator::issue(Link& link, const Copy& copy) {
+  std::string error;
+  try {
+    if (link.bounce) {
+      bounce(link, copy);
+    } else {
+      const at::Tensor from = bytes_at(copy.from, copy.bytes, link.from);
+      const at::Tensor to = bytes_at(copy.to, copy.bytes, device_);
+      const c10::OptionalStreamGuard on_source(link.source);
+      const c10::StreamGuard on_target(link.stream);
+      copy_bytes(from, to, true);
+    }
+  } catch (const c10::Error& refused) {
+    error = refused.what_without_backtrace();
+  }
+  auto arrived = std::make_shared<c10::Event>(device_.type());
+  if (error.empty()) arrived->record(link.stream);
+  for (const auto& slot : copy.slots) {
+    if (!error.empty()) {
+      slot->state = Slot::State::kFailed;
+      slot->error = error;
+      continue;
+    }
+    if (slot->state == Slot::State::kLoading) slot->state = Slot::State::kReady;
+    arrival_of(*slot).events.push_back(arrived);
+    if (slot->staged != nullptr) {
+      static_cast<PinnedStaging&>(*slot->staged).buffer.copied = arrived;
+      slot->staged.reset();
+    }
+  }
+  if (!link.from.is_cpu() && link.source) {  // the donor may go before the copy has ended
+    const auto* owner = static_cast<const c10::StorageImpl*>(copy.owner);
+    c10::impl::VirtualGuardImpl(link.from.type())
+        .recordDataPtrOnStream(owner->data_ptr(), *link.source);
+  }
+  return error.empty();
+}
+
+// Through two buffers in turn, so that both ways are busy at once.
+void Accelerator::bounce(Link& link, const Copy& copy) {
+  Bounce& through = *link.bounce;
+  for (uint64_t begin = 0; begin < copy.bytes; begin += kBounceBytes) {
+    const uint64_t bytes = std::min(kBounceBytes, copy.bytes - begin);
+    const size_t turn = through.next++ % 2;
+    const at::Tensor buffer = through.buffer[turn].narrow(0, 0, static_cast<int64_t>(bytes));
+    c10::Event down(link.from.type());
+    through.free[turn].block(*link.source);
+    {
+      const c10::StreamGuard on_source(*link.source);
+      copy_bytes(bytes_at(copy.from + begin, bytes, link.from), buffer, true);
+      down.record(*link.source);
+    }
+    const c10::StreamGuard on_target(link.stream);
+    down.block(link.stream);
+    copy_bytes(buffer, bytes_at(copy.to + begin, bytes, device_), true);
+    through.free[turn].record(link.stream);
+  }
+}
+
+void Accelerator::lend(Slot& slot) {
+  const c10::Stream stream = guard_.getStream(device_);
+  use_on(stream);
+  if (slot.arrival == nullptr) return;
+  Arrival& arrival = arrival_of(slot);
+  if (std::find(arrival.waited.begin(), arrival.waited.end(), stream.id()) !=
+      arrival.waited.end()) {
+    return;
+  }
+  for (const auto& event : arrival.events) event->block(stream);
+  arrival.waited.push_back(stream.id());
+}
+
+// ---- donors ----------------------------------------------------------------
+
+std::string DeviceDonor::tier() const { return storage_.device().str(); }
+
+std::vector<Extent> DeviceDonor::extents() const {
+  return {{0, size(), tier(), static_cast<const std::byte*>(storage_.data()),
+           storage_.unsafeGetStorageImpl()}};
+}
+
+void DeviceDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const {
+  const auto* data = static_cast<const std::byte*>(storage_.data());
+  copy_bytes(bytes_at(data + begin, bytes, storage_.device()),
+             bytes_at(into, bytes, c10::Device(c10::kCPU)), false);
+}
+
+void DeviceDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
+  auto* data = static_cast<std::byte*>(storage_.mutable_data());
+  copy_bytes(bytes_at(from, bytes, c10::Device(c10::kCPU)),
+             bytes_at(data + begin, bytes, storage_.device()), false);
+}
+
+std::shared_ptr<std::byte> DeviceDonor::map() {
+  std::shared_ptr<std::byte> copy(new std::byte[size()], std::default_delete<std::byte[]>());
+  read(0, size(), copy.get(), false);
+  return copy;
+}
+
+void set_peer_access(const std::string& to, const std::string& from, bool possible) {
+  std::lock_guard lock(peers().mutex);
+  peers().known[{to, from}] = possible;
+}
+
+}  // namespace distorch
