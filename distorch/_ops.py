@@ -163,6 +163,11 @@ def read_donor(tensor: torch.Tensor, begin: int, into: torch.Tensor) -> None:
     _ops.read_donor(tensor, begin, into)
 
 
+def suggest_order(sharded: Sequence[torch.Tensor]) -> None:
+    """The order in which these weights are likely to be used, before any pass was seen."""
+    _ops.suggest_order(list(sharded))
+
+
 def count_in(tensor: torch.Tensor, group: int) -> None:
     """Counts the fetches of this weight in the counters of that id from now on."""
     _ops.count_in(tensor, group)

@@ -172,7 +172,7 @@ Ring::Window& Ring::window_of_this_thread() {
       forget_predictions(oldest->second);
       windows_.erase(oldest);
     }
-    found = windows_.emplace(id, Window{std::move(known), {}, 0}).first;
+    found = windows_.emplace(id, Window{std::move(known), 0, {}, 0}).first;
   }
   found->second.used_at = ++clock_;
   latest_thread_ = id;
@@ -180,13 +180,40 @@ Ring::Window& Ring::window_of_this_thread() {
   return *latest_window_;
 }
 
+void Ring::suggest(Weight& weight, uint64_t next) {
+  Lock lock(mutex_);
+  weight.in_ring.next = next;
+}
+
 void Ring::advance(Window& window, uint64_t id) {
-  if (window.trace.last_was(id)) return;
-  if (!window.trace.record(id)) return forget_predictions(window);
+  if (window.latest == id) return;
+  window.latest = id;
+  const bool learned = window.trace.record(id);
+  const bool guessed = !window.ahead.empty() && window.ahead.front() == id;
+  if (!learned && !guessed) return forget_predictions(window);
   if (window.ahead.empty()) return;
   const auto found = weights_.find(window.ahead.front());
   if (found != weights_.end()) --found->second->in_ring.wanted;
   window.ahead.pop_front();
+  if (learned) return;
+  // Guesses so far; what was learned by now may say otherwise.
+  for (size_t i = 0; i < window.ahead.size(); ++i) {
+    const auto known = window.trace.predict(i);
+    if (known && *known != window.ahead[i]) return forget_predictions(window);
+  }
+}
+
+// What follows the access `last`, after all that is under way in the window.
+std::optional<uint64_t> Ring::expected_after(const Window& window, uint64_t last) const {
+  const size_t ahead = window.ahead.size();
+  if (window.trace.period() > 0) {
+    return ahead < window.trace.period() ? window.trace.predict(ahead) : std::nullopt;
+  }
+  const auto found = weights_.find(last);
+  if (found == weights_.end() || ahead >= weights_.size()) return std::nullopt;
+  const uint64_t next = found->second->in_ring.next;
+  if (next == 0 || next == window.latest) return std::nullopt;
+  return next;
 }
 
 void Ring::forget_predictions(Window& window) {
@@ -198,10 +225,10 @@ void Ring::forget_predictions(Window& window) {
 }
 
 void Ring::look_ahead(Window& window) {
-  const size_t limit = window.trace.period();
-  while (window.ahead.size() < limit) {
-    const uint64_t id = *window.trace.predict(window.ahead.size());
-    const auto found = weights_.find(id);
+  for (uint64_t last = window.ahead.empty() ? window.latest : window.ahead.back();;) {
+    const std::optional<uint64_t> id = expected_after(window, last);
+    if (!id) return;
+    const auto found = weights_.find(*id);
     if (found != weights_.end()) {
       Weight& weight = *found->second;
       if (weight.in_ring.slot == nullptr && load(weight, IoPool::Urgency::kAhead) == nullptr) {
@@ -209,7 +236,8 @@ void Ring::look_ahead(Window& window) {
       }
       ++weight.in_ring.wanted;
     }
-    window.ahead.push_back(id);
+    window.ahead.push_back(*id);
+    last = *id;
   }
 }
 

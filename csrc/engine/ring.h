@@ -7,6 +7,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -98,6 +99,9 @@ class Ring {
   // After an op wrote to a fetched weight: any other copy of it is stale.
   void written(Weight& weight, const std::byte* data);
 
+  // While nothing was learned, `next` is taken to follow `weight`.
+  void suggest(Weight& weight, uint64_t next);
+
   // Bytes of look-ahead. Several holders (models) share one ring: the largest
   // reservation counts. Returns a ticket for release().
   uint64_t reserve(uint64_t bytes);
@@ -123,6 +127,7 @@ class Ring {
   // What one thread did and what is under way for it.
   struct Window {
     AccessTrace trace;
+    uint64_t latest = 0;         // the weight asked for last
     std::deque<uint64_t> ahead;  // weights already asked for, in order
     uint64_t used_at = 0;
   };
@@ -131,6 +136,7 @@ class Ring {
 
   Window& window_of_this_thread();
   void advance(Window& window, uint64_t id);
+  std::optional<uint64_t> expected_after(const Window& window, uint64_t last) const;
   void forget_predictions(Window& window);
   void look_ahead(Window& window);
   std::shared_ptr<void> hand_out(const SlotPtr& slot);

@@ -76,6 +76,7 @@ class Weight {
   struct InRing {
     std::shared_ptr<Slot> slot;
     uint32_t wanted = 0;  // how often the windows of all threads hold it
+    uint64_t next = 0;    // the weight that is likely to follow, before anything is learned
   };
   InRing in_ring;
 

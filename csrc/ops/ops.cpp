@@ -215,6 +215,18 @@ void read_donor(const at::Tensor& tensor, int64_t begin, at::Tensor into) {
   });
 }
 
+// The order in which weights are likely to be used, before any pass was seen.
+void suggest_order(at::TensorList sharded) {
+  std::vector<Weight*> streamed;
+  for (const at::Tensor& tensor : sharded) {
+    const Handle& handle = handle_of(tensor);
+    if (!handle.in_place) streamed.push_back(handle.weight.get());
+  }
+  for (size_t i = 0; i < streamed.size(); ++i) {
+    streamed[i]->ring().suggest(*streamed[i], streamed[(i + 1) % streamed.size()]->id());
+  }
+}
+
 // Fetches of this weight count in the group of that id from now on.
 void count_in(const at::Tensor& tensor, int64_t group) {
   auto counters = Counters::find(static_cast<uint64_t>(group));
@@ -248,6 +260,7 @@ TORCH_LIBRARY(distorch, library) {
   library.def("donor_bytes(Tensor tensor) -> Tensor", &donor_bytes);
   library.def("read_file(str path, int offset, Tensor(a!) into) -> ()", &read_file);
   library.def("read_donor(Tensor tensor, int begin, Tensor(a!) into) -> ()", &read_donor);
+  library.def("suggest_order(Tensor[] sharded) -> ()", &suggest_order);
   library.def("count_in(Tensor tensor, int group) -> ()", &count_in);
   library.def("sweep() -> int", &sweep);
 }

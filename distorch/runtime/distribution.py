@@ -280,6 +280,7 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
                 tiers.setdefault(id(member.owner), {})[member.key] = plan.placement[group.name]
         if _ops.is_sharded(group.first):
             _ops.count_in(group.first, state.counters.id)
+    _ops.suggest_order([group.first for group in groups if _ops.is_sharded(group.first)])
     if tiers and id(module) not in tiers:
         # The root refuses .to(device) before any of its parts has moved.
         owners[id(module)], tiers[id(module)] = module, {}
