@@ -9,6 +9,7 @@ import torch
 from distorch import _ops
 from distorch._behaviour import geometry_over
 from distorch.errors import DistorchError, PlacementError
+from distorch.runtime import machine
 from distorch.runtime.groups import Group, has_bytes
 
 _COMPARE_BYTES = 32 << 20
@@ -99,7 +100,10 @@ def stage(
     """
     if not has_bytes(group.first):
         return _whole(group, target, compute)
-    data = group_bytes(group)
+    if machine.needs_values(compute):
+        data = group_bytes(group)
+    else:
+        data = torch.empty(group.nbytes, dtype=torch.uint8, device="meta")
     if target == str(compute):
         return _ops.moved(data, compute)
     if target == "disk" and origin is not None and same_bytes(origin, data.cpu()):
