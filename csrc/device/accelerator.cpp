@@ -162,7 +162,7 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   const auto found = links_.find(place);
   if (found != links_.end()) return found->second;
   const c10::Device from = device_of(place);
-  Link link{from, guard_.getNewStream(device_), std::nullopt, {}, std::nullopt};
+  Link link{from, guard_.getNewStream(device_), std::nullopt, {}, {}, std::nullopt};
   if (!from.is_cpu()) {
     link.source = c10::impl::VirtualGuardImpl(from.type()).getNewStream(from);
     if (!can_reach(device_.str(), place)) {
@@ -176,6 +176,11 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
     if (const auto block = weak.lock()) {
       guard_.recordDataPtrOnStream(block->data_ptr(), link.stream);
     }
+  }
+  for (const auto& [other, earlier] : links_) {  // orphans from before this link was there
+    auto issued = std::make_shared<c10::Event>(device_.type());
+    issued->record(earlier.stream);
+    link.orphans.push_back(std::move(issued));
   }
   return links_.emplace(place, std::move(link)).first->second;
 }
@@ -215,6 +220,7 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
     if (link.waiting.empty()) continue;
     const std::vector<Copy> copies = std::exchange(link.waiting, {});
     wait_for_users(link.stream);
+    for (const auto& orphan : std::exchange(link.orphans, {})) orphan->block(link.stream);
     for (const Copy& copy : copies) {
       if (!issue(link, copy)) failed->insert(failed->end(), copy.slots.begin(), copy.slots.end());
     }
@@ -223,6 +229,8 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
 
 // False: the device refused; the slots have the error.
 bool Accelerator::issue(Link& link, const Copy& copy) {
+  const auto was_dropped = [](const auto& slot) { return slot->weight == nullptr; };
+  if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) return true;
   std::string error;
   try {
     if (link.bounce) {
@@ -238,15 +246,16 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
     error = refused.what_without_backtrace();
   }
   auto arrived = std::make_shared<c10::Event>(device_.type());
-  if (error.empty()) arrived->record(link.stream);
+  arrived->record(link.stream);  // of a part, if there was an error
   for (const auto& slot : copy.slots) {
+    if (was_dropped(slot)) add_orphan(arrived);
+    arrival_of(*slot).events.push_back(arrived);
     if (!error.empty()) {
       slot->state = Slot::State::kFailed;
       slot->error = error;
       continue;
     }
     if (slot->state == Slot::State::kLoading) slot->state = Slot::State::kReady;
-    arrival_of(*slot).events.push_back(arrived);
     if (slot->staged != nullptr) {
       static_cast<PinnedStaging&>(*slot->staged).buffer.copied = arrived;
       slot->staged.reset();
@@ -281,6 +290,17 @@ void Accelerator::bounce(Link& link, const Copy& copy) {
   }
 }
 
+void Accelerator::dropped(Slot& slot) {
+  if (slot.arrival == nullptr) return;
+  const Arrival& arrival = arrival_of(slot);
+  if (!arrival.waited.empty()) return;
+  for (const auto& event : arrival.events) add_orphan(event);
+}
+
+void Accelerator::add_orphan(const std::shared_ptr<c10::Event>& copied) {
+  for (auto& [place, link] : links_) link.orphans.push_back(copied);
+}
+
 void Accelerator::lend(Slot& slot) {
   const c10::Stream stream = guard_.getStream(device_);
   use_on(stream);
@@ -295,6 +315,12 @@ void Accelerator::lend(Slot& slot) {
 }
 
 // ---- donors ----------------------------------------------------------------
+
+DeviceDonor::DeviceDonor(c10::Storage storage) : storage_(std::move(storage)) {
+  // From here on it is read on other streams than the one that filled it.
+  const c10::impl::VirtualGuardImpl guard(storage_.device().type());
+  guard.synchronizeStream(guard.getStream(storage_.device()));
+}
 
 std::string DeviceDonor::tier() const { return storage_.device().str(); }
 

@@ -24,6 +24,8 @@ namespace distorch {
 //   lent slots: one event per stream and refill, none per operator.
 // * Operators wait for the event behind the copy of their weight, on the
 //   stream that is current when they ask; the host waits for nothing.
+// * A copy to memory that was refilled without ever being lent is waited for by
+//   the refill, whatever link it comes from.
 // * The region is told of every stream that uses it, so that its allocator
 //   does not give it to somebody else too early.
 class Accelerator : public RingDevice {
@@ -38,6 +40,7 @@ class Accelerator : public RingDevice {
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) override;
   void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
+  void dropped(Slot& slot) override;
   void lend(Slot& slot) override;
 
  private:
@@ -60,6 +63,8 @@ class Accelerator : public RingDevice {
     c10::Stream stream;                 // of this device
     std::optional<c10::Stream> source;  // of the donor's device
     std::vector<Copy> waiting;
+    // Copies of other links to memory that nobody used since.
+    std::vector<std::shared_ptr<c10::Event>> orphans;
     std::optional<Bounce> bounce;
   };
   struct StagingPool;
@@ -68,6 +73,7 @@ class Accelerator : public RingDevice {
   Link& link_from(const std::string& place);
   bool issue(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);
+  void add_orphan(const std::shared_ptr<c10::Event>& copied);
   void wait_for_users(const c10::Stream& stream);
   void use_on(const c10::Stream& stream);
 
@@ -82,7 +88,7 @@ class Accelerator : public RingDevice {
 // Bytes on a device.
 class DeviceDonor : public Donor {
  public:
-  explicit DeviceDonor(c10::Storage storage) : storage_(std::move(storage)) {}
+  explicit DeviceDonor(c10::Storage storage);
 
   std::string tier() const override;
   uint64_t size() const override { return storage_.nbytes(); }

@@ -131,6 +131,12 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   }
 }
 
+void Ring::released() {
+  Lock lock(mutex_);
+  look_ahead(window_of_this_thread());
+  flush();
+}
+
 std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
   std::shared_ptr<void> bytes = slot->wrapped;
   if (slot->overflow) {
@@ -349,6 +355,7 @@ bool Ring::evict_one() {
 
 void Ring::drop(const SlotPtr& slot) {
   if (slot->weight == nullptr) return;
+  device_->dropped(*slot);
   slot->weight->in_ring.slot.reset();
   slot->weight = nullptr;
   slots_.erase(slot->place);

@@ -74,6 +74,8 @@ class RingDevice {
   // Issues what was asked for, in that order, behind everything that used the
   // slots' memory. The slots are then kReady, or kFailed with an error.
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
+  // The slot's memory will be used for something else, whatever is on its way.
+  virtual void dropped(Slot& slot) {}
   // Operators issued from now on, by this thread, find the bytes in the slot.
   virtual void lend(Slot& slot) {}
 };
@@ -95,6 +97,10 @@ class Ring {
   // The wrapped bytes of `weight`, read now if they are not there. Blocks.
   // Throws Error(kFetch) naming weight and donor.
   std::shared_ptr<void> acquire(Weight& weight);
+
+  // An op has been issued and let its weights go: their room is free for what
+  // comes next, behind that op and no other.
+  void released();
 
   // After an op wrote to a fetched weight: any other copy of it is stale.
   void written(Weight& weight, const std::byte* data);

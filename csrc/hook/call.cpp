@@ -46,6 +46,10 @@ Call::~Call() {
     Handle& handle = handle_of(argument.sharded);
     handle.weight->ring().written(*handle.weight, nullptr);
   }
+  if (fetched_.empty() || fetched_.front().device.is_cpu()) return;
+  Ring& ring = fetched_.front().weight->ring();
+  swapped_.clear();
+  ring.released();
 }
 
 c10::Storage Call::memory_of(Handle& handle) {
@@ -54,7 +58,7 @@ c10::Storage Call::memory_of(Handle& handle) {
     return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(known.memory));
   }
   c10::Storage memory = fetch(handle);
-  fetched_.push_back({handle.weight.get(), memory.unsafeGetStorageImpl()});
+  fetched_.push_back({handle.weight.get(), memory.unsafeGetStorageImpl(), handle.compute});
   return memory;
 }
 

@@ -41,6 +41,7 @@ class Call {
   struct Fetched {
     Weight* weight;
     c10::StorageImpl* memory;  // kept alive by the real tensors over it
+    c10::Device device;
   };
   struct Swapped {
     at::Tensor sharded;
