@@ -125,11 +125,11 @@ def flops_for(make: Callable[[], nn.Module], shape: tuple[int, ...], seconds: fl
 
 def largest_block(module: nn.Module) -> int:
     """Bytes of the largest part that runs as a whole."""
-    blocks = list(module.children()) if isinstance(module, nn.Sequential) else list(module.modules())
+    blocks = (
+        list(module.children()) if isinstance(module, nn.Sequential) else list(module.modules())
+    )
     return max(
-        sum(p.nbytes for p in b.parameters())
-        for b in blocks
-        if isinstance(b, (Chain, nn.Conv2d))
+        sum(p.nbytes for p in b.parameters()) for b in blocks if isinstance(b, (Chain, nn.Conv2d))
     )
 
 
@@ -323,7 +323,9 @@ def main() -> None:
         show(value if isinstance(value, list) else [value])
     print(f"{time.perf_counter() - start:.0f} s on this machine's clock")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"torch": torch.__version__, **found}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"torch": torch.__version__, **found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from distorch import _native, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.errors import PlacementError
 from distorch.runtime.groups import has_bytes
+from distorch.runtime.links import striped
 from distorch.runtime.options import compute_device
 
 is_sharded = _ops.is_sharded
@@ -22,7 +23,8 @@ def shard(
 
     Strides are kept where the tensor is dense; one that overlaps or has gaps becomes contiguous.
 
-    `donor` is "cpu" or "disk"; ops run on `compute` (default: the tensor's device). The result
+    `donor` is "cpu", "disk", a device ("cuda:1"), or several joined by "+" ("cpu+cuda:1"): the
+    bytes are then striped over them, and fetched over their links at once. Ops run on `compute` (default: the tensor's device). The result
     is always sharded, also when donor and compute are the same device: a fetch may then be the
     donor's memory itself. An `nn.Parameter` gives an `nn.Parameter`.
     Raises PlacementError when the donor has no room or is not there.
@@ -41,7 +43,10 @@ def shard(
     with torch.no_grad():
         values = tensor.detach().clone(memory_format=torch.preserve_format)
         values = values.resolve_conj().resolve_neg()
-        sharded = _ops.shard_on(name, values, device, "tensor")
+        if "+" in name:
+            sharded = striped(values, name.split("+"), device, "tensor")
+        else:
+            sharded = _ops.shard_on(name, values, device, "tensor")
     if isinstance(tensor, torch.nn.Parameter):
         parameter = torch.nn.Parameter(sharded, requires_grad=tensor.requires_grad)
         attach_behaviour(parameter, stand_in=sharded)

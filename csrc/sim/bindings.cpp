@@ -28,6 +28,7 @@ void configure(int devices, uint64_t memory, double flops, double memory_bandwid
   }
   Machine::instance().configure(std::move(config));
   renew_memories();
+  restart_streams();
 }
 
 std::vector<std::tuple<double, double, std::string, std::string>> timeline() {

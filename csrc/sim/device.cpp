@@ -17,6 +17,18 @@ namespace {
 
 Machine& machine() { return Machine::instance(); }
 
+// Streams that were asked for, used again after the next configure().
+struct Pool {
+  std::mutex mutex;
+  std::unordered_map<int, std::vector<int>> streams;  // by device
+  std::unordered_map<int, size_t> taken;
+};
+
+Pool& pool() {
+  static Pool& instance = *new Pool;
+  return instance;
+}
+
 // Streams of PyTorch: id 0 is a device's default, id n + 1 the machine's n-th.
 struct Defaults {
   std::mutex mutex;
@@ -67,8 +79,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   c10::Stream getNewStream(c10::Device device, int) const override {
     if (device.index() < 0) device = getDevice();
-    const int made = machine().new_stream(device.str() + " extra");
-    return c10::Stream(c10::Stream::UNSAFE, device, made + 1);
+    std::lock_guard lock(pool().mutex);
+    std::vector<int>& known = pool().streams[device.index()];
+    const size_t next = pool().taken[device.index()]++;
+    if (next >= known.size()) known.push_back(machine().new_stream(device.str() + " extra"));
+    return c10::Stream(c10::Stream::UNSAFE, device, known[next] + 1);
   }
   c10::Stream exchangeStream(c10::Stream stream) const override {
     const c10::Stream old = stream_now(stream.device_index());
@@ -268,6 +283,11 @@ MemoryNumbers memory_numbers(int device) {
 }
 
 void reset_peak(int device) { device_memory(device)->reset_peak(); }
+
+void restart_streams() {
+  std::lock_guard lock(pool().mutex);
+  pool().taken.clear();
+}
 
 void register_device() {
   static DeviceAllocator& allocator = *new DeviceAllocator;

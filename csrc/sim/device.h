@@ -20,6 +20,9 @@ void register_device();
 // The operators that the fallback does not reach.
 void register_kernels();
 
+// New streams are the first ones again: a configuration starts like any other.
+void restart_streams();
+
 // An error for PyTorch where a fault was injected.
 void check_alive(c10::DeviceIndex device);
 

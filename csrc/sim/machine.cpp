@@ -114,6 +114,7 @@ void Machine::issue(int id, Task task, Time cost) {
     ledger_.access(access, static_cast<size_t>(id) + 1, stream.clock, task.label);
   }
   stream.queue.push_back({Item::Kind::kTask, host_, std::move(task), nullptr});
+  busy_.insert(static_cast<size_t>(id));
 }
 
 MarkPtr Machine::record(int id, Time cost) {
@@ -125,6 +126,7 @@ MarkPtr Machine::record(int id, Time cost) {
   merge(stream.clock, host_clock_);
   mark->clock = stream.clock;
   stream.queue.push_back({Item::Kind::kRecord, host_, {}, mark});
+  busy_.insert(static_cast<size_t>(id));
   return mark;
 }
 
@@ -135,6 +137,7 @@ void Machine::wait(int id, const MarkPtr& mark) {
   merge(stream.clock, mark->clock);
   if (!mark->done) {
     stream.queue.push_back({Item::Kind::kWait, host_, {}, mark});
+    busy_.insert(static_cast<size_t>(id));
   }
 }
 
@@ -168,7 +171,11 @@ void Machine::synchronize_stream(int id) { synchronize(record(id)); }
 
 void Machine::synchronize_all() {
   Lock lock(mutex_);
-  for (size_t id = 0; id < streams_.size(); ++id) synchronize_stream(static_cast<int>(id));
+  host_ += kEventCost;
+  run_all();
+  host_ = std::max(host_, played_);
+  for (const Stream& stream : streams_) merge(host_clock_, stream.clock);
+  throw_pending();
 }
 
 void Machine::host_access(Access access, const std::string& label) {
@@ -236,7 +243,8 @@ void Machine::run_until(Time limit, const std::function<bool()>& reached) {
     }
     if (reached()) return;
     std::vector<int> on_resource(resources_.size()), in_group(group_rates_.size());
-    for (const Stream& stream : streams_) {
+    for (const size_t index : busy_) {
+      const Stream& stream = streams_[index];
       if (!stream.running || stream.flows_from > played_) continue;
       const int resource = stream.queue.front().task.resource;
       ++on_resource[static_cast<size_t>(resource)];
@@ -244,7 +252,8 @@ void Machine::run_until(Time limit, const std::function<bool()>& reached) {
       if (group >= 0) ++in_group[static_cast<size_t>(group)];
     }
     Time next = kNever;
-    for (const Stream& stream : streams_) {
+    for (const size_t index : busy_) {
+      const Stream& stream = streams_[index];
       if (stream.queue.empty()) continue;
       const Item& front = stream.queue.front();
       if (!stream.running) {
@@ -266,7 +275,8 @@ void Machine::run_until(Time limit, const std::function<bool()>& reached) {
     }
     const Time to = std::min(next, limit);
     std::vector<Stream*> ended;
-    for (Stream& stream : streams_) {
+    for (const size_t index : busy_) {
+      Stream& stream = streams_[index];
       if (!stream.running || stream.flows_from > played_) continue;
       const double rate = rate_of(stream, on_resource, in_group);
       const Time end = played_ + stream.left / rate;
@@ -282,7 +292,10 @@ void Machine::run_until(Time limit, const std::function<bool()>& reached) {
 // Starts what can start now. True if anything did.
 bool Machine::start_ready() {
   bool any = false;
-  for (Stream& stream : streams_) {
+  std::erase_if(busy_, [this](size_t index) { return streams_[index].queue.empty(); });
+  const std::vector<size_t> indices(busy_.begin(), busy_.end());
+  for (const size_t index : indices) {
+    Stream& stream = streams_[index];
     while (!stream.running && !stream.queue.empty() && stream.queue.front().issued <= played_) {
       Item& front = stream.queue.front();
       if (front.kind == Item::Kind::kWait) {

@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -175,6 +176,7 @@ class Machine {
   std::vector<double> group_rates_;
   std::map<std::pair<int, int>, int> link_ids_;
   std::deque<Stream> streams_;
+  std::set<size_t> busy_;  // indices of streams with a queue
   VectorClock host_clock_;
   Ledger ledger_;
   std::vector<Span> timeline_;

@@ -215,7 +215,13 @@ def run_program(seed: int) -> int:
     """Runs one; returns how many actions ended in a named error."""
     run = Run(seed)
     run.distribute()
-    actions = [run.forward] * 5 + [run.backward, run.write, run.redistribute, run.threads, run.fault]
+    actions = [run.forward] * 5 + [
+        run.backward,
+        run.write,
+        run.redistribute,
+        run.threads,
+        run.fault,
+    ]
     for _ in range(run.rng.randint(3, 10)):
         run.rng.choice(actions)()
     run.finish()
