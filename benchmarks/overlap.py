@@ -232,7 +232,7 @@ def published() -> Iterator[dict[str, Any]]:
                            amounts[-1], passes, times[0], times[-1])  # fmt: skip
 
 
-def replayed(
+def replayed(  # noqa: PLR0917
     name: str, link: str, rate: float, size: float, passes: int, resident: float, theirs: float
 ) -> dict[str, Any]:
     width, blocks = 4096, 57

@@ -1,6 +1,6 @@
 """distorch runs PyTorch models whose weights do not fit on the compute device.
 
-The weights live on donors (system RAM, disk, later other GPUs) and arrive just in time, with the
+The weights live on donors (system RAM, disk, other devices) and arrive just in time, with the
 same output bits.
 """
 
@@ -9,12 +9,14 @@ from distorch.errors import DistorchError, FetchError, FormatError, PlacementErr
 from distorch.load import load
 from distorch.planner import Plan
 from distorch.report import Report, Stats, report, reset_stats, stats
-from distorch.runtime.machine import devices
+from distorch.runtime.links import Calibration, calibrate, devices
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
+from distorch.trace import trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "DistorchError",
     "FetchError",
     "FormatError",
@@ -24,6 +26,7 @@ __all__ = [
     "ShardedParameter",
     "SpecError",
     "Stats",
+    "calibrate",
     "devices",
     "distribute",
     "fetch_count",
@@ -36,5 +39,6 @@ __all__ = [
     "reset_stats",
     "shard",
     "stats",
+    "trace",
     "undistribute",
 ]

@@ -79,3 +79,5 @@ Reservation = _C.Reservation
 fetch_count = _C.fetch_count
 scratch_directory = _C.scratch_directory
 set_peer_access = _C.set_peer_access
+start_trace = _C.start_trace
+stop_trace = _C.stop_trace

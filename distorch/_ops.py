@@ -66,9 +66,14 @@ def shard_file(
     return cast(torch.Tensor, _ops.shard_file(path, offset, sizes, dtype, compute, name))
 
 
+def pinned_memory(nbytes: int, compute: torch.device) -> torch.Tensor:
+    """Pinned host memory of exactly that size for copies to a device: uint8 [nbytes]."""
+    return cast(torch.Tensor, _ops.pinned_slab(nbytes, compute))
+
+
 def shard_pinned(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
     """A sharded tensor with the bytes of `data`'s storage in pinned memory of exactly that size."""
-    slab = _ops.pinned_slab(data.untyped_storage().nbytes(), compute)
+    slab = pinned_memory(data.untyped_storage().nbytes(), compute)
     if not data.is_meta:
         slab.copy_(byte_view(data))
     return cast(torch.Tensor, _ops.shard_slab(slab, 0, data, compute, name))

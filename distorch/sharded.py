@@ -24,10 +24,10 @@ def shard(
     Strides are kept where the tensor is dense; one that overlaps or has gaps becomes contiguous.
 
     `donor` is "cpu", "disk", a device ("cuda:1"), or several joined by "+" ("cpu+cuda:1"): the
-    bytes are then striped over them, and fetched over their links at once. Ops run on `compute` (default: the tensor's device). The result
-    is always sharded, also when donor and compute are the same device: a fetch may then be the
-    donor's memory itself. An `nn.Parameter` gives an `nn.Parameter`.
-    Raises PlacementError when the donor has no room or is not there.
+    bytes are then striped over them and fetched over their links at once. Ops run on `compute`
+    (default: the tensor's device). The result is always sharded, also when donor and compute are
+    the same device: a fetch may then be the donor's memory itself. An `nn.Parameter` gives an
+    `nn.Parameter`. Raises PlacementError when the donor has no room or is not there.
     """
     if not has_bytes(tensor):
         raise PlacementError(

@@ -4,11 +4,25 @@
 
 #include "bindings/errors.h"
 #include "device/accelerator.h"
+#include "device/device_trace.h"
 #include "device/devices.h"
 
 namespace py = pybind11;
 using distorch::Counters;
 using distorch::Reservation;
+
+namespace {
+
+// (track, name, start, end, bytes) of every interval; seconds.
+std::vector<std::tuple<std::string, std::string, double, double, uint64_t>> stopped_trace() {
+  std::vector<std::tuple<std::string, std::string, double, double, uint64_t>> found;
+  for (const distorch::TraceSpan& span : distorch::TraceLog::instance().stop()) {
+    found.emplace_back(span.track, span.name, span.start, span.end, span.bytes);
+  }
+  return found;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, module) {
   py::class_<Counters, std::shared_ptr<Counters>>(module, "Counters")
@@ -33,5 +47,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_io_threads", &distorch::set_io_threads);
   module.def("set_peer_access", &distorch::set_peer_access, py::arg("to"), py::arg("from_"),
              py::arg("possible"));
+  module.def("start_trace", &distorch::start_trace, py::call_guard<py::gil_scoped_release>());
+  module.def("stop_trace", &stopped_trace, py::call_guard<py::gil_scoped_release>());
   distorch::install_error_thrower(module);
 }

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "device/device_trace.h"
+
 namespace distorch {
 namespace {
 
@@ -232,6 +234,14 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
   const auto was_dropped = [](const auto& slot) { return slot->weight == nullptr; };
   if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) return true;
   std::string error;
+  std::optional<DeviceSpan> span;
+  if (TraceLog::instance().active()) {
+    const Weight* weight = copy.slots.front()->weight;
+    const std::string more =
+        copy.slots.size() > 1 ? " and " + std::to_string(copy.slots.size() - 1) + " more" : "";
+    span.emplace(link.stream, "copies " + link.from.str() + "->" + device_.str(),
+                 (weight != nullptr ? weight->name() : "") + more, copy.bytes);
+  }
   try {
     if (link.bounce) {
       bounce(link, copy);
@@ -245,6 +255,7 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
   } catch (const c10::Error& refused) {
     error = refused.what_without_backtrace();
   }
+  span.reset();
   auto arrived = std::make_shared<c10::Event>(device_.type());
   arrived->record(link.stream);  // of a part, if there was an error
   for (const auto& slot : copy.slots) {
@@ -310,6 +321,8 @@ void Accelerator::lend(Slot& slot) {
       arrival.waited.end()) {
     return;
   }
+  const DeviceSpan span(stream, "stalls " + device_.str(),
+                        slot.weight != nullptr ? slot.weight->name() : "");
   for (const auto& event : arrival.events) event->block(stream);
   arrival.waited.push_back(stream.id());
 }

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <utility>
 
+#include "engine/trace_log.h"
+
 namespace distorch {
 namespace {
 
@@ -21,6 +23,7 @@ Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& dono
 // One part of a weight, with errors that name the whole.
 void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
                std::byte* into) {
+  const HostSpan span("reads", name, end - begin);
   try {
     donor.read(begin, end - begin, into, true);
   } catch (const Error& error) {
@@ -149,6 +152,7 @@ std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
 
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   if (slot->state != Slot::State::kLoading) return;
+  const HostSpan span("stalls", slot->weight != nullptr ? slot->weight->name() : "");
   const auto start = std::chrono::steady_clock::now();
   pool_.hurry();
   part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });

@@ -2,7 +2,9 @@
 
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "device/device_trace.h"
 #include "device/devices.h"
 #include "engine/ring.h"
 
@@ -40,7 +42,28 @@ bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
+struct Call::Traced {
+  Traced(const Handle& handle, const std::string& name) {
+    const std::string track = "compute " + handle.compute.str();
+    if (handle.compute.is_cpu()) {
+      host.emplace("compute cpu", name);
+    } else {
+      const c10::impl::VirtualGuardImpl guard(handle.compute.type());
+      device.emplace(guard.getStream(handle.compute), track, name);
+    }
+  }
+  std::optional<HostSpan> host;
+  std::optional<DeviceSpan> device;
+};
+
+Call::Call() = default;
+
+void Call::begin_trace(const Handle& handle) {
+  if (traced_ == nullptr) traced_ = std::make_unique<Traced>(handle, handle.weight->name());
+}
+
 Call::~Call() {
+  traced_.reset();
   for (const Swapped& argument : swapped_) {
     if (!argument.writes || argument.committed) continue;
     Handle& handle = handle_of(argument.sharded);
@@ -59,6 +82,7 @@ c10::Storage Call::memory_of(Handle& handle) {
   }
   c10::Storage memory = fetch(handle);
   fetched_.push_back({handle.weight.get(), memory.unsafeGetStorageImpl(), handle.compute});
+  if (TraceLog::instance().active()) begin_trace(handle);
   return memory;
 }
 

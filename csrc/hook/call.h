@@ -19,7 +19,7 @@ inline c10::DispatchKeySet below_hook(c10::DispatchKeySet keys) {
 // alias arguments become sharded again. The memory is let go with this object.
 class Call {
  public:
-  Call() = default;
+  Call();
   // An operator that failed may have written half of a weight: what the ring
   // holds of it is thrown away, the donor's bytes stay.
   ~Call();
@@ -57,6 +57,11 @@ class Call {
   void wrap(c10::IValue& value) const;
   at::Tensor wrapped(const at::Tensor& result) const;
 
+  // The operator itself, for a trace; null while nobody traces.
+  struct Traced;
+  void begin_trace(const Handle& handle);
+
+  std::unique_ptr<Traced> traced_;
   c10::SmallVector<Fetched, 2> fetched_;
   c10::SmallVector<Swapped, 2> swapped_;
 };

@@ -1,4 +1,4 @@
-"""The command line: distorch inspect | plan | doctor | demo.
+"""The command line: distorch inspect | plan | doctor | calibrate | demo.
 
 Exit status: 0 done, 1 what was asked failed, 2 wrong use.
 """
@@ -34,6 +34,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="devices, memory, versions, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    calibrate = commands.add_parser("calibrate", help="measure the links between devices")
+    calibrate.add_argument("--json", action="store_true", help="print JSON")
 
     demo = commands.add_parser("demo", help="digits from a model with most weights on donors")
     demo.add_argument("--out", type=Path, default=Path("digits.png"), metavar="PNG")
@@ -73,6 +76,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if findings.ok else 1
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from distorch.runtime.links import calibrate
+
+    found = calibrate()
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from distorch.demo.run import run_demo
 
@@ -84,7 +95,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-_COMMANDS = {"inspect": _inspect, "plan": _plan, "doctor": _doctor, "demo": _demo}
+_COMMANDS = {
+    "inspect": _inspect,
+    "plan": _plan,
+    "doctor": _doctor,
+    "calibrate": _calibrate,
+    "demo": _demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

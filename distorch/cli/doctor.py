@@ -15,6 +15,7 @@ import distorch
 from distorch import _native
 from distorch._tables import human_bytes, text_table
 from distorch.runtime import machine
+from distorch.runtime.links import Calibration, known_links
 
 _LOW_DISK_BYTES = 1 << 30
 
@@ -27,6 +28,7 @@ class Findings:
     devices: dict[str, tuple[int, int]]
     scratch: str
     checks: list[tuple[str, bool, str]]
+    links: Calibration | None = None
 
     @property
     def ok(self) -> bool:
@@ -51,6 +53,7 @@ class Findings:
                 text_table(("what", "version"), list(self.versions.items())),
                 text_table(("device", "total", "free"), devices),
                 f"donor files go to {self.scratch}",
+                str(self.links or "links were not measured yet: distorch calibrate"),
                 text_table(("", "check", "what to do"), checks),
             ]
         )
@@ -108,4 +111,4 @@ def examine() -> Findings:
     ]  # fmt: skip
     if "disk" in devices:
         checks += _disk_checks(scratch, free_bytes=devices["disk"][1])
-    return Findings(_versions(), devices, scratch, checks)
+    return Findings(_versions(), devices, scratch, checks, known_links())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -43,8 +44,11 @@ class Inventory:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """A device or tier and its memory, in bytes."""
+    """A device or tier and its memory, in bytes; `links`: bytes per second that it was measured
+    to send to each compute device.
+    """
 
     name: str
     total_bytes: int
     free_bytes: int
+    links: Mapping[str, float] = field(default_factory=dict)

@@ -1,29 +1,255 @@
-"""Links between donors and compute devices: what they carry, and what follows from it."""
+"""Links between donors and compute devices: what they carry, measured once and remembered."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from distorch import _ops
+from distorch._tables import html_table, text_table
 from distorch.errors import PlacementError
+from distorch.planner import DeviceInfo
+from distorch.runtime import machine
 
+_SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
+_REPEATS = 3
 _STRIPE_ALIGN = 4096  # stripes end at whole pages
+_HEADER = ("from", "to", "GB/s", "latency us", "GB/s with all others", "GB/s back")
 
 
-def rate(donor: str, compute: str) -> float:
-    """Measured bytes per second of a link; 1.0 for links that nobody calibrated."""
-    return 1.0
+@dataclass(frozen=True)
+class Link:
+    """What a link carries: bytes per second alone, while all other links to the same device are
+    busy, and in the other direction (None where weights cannot go back); latency in seconds.
+    """
+
+    donor: str
+    compute: str
+    rate: float
+    latency: float
+    together: float
+    back: float | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Every link of this machine."""
+
+    links: tuple[Link, ...]
+
+    def rate(self, donor: str, compute: str) -> float | None:
+        """Bytes per second from a donor to a compute device, if that was measured."""
+        found = (k.rate for k in self.links if (k.donor, k.compute) == (donor, compute))
+        return next(found, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The links as JSON types."""
+        return {"links": [dataclasses.asdict(link) for link in self.links]}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (k.donor, k.compute, f"{k.rate / 1e9:.2f}", f"{k.latency * 1e6:.0f}",
+             f"{k.together / 1e9:.2f}", "" if k.back is None else f"{k.back / 1e9:.2f}")
+            for k in self.links
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        return text_table(_HEADER, self._rows(), "measured links")
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._rows(), "measured links")
+
+
+_known: dict[str, Calibration] = {}  # by machine
+
+
+def _machine_key() -> str:
+    parts = [platform.node(), torch.__version__, *sorted(machine.devices())]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(base) / "distorch" / f"links-{_machine_key()}.json"
+
+
+def _is_simulated(device: str) -> bool:
+    return device.partition(":")[0] == torch._C._get_privateuse1_backend_name()
+
+
+def known_links() -> Calibration | None:
+    """What `calibrate` measured on this machine, in this process or an earlier one."""
+    key = _machine_key()
+    if key in _known:
+        return _known[key]
+    try:
+        stored = json.loads(_cache_file().read_text())["links"]
+        _known[key] = Calibration(tuple(Link(**link) for link in stored))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _known[key]
+
+
+def devices() -> dict[str, DeviceInfo]:
+    """Every tier of this machine with total and free bytes, and the links that were measured."""
+    known = known_links()
+    return {
+        name: dataclasses.replace(
+            device, links={k.compute: k.rate for k in known.links if k.donor == name}
+        )
+        if known is not None
+        else device
+        for name, device in machine.devices().items()
+    }
+
+
+def calibrate(*, progress: bool | None = None) -> Calibration:
+    """Measures every link of this machine: alone, together, and back. Takes seconds.
+
+    The result is remembered (in the user's cache folder) and decides how stripes are cut.
+    """
+    places = machine.devices()
+    computes = [name for name in places if name not in ("cpu", "disk")] or ["cpu"]
+    pairs = [(d, c) for c in computes for d in places if d not in (c, _unmeasured(c))]
+    links = []
+    with tqdm(pairs, desc="links", disable=None if progress is None else not progress) as bar:
+        for donor, compute in bar:
+            links.append(_measure(donor, compute))
+    found = Calibration(tuple(_with_others(links)))
+    _known[_machine_key()] = found
+    if not any(_is_simulated(compute) for compute in computes):
+        file = _cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(found.to_dict(), indent=1))
+        temporary.replace(file)
+    return found
+
+
+def _unmeasured(compute: str) -> str:
+    # A real disk has no speed in virtual time.
+    return "disk" if _is_simulated(compute) else ""
+
+
+class _Clock:
+    """Seconds on a device: by its events, or by the host where the host computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self._device.type == "cpu":
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self._device))
+        self._marks.append(event)
+
+    def seconds(self) -> float:
+        start, end = self._marks
+        if self._device.type == "cpu":
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+def _fetch_seconds(sharded: torch.Tensor, device: torch.device) -> float:
+    """The best of a few fetches of a weight that no ring keeps."""
+    times = []
+    for _ in range(_REPEATS):
+        clock = _Clock(device)
+        clock.mark()
+        sharded[:1].clone()
+        clock.mark()
+        times.append(clock.seconds())
+    return min(times)
+
+
+def _weight(nbytes: int, donors: Sequence[tuple[str, int]], compute: torch.device) -> torch.Tensor:
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    if len(donors) == 1:
+        return _ops.shard_on(donors[0][0], data, compute, "calibration")
+    pieces = data.split([size for _, size in donors])
+    parts = [
+        _ops.shard_on(donor, piece.clone(), compute, "calibration")
+        for (donor, _), piece in zip(donors, pieces, strict=True)
+    ]
+    return _ops.shard_striped(parts, data, compute, "calibration")
+
+
+def _measure(donor: str, compute: str) -> Link:
+    device = torch.device(compute)
+    small = _fetch_seconds(_weight(_SMALL, [(donor, _SMALL)], device), device)
+    large = _fetch_seconds(_weight(_LARGE, [(donor, _LARGE)], device), device)
+    rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
+    latency = max(0.0, small - _SMALL / rate)
+    return Link(donor, compute, rate, latency, rate, _back(donor, device))
+
+
+def _back(donor: str, compute: torch.device) -> float | None:
+    """Bytes per second from the compute device to a donor in memory."""
+    if donor == "disk" or compute.type == "cpu":
+        return None
+    source = torch.empty(_LARGE, dtype=torch.uint8, device=compute)
+    if donor == "cpu":
+        target = _ops.pinned_memory(_LARGE, compute)
+    else:
+        target = torch.empty(_LARGE, dtype=torch.uint8, device=donor)
+    times = []
+    for _ in range(_REPEATS):
+        clock = _Clock(compute)
+        clock.mark()
+        target.copy_(source, non_blocking=True)
+        clock.mark()
+        times.append(clock.seconds())
+    return _LARGE / min(times)
+
+
+def _with_others(links: list[Link]) -> list[Link]:
+    """The rate of each link while all to the same device are busy: one weight striped over them."""
+    result = []
+    for link in links:
+        peers = [k for k in links if k.compute == link.compute and k.donor != "disk"]
+        if len(peers) < 2 or link not in peers:
+            result.append(link)
+            continue
+        total = sum(k.rate for k in peers)
+        sizes = [round(_LARGE * k.rate / total) for k in peers]
+        sizes[-1] = _LARGE - sum(sizes[:-1])
+        donors = [(k.donor, size) for k, size in zip(peers, sizes, strict=True)]
+        device = torch.device(link.compute)
+        seconds = _fetch_seconds(_weight(_LARGE, donors, device), device)
+        own = sizes[peers.index(link)]
+        together = min(link.rate, own / max(seconds - link.latency, 1e-9))
+        result.append(dataclasses.replace(link, together=together))
+    return result
 
 
 def stripe_sizes(nbytes: int, donors: Sequence[str], compute: str) -> list[int]:
-    """Bytes for each donor, in proportion to what its link carries; whole pages but the last."""
-    rates = [rate(donor, compute) for donor in donors]
+    """Bytes for each donor, in proportion to what its link carries; whole pages but the last.
+
+    Links that nobody calibrated count alike.
+    """
+    known = known_links()
+    rates = [known.rate(donor, compute) if known is not None else None for donor in donors]
+    shares = [rate for rate in rates if rate is not None]
+    weights = shares if len(shares) == len(donors) else [1.0] * len(donors)
     sizes: list[int] = []
     left = nbytes
-    for index, own in enumerate(rates[:-1]):
-        wanted = left * own / sum(rates[index:])
+    for index, own in enumerate(weights[:-1]):
+        wanted = left * own / sum(weights[index:])
         sizes.append(min(left, round(wanted / _STRIPE_ALIGN) * _STRIPE_ALIGN))
         left -= sizes[-1]
     return [*sizes, left]

@@ -1,0 +1,47 @@
+#include "engine/trace_log.h"
+
+#include <utility>
+
+namespace distorch {
+
+TraceLog& TraceLog::instance() {
+  static TraceLog& log = *new TraceLog;
+  return log;
+}
+
+void TraceLog::start() {
+  std::lock_guard lock(mutex_);
+  spans_.clear();
+  pending_.clear();
+  begin_ = std::chrono::steady_clock::now();
+  active_ = true;
+}
+
+std::vector<TraceSpan> TraceLog::stop() {
+  active_ = false;
+  std::vector<std::function<TraceSpan()>> pending;
+  std::vector<TraceSpan> spans;
+  {
+    std::lock_guard lock(mutex_);
+    pending = std::exchange(pending_, {});
+    spans = std::exchange(spans_, {});
+  }
+  for (const auto& resolve : pending) spans.push_back(resolve());
+  return spans;
+}
+
+double TraceLog::now() const {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
+}
+
+void TraceLog::add(TraceSpan span) {
+  std::lock_guard lock(mutex_);
+  if (active()) spans_.push_back(std::move(span));
+}
+
+void TraceLog::add_later(std::function<TraceSpan()> resolve) {
+  std::lock_guard lock(mutex_);
+  if (active()) pending_.push_back(std::move(resolve));
+}
+
+}  // namespace distorch

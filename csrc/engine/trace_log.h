@@ -1,0 +1,68 @@
+// What happened when, while somebody traces: copies, stalls, operators.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace distorch {
+
+// One interval, in seconds since the trace began.
+struct TraceSpan {
+  std::string track, name;
+  double start, end;
+  uint64_t bytes;
+};
+
+class TraceLog {
+ public:
+  // The one log of this process; it costs one load while nobody traces.
+  static TraceLog& instance();
+
+  bool active() const { return active_.load(std::memory_order_relaxed); }
+  void start();
+  // Ends the trace; resolves what devices knew.
+  std::vector<TraceSpan> stop();
+
+  // Seconds on the host's clock since start().
+  double now() const;
+  void add(TraceSpan span);
+  // A span that only its device can time, and only when its work is done.
+  void add_later(std::function<TraceSpan()> resolve);
+
+ private:
+  std::atomic<bool> active_{false};
+  std::mutex mutex_;
+  std::chrono::steady_clock::time_point begin_;      // guarded by mutex_
+  std::vector<TraceSpan> spans_;                     // guarded by mutex_
+  std::vector<std::function<TraceSpan()>> pending_;  // guarded by mutex_
+};
+
+// An interval of the host's own time, if a trace is on.
+class HostSpan {
+ public:
+  HostSpan(const char* track, std::string name, uint64_t bytes = 0)
+      : track_(track), on_(TraceLog::instance().active()) {
+    if (!on_) return;
+    name_ = std::move(name);
+    bytes_ = bytes;
+    start_ = TraceLog::instance().now();
+  }
+  ~HostSpan() {
+    if (on_) TraceLog::instance().add({track_, name_, start_, TraceLog::instance().now(), bytes_});
+  }
+  HostSpan(const HostSpan&) = delete;
+  HostSpan& operator=(const HostSpan&) = delete;
+
+ private:
+  const char* const track_;
+  const bool on_;
+  std::string name_;
+  uint64_t bytes_ = 0;
+  double start_ = 0;
+};
+
+}  // namespace distorch

@@ -1,0 +1,61 @@
+"""What happened when: copies, stalls and operators as a Chrome / Perfetto trace."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from distorch import _native
+from distorch.errors import PlacementError
+from distorch.runtime.distribution import distribution_of
+
+_tracing = False
+
+
+@contextmanager
+def trace(module: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Writes what happens inside the `with` block to a JSON file for chrome://tracing or Perfetto.
+
+    One row per stream: copies of each link, stalls of the compute stream (or of the waiting
+    thread), operators on sharded weights, reads of each file. Times are the device's own. The file
+    is written also when the block ends in an error. One trace at a time (PlacementError).
+    """
+    global _tracing  # noqa: PLW0603
+    compute = distribution_of(module).plan.compute
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"trace: the folder {str(target.parent)!r} is not there; make it")
+    if _tracing:
+        raise PlacementError("a trace is running already: end it before the next one")
+    _tracing = True
+    _native.start_trace(compute)
+    try:
+        yield
+    finally:
+        _tracing = False
+        spans = _native.stop_trace()
+        target.write_text(json.dumps({"traceEvents": _events(spans)}))
+
+
+def _events(spans: list[tuple[str, str, float, float, int]]) -> list[dict[str, object]]:
+    """Complete events in microseconds, a row for each track, in the order of the tracks' names."""
+    tracks = sorted({track for track, *_ in spans})
+    rows = {track: row for row, track in enumerate(tracks, start=1)}
+    names: list[dict[str, object]] = [
+        {"ph": "M", "pid": 1, "tid": row, "name": "thread_name", "args": {"name": track}}
+        for track, row in rows.items()
+    ]
+    found: list[dict[str, object]] = []
+    for track, name, start, end, nbytes in sorted(spans, key=lambda span: span[2]):
+        seconds = end - start
+        details: dict[str, object] = {}
+        if nbytes:
+            details = {"bytes": nbytes, "GB/s": round(nbytes / max(seconds, 1e-12) / 1e9, 3)}
+        found.append({"ph": "X", "pid": 1, "tid": rows[track], "name": name, "ts": start * 1e6,
+                      "dur": seconds * 1e6, "args": details})  # fmt: skip
+    return [*names, *found]

@@ -1,0 +1,120 @@
+"""Calibration and traces, against links whose rates are known."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import distorch
+from distorch.cli import main
+from distorch.runtime import links
+from distorch.testing import sim
+
+KNOWN = {("cpu", "sim:0"): (6.8e9, 10e-6), ("sim:1", "sim:0"): (20e9, 5e-6)}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(links, "_known", {})
+
+
+def test_calibration_finds_the_rates():
+    sim.configure(devices=2, links=KNOWN)
+    found = distorch.calibrate()
+    for (donor, compute), (rate, _) in KNOWN.items():
+        assert found.rate(donor, compute) == pytest.approx(rate, rel=0.01)
+    for link in found.links:
+        if (link.donor, link.compute) in KNOWN:
+            assert link.together == pytest.approx(link.rate, rel=0.02)  # they share nothing
+            assert 5e-6 < link.latency < 30e-6
+    assert distorch.devices()["cpu"].links["sim:0"] == found.rate("cpu", "sim:0")
+    assert "6.80" in str(found) and "<table" in found._repr_html_()
+
+
+def test_shared_links_are_found_out():
+    both = {("cpu", "sim:0"): (10e9, 0.0), ("sim:1", "sim:0"): (10e9, 0.0)}
+    sim.configure(devices=2, links=both, shared=[set(both)])
+    for link in distorch.calibrate().links:
+        if link.compute == "sim:0":
+            assert link.rate == pytest.approx(10e9, rel=0.01)
+            assert link.together == pytest.approx(5e9, rel=0.02)
+
+
+def test_stripes_follow_the_rates():
+    sim.configure(devices=2, links={key: (rate, 0.0) for key, (rate, _) in KNOWN.items()})
+    assert links.stripe_sizes(1 << 20, ["cpu", "sim:1"], "sim:0") == [1 << 19, 1 << 19]
+    distorch.calibrate()
+    nbytes = 256 << 20
+    cpu, peer = links.stripe_sizes(nbytes, ["cpu", "sim:1"], "sim:0")
+    assert cpu + peer == nbytes and cpu / nbytes == pytest.approx(6.8 / 26.8, rel=0.02)
+    striped = distorch.shard(torch.zeros(nbytes // 4), "cpu+sim:1", compute="sim:0")
+    seconds = links._fetch_seconds(striped, torch.device("sim:0"))
+    assert nbytes / seconds >= 0.97 * (6.8e9 + 20e9)
+
+
+def test_without_a_device_the_disk_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(links.machine, "devices", lambda: {"cpu": None, "disk": None})
+    assert main(["calibrate", "--json"]) == 0
+    (link,) = json.loads(capsys.readouterr().out)["links"]
+    assert (link["donor"], link["compute"]) == ("disk", "cpu") and link["rate"] > 1e6
+    assert links.known_links().rate("disk", "cpu") == link["rate"]
+    links._known.clear()
+    assert links.known_links().rate("disk", "cpu") == link["rate"]  # from the file
+    for file in (tmp_path / "distorch").iterdir():
+        file.write_text("damaged")
+    links._known.clear()
+    assert links.known_links() is None
+
+
+def spans_of(path):
+    events = json.loads(path.read_text())["traceEvents"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    return [(rows[e["tid"]], e["name"], e["ts"], e["dur"], e["args"]) for e in events if "dur" in e]
+
+
+def test_trace_on_a_device(tmp_path):
+    sim.configure(links={("cpu", "sim:0"): (1e9, 0.0)})
+    module = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+    distorch.distribute(module, "sim:0,0b;cpu,*", min_bytes=0, prefetch=2 * 256 * 256 * 4)
+    x = torch.randn(8, 256, device="sim:0")
+    with torch.no_grad():
+        module(x)
+        sim.synchronize()
+        with distorch.trace(module, tmp_path / "step.json"):
+            module(x)
+    spans = spans_of(tmp_path / "step.json")
+    copies = [span for span in spans if span[0] == "copies cpu->sim:0"]
+    assert {name for _, name, *_ in copies} <= {f"{i}.weight" for i in range(4)}
+    assert len(copies) >= 2
+    for *_, duration, details in copies:
+        assert details["bytes"] == 256 * 256 * 4
+        assert duration == pytest.approx(details["bytes"] / 1e9 * 1e6, rel=0.01)
+    assert [name for track, name, *_ in spans if track == "compute sim:0"] == [
+        f"{i}.weight" for i in range(4)
+    ]
+    assert sum(duration for track, _, _, duration, _ in spans if track == "stalls sim:0") > 100
+    assert sim.races() == []
+
+
+def test_trace_on_the_host(tmp_path):
+    module = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+    distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0, prefetch=0)
+    with distorch.trace(module, tmp_path / "step.json"):
+        module(torch.randn(2, 256))
+    tracks = {track for track, *_ in spans_of(tmp_path / "step.json")}
+    assert tracks == {"compute cpu", "reads", "stalls"}
+    module(torch.randn(2, 256))
+    with pytest.raises(ZeroDivisionError), distorch.trace(module, tmp_path / "e.json"):
+        raise ZeroDivisionError
+    assert spans_of(tmp_path / "e.json") == []
+    with pytest.raises(distorch.PlacementError, match="already"):
+        with (
+            distorch.trace(module, tmp_path / "a.json"),
+            distorch.trace(module, tmp_path / "b.json"),
+        ):
+            pass
+    with pytest.raises(distorch.PlacementError, match="not distributed"):
+        with distorch.trace(nn.Linear(1, 1), tmp_path / "c.json"):
+            pass
