@@ -79,6 +79,16 @@ def shard_pinned(data: torch.Tensor, compute: torch.device, name: str) -> torch.
     return cast(torch.Tensor, _ops.shard_slab(slab, 0, data, compute, name))
 
 
+def shard_within(
+    slab: torch.Tensor, begin: int, data: torch.Tensor, compute: torch.device, name: str
+) -> torch.Tensor:
+    """The same in a part of pinned memory that others share, `begin` bytes from its start."""
+    if not data.is_meta:
+        slab[begin : begin + data.numel()].copy_(data)
+    like = torch.empty(data.numel(), dtype=torch.uint8, device="meta")
+    return cast(torch.Tensor, _ops.shard_slab(slab, begin, like, compute, name))
+
+
 def shard_device(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
     """A sharded tensor whose donor is the storage of `data` (device memory), not a copy."""
     if data.device != compute:

@@ -28,7 +28,7 @@ from distorch.runtime import machine
 from distorch.runtime.groups import Group, group_members, inventory_of, size_of, unique_buffers
 from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.options import Options, compute_device
-from distorch.runtime.staging import Origin, current_place, member_tensor, stage
+from distorch.runtime.staging import Origin, Packing, current_place, member_tensor, stage
 
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[Callable[[], None]]
@@ -228,18 +228,30 @@ def place(
 def _stage_all(
     groups: list[Group], plan: Plan, compute: torch.device, origins: dict[str, Origin]
 ) -> dict[int, torch.Tensor]:
-    staged: dict[int, torch.Tensor] = {}
-    for index, group in enumerate(groups):
-        target = plan.placement[group.name]
-        sharded = _ops.is_sharded(group.first)
-        same_compute = group.first.device == compute
-        whole = not sharded or group.nbytes == group.first.untyped_storage().nbytes()
-        is_there = current_place(group.first) == target and same_compute and whole
-        is_there = is_there and not group.first.is_meta
-        if is_there and sharded == (target != plan.compute):
-            continue
-        staged[index] = stage(group, target, compute, origins.get(group.name))
-    return staged
+    moving = [i for i, g in enumerate(groups) if not _is_there(g, plan.placement[g.name], compute)]
+    packing = Packing(
+        [groups[i] for i in moving if plan.placement[groups[i].name] == "cpu"], compute
+    )
+    return {
+        index: stage(
+            groups[index],
+            plan.placement[groups[index].name],
+            compute,
+            origins.get(groups[index].name),
+            packing,
+        )
+        for index in moving
+    }
+
+
+def _is_there(group: Group, target: str, compute: torch.device) -> bool:
+    """Whether a group is where the plan wants it, in the form that it wants."""
+    first = group.first
+    sharded = _ops.is_sharded(first)
+    if current_place(first) != target or first.device != compute or first.is_meta:
+        return False
+    whole = not sharded or group.nbytes == first.untyped_storage().nbytes()
+    return whole and sharded == (target != str(compute))
 
 
 def _take_back(undo: _Undo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from distorch.runtime import machine
 from distorch.runtime.groups import Group, has_bytes
 
 _COMPARE_BYTES = 32 << 20
+_SMALL_BYTES = 512 << 10  # weights up to this size are packed
+_PIECE_BYTES = 4 << 20
+_PACK_ALIGN = 512  # as slots in the ring are
 
 
 @dataclass
@@ -89,8 +93,43 @@ def _whole(group: Group, target: str, compute: torch.device) -> torch.Tensor:
     )
 
 
+class Packing:
+    """Small weights that follow each other share a piece of pinned memory.
+
+    Copies of neighbours then become one. Pieces stay small, so that a weight which moves on does
+    not keep much of others' memory.
+    """
+
+    def __init__(self, groups: Sequence[Group], compute: torch.device) -> None:
+        self._compute = compute
+        self._places: dict[int, tuple[int, int]] = {}  # id(group) -> (piece, begin in bytes)
+        self._sizes: list[int] = []
+        self._pieces: dict[int, torch.Tensor] = {}
+        for group in groups:
+            if compute.type == "cpu" or not has_bytes(group.first) or group.nbytes > _SMALL_BYTES:
+                continue
+            room = -(-group.nbytes // _PACK_ALIGN) * _PACK_ALIGN
+            if not self._sizes or self._sizes[-1] + room > _PIECE_BYTES:
+                self._sizes.append(0)
+            self._places[id(group)] = len(self._sizes) - 1, self._sizes[-1]
+            self._sizes[-1] += room
+
+    def shard(self, group: Group, data: torch.Tensor) -> torch.Tensor | None:
+        """The group's bytes in their place of a piece, or None when it has none."""
+        if id(group) not in self._places:
+            return None
+        piece, begin = self._places[id(group)]
+        if piece not in self._pieces:
+            self._pieces[piece] = _ops.pinned_memory(self._sizes[piece], self._compute)
+        return _ops.shard_within(self._pieces[piece], begin, data, self._compute, group.name)
+
+
 def stage(
-    group: Group, target: str, compute: torch.device, origin: Origin | None = None
+    group: Group,
+    target: str,
+    compute: torch.device,
+    origin: Origin | None = None,
+    packing: Packing | None = None,
 ) -> torch.Tensor:
     """The group's bytes at `target` ("cpu", "disk" or a device): uint8 [nbytes].
 
@@ -110,7 +149,10 @@ def stage(
         return _from_checkpoint(group, origin, compute)
     if target in ("cpu", "disk") and not data.is_meta:
         data = data.cpu()
-    return _ops.shard_on(target, _alone(data), compute, group.name)
+    packed = packing.shard(group, data) if packing is not None and target == "cpu" else None
+    return (
+        packed if packed is not None else _ops.shard_on(target, _alone(data), compute, group.name)
+    )
 
 
 def member_tensor(staged: torch.Tensor, group: Group, parameter: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,21 @@ def test_same_bits(spec, prefetch, peer):
     assert torch.equal(module.state_dict()["0.weight"].cpu(), plain[0].weight)
 
 
+def test_small_neighbours_travel_together():
+    plain = net(count=40, width=32)
+    module = distorch.distribute(
+        copy.deepcopy(plain), "sim:0,0b;cpu,*", min_bytes=0, prefetch="1mb"
+    )
+    x = torch.randn(4, 32)
+    sim.synchronize()
+    sim.reset()
+    with torch.no_grad():
+        assert torch.equal(module(x.to("sim:0")).cpu(), plain(x))
+    copies = [span for span in sim.timeline() if span.resource == "cpu->sim:0"]
+    assert len(copies) <= 4  # of 80 weights: the input, the first one, the rest
+    assert distorch.stats(module).fetches == 80
+
+
 def test_tied_weights_stay_tied():
     module = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 32, bias=False))
     module[1].weight = module[0].weight
