@@ -181,7 +181,7 @@ def _weight(nbytes: int, donors: Sequence[tuple[str, int]], compute: torch.devic
     data = torch.empty(nbytes, dtype=torch.uint8)
     if len(donors) == 1:
         return _ops.shard_on(donors[0][0], data, compute, "calibration")
-    pieces = data.split([size for _, size in donors])
+    pieces = torch.split(data, [size for _, size in donors])
     parts = [
         _ops.shard_on(donor, piece.clone(), compute, "calibration")
         for (donor, _), piece in zip(donors, pieces, strict=True)
@@ -266,7 +266,7 @@ def striped(
         )
     data = _ops.byte_view(values)
     sizes = stripe_sizes(data.numel(), donors, str(compute))
-    pairs = zip(donors, data.split(sizes), strict=True)
+    pairs = zip(donors, torch.split(data, sizes), strict=True)
     parts = [
         _ops.shard_on(donor, piece.clone(), compute, name)
         for donor, piece in pairs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from distorch import _native
 from distorch.planner import DeviceInfo
 
 # The host of a dry run stores nothing.
-_BOUNDLESS = {"total_bytes": 1 << 60, "free_bytes": 1 << 60}
+_BOUNDLESS = 1 << 60
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -52,7 +51,7 @@ def devices() -> dict[str, DeviceInfo]:
             free, total = module.mem_get_info(index)
             found[name] = DeviceInfo(name, total, free)
         if not needs_values(torch.device(accelerator.type)):
-            found["cpu"] = dataclasses.replace(found["cpu"], **_BOUNDLESS)
+            found["cpu"] = DeviceInfo("cpu", _BOUNDLESS, _BOUNDLESS)
     return found
 
 
