@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._utils import _rebuild_parameter
 
-from distorch import _ops
+from distorch import _donors, _ops
 from distorch.errors import PlacementError
 
 # Libraries that ask for addresses only to see whether two weights are one. A number that is no
@@ -77,7 +77,7 @@ def copy_of_donor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
             memo[key] = _ops.share(root)
         else:
             data = _ops.donor_bytes(root).clone()
-            memo[key] = _ops.shard_on(info.tier, data, tensor.device, info.name)
+            memo[key] = _donors.shard_on(info.tier, data, tensor.device, info.name)
     return like_storage(memo[key], tensor)
 
 

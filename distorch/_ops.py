@@ -8,7 +8,6 @@ from typing import NamedTuple, cast
 import torch
 
 from distorch import _native
-from distorch.errors import PlacementError
 
 _ops = torch.ops.distorch
 
@@ -71,37 +70,16 @@ def pinned_memory(nbytes: int, compute: torch.device) -> torch.Tensor:
     return cast(torch.Tensor, _ops.pinned_slab(nbytes, compute))
 
 
-def shard_pinned(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
-    """A sharded tensor with the bytes of `data`'s storage in pinned memory of exactly that size."""
-    slab = pinned_memory(data.untyped_storage().nbytes(), compute)
-    if not data.is_meta:
-        slab.copy_(byte_view(data))
-    return cast(torch.Tensor, _ops.shard_slab(slab, 0, data, compute, name))
-
-
-def shard_within(
-    slab: torch.Tensor, begin: int, data: torch.Tensor, compute: torch.device, name: str
+def shard_slab(
+    slab: torch.Tensor, begin: int, like: torch.Tensor, compute: torch.device, name: str
 ) -> torch.Tensor:
-    """The same in a part of pinned memory that others share, `begin` bytes from its start."""
-    if not data.is_meta:
-        slab[begin : begin + data.numel()].copy_(data)
-    like = torch.empty(data.numel(), dtype=torch.uint8, device="meta")
+    """A sharded tensor with the geometry of `like` over bytes of pinned memory, from `begin` on."""
     return cast(torch.Tensor, _ops.shard_slab(slab, begin, like, compute, name))
 
 
 def shard_device(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
     """A sharded tensor whose donor is the storage of `data` (device memory), not a copy."""
-    if data.device != compute:
-        peer = _can_access_peer(compute, data.device)
-        _native.set_peer_access(str(compute), str(data.device), peer)
     return cast(torch.Tensor, _ops.shard_device(data, compute, name))
-
-
-def _can_access_peer(compute: torch.device, donor: torch.device) -> bool:
-    if compute.type != donor.type:
-        return False
-    asks = getattr(torch.get_device_module(compute), "can_device_access_peer", None)
-    return asks is None or bool(asks(compute.index or 0, donor.index or 0))
 
 
 def shard_striped(
@@ -109,39 +87,6 @@ def shard_striped(
 ) -> torch.Tensor:
     """One weight whose bytes are those of several sharded tensors, one after the other."""
     return cast(torch.Tensor, _ops.shard_striped(list(parts), like, compute, name))
-
-
-def shard_on(tier: str, data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
-    """A sharded tensor with the bytes of `data`'s storage on a tier ("cpu", "disk", "sim:1").
-
-    Memory that is already there is adopted, unless copies need it pinned.
-    """
-    if tier == "cpu":
-        if compute.type == "cpu":
-            return shard_host(data.cpu(), compute, name)
-        return shard_pinned(data if data.is_meta else data.cpu(), compute, name)
-    if tier == "disk":
-        return shard_scratch(data, compute, name)
-    return shard_device(moved(data, _donor_device(tier, name)), compute, name)
-
-
-def _donor_device(tier: str, name: str) -> torch.device:
-    try:
-        device = torch.device(tier)
-        known = (device.index or 0) < torch.get_device_module(device).device_count()
-    except (RuntimeError, AttributeError):
-        known = False
-    if not known:
-        raise PlacementError(
-            f"donor {tier!r} for weight {name!r} is not there; expected 'cpu', 'disk' or a device "
-            "of this machine, such as 'cuda:1'"
-        )
-    return device
-
-
-def moved(data: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`data.to(device)`; of a tensor without values, room for them."""
-    return torch.empty_like(data, device=device) if data.is_meta else data.to(device)
 
 
 def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distorch import _ops
+from distorch import _donors, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.errors import FormatError, PlacementError
 from distorch.formats.checkpoint import Checkpoint, match_names, open_checkpoint, weight_info
@@ -241,7 +241,7 @@ def _bring(
         value = patches.apply(_names(job), value.to(compute))
     if target == plan.compute:
         return value.to(compute), None if patched else origin
-    return _ops.shard_on(target, value, compute, job.name), None if patched else origin
+    return _donors.shard_on(target, value, compute, job.name), None if patched else origin
 
 
 def _swap_in(

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from distorch import _native, _ops
+from distorch import _donors, _native, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.errors import PlacementError
 from distorch.runtime.groups import has_bytes
-from distorch.runtime.links import striped
 from distorch.runtime.options import compute_device
 
 is_sharded = _ops.is_sharded
@@ -43,10 +42,7 @@ def shard(
     with torch.no_grad():
         values = tensor.detach().clone(memory_format=torch.preserve_format)
         values = values.resolve_conj().resolve_neg()
-        if "+" in name:
-            sharded = striped(values, name.split("+"), device, "tensor")
-        else:
-            sharded = _ops.shard_on(name, values, device, "tensor")
+        sharded = _donors.shard_on(name, values, device, "tensor")
     if isinstance(tensor, torch.nn.Parameter):
         parameter = torch.nn.Parameter(sharded, requires_grad=tensor.requires_grad)
         attach_behaviour(parameter, stand_in=sharded)

@@ -84,6 +84,7 @@ std::vector<Extent> StripedDonor::extents() const {
   uint64_t begin = 0;
   for (const auto& part : parts_) {
     for (Extent extent : part->extents()) {
+      if (extent.bytes == 0) continue;
       extent.begin += begin;
       found.push_back(std::move(extent));
     }

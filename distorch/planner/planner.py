@@ -163,14 +163,24 @@ def _check_devices(spec: Spec, compute: str, devices: Mapping[str, DeviceInfo]) 
         raise PlacementError(f"compute {_missing(compute, devices)}")
     for entry in spec.entries:
         where = f"placement entry {entry.position} ({entry.text!r})"
-        if entry.device not in devices:
-            raise PlacementError(f"{where}: {_missing(entry.device, devices)}")
-        device = devices[entry.device]
+        parts = entry.device.split("+")
+        if absent := [part for part in parts if part not in devices]:
+            raise PlacementError(f"{where}: {_missing(absent[0], devices)}")
+        if len(parts) > 1 and compute in parts:
+            raise PlacementError(f"{where}: stripes go to donors, and {compute!r} computes")
+        device = _joined(entry.device, devices)
         if isinstance(entry.share, Bytes) and entry.share.nbytes > device.total_bytes:
             raise PlacementError(
                 f"{where}: asks for {entry.share.nbytes} bytes but {entry.device} holds "
                 f"{device.total_bytes} ({human_bytes(device.total_bytes)}); give a smaller share"
             )
+
+
+def _joined(name: str, devices: Mapping[str, DeviceInfo]) -> DeviceInfo:
+    """A device, or several that hold stripes ("cpu+cuda:1"), as one."""
+    parts = [devices[part] for part in name.split("+")]
+    total, free = (sum(getattr(p, key) for p in parts) for key in ("total_bytes", "free_bytes"))
+    return DeviceInfo(name, total, free)
 
 
 def _matches(weight: WeightInfo, pattern: str) -> bool:
@@ -240,7 +250,7 @@ def _budget(
     if isinstance(share, Bytes):
         return share.nbytes
     if isinstance(share, Fraction):
-        return int(share.fraction * devices[entry.device].total_bytes)
+        return int(share.fraction * _joined(entry.device, devices).total_bytes)
     assert isinstance(share, Percent)
     return int(share.percent * total / whole)
 
@@ -384,9 +394,9 @@ def _diffuse(weights: Sequence[WeightInfo], goal: int, budget: int, total: int) 
 
 def _check_capacity(plan: Plan, devices: Mapping[str, DeviceInfo]) -> None:
     for device, nbytes in plan.bytes.items():
-        if device not in devices:
+        if device not in devices and "+" not in device:
             raise PlacementError(f"{_missing(device, devices)}; the rest would go there")
-        free = devices[device].free_bytes
+        free = _joined(device, devices).free_bytes
         if nbytes > free:
             hint = "add ';disk,*'" if device == "cpu" else "give it a smaller share"
             raise PlacementError(

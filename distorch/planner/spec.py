@@ -159,6 +159,14 @@ def _parse_entry(raw: str, position: int, column: int, text: str, types: tuple[s
 
 
 def _parse_device(name: str, where: _Where, types: tuple[str, ...]) -> str:
+    if "+" in name:  # stripes over several donors
+        parts = [_parse_device(part, where, types) for part in name.split("+")]
+        if len(set(parts)) < len(parts) or "disk" in parts:
+            where.fail(
+                f"{name!r} cannot hold stripes",
+                "join different devices or 'cpu' with '+', as in 'cpu+cuda:1'",
+            )
+        return "+".join(parts)
     match = _DEVICE.fullmatch(name)
     kinds = (*HOST_TIERS, *types)
     if match is None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from distorch import _native, _ops
+from distorch import _donors, _native, _ops
 from distorch._behaviour import replace_data
 from distorch.errors import PlacementError, SpecError
 from distorch.planner import (
@@ -181,7 +181,7 @@ def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
         )
     compute_device(plan.compute, "the plan's compute")
     there = machine.devices()
-    if absent := [d for d in plan.bytes if d not in there]:
+    if absent := [d for place in plan.bytes for d in place.split("+") if d not in there]:
         raise PlacementError(
             f"the plan uses {absent[0]!r}; this machine has {', '.join(sorted(there))}"
         )
@@ -206,7 +206,7 @@ def place(
     compute = torch.device(plan.compute)
     staged = _stage_all(groups, plan, compute, origins)
     buffers = {
-        name: _ops.moved(buffer, compute)
+        name: _donors.moved(buffer, compute)
         for name, _, _, buffer in unique_buffers(module)
         if not buffer.is_meta or not machine.needs_values(compute)
     }

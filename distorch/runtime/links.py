@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from distorch import _ops
+from distorch import _donors, _ops
 from distorch._tables import html_table, text_table
-from distorch.errors import PlacementError
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
 
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
 _REPEATS = 3
-_STRIPE_ALIGN = 4096  # stripes end at whole pages
 _HEADER = ("from", "to", "GB/s", "latency us", "GB/s with all others", "GB/s back")
 
 
@@ -74,6 +71,13 @@ class Calibration:
 _known: dict[str, Calibration] = {}  # by machine
 
 
+def _remember(found: Calibration) -> Calibration:
+    """For this process; stripes are cut by it from now on."""
+    _known[_machine_key()] = found
+    _donors.link_rates.update({(k.donor, k.compute): k.rate for k in found.links})
+    return found
+
+
 def _machine_key() -> str:
     parts = [platform.node(), torch.__version__, *sorted(machine.devices())]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
@@ -95,10 +99,9 @@ def known_links() -> Calibration | None:
         return _known[key]
     try:
         stored = json.loads(_cache_file().read_text())["links"]
-        _known[key] = Calibration(tuple(Link(**link) for link in stored))
+        return _remember(Calibration(tuple(Link(**link) for link in stored)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return _known[key]
 
 
 def devices() -> dict[str, DeviceInfo]:
@@ -126,8 +129,7 @@ def calibrate(*, progress: bool | None = None) -> Calibration:
     with tqdm(pairs, desc="links", disable=None if progress is None else not progress) as bar:
         for donor, compute in bar:
             links.append(_measure(donor, compute))
-    found = Calibration(tuple(_with_others(links)))
-    _known[_machine_key()] = found
+    found = _remember(Calibration(tuple(_with_others(links))))
     if not any(_is_simulated(compute) for compute in computes):
         file = _cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,22 +179,14 @@ def _fetch_seconds(sharded: torch.Tensor, device: torch.device) -> float:
     return min(times)
 
 
-def _weight(nbytes: int, donors: Sequence[tuple[str, int]], compute: torch.device) -> torch.Tensor:
-    data = torch.empty(nbytes, dtype=torch.uint8)
-    if len(donors) == 1:
-        return _ops.shard_on(donors[0][0], data, compute, "calibration")
-    pieces = torch.split(data, [size for _, size in donors])
-    parts = [
-        _ops.shard_on(donor, piece.clone(), compute, "calibration")
-        for (donor, _), piece in zip(donors, pieces, strict=True)
-    ]
-    return _ops.shard_striped(parts, data, compute, "calibration")
+def _weight(nbytes: int, tier: str, compute: torch.device) -> torch.Tensor:
+    return _donors.shard_on(tier, torch.empty(nbytes, dtype=torch.uint8), compute, "calibration")
 
 
 def _measure(donor: str, compute: str) -> Link:
     device = torch.device(compute)
-    small = _fetch_seconds(_weight(_SMALL, [(donor, _SMALL)], device), device)
-    large = _fetch_seconds(_weight(_LARGE, [(donor, _LARGE)], device), device)
+    small = _fetch_seconds(_weight(_SMALL, donor, device), device)
+    large = _fetch_seconds(_weight(_LARGE, donor, device), device)
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
     latency = max(0.0, small - _SMALL / rate)
     return Link(donor, compute, rate, latency, rate, _back(donor, device))
@@ -225,51 +219,12 @@ def _with_others(links: list[Link]) -> list[Link]:
         if len(peers) < 2 or link not in peers:
             result.append(link)
             continue
-        total = sum(k.rate for k in peers)
-        sizes = [round(_LARGE * k.rate / total) for k in peers]
-        sizes[-1] = _LARGE - sum(sizes[:-1])
-        donors = [(k.donor, size) for k, size in zip(peers, sizes, strict=True)]
+        # Cut so that all would end together if they did not disturb each other.
+        _donors.link_rates.update({(k.donor, k.compute): k.rate for k in peers})
+        donors = [k.donor for k in peers]
         device = torch.device(link.compute)
-        seconds = _fetch_seconds(_weight(_LARGE, donors, device), device)
-        own = sizes[peers.index(link)]
+        seconds = _fetch_seconds(_weight(_LARGE, "+".join(donors), device), device)
+        own = _donors.stripe_sizes(_LARGE, donors, link.compute)[donors.index(link.donor)]
         together = min(link.rate, own / max(seconds - link.latency, 1e-9))
         result.append(dataclasses.replace(link, together=together))
     return result
-
-
-def stripe_sizes(nbytes: int, donors: Sequence[str], compute: str) -> list[int]:
-    """Bytes for each donor, in proportion to what its link carries; whole pages but the last.
-
-    Links that nobody calibrated count alike.
-    """
-    known = known_links()
-    rates = [known.rate(donor, compute) if known is not None else None for donor in donors]
-    shares = [rate for rate in rates if rate is not None]
-    weights = shares if len(shares) == len(donors) else [1.0] * len(donors)
-    sizes: list[int] = []
-    left = nbytes
-    for index, own in enumerate(weights[:-1]):
-        wanted = left * own / sum(weights[index:])
-        sizes.append(min(left, round(wanted / _STRIPE_ALIGN) * _STRIPE_ALIGN))
-        left -= sizes[-1]
-    return [*sizes, left]
-
-
-def striped(
-    values: torch.Tensor, donors: Sequence[str], compute: torch.device, name: str
-) -> torch.Tensor:
-    """A sharded tensor with the bytes of `values`' storage spread over several donors."""
-    if len(set(donors)) != len(donors) or "disk" in donors:
-        raise PlacementError(
-            f"donor {'+'.join(donors)!r}: expected different devices or 'cpu'; a disk holds no "
-            "stripes"
-        )
-    data = _ops.byte_view(values)
-    sizes = stripe_sizes(data.numel(), donors, str(compute))
-    pairs = zip(donors, torch.split(data, sizes), strict=True)
-    parts = [
-        _ops.shard_on(donor, piece.clone(), compute, name)
-        for donor, piece in pairs
-        if piece.numel() > 0
-    ]
-    return _ops.shard_striped(parts, values, compute, name)

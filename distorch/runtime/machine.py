@@ -61,7 +61,7 @@ def default_compute(entries: tuple[str, ...]) -> str:
     A device type that some library registered at run time computes only where it is named.
     """
     for device in entries:
-        if device not in ("cpu", "disk"):
+        if device not in ("cpu", "disk") and "+" not in device:  # stripes lie on donors
             return device
     accelerator = torch.accelerator.current_accelerator()
     registered = torch._C._get_privateuse1_backend_name()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distorch import _ops
+from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, like_geometry, replace_data
 from distorch.errors import PlacementError
 
@@ -219,4 +219,4 @@ def _on_donor(
     whole = begin and values.untyped_storage().nbytes() == values.numel() * values.element_size()
     owned = values if whole and values.device.type == "cpu" else values.clone()
     name = _ops.state(parameter).name if _ops.is_sharded(parameter) else "weight"
-    return _ops.shard_on(tier, owned, compute, name)
+    return _donors.shard_on(tier, owned, compute, name)

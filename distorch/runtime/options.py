@@ -64,8 +64,8 @@ def compute_device(name: object, what: str = "compute") -> str:
             f"{what}={name!r} is not a device that computes; expected 'cpu' or an accelerator, "
             "such as 'cuda:0'"
         ) from error
-    if device == "disk":
-        raise SpecError(f"{what}='disk': a disk cannot compute; expected 'cpu' or an accelerator")
+    if device == "disk" or "+" in device:
+        raise SpecError(f"{what}={name!r}: that cannot compute; expected 'cpu' or an accelerator")
     return device
 
 

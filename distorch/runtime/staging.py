@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distorch import _ops
+from distorch import _donors, _ops
 from distorch._behaviour import geometry_over
 from distorch.errors import DistorchError, PlacementError
 from distorch.runtime import machine
@@ -121,7 +121,7 @@ class Packing:
         piece, begin = self._places[id(group)]
         if piece not in self._pieces:
             self._pieces[piece] = _ops.pinned_memory(self._sizes[piece], self._compute)
-        return _ops.shard_within(self._pieces[piece], begin, data, self._compute, group.name)
+        return _donors.shard_within(self._pieces[piece], begin, data, self._compute, group.name)
 
 
 def stage(
@@ -144,14 +144,16 @@ def stage(
     else:
         data = torch.empty(group.nbytes, dtype=torch.uint8, device="meta")
     if target == str(compute):
-        return _ops.moved(data, compute)
+        return _donors.moved(data, compute)
     if target == "disk" and origin is not None and same_bytes(origin, data.cpu()):
         return _from_checkpoint(group, origin, compute)
     if target in ("cpu", "disk") and not data.is_meta:
         data = data.cpu()
     packed = packing.shard(group, data) if packing is not None and target == "cpu" else None
     return (
-        packed if packed is not None else _ops.shard_on(target, _alone(data), compute, group.name)
+        packed
+        if packed is not None
+        else _donors.shard_on(target, _alone(data), compute, group.name)
     )
 
 

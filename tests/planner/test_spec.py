@@ -119,3 +119,11 @@ def test_blanks_and_case_do_not_matter(text, random):
         for c in text
     )
     assert [(e.device, e.share) for e in parse_spec(noisy).entries] == GOOD[text]
+
+
+def test_stripes():
+    spec = parse_spec(" cuda:0,1gb ; CPU + cuda:1 , * ")
+    assert [entry.device for entry in spec.entries] == ["cuda:0", "cpu+cuda:1"]
+    for wrong in ("cpu+disk,*", "cpu+cpu,*", "cpu+,*", "+cpu,*", "cpu+moon,*"):
+        with pytest.raises(SpecError, match="entry 1"):
+            parse_spec(wrong)

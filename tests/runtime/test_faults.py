@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distorch
-from distorch import _ops
+from distorch import _donors
 from distorch.runtime import distribution
 from distorch.runtime.module_agent import ModuleAgent
 from tests.processes import donor_files
@@ -37,8 +37,8 @@ def test_interrupt_while_staging(monkeypatch):
             raise KeyboardInterrupt
         return _original(*args, **kwargs)
 
-    _original = _ops.shard_on
-    monkeypatch.setattr(_ops, "shard_on", interrupted)
+    _original = _donors.shard_on
+    monkeypatch.setattr(_donors, "shard_on", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0)
     monkeypatch.undo()

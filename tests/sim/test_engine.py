@@ -21,6 +21,8 @@ SPECS = [
     "sim:0,0b;disk,*",
     "sim:0,30%;sim:1,30%;cpu,20%;disk,*",
     "cpu,*;sim:0,40%",
+    "sim:0,0b;cpu+sim:1,*",
+    "sim:0,10kb;cpu+sim:1,20kb;disk,*",
 ]
 PROGRAMS = int(os.environ.get("DISTORCH_PROGRAMS", "120"))
 WORKERS = 4
@@ -47,7 +49,9 @@ def test_same_bits(spec, prefetch, peer):
     module = copy.deepcopy(plain)
     identities = [id(p) for p in module.parameters()]
     distorch.distribute(module, spec, min_bytes=0, prefetch=prefetch)
-    assert distorch.report(module).ok
+    report = distorch.report(module)
+    assert report.ok, report.problems
+    assert set(report.bytes) <= {entry.split(",")[0] for entry in spec.split(";")}
     assert [id(p) for p in module.parameters()] == identities
     assert all(type(p) is nn.Parameter and p.device.type == "sim" for p in module.parameters())
     x = torch.randn(4, 64)
@@ -64,6 +68,10 @@ def test_same_bits(spec, prefetch, peer):
         plain[0].weight.mul_(2)
     assert torch.equal(module(x.to("sim:0")).cpu(), plain(x))
     assert torch.equal(module.state_dict()["0.weight"].cpu(), plain[0].weight)
+    copied = copy.deepcopy(module)
+    assert torch.equal(copied(x.to("sim:0")).cpu(), plain(x))
+    assert torch.equal(module.half()(x.half().to("sim:0")).cpu(), plain.half()(x.half()))
+    assert distorch.report(module).ok
 
 
 def test_small_neighbours_travel_together():
@@ -271,7 +279,8 @@ def test_the_published_table():
 
 def test_two_donors_and_the_bounce():
     found = benchmark()
-    assert found.two_donors()["of_sum"] >= 0.97
+    for row in found.two_donors():
+        assert row["of_sum"] >= 0.97, row
     assert found.bounce()["of_slower_leg"] >= 0.95
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import distorch
+from distorch import _donors
 from distorch.cli import main
 from distorch.runtime import links
 from distorch.testing import sim
@@ -18,6 +19,7 @@ KNOWN = {("cpu", "sim:0"): (6.8e9, 10e-6), ("sim:1", "sim:0"): (20e9, 5e-6)}
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(links, "_known", {})
+    monkeypatch.setattr(_donors, "link_rates", {})
 
 
 def test_calibration_finds_the_rates():
@@ -44,10 +46,10 @@ def test_shared_links_are_found_out():
 
 def test_stripes_follow_the_rates():
     sim.configure(devices=2, links={key: (rate, 0.0) for key, (rate, _) in KNOWN.items()})
-    assert links.stripe_sizes(1 << 20, ["cpu", "sim:1"], "sim:0") == [1 << 19, 1 << 19]
+    assert _donors.stripe_sizes(1 << 20, ["cpu", "sim:1"], "sim:0") == [1 << 19, 1 << 19]
     distorch.calibrate()
     nbytes = 256 << 20
-    cpu, peer = links.stripe_sizes(nbytes, ["cpu", "sim:1"], "sim:0")
+    cpu, peer = _donors.stripe_sizes(nbytes, ["cpu", "sim:1"], "sim:0")
     assert cpu + peer == nbytes and cpu / nbytes == pytest.approx(6.8 / 26.8, rel=0.02)
     striped = distorch.shard(torch.zeros(nbytes // 4), "cpu+sim:1", compute="sim:0")
     seconds = links._fetch_seconds(striped, torch.device("sim:0"))
