@@ -33,17 +33,12 @@ bool can_reach(const std::string& to, const std::string& from) {
   return found == peers().known.end() || found->second;
 }
 
-c10::Device device_of(const std::string& place) { return c10::Device(place); }
-
 // Bytes as a tensor that owns nothing.
 at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
   const auto count = static_cast<int64_t>(bytes);
   c10::Storage storage(c10::Storage::use_byte_size_t(), count,
                        at::DataPtr(const_cast<std::byte*>(data), device), nullptr, false);
-  const auto key = device.is_cpu()
-                       ? c10::DispatchKey::CPU
-                       : c10::backendToDispatchKey(c10::dispatchKeyToBackend(
-                             c10::computeDispatchKey(c10::kByte, c10::kStrided, device)));
+  const c10::DispatchKey key = c10::computeDispatchKey(c10::kByte, c10::kStrided, device);
   auto tensor = at::detail::make_tensor<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(c10::kByte));
   tensor.unsafeGetTensorImpl()->set_sizes_contiguous({count});
@@ -163,7 +158,7 @@ std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
 Accelerator::Link& Accelerator::link_from(const std::string& place) {
   const auto found = links_.find(place);
   if (found != links_.end()) return found->second;
-  const c10::Device from = device_of(place);
+  const c10::Device from(place);
   Link link{from, guard_.getNewStream(device_), std::nullopt, {}, {}, std::nullopt};
   if (!from.is_cpu()) {
     link.source = c10::impl::VirtualGuardImpl(from.type()).getNewStream(from);
