@@ -145,9 +145,6 @@ def _behaviour(
         # As nn.Parameter does it: a file of weights opens where distorch is not installed.
         return _rebuild_parameter, (values, p.requires_grad, OrderedDict())
 
-    def is_shared() -> bool:
-        return False
-
     def new(*args: Any, **kwargs: Any) -> torch.Tensor:
         p = me()
         return torch.empty(0, dtype=p.dtype, device=p.device).new(*args, **kwargs)
@@ -177,7 +174,6 @@ def _behaviour(
     behaviour: dict[str, Callable[..., Any]] = {
         "__deepcopy__": deepcopy,
         "__reduce_ex__": reduce_ex,
-        "is_shared": is_shared,
         "new": new,
         "new_tensor": new_tensor,
         "data_ptr": data_ptr,
@@ -185,7 +181,7 @@ def _behaviour(
     return {name: while_sharded(name, ours) for name, ours in behaviour.items()}
 
 
-_NAMES = ("__deepcopy__", "__reduce_ex__", "is_shared", "new", "new_tensor", "data_ptr")
+_NAMES = ("__deepcopy__", "__reduce_ex__", "new", "new_tensor", "data_ptr")
 
 
 def attach_behaviour(parameter: torch.Tensor, stand_in: torch.Tensor | None = None) -> None:

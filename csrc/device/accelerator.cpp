@@ -1,8 +1,6 @@
 #include "device/accelerator.h"
 
-#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 
@@ -10,6 +8,7 @@
 #include <utility>
 
 #include "device/device_trace.h"
+#include "device/storages.h"
 
 namespace distorch {
 namespace {
@@ -50,22 +49,16 @@ void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking)
   to.copy_(from, non_blocking);
 }
 
-at::Tensor pinned_bytes(uint64_t bytes, c10::DeviceType type) {
-  const auto count = static_cast<int64_t>(bytes);
-  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
-                       at::getHostAllocator(type)->allocate(bytes), nullptr, false);
-  auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage),
-                                                         c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                         c10::scalarTypeToTypeMeta(c10::kByte));
-  tensor.unsafeGetTensorImpl()->set_sizes_contiguous({count});
-  return tensor;
-}
-
 // What is known of the bytes on their way to a slot.
 struct Arrival {
   std::vector<std::shared_ptr<c10::Event>> events;
   std::vector<c10::StreamId> waited;  // streams that waited for them
 };
+
+void fail(Slot& slot, const std::string& error) {
+  slot.state = Slot::State::kFailed;
+  slot.error = error;
+}
 
 Arrival& arrival_of(Slot& slot) {
   if (slot.arrival == nullptr) slot.arrival = std::make_shared<Arrival>();
@@ -122,16 +115,11 @@ void Accelerator::use_on(const c10::Stream& stream) {
 
 std::shared_ptr<void> Accelerator::wrap(std::byte* data, uint64_t bytes,
                                         std::shared_ptr<void> block) {
-  auto* owner = new std::shared_ptr<void>(std::move(block));
-  at::DataPtr pointer(
-      data, owner, [](void* held) { delete static_cast<std::shared_ptr<void>*>(held); }, device_);
-  return std::make_shared<c10::Storage>(c10::Storage::use_byte_size_t(),
-                                        static_cast<int64_t>(bytes), std::move(pointer),
-                                        c10::GetAllocator(device_.type()), /*resizable=*/true);
+  return slot_storage(data, bytes, std::move(block), device_);
 }
 
 bool Accelerator::in_use(const std::shared_ptr<void>& wrapped) const {
-  return wrapped.use_count() > 1 || static_cast<c10::Storage*>(wrapped.get())->use_count() > 1;
+  return slot_in_use(wrapped);
 }
 
 bool Accelerator::brings(const Donor& donor) const { return !donor.extents().empty(); }
@@ -150,7 +138,7 @@ std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
   }
   lock.unlock();
   at::Tensor& buffer = staged->buffer.bytes;
-  if (!buffer.defined()) buffer = pinned_bytes(bytes, device_.type());
+  if (!buffer.defined()) buffer = pinned_memory(bytes, device_.type());
   staged->data = static_cast<std::byte*>(buffer.mutable_data_ptr());
   return staged;
 }
@@ -163,10 +151,10 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   if (!from.is_cpu()) {
     link.source = c10::impl::VirtualGuardImpl(from.type()).getNewStream(from);
     if (!can_reach(device_.str(), place)) {
-      link.bounce = Bounce{
-          {pinned_bytes(kBounceBytes, device_.type()), pinned_bytes(kBounceBytes, device_.type())},
-          {c10::Event(device_.type()), c10::Event(device_.type())},
-          0};
+      link.bounce = Bounce{{pinned_memory(kBounceBytes, device_.type()),
+                            pinned_memory(kBounceBytes, device_.type())},
+                           {c10::Event(device_.type()), c10::Event(device_.type())},
+                           0};
     }
   }
   for (const auto& weak : blocks_) {
@@ -216,10 +204,19 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
   for (auto& [place, link] : links_) {
     if (link.waiting.empty()) continue;
     const std::vector<Copy> copies = std::exchange(link.waiting, {});
-    wait_for_users(link.stream);
-    for (const auto& orphan : std::exchange(link.orphans, {})) orphan->block(link.stream);
+    std::string error;
+    try {
+      wait_for_users(link.stream);
+      for (const auto& orphan : std::exchange(link.orphans, {})) orphan->block(link.stream);
+    } catch (const c10::Error& refused) {
+      error = refused.what_without_backtrace();
+    }
     for (const Copy& copy : copies) {
-      if (!issue(link, copy)) failed->insert(failed->end(), copy.slots.begin(), copy.slots.end());
+      if (error.empty() && issue(link, copy)) continue;
+      for (const auto& slot : copy.slots) {
+        if (!error.empty()) fail(*slot, error);
+        failed->push_back(slot);
+      }
     }
   }
 }
@@ -252,13 +249,16 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
   }
   span.reset();
   auto arrived = std::make_shared<c10::Event>(device_.type());
-  arrived->record(link.stream);  // of a part, if there was an error
+  try {
+    arrived->record(link.stream);  // of a part, if there was an error
+  } catch (const c10::Error& refused) {
+    error = refused.what_without_backtrace();
+  }
   for (const auto& slot : copy.slots) {
     if (was_dropped(slot)) add_orphan(arrived);
     arrival_of(*slot).events.push_back(arrived);
     if (!error.empty()) {
-      slot->state = Slot::State::kFailed;
-      slot->error = error;
+      fail(*slot, error);
       continue;
     }
     if (slot->state == Slot::State::kLoading) slot->state = Slot::State::kReady;

@@ -1,7 +1,5 @@
 #include "device/devices.h"
 
-#include <c10/core/CPUAllocator.h>
-#include <c10/core/Storage.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "device/accelerator.h"
+#include "device/storages.h"
 
 namespace distorch {
 namespace {
@@ -27,20 +26,10 @@ class HostDevice : public RingDevice {
 
   std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
                              std::shared_ptr<void> block) override {
-    auto* owner = new std::shared_ptr<void>(std::move(block));
-    at::DataPtr pointer(data, owner, &release, at::kCPU);
-    // Resizable: an `out=` argument may grow.
-    return std::make_shared<c10::Storage>(c10::Storage::use_byte_size_t(),
-                                          static_cast<int64_t>(bytes), std::move(pointer),
-                                          c10::GetCPUAllocator(), /*resizable=*/true);
+    return slot_storage(data, bytes, std::move(block), c10::Device(c10::kCPU));
   }
 
-  bool in_use(const std::shared_ptr<void>& wrapped) const override {
-    return wrapped.use_count() > 1 || static_cast<c10::Storage*>(wrapped.get())->use_count() > 1;
-  }
-
- private:
-  static void release(void* owner) { delete static_cast<std::shared_ptr<void>*>(owner); }
+  bool in_use(const std::shared_ptr<void>& wrapped) const override { return slot_in_use(wrapped); }
 };
 
 struct Registry {

@@ -1,13 +1,13 @@
 // Every operator of distorch, in one place. None of them mutates an argument
 // but read_file and read_donor, which write `into`, and set_data.
 #include <ATen/TensorUtils.h>
-#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "core/file.h"
 #include "device/accelerator.h"
 #include "device/devices.h"
+#include "device/storages.h"
 #include "hook/errors.h"
 #include "hook/sharded.h"
 #include "hook/sweep.h"
@@ -76,12 +76,7 @@ at::Tensor shard_slab(const at::Tensor& slab, int64_t begin, const at::Tensor& l
 
 // Pinned memory for copies to a device, exact in size: uint8 [bytes].
 at::Tensor pinned_slab(int64_t bytes, at::Device compute) {
-  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
-                       at::getHostAllocator(compute.type())->allocate(bytes), nullptr, false);
-  at::Tensor slab = at::empty({0}, at::TensorOptions().dtype(at::kByte));
-  slab.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
-  slab.unsafeGetTensorImpl()->set_sizes_contiguous({bytes});
-  return slab;
+  return pinned_memory(static_cast<uint64_t>(bytes), compute.type());
 }
 
 // The donor is the memory of a device: the storage of `data` itself.

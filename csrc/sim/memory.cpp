@@ -80,9 +80,9 @@ void DeviceMemory::free(std::byte* address, uint64_t bytes, int stream) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   Task task{"free", {{at, at + bytes, true}}, -1, 0, {}, {}};
   const Mode mode = machine.config().mode;
-  auto poison = [to = real(address), bytes] { std::memset(to, kPoison, bytes); };
-  if (mode == Mode::kDeferred) task.start = poison;
-  if (mode == Mode::kEager) poison();
+  std::byte* bytes_at = real(address);
+  if (mode == Mode::kDeferred) task.start = [bytes_at, bytes] { poison(bytes_at, bytes); };
+  if (mode == Mode::kEager) poison(bytes_at, bytes);
   std::lock_guard lock(mutex_);
   machine.issue(stream, std::move(task), 0);
   const uint64_t offset = static_cast<uint64_t>(address - base_);
@@ -112,6 +112,8 @@ void renew_memories() {
   all.present.clear();
   all.fail_in = 0;
 }
+
+void poison(std::byte* real, uint64_t bytes) { std::memset(real, kPoison, bytes); }
 
 std::byte* real_bytes(const void* address) {
   Memories& all = memories();

@@ -65,6 +65,9 @@ std::shared_ptr<DeviceMemory> device_memory(int device);
 // New memories, as the configuration says; old blocks keep theirs.
 void renew_memories();
 
+// What memory holds that was given back, or that a copy has not reached yet.
+void poison(std::byte* real, uint64_t bytes);
+
 // Where the bytes of a device address are. Other addresses are their own.
 std::byte* real_bytes(const void* address);
 

@@ -1,0 +1,34 @@
+#include "device/storages.h"
+
+#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+
+namespace distorch {
+
+std::shared_ptr<void> slot_storage(std::byte* data, uint64_t bytes, std::shared_ptr<void> block,
+                                   c10::Device device) {
+  auto* owner = new std::shared_ptr<void>(std::move(block));
+  at::DataPtr pointer(
+      data, owner, [](void* held) { delete static_cast<std::shared_ptr<void>*>(held); }, device);
+  // Resizable: an `out=` argument may grow.
+  return std::make_shared<c10::Storage>(c10::Storage::use_byte_size_t(),
+                                        static_cast<int64_t>(bytes), std::move(pointer),
+                                        c10::GetAllocator(device.type()), /*resizable=*/true);
+}
+
+bool slot_in_use(const std::shared_ptr<void>& storage) {
+  return storage.use_count() > 1 || static_cast<c10::Storage*>(storage.get())->use_count() > 1;
+}
+
+at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device) {
+  const auto count = static_cast<int64_t>(bytes);
+  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
+                       at::getHostAllocator(device)->allocate(bytes), nullptr, false);
+  at::Tensor pinned = at::empty({0}, at::TensorOptions().dtype(at::kByte));
+  pinned.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
+  pinned.unsafeGetTensorImpl()->set_sizes_contiguous({count});
+  return pinned;
+}
+
+}  // namespace distorch

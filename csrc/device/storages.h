@@ -1,0 +1,21 @@
+// Storages over memory that the engine manages.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Storage.h>
+
+#include <cstddef>
+#include <memory>
+
+namespace distorch {
+
+// A c10::Storage over a slot's bytes on `device` that keeps `block` alive.
+std::shared_ptr<void> slot_storage(std::byte* data, uint64_t bytes, std::shared_ptr<void> block,
+                                   c10::Device device);
+// Whether a tensor, or anybody but the ring, holds what slot_storage() made.
+bool slot_in_use(const std::shared_ptr<void>& storage);
+
+// Pinned host memory for copies to a device: uint8 [bytes].
+at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device);
+
+}  // namespace distorch
