@@ -54,7 +54,12 @@ DeviceSpan::DeviceSpan(const c10::Stream& stream, std::string track, std::string
 
 DeviceSpan::~DeviceSpan() {
   if (open_ == nullptr) return;
-  const EventPtr end = now_on(open_->stream);
+  EventPtr end;
+  try {
+    end = now_on(open_->stream);
+  } catch (const c10::Error&) {
+    return;  // the device is gone, and its time with it
+  }
   std::shared_ptr<Open> open = std::move(open_);
   TraceLog::instance().add_later([open, end]() -> TraceSpan {
     return {open->track, open->name, seconds_since(open->begin, open->start),

@@ -179,6 +179,21 @@ def test_a_lost_donor_is_a_named_error():
         module(torch.randn(4, 64, device="sim:0"))
 
 
+@pytest.mark.parametrize("prefetch", [0, 60_000])
+def test_a_lost_compute_device_is_an_error(prefetch, tmp_path):
+    module = distorch.distribute(net(), "sim:0,0b;cpu,*", min_bytes=0, prefetch=prefetch)
+    x = torch.randn(4, 64, device="sim:0")
+    with torch.no_grad():
+        wanted = module(x).cpu()
+        module[0].register_forward_hook(lambda *_: sim.fail("device", "sim:0"))
+        trace = distorch.trace(module, tmp_path / "step.json")
+        with pytest.raises(RuntimeError, match="sim:0 is lost"), trace:
+            module(x)
+        module[0]._forward_hooks.clear()
+        sim.reset()  # it is back
+        assert torch.equal(module(x).cpu(), wanted)
+
+
 def test_no_room_for_the_ring_is_not_the_end():
     sim.configure(memory="100kb")
     module = distorch.distribute(net(), "sim:0,0b;cpu,*", min_bytes=0, prefetch="64mb")
