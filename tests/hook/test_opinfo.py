@@ -22,6 +22,9 @@ RANDOM = {
 }  # fmt: skip
 # Composite kernels that read memory themselves, before any operator is called: the error says so.
 READS_MEMORY = {"nn.functional.ctc_loss", "nn.functional.max_pool1d", "sparse.mm", "tensor_split"}
+# Plain against plain, with the same values at other addresses: the last bits of these differ now
+# and then (LAPACK's blocking depends on alignment), so that ours can only be as close as those.
+UNSTEADY = {"linalg.lstsq"}
 MODES = {
     "grad": torch.enable_grad,
     "no_grad": torch.no_grad,
@@ -60,7 +63,7 @@ def outcome(op, args):
         return error
 
 
-def assert_equal(got, wanted, what):
+def assert_equal(got, wanted, what, tolerances):
     if isinstance(wanted, Exception):
         assert type(got) is type(wanted), (what, got)
         return
@@ -76,7 +79,7 @@ def assert_equal(got, wanted, what):
         if a.layout is torch.strided:
             assert a.stride() == b.stride() or a.numel() < 2 or distorch.is_sharded(a), what
         values = a.detach().clone() if distorch.is_sharded(a) else a.detach()
-        torch.testing.assert_close(values, b.detach(), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(values, b.detach(), equal_nan=True, **tolerances)
 
 
 def gradients(result, inputs):
@@ -105,10 +108,13 @@ def check(op, function, sample, mode, grad):
     if op.name in READS_MEMORY and isinstance(got, RuntimeError):
         assert "distorch.materialize" in str(got)
         return
-    assert_equal(got, wanted, "result")
-    assert_equal(flat_sharded, flat_plain, "arguments afterwards")
+    exact = {"rtol": 0, "atol": 0}
+    tolerances = {} if op.name in UNSTEADY else exact
+    assert_equal(got, wanted, "result", tolerances)
+    assert_equal(flat_sharded, flat_plain, "arguments afterwards", exact)
     if grad and not isinstance(wanted, Exception):
-        assert_equal(gradients(got, flat_sharded), gradients(wanted, flat_plain), "gradients")
+        wanted, got = gradients(wanted, flat_plain), gradients(got, flat_sharded)
+        assert_equal(got, wanted, "gradients", tolerances)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in OPS])
