@@ -16,11 +16,18 @@ class WeightState(NamedTuple):
     """What the engine knows of a sharded tensor's storage."""
 
     id: int
-    nbytes: int
+    nbytes: int  # on the donor
     tier: str  # "cpu" or "disk"
     where: str  # in words, for messages
     read_only: bool  # somebody's checkpoint, never written
     name: str
+    code: str  # how rows are stored if a fetch decodes them ("float8_e4m3fn"), else ""
+    factor_bytes: int  # of scales and patches that a fetch needs, on the compute device
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the donor keeps other bytes than the weight's."""
+        return bool(self.code)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

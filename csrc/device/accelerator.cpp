@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "device/device_trace.h"
+#include "device/row_decoder.h"
 #include "device/storages.h"
 
 namespace distorch {
@@ -30,18 +31,6 @@ bool can_reach(const std::string& to, const std::string& from) {
   std::lock_guard lock(peers().mutex);
   const auto found = peers().known.find({to, from});
   return found == peers().known.end() || found->second;
-}
-
-// Bytes as a tensor that owns nothing.
-at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
-  const auto count = static_cast<int64_t>(bytes);
-  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
-                       at::DataPtr(const_cast<std::byte*>(data), device), nullptr, false);
-  const c10::DispatchKey key = c10::computeDispatchKey(c10::kByte, c10::kStrided, device);
-  auto tensor = at::detail::make_tensor<c10::TensorImpl>(
-      std::move(storage), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(c10::kByte));
-  tensor.unsafeGetTensorImpl()->set_sizes_contiguous({count});
-  return tensor;
 }
 
 void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -97,6 +86,7 @@ std::shared_ptr<std::byte> Accelerator::allocate(uint64_t bytes) {
   for (const auto& [place, link] : links_) {
     guard_.recordDataPtrOnStream(storage->data_ptr(), link.stream);
   }
+  if (decoding_) guard_.recordDataPtrOnStream(storage->data_ptr(), *decoding_);
   for (const c10::Stream& user : users_) guard_.recordDataPtrOnStream(storage->data_ptr(), user);
   use_on(guard_.getStream(device_));  // copies follow what this memory was before
   std::erase_if(blocks_, [](const auto& block) { return block.expired(); });
@@ -162,22 +152,26 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
       guard_.recordDataPtrOnStream(block->data_ptr(), link.stream);
     }
   }
-  for (const auto& [other, earlier] : links_) {  // orphans from before this link was there
+  const auto behind = [&](const c10::Stream& earlier) {
     auto issued = std::make_shared<c10::Event>(device_.type());
-    issued->record(earlier.stream);
+    issued->record(earlier);
     link.orphans.push_back(std::move(issued));
-  }
+  };
+  // Orphans from before this link was there.
+  for (const auto& [other, earlier] : links_) behind(earlier.stream);
+  if (decoding_) behind(*decoding_);
   return links_.emplace(place, std::move(link)).first->second;
 }
 
 void Accelerator::bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {
+  if (slot->decoder != nullptr) to_decode_.push_back(slot);
   std::vector<Extent> extents = donor.extents();
   if (slot->staged != nullptr) {
     extents = {{0, donor.size(), "cpu", slot->staged_data, slot->staged.get()}};
   }
   for (const Extent& extent : extents) {
     std::vector<Copy>& waiting = link_from(extent.place).waiting;
-    std::byte* to = slot->data + extent.begin;
+    std::byte* to = slot->landing() + extent.begin;
     if (!waiting.empty()) {
       Copy& last = waiting.back();
       const auto gap = static_cast<uint64_t>(to - (last.to + last.bytes));
@@ -219,6 +213,49 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
       }
     }
   }
+  for (const auto& slot : std::exchange(to_decode_, {})) {
+    if (slot->weight == nullptr || slot->state != Slot::State::kReady) continue;
+    try {
+      decode(slot);
+    } catch (const std::exception& refused) {
+      fail(*slot, refused.what());
+      failed->push_back(slot);
+    }
+  }
+}
+
+c10::Stream& Accelerator::decoding_stream() {
+  if (!decoding_) {
+    decoding_ = guard_.getNewStream(device_);
+    for (const auto& weak : blocks_) {
+      if (const auto block = weak.lock()) {
+        guard_.recordDataPtrOnStream(block->data_ptr(), *decoding_);
+      }
+    }
+  }
+  return *decoding_;
+}
+
+// Behind the copies of a slot, and behind whatever used its room before.
+void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
+  const c10::Stream& stream = decoding_stream();
+  const auto& decoder = static_cast<const RowDecoder&>(*slot->decoder);
+  Arrival& arrival = arrival_of(*slot);
+  wait_for_users(stream);
+  for (const auto& event : arrival.events) event->block(stream);
+  const DeviceSpan span(stream, "decodes " + device_.str(), slot->weight->name(),
+                        decoder.stored_bytes());
+  {
+    const c10::OptionalDeviceGuard on_device{device_};
+    const c10::StreamGuard on_stream(stream);
+    decoder.decode_on_device(bytes_at(slot->landing(), decoder.stored_bytes(), device_),
+                             bytes_at(slot->data, decoder.decoded_bytes(), device_), stream);
+  }
+  auto decoded = std::make_shared<c10::Event>(device_.type());
+  decoded->record(stream);
+  add_orphan(decoded);  // for what is copied to the stored bytes' room next
+  slot->stored_block.reset();
+  arrival.events = {std::move(decoded)};
 }
 
 // False: the device refused; the slots have the error.

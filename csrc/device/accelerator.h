@@ -26,6 +26,9 @@ namespace distorch {
 //   stream that is current when they ask; the host waits for nothing.
 // * A copy to memory that was refilled without ever being lent is waited for by
 //   the refill, whatever link it comes from.
+// * Weights that are not kept as they are get decoded on one more stream,
+//   behind their copies; they have arrived when that is done. Their stored
+//   bytes are then room for others, behind the decoding.
 // * The region is told of every stream that uses it, so that its allocator
 //   does not give it to somebody else too early.
 class Accelerator : public RingDevice {
@@ -73,6 +76,8 @@ class Accelerator : public RingDevice {
   Link& link_from(const std::string& place);
   bool issue(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);
+  void decode(const std::shared_ptr<Slot>& slot);
+  c10::Stream& decoding_stream();
   void add_orphan(const std::shared_ptr<c10::Event>& copied);
   void wait_for_users(const c10::Stream& stream);
   void use_on(const c10::Stream& stream);
@@ -80,7 +85,9 @@ class Accelerator : public RingDevice {
   const c10::Device device_;
   const c10::impl::VirtualGuardImpl guard_;
   std::map<std::string, Link> links_;
-  std::vector<c10::Stream> users_;  // that were lent slots
+  std::optional<c10::Stream> decoding_;
+  std::vector<std::shared_ptr<Slot>> to_decode_;  // asked for, since the last flush
+  std::vector<c10::Stream> users_;                // that were lent slots
   std::vector<std::weak_ptr<c10::Storage>> blocks_;
   std::shared_ptr<StagingPool> staging_;
 };
@@ -98,6 +105,8 @@ class DeviceDonor : public Donor {
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
+
+  const c10::Storage& storage() const { return storage_; }
 
  private:
   const c10::Storage storage_;

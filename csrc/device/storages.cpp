@@ -21,6 +21,17 @@ bool slot_in_use(const std::shared_ptr<void>& storage) {
   return storage.use_count() > 1 || static_cast<c10::Storage*>(storage.get())->use_count() > 1;
 }
 
+at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
+  const auto count = static_cast<int64_t>(bytes);
+  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
+                       at::DataPtr(const_cast<std::byte*>(data), device), nullptr, false);
+  const c10::DispatchKey key = c10::computeDispatchKey(c10::kByte, c10::kStrided, device);
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(key), c10::scalarTypeToTypeMeta(c10::kByte));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous({count});
+  return tensor;
+}
+
 at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device) {
   const auto count = static_cast<int64_t>(bytes);
   c10::Storage storage(c10::Storage::use_byte_size_t(), count,

@@ -15,6 +15,9 @@ std::shared_ptr<void> slot_storage(std::byte* data, uint64_t bytes, std::shared_
 // Whether a tensor, or anybody but the ring, holds what slot_storage() made.
 bool slot_in_use(const std::shared_ptr<void>& storage);
 
+// Bytes as a tensor that owns nothing: uint8 [bytes].
+at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device);
+
 // Pinned host memory for copies to a device: uint8 [bytes].
 at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device);
 

@@ -27,6 +27,11 @@ std::shared_ptr<File> shared_scratch(const std::string& directory) {
 
 }  // namespace
 
+std::shared_ptr<HostDonor> HostDonor::make(uint64_t bytes) {
+  const std::shared_ptr<std::byte[]> memory(new std::byte[bytes]);
+  return std::make_shared<HostDonor>(memory, memory.get(), bytes);
+}
+
 void HostDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const {
   std::memcpy(into, data_ + begin, bytes);
 }

@@ -70,6 +70,9 @@ class HostDonor : public Donor {
         data_(data),
         bytes_(bytes) {}
 
+  // Ordinary memory of its own.
+  static std::shared_ptr<HostDonor> make(uint64_t bytes);
+
   std::string tier() const override { return "cpu"; }
   uint64_t size() const override { return bytes_; }
   std::string describe() const override { return "host memory"; }
@@ -79,6 +82,8 @@ class HostDonor : public Donor {
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
+
+  const std::shared_ptr<void>& owner() const { return owner_; }
 
  private:
   const std::shared_ptr<void> owner_;

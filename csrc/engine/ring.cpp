@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <utility>
 
 #include "engine/trace_log.h"
@@ -28,6 +29,42 @@ void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint
     donor.read(begin, end - begin, into, true);
   } catch (const Error& error) {
     throw could_not_bring(error.kind(), name, donor, error.what());
+  }
+}
+
+// Memory of its own for each thread that decodes, as large as it ever had to be.
+std::byte* scratch_memory(uint64_t bytes) {
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<std::byte, Free> memory;
+  thread_local uint64_t room = 0;
+  if (room < bytes) {
+    memory.reset(static_cast<std::byte*>(std::aligned_alloc(kPage, round_up(bytes, kPage))));
+    room = bytes;
+  }
+  return memory.get();
+}
+
+// Rows [begin, end) of a weight that is not kept as it is.
+void decode_part(const Source& source, const std::string& name, uint64_t begin, uint64_t end,
+                 std::byte* into) {
+  const Decoder& decoder = *source.decoder;
+  const uint64_t first = begin * decoder.stored_row(), last = end * decoder.stored_row();
+  const std::byte* stored = source.donor->host();
+  if (stored != nullptr) {
+    stored += first;
+  } else {
+    const uint64_t lead = (source.donor->phase() + first) % kPage;
+    std::byte* memory = scratch_memory(lead + last - first + kPage) + lead;
+    read_part(*source.donor, name, first, last, memory);
+    stored = memory;
+  }
+  const HostSpan span("decodes", name, last - first);
+  try {
+    decoder.decode(begin, end, stored, into + begin * decoder.decoded_row());
+  } catch (const Error& error) {
+    throw could_not_bring(error.kind(), name, *source.donor, error.what());
   }
 }
 
@@ -253,36 +290,47 @@ void Ring::look_ahead(Window& window) {
 
 // Null when there is no room and nobody waits for it.
 Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency) {
-  const std::shared_ptr<Donor> donor = weight.donor();
-  const uint64_t bytes = donor->size();
-  const bool by_device = device_->brings(*donor);
-  uint64_t phase = donor->phase() % weight.alignment() == 0 ? donor->phase() : 0;
+  const Source source = weight.source();
+  const Donor& donor = *source.donor;
+  const uint64_t bytes = source.size();
+  const bool by_device = device_->brings(donor);
+  uint64_t phase = donor.phase() % weight.alignment() == 0 ? donor.phase() : 0;
   std::shared_ptr<Staged> staging;
-  if (!by_device) staging = device_->staging(round_up(phase + bytes, kPage));
-  const uint64_t slot_phase = by_device || staging != nullptr ? 0 : phase;
-  std::byte* block_data = nullptr;
+  if (!by_device) staging = device_->staging(round_up(phase + donor.size(), kPage));
+  const bool by_readers = !by_device && staging == nullptr;
+  const uint64_t slot_phase = by_readers && source.decoder == nullptr ? phase : 0;
   bool overflow = false;
-  const uint64_t granule = device_->granule();
-  const uint64_t room = std::max(round_up(slot_phase + bytes, granule), granule);
-  auto block = find_room(room, urgency, &block_data, &overflow);
+  std::byte *block_data = nullptr, *stored = nullptr;
+  auto block = find_room(slot_phase + bytes, urgency, &block_data, &overflow);
   if (block == nullptr) return nullptr;
+  std::shared_ptr<void> stored_block;
+  if (source.decoder != nullptr && !by_readers && !source.decoder->in_place()) {
+    stored_block = find_room(donor.size(), urgency, &stored, &overflow);
+    if (stored_block == nullptr) return nullptr;
+  }
   auto slot = std::make_shared<Slot>();
   slot->data = block_data + slot_phase;
   slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
   slot->weight = &weight;
+  slot->decoder = source.decoder;
+  slot->stored = stored;
+  slot->stored_block = std::move(stored_block);
   slot->overflow = overflow;
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
-  count_bytes(weight.counters(), *donor);
+  count_bytes(weight.counters(), donor);
   if (overflow) weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
   if (by_device) {
-    device_->bring(slot, *donor);
-    return slot;
+    device_->bring(slot, donor);
+  } else if (staging != nullptr) {
+    slot->staged_data = staging->data + phase;
+    slot->staged = std::move(staging);
+    queue_reads(slot, weight.name(), source.donor, slot->staged_data, phase, urgency);
+  } else if (source.decoder != nullptr) {
+    queue_decoding(slot, weight.name(), source, urgency);
+  } else {
+    queue_reads(slot, weight.name(), source.donor, slot->data, phase, urgency);
   }
-  std::byte* into = slot->data;
-  if (staging != nullptr) into = slot->staged_data = staging->data + phase;
-  slot->staged = std::move(staging);
-  queue_reads(slot, weight, into, phase, urgency);
   return slot;
 }
 
@@ -307,8 +355,10 @@ void Ring::flush() {
   }
 }
 
-std::shared_ptr<void> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
+std::shared_ptr<void> Ring::find_room(uint64_t wanted, IoPool::Urgency urgency, std::byte** data,
                                       bool* overflow) {
+  const uint64_t granule = device_->granule();
+  const uint64_t bytes = std::max(round_up(wanted, granule), granule);
   try {
     if (bytes <= capacity_) {
       do {
@@ -365,27 +415,49 @@ void Ring::drop(const SlotPtr& slot) {
   slots_.erase(slot->place);
 }
 
-void Ring::queue_reads(const SlotPtr& slot, Weight& weight, std::byte* into, uint64_t phase,
-                       IoPool::Urgency urgency) {
-  const std::shared_ptr<Donor> donor = weight.donor();
+// A task of several that fill a slot.
+IoPool::Task Ring::part(const SlotPtr& slot, std::function<void()> work) {
+  ++slot->parts_left;
+  return [this, slot, work = std::move(work)] {
+    try {
+      work();
+      finish_part(slot, nullptr);
+    } catch (const Error& error) {
+      finish_part(slot, &error);
+    }
+  };
+}
+
+void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
+                       std::byte* into, uint64_t phase, IoPool::Urgency urgency) {
   const uint64_t bytes = donor->size();
   std::vector<IoPool::Task> tasks;
   // Parts end at whole pages of the block, so that no two share one.
   for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
     const uint64_t end =
         std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
-    tasks.emplace_back([this, slot, donor, begin, end, into, name = weight.name()] {
-      try {
-        read_part(*donor, name, begin, end, into + begin);
-        finish_part(slot, nullptr);
-      } catch (const Error& error) {
-        finish_part(slot, &error);
-      }
-    });
+    tasks.push_back(part(slot, [donor, begin, end, into, name] {
+      read_part(*donor, name, begin, end, into + begin);
+    }));
     begin = end;
     if (begin >= bytes) break;
   }
-  slot->parts_left = tasks.size();
+  pool_.submit(std::move(tasks), urgency);
+}
+
+// Each part of the rows is decoded by the thread that brought it.
+void Ring::queue_decoding(const SlotPtr& slot, const std::string& name, const Source& source,
+                          IoPool::Urgency urgency) {
+  const Decoder& decoder = *source.decoder;
+  const uint64_t row = std::max(decoder.stored_row(), decoder.decoded_row());
+  const uint64_t step = std::max<uint64_t>(1, kPartBytes / std::max<uint64_t>(row, 1));
+  std::vector<IoPool::Task> tasks;
+  for (uint64_t begin = 0; begin < decoder.rows(); begin += step) {
+    const uint64_t end = std::min(decoder.rows(), begin + step);
+    tasks.push_back(part(slot, [source, begin, end, into = slot->data, name] {
+      decode_part(source, name, begin, end, into);
+    }));
+  }
   pool_.submit(std::move(tasks), urgency);
 }
 

@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -41,11 +42,19 @@ struct Slot {
   std::string error;
   ErrorKind error_kind = ErrorKind::kFetch;
   std::list<std::shared_ptr<Slot>>::iterator place;
+  // What the weight is made of, if not of the donor's own bytes.
+  std::shared_ptr<const Decoder> decoder;
   // Of devices that are not the host: bytes that readers brought to host
   // memory, and what the device knows of the copies on their way.
   std::shared_ptr<Staged> staged;
   std::byte* staged_data = nullptr;
   std::shared_ptr<void> arrival;
+  // Room on the device for what is then decoded to `data`; null: in place.
+  std::byte* stored = nullptr;
+  std::shared_ptr<void> stored_block;
+
+  // Where the donor's bytes go.
+  std::byte* landing() const { return stored != nullptr ? stored : data; }
 };
 
 // The compute device of a ring: the memory that it is cut from, the form in
@@ -72,7 +81,8 @@ class RingDevice {
   // Asks for a copy of the donor's bytes (or of what is staged) to the slot.
   virtual void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {}
   // Issues what was asked for, in that order, behind everything that used the
-  // slots' memory. The slots are then kReady, or kFailed with an error.
+  // slots' memory, and decodes it. The slots are then kReady, or kFailed with
+  // an error.
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
@@ -155,8 +165,11 @@ class Ring {
   void drop(const SlotPtr& slot);
   void bring_staged();
   void flush();
-  void queue_reads(const SlotPtr& slot, Weight& weight, std::byte* into, uint64_t phase,
-                   IoPool::Urgency urgency);
+  void queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
+                   std::byte* into, uint64_t phase, IoPool::Urgency urgency);
+  void queue_decoding(const SlotPtr& slot, const std::string& name, const Source& source,
+                      IoPool::Urgency urgency);
+  IoPool::Task part(const SlotPtr& slot, std::function<void()> work);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
   void resize();

@@ -56,13 +56,13 @@ std::map<std::string, uint64_t> Counters::bytes() const {
   return bytes_;
 }
 
-Weight::Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,
+Weight::Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
                std::shared_ptr<Counters> counters, uint64_t alignment)
     : id_(next_weight++),
       alignment_(alignment),
       ring_(std::move(ring)),
       name_(std::move(name)),
-      donor_(std::move(donor)),
+      source_(std::move(source)),
       counters_(counters.get()),
       counter_owners_{std::move(counters)} {
   ring_->enlist(*this);
@@ -80,9 +80,9 @@ void Weight::rename(std::string name) {
   name_ = std::move(name);
 }
 
-std::shared_ptr<Donor> Weight::donor() const {
+Source Weight::source() const {
   std::lock_guard lock(mutex_);
-  return donor_;
+  return source_;
 }
 
 void Weight::count_in(std::shared_ptr<Counters> counters) {
@@ -91,21 +91,27 @@ void Weight::count_in(std::shared_ptr<Counters> counters) {
   counter_owners_.push_back(std::move(counters));
 }
 
-void Weight::move_to(std::shared_ptr<Donor> donor) {
+void Weight::move_to(Source source) {
   std::lock_guard lock(mutex_);
-  donor_ = std::move(donor);
+  source_ = std::move(source);
 }
 
 void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,
                    const std::string& scratch_directory) {
-  std::shared_ptr<Donor> target = donor();
-  if (target->writable() && total == target->size()) {
-    target->write(begin, bytes, whole + begin);
+  const Source now = source();
+  if (now.decoder == nullptr && now.donor->writable() && total == now.donor->size()) {
+    now.donor->write(begin, bytes, whole + begin);
     return;
   }
-  target = FileDonor::scratch(scratch_directory, total);
+  const bool in_memory = now.donor->host() != nullptr;
+  std::shared_ptr<Donor> target;
+  if (in_memory && now.decoder != nullptr) {
+    target = HostDonor::make(total);
+  } else {
+    target = FileDonor::scratch(scratch_directory, total);
+  }
   target->write(0, total, whole);
-  move_to(std::move(target));
+  move_to({std::move(target), nullptr});
 }
 
 }  // namespace distorch

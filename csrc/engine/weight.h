@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/decoder.h"
 #include "engine/donor.h"
 
 namespace distorch {
@@ -42,10 +43,20 @@ struct Counters {
 // Every fetch of this process, whatever the model.
 inline std::atomic<uint64_t> process_fetches{0};
 
+// Where a weight comes from: bytes on a donor, and what makes the weight of
+// them if they are not its own.
+struct Source {
+  std::shared_ptr<Donor> donor;
+  std::shared_ptr<const Decoder> decoder;  // null: the donor has the weight's bytes
+
+  // Of the weight, in bytes.
+  uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
+};
+
 class Weight {
  public:
   // `ring` brings the bytes of donors that cannot be used in place.
-  Weight(std::string name, std::shared_ptr<Donor> donor, std::shared_ptr<Ring> ring,
+  Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
          std::shared_ptr<Counters> counters, uint64_t alignment = kAlign);
   ~Weight();
   Weight(const Weight&) = delete;
@@ -56,18 +67,20 @@ class Weight {
   uint64_t alignment() const { return alignment_; }
   std::string name() const;
   void rename(std::string name);
-  uint64_t size() const { return donor()->size(); }
-  std::shared_ptr<Donor> donor() const;
+  uint64_t size() const { return source().size(); }
+  Source source() const;
+  std::shared_ptr<Donor> donor() const { return source().donor; }
   Ring& ring() const { return *ring_; }
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
   // The old counters stay alive with the weight: an op may be counting there.
   void count_in(std::shared_ptr<Counters> counters);
-  // The same bytes, from now on kept elsewhere.
-  void move_to(std::shared_ptr<Donor> donor);
+  // From now on made of something else. What the ring holds is not touched.
+  void move_to(Source source);
 
   // Brings [begin, begin + bytes) of `whole` (all bytes of the weight) to the
   // donor. A checkpoint is never written: the weight moves to a scratch file
-  // under `scratch_directory` first. `total` other than size() resizes it.
+  // under `scratch_directory` first; one that was decoded is plain bytes from
+  // then on. `total` other than size() resizes it.
   // Throws Error(kFetch / kPlacement); the donor then has its old bytes.
   void store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,
              const std::string& scratch_directory);
@@ -85,8 +98,8 @@ class Weight {
   const uint64_t alignment_;
   const std::shared_ptr<Ring> ring_;
   mutable std::mutex mutex_;
-  std::string name_;              // guarded by mutex_
-  std::shared_ptr<Donor> donor_;  // guarded by mutex_
+  std::string name_;  // guarded by mutex_
+  Source source_;     // guarded by mutex_
   std::atomic<Counters*> counters_;
   std::vector<std::shared_ptr<Counters>> counter_owners_;  // guarded by mutex_
 };

@@ -146,8 +146,8 @@ void Call::commit(Swapped& argument) {
   } else if (memory.device().is_cpu() && memory.data() != handle.weight->donor()->host()) {
     // An out= argument grew: its new memory is the donor now.
     auto owner = std::make_shared<c10::Storage>(memory);
-    handle.weight->move_to(
-        std::make_shared<HostDonor>(owner, static_cast<std::byte*>(owner->mutable_data()), total));
+    auto* data = static_cast<std::byte*>(owner->mutable_data());
+    handle.weight->move_to({std::make_shared<HostDonor>(owner, data, total), nullptr});
     handle.in_place = memory;
   }
   argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));

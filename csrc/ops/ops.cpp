@@ -1,5 +1,5 @@
 // Every operator of distorch, in one place. None of them mutates an argument
-// but read_file and read_donor, which write `into`, and set_data.
+// but read_file, read_donor and decode_, which write `into`, and set_data.
 #include <ATen/TensorUtils.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -7,6 +7,7 @@
 #include "core/file.h"
 #include "device/accelerator.h"
 #include "device/devices.h"
+#include "device/row_decoder.h"
 #include "device/storages.h"
 #include "hook/errors.h"
 #include "hook/sharded.h"
@@ -38,13 +39,19 @@ Geometry geometry_of(const at::Tensor& tensor) {
   return {tensor.scalar_type(), tensor.sizes(), tensor.strides(), tensor.storage_offset()};
 }
 
-at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, const Geometry& geometry,
-                      at::Device compute, const std::string& name, uint64_t alignment = kAlign) {
+at::Tensor wrap_source(Source source, c10::Storage in_place, const Geometry& geometry,
+                       at::Device compute, const std::string& name, uint64_t alignment = kAlign) {
   sweep_operators();
-  auto weight = std::make_shared<Weight>(name, std::move(donor), ring_for(compute.str()),
+  auto weight = std::make_shared<Weight>(name, std::move(source), ring_for(compute.str()),
                                          no_group(), alignment);
   return make_sharded(make_tagged_storage({std::move(weight), compute, std::move(in_place)}),
                       geometry.dtype, geometry.sizes, geometry.strides, geometry.offset);
+}
+
+at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, const Geometry& geometry,
+                      at::Device compute, const std::string& name, uint64_t alignment = kAlign) {
+  return wrap_source({std::move(donor), nullptr}, std::move(in_place), geometry, compute, name,
+                     alignment);
 }
 
 // The donor is the storage of `data` itself (host memory).
@@ -137,14 +144,144 @@ at::Tensor shard_scratch(const at::Tensor& data, std::string directory, at::Devi
 
 bool is_sharded_op(const at::Tensor& tensor) { return is_sharded(tensor); }
 
-// (weight id, bytes of its storage, tier, where in words, read-only, name)
-std::tuple<int64_t, int64_t, std::string, std::string, bool, std::string> weight_info(
-    const at::Tensor& tensor) {
+const RowDecoder* decoder_of(const Source& source) {
+  return static_cast<const RowDecoder*>(source.decoder.get());
+}
+
+// (weight id, bytes on the donor, tier, where in words, read-only, name, how
+// rows are stored if they are decoded, else "", bytes of factors and scales)
+std::tuple<int64_t, int64_t, std::string, std::string, bool, std::string, std::string, int64_t>
+weight_info(const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(is_sharded(tensor), "weight_info takes a sharded tensor");
   const Weight& weight = *handle_of(tensor).weight;
-  const auto donor = weight.donor();
-  return {weight.id(),       donor->size(),      donor->tier(),
-          donor->describe(), !donor->writable(), weight.name()};
+  const Source source = weight.source();
+  const Donor& donor = *source.donor;
+  const RowDecoder* decoder = decoder_of(source);
+  return {weight.id(),
+          donor.size(),
+          donor.tier(),
+          donor.describe(),
+          !donor.writable(),
+          weight.name(),
+          decoder != nullptr ? decoder->recipe().code->name : "",
+          decoder != nullptr ? decoder->factor_bytes() : 0};
+}
+
+// ---- weights that are not kept as they are -----------------------------------
+
+std::vector<PatchTerm> terms_of(at::TensorList ups, at::TensorList downs,
+                                at::ArrayRef<double> strengths, at::IntArrayRef first_rows) {
+  TORCH_CHECK_VALUE(ups.size() == downs.size() && ups.size() == strengths.size() &&
+                        ups.size() == first_rows.size(),
+                    "patches take as many factors of one kind as of the other");
+  std::vector<PatchTerm> terms;
+  for (size_t i = 0; i < ups.size(); ++i) {
+    terms.push_back({ups[i], downs[i], strengths[i], first_rows[i]});
+  }
+  return terms;
+}
+
+// A weight whose rows are stored as `code` says on the donor of `stored`
+// (sharded, plain), and which operators see as `dtype` [sizes].
+at::Tensor decoded(const at::Tensor& stored, std::string code, at::ScalarType dtype,
+                   at::IntArrayRef sizes, const std::optional<at::Tensor>& scales,
+                   at::IntArrayRef scale_block, std::string name) {
+  return at_border([&] {
+    TORCH_CHECK_VALUE(!sizes.empty() && scale_block.size() == 2, "decoded: no shape");
+    const Handle& handle = handle_of(stored);
+    const int64_t rows = sizes.size() > 1 ? sizes[0] : 1;
+    const int64_t columns = c10::multiply_integers(sizes) / std::max<int64_t>(rows, 1);
+    RowRecipe recipe{
+        &row_code(code), scales.value_or(at::Tensor()), scale_block[0], scale_block[1], dtype, rows,
+        columns};
+    auto decoder =
+        std::make_shared<RowDecoder>(std::move(recipe), std::vector<PatchTerm>(), handle.compute);
+    const auto donor = handle.weight->donor();
+    TORCH_CHECK_VALUE(donor->size() == decoder->stored_bytes(), "decoded: ", donor->size(),
+                      " bytes stored, ", decoder->stored_bytes(), " expected");
+    const std::vector<int64_t> strides = at::detail::defaultStrides(sizes);
+    return wrap_source({donor, std::move(decoder)}, {}, {dtype, sizes, strides, 0}, handle.compute,
+                       name, alignment_of(dtype));
+  });
+}
+
+// The donor of `stored` (sharded, plain) with the decoder of `like`.
+at::Tensor decoded_like(const at::Tensor& stored, const at::Tensor& like) {
+  const Handle& handle = handle_of(stored);
+  const Handle& known = handle_of(like);
+  const auto decoder = known.weight->source().decoder;
+  TORCH_CHECK_VALUE(decoder != nullptr && handle.compute == known.compute &&
+                        handle.weight->donor()->size() == decoder->stored_bytes(),
+                    "decoded_like takes the stored bytes of a decoded weight");
+  return wrap_source({handle.weight->donor(), decoder}, {}, geometry_of(like), handle.compute,
+                     known.weight->name(), known.weight->alignment());
+}
+
+// The recipe of a weight; of one that is kept as it is, that of its dtype.
+RowRecipe recipe_of(const at::Tensor& weight, const Source& source) {
+  if (const RowDecoder* decoder = decoder_of(source)) return decoder->recipe();
+  TORCH_CHECK_VALUE(weight.is_contiguous() && weight.storage_offset() == 0 && weight.dim() > 0 &&
+                        source.donor->size() == weight.nbytes(),
+                    "a patch at fetch takes a weight that is the whole of its storage");
+  const int64_t rows = weight.dim() > 1 ? weight.size(0) : 1;
+  std::string name(c10::toString(weight.scalar_type()));
+  for (const auto& [dtype, code] :
+       {std::pair{at::kFloat, "float32"}, {at::kHalf, "float16"}, {at::kBFloat16, "bfloat16"}}) {
+    if (weight.scalar_type() == dtype) name = code;
+  }
+  return {&row_code(name), {}, 1, 1, weight.scalar_type(), rows, weight.numel() / rows};
+}
+
+std::shared_ptr<const Decoder> patched_decoder(const at::Tensor& weight, const Source& source,
+                                               std::vector<PatchTerm> terms) {
+  auto decoder = std::make_shared<RowDecoder>(recipe_of(weight, source), std::move(terms),
+                                              handle_of(weight).compute);
+  if (source.decoder == nullptr && decoder->plain()) return nullptr;
+  return decoder;
+}
+
+// The memory of a donor that operators may use in place, else nothing.
+c10::Storage in_place_memory(const Source& source, at::Device compute) {
+  if (source.decoder != nullptr) return {};
+  if (const auto* device = dynamic_cast<const DeviceDonor*>(source.donor.get())) {
+    return device->storage().device() == compute ? device->storage() : c10::Storage();
+  }
+  const auto* host = dynamic_cast<const HostDonor*>(source.donor.get());
+  if (host == nullptr || !compute.is_cpu()) return {};
+  // REQUIRES: donors over host memory are made of storages, by this file.
+  return *static_cast<const c10::Storage*>(host->owner().get());
+}
+
+// A weight on the donor of `weight` with these patches, and no others, added
+// when it is fetched. Without any it is as it was before the first.
+at::Tensor patched(const at::Tensor& weight, at::TensorList ups, at::TensorList downs,
+                   at::ArrayRef<double> strengths, at::IntArrayRef first_rows) {
+  return at_border([&] {
+    const Handle& handle = handle_of(weight);
+    Source source = handle.weight->source();
+    auto terms = terms_of(ups, downs, strengths, first_rows);
+    auto decoder = patched_decoder(weight, source, std::move(terms));
+    const auto* rows = static_cast<const RowDecoder*>(decoder.get());
+    if (rows != nullptr && rows->plain()) decoder = nullptr;
+    source.decoder = std::move(decoder);
+    c10::Storage in_place = in_place_memory(source, handle.compute);
+    return wrap_source(std::move(source), std::move(in_place), geometry_of(weight), handle.compute,
+                       handle.weight->name(), handle.weight->alignment());
+  });
+}
+
+// The same for a weight that is decoded already, in place: operators that run
+// meanwhile see the old patches or the new ones.
+void set_patches(const at::Tensor& weight, at::TensorList ups, at::TensorList downs,
+                 at::ArrayRef<double> strengths, at::IntArrayRef first_rows) {
+  at_border([&] {
+    Weight& known = *handle_of(weight).weight;
+    Source source = known.source();
+    TORCH_CHECK_VALUE(source.decoder != nullptr, "set_patches takes a decoded weight");
+    source.decoder = patched_decoder(weight, source, terms_of(ups, downs, strengths, first_rows));
+    known.move_to(std::move(source));
+    known.ring().written(known, nullptr);
+  });
 }
 
 // (path, offset in bytes) of a weight that is read from a checkpoint, else ("", 0).
@@ -159,8 +296,8 @@ std::tuple<std::string, int64_t> file_range(const at::Tensor& tensor) {
 at::Tensor share(const at::Tensor& tensor) {
   const Handle& handle = handle_of(tensor);
   TORCH_CHECK_VALUE(!handle.weight->donor()->writable(), "share takes a read-only donor");
-  return wrap_donor(handle.weight->donor(), {}, geometry_of(tensor), handle.compute,
-                    handle.weight->name(), handle.weight->alignment());
+  return wrap_source(handle.weight->source(), {}, geometry_of(tensor), handle.compute,
+                     handle.weight->name(), handle.weight->alignment());
 }
 
 // The donor's bytes as a CPU tensor of them, without a copy: host memory
@@ -249,7 +386,25 @@ TORCH_LIBRARY(distorch, library) {
               &shard_striped);
   library.def("set_data(Tensor(a!) self, Tensor data) -> ()", &set_data);
   library.def("is_sharded(Tensor tensor) -> bool", &is_sharded_op);
-  library.def("weight_info(Tensor tensor) -> (int, int, str, str, bool, str)", &weight_info);
+  library.def("weight_info(Tensor tensor) -> (int, int, str, str, bool, str, str, int)",
+              &weight_info);
+  library.def(
+      "decoded(Tensor stored, str code, ScalarType dtype, int[] sizes, Tensor? scales, "
+      "int[] scale_block, str name) -> Tensor",
+      &decoded);
+  library.def("decoded_like(Tensor stored, Tensor like) -> Tensor", &decoded_like);
+  library.def(
+      "patched(Tensor weight, Tensor[] ups, Tensor[] downs, float[] strengths, int[] first_rows) "
+      "-> Tensor",
+      &patched);
+  library.def(
+      "set_patches(Tensor weight, Tensor[] ups, Tensor[] downs, float[] strengths, "
+      "int[] first_rows) -> ()",
+      &set_patches);
+  library.def(
+      "decode_(Tensor(a!) into, Tensor stored, str code, Tensor? scales, int[] scale_block, "
+      "Tensor[] ups, Tensor[] downs, float[] strengths, int[] first_rows, Tensor(b!)? finite) "
+      "-> ()");
   library.def("file_range(Tensor tensor) -> (str, int)", &file_range);
   library.def("share(Tensor tensor) -> Tensor", &share);
   library.def("donor_bytes(Tensor tensor) -> Tensor", &donor_bytes);

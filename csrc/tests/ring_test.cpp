@@ -70,8 +70,8 @@ struct Model {
   Model(const std::shared_ptr<Ring>& ring, size_t count, uint64_t bytes) {
     for (size_t i = 0; i < count; ++i) {
       donors.push_back(std::make_shared<Numbered>(i, bytes + i * 999));
-      weights.push_back(std::make_unique<Weight>("w" + std::to_string(i), donors.back(), ring,
-                                                 counters, kLooseAlign));
+      weights.push_back(std::make_unique<Weight>(
+          "w" + std::to_string(i), Source{donors.back(), nullptr}, ring, counters, kLooseAlign));
     }
   }
   void use(Ring& ring, size_t i) {
@@ -87,6 +87,78 @@ struct Model {
 
 std::shared_ptr<Ring> make_ring() {
   return std::make_shared<Ring>(std::make_unique<PlainMemory>(), 3);
+}
+
+// Rows of seven bytes, each byte stored becoming three: itself plus 0, 1, 2.
+class Tripling : public Decoder {
+ public:
+  explicit Tripling(uint64_t bytes) : rows_(bytes / 7) {}
+  uint64_t rows() const override { return rows_; }
+  uint64_t stored_row() const override { return 7; }
+  uint64_t decoded_row() const override { return 21; }
+  bool in_place() const override { return false; }
+  void decode(uint64_t begin, uint64_t end, const std::byte* stored,
+              std::byte* into) const override {
+    if (failures > 0 && failures-- > 0) throw Error(ErrorKind::kFetch, "a failure to decode");
+    for (uint64_t i = 0; i < (end - begin) * 7; ++i) {
+      for (uint64_t k = 0; k < 3; ++k) {
+        into[3 * i + k] = static_cast<std::byte>(static_cast<uint64_t>(stored[i]) + k);
+      }
+    }
+  }
+  mutable std::atomic<int> failures{0};
+
+ private:
+  const uint64_t rows_;
+};
+
+// Weights that are decoded, some from memory; their decoders change meanwhile.
+void decoded_weights() {
+  const auto ring = make_ring();
+  const uint64_t bytes = 700'000;
+  std::vector<std::unique_ptr<Weight>> weights;
+  const auto counters = Counters::make();
+  for (uint64_t i = 0; i < 8; ++i) {
+    std::shared_ptr<Donor> donor = std::make_shared<Numbered>(i, bytes);
+    if (i % 2 == 1) {
+      const auto memory = HostDonor::make(bytes);
+      donor->read(0, bytes, memory->host(), false);
+      donor = memory;
+    }
+    weights.push_back(std::make_unique<Weight>("w" + std::to_string(i),
+                                               Source{donor, std::make_shared<Tripling>(bytes)},
+                                               ring, counters, kLooseAlign));
+    CHECK(weights[i]->size() == 3 * bytes);
+  }
+  ring->reserve(8'000'000);
+  const auto use = [&](uint64_t i) {
+    const auto held = ring->acquire(*weights[i]);
+    const auto* data = static_cast<Wrapped*>(held.get())->data;
+    const Numbered expected(i, bytes);
+    for (uint64_t k = 0; k < 3 * bytes; k += 31) {
+      CHECK(data[k] == static_cast<std::byte>(static_cast<uint64_t>(expected.at(k / 3)) + k % 3));
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 40; ++i) use((i + t) % 8);
+    });
+  }
+  threads.emplace_back([&] {
+    for (int i = 0; i < 40; ++i) {
+      Source source = weights[i % 8]->source();
+      source.decoder = std::make_shared<Tripling>(bytes);
+      weights[i % 8]->move_to(source);
+      ring->written(*weights[i % 8], nullptr);
+    }
+  });
+  for (auto& thread : threads) thread.join();
+  const Source source = weights[0]->source();
+  static_cast<const Tripling&>(*source.decoder).failures = 1;
+  ring->written(*weights[0], nullptr);
+  CHECK_THROWS(kFetch, use(0));
+  use(0);
 }
 
 // Any capacity, from none to everything: right bytes, bounded memory.
@@ -205,6 +277,7 @@ int main() {
   many_threads();
   failed_reads();
   held_slots_stay();
+  decoded_weights();
   the_order_is_learned();
   CHECK(allocated == 0);
 }

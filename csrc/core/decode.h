@@ -1,0 +1,39 @@
+// From a weight's stored rows to the rows that operators compute with.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "core/merge.h"
+#include "core/row_code.h"
+
+namespace distorch {
+
+// Factors on stored numbers: a grid of [rows / block_rows, columns /
+// block_columns], row-major. One for all: blocks as large as the weight.
+struct Scales {
+  const float* data = nullptr;  // null: none
+  int64_t block_rows = 1, block_columns = 1;
+  int64_t per_row = 1;  // grid columns
+};
+
+// W' = round_once(float(stored) * scale + sum of low-rank terms), in float32.
+struct Decoding {
+  const RowCode* code;
+  Scales scales;
+  Element out;
+  int64_t columns;
+  std::span<const LowRank> terms;
+
+  int64_t stored_row() const { return code->bytes_of(columns); }        // bytes
+  int64_t decoded_row() const { return columns * element_bytes(out); }  // bytes
+  bool in_place() const { return code->is == out && scales.data == nullptr; }
+};
+
+// Rows [begin, end); `stored` and `into` are where row `begin` starts, and the
+// same memory only if in_place(). False when a term is not finite.
+bool decode_rows(const Decoding& decoding, int64_t begin, int64_t end, const std::byte* stored,
+                 std::byte* into);
+
+}  // namespace distorch

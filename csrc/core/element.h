@@ -1,0 +1,10 @@
+// The floating-point types that weights are computed with.
+#pragma once
+
+namespace distorch {
+
+enum class Element { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int element_bytes(Element element) { return element == Element::kFloat32 ? 4 : 2; }
+
+}  // namespace distorch

@@ -1,0 +1,28 @@
+// How the rows of a weight may be stored: plain numbers of any width, or blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/element.h"
+
+namespace distorch {
+
+struct RowCode {
+  const char* name;           // "bfloat16", "float8_e4m3fn", "int8"
+  int64_t elements;           // of one block; 1 for plain numbers
+  int64_t bytes;              // of one block
+  std::optional<Element> is;  // for numbers that merges read as they are
+  // `count` elements (whole blocks) as float32, exact or as the format defines it.
+  void (*to_float)(const std::byte* from, int64_t count, float* into);
+
+  // REQUIRES: whole blocks.
+  int64_t bytes_of(int64_t count) const { return count / elements * bytes; }
+};
+
+// Throws Error(kFormat) on a name that is none.
+const RowCode& row_code(const std::string& name);
+
+}  // namespace distorch

@@ -1,0 +1,160 @@
+// Merges against sums in long double, and every width of vectors against the others.
+#include "core/merge.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "core/half.h"
+#include "tests/check.h"
+
+using namespace distorch;
+
+namespace {
+
+struct Factors {
+  std::vector<float> up, down;
+  int64_t rank;
+  float scale;
+  int64_t first_row = 0;
+};
+
+Factors random_factors(std::mt19937& random, int64_t rows, int64_t columns, int64_t rank) {
+  std::normal_distribution<float> normal;
+  Factors made{std::vector<float>(rows * rank), std::vector<float>(rank * columns), rank,
+               normal(random)};
+  for (float& value : made.up) value = normal(random);
+  for (float& value : made.down) value = normal(random);
+  return made;
+}
+
+std::vector<LowRank> terms_of(const std::vector<Factors>& factors) {
+  std::vector<LowRank> terms;
+  for (const Factors& f : factors) {
+    const auto rows = static_cast<int64_t>(f.up.size()) / f.rank;
+    terms.push_back({f.up.data(), f.down.data(), f.rank, f.scale, f.first_row, rows});
+  }
+  return terms;
+}
+
+void halves() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    const float value = from_float16(half);
+    const bool special = (bits & 0x7c00u) == 0x7c00u, is_nan = special && (bits & 0x3ffu) != 0;
+    CHECK(std::isnan(value) == is_nan);
+    if (is_nan) continue;
+    CHECK(to_float16(value) == half);
+    if (special) continue;
+    const int exponent = static_cast<int>((bits >> 10) & 31u);
+    const auto mantissa = static_cast<float>(bits & 0x3ffu);
+    const float exact =
+        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024.0f + mantissa, exponent - 25);
+    CHECK(value == ((bits & 0x8000u) != 0 ? -exact : exact));
+    // Halfway to the next number rounds to the even one, anything beyond upwards.
+    const float next = from_float16(static_cast<uint16_t>(bits + 1));
+    if (std::isinf(next) || (bits & 0x7fffu) == 0x7fffu) continue;
+    const float middle = (value + next) / 2;
+    CHECK(to_float16(middle) == ((bits & 1u) != 0 ? bits + 1 : bits));
+    CHECK(to_float16(std::nextafter(middle, next)) == bits + 1);
+    CHECK(to_float16(std::nextafter(middle, value)) == bits);
+  }
+  CHECK(to_float16(65519.0f) == 0x7bff);
+  CHECK(to_float16(65520.0f) == 0x7c00);
+  CHECK(std::isnan(from_bfloat16(to_bfloat16(NAN))));
+  CHECK(to_bfloat16(1.00390625f) == 0x3f80);  // a tie
+  CHECK(to_bfloat16(1.01171875f) == 0x3f82);  // the other way
+}
+
+void against_exact_sums() {
+  std::mt19937 random(7);
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{13, 37}, {6, 64}, {1, 1}, {40, 130}}) {
+    std::vector<Factors> factors;
+    for (const int64_t rank : {1, 4, 19}) {
+      factors.push_back(random_factors(random, rows, columns, rank));
+    }
+    if (rows > 10) {  // a part of the rows only
+      factors.push_back(random_factors(random, rows - 9, columns, 5));
+      factors.back().first_row = 4;
+    }
+    const auto terms = terms_of(factors);
+    std::normal_distribution<float> normal;
+    std::vector<float> base(rows * columns);
+    for (float& value : base) value = normal(random);
+    std::vector<std::vector<float>> singles;
+    std::vector<std::vector<uint16_t>> halves, brains;
+    for (const MergePath& path : merge_paths()) {
+      auto& out = singles.emplace_back(base);
+      CHECK(path.merge(Element::kFloat32, out.data(), Element::kFloat32, out.data(), 0, rows,
+                       columns, terms));
+      auto& half = halves.emplace_back(base.size());
+      auto& brain = brains.emplace_back(base.size());
+      for (size_t i = 0; i < base.size(); ++i) {
+        half[i] = to_float16(base[i]);
+        brain[i] = to_bfloat16(base[i]);
+      }
+      std::vector<float> wide_half(base.size()), wide_brain(base.size());
+      for (size_t i = 0; i < base.size(); ++i) {
+        wide_half[i] = from_float16(half[i]);
+        wide_brain[i] = from_bfloat16(brain[i]);
+      }
+      std::vector<uint16_t> from_wide(base.size());
+      // In two pieces, to the same result; from the same numbers in float32, too.
+      const auto merge_both = [&](Element type, const std::vector<float>& wide,
+                                  std::vector<uint16_t>& narrow) {
+        for (auto [begin, end] : {std::pair<int64_t, int64_t>{0, rows / 3}, {rows / 3, rows}}) {
+          const int64_t at = begin * columns;
+          CHECK(path.merge(Element::kFloat32, wide.data() + at, type, from_wide.data() + at, begin,
+                           end, columns, terms));
+          CHECK(path.merge(type, narrow.data() + at, type, narrow.data() + at, begin, end, columns,
+                           terms));
+        }
+        CHECK(from_wide == narrow);
+      };
+      merge_both(Element::kFloat16, wide_half, half);
+      merge_both(Element::kBFloat16, wide_brain, brain);
+      CHECK(std::memcmp(out.data(), singles[0].data(), out.size() * sizeof(float)) == 0);
+      CHECK(half == halves[0]);
+      CHECK(brain == brains[0]);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        long double exact = base[i * columns + j];
+        for (const Factors& f : factors) {
+          const int64_t row = i - f.first_row;
+          if (row < 0 || row * f.rank >= static_cast<int64_t>(f.up.size())) continue;
+          long double product = 0;
+          for (int64_t k = 0; k < f.rank; ++k) {
+            product += static_cast<long double>(f.up[row * f.rank + k]) * f.down[k * columns + j];
+          }
+          exact += f.scale * product;
+        }
+        CHECK(singles[0][i * columns + j] == static_cast<float>(exact));
+      }
+    }
+  }
+}
+
+void what_is_not_finite_is_told() {
+  for (const float bad : {INFINITY, -INFINITY, NAN, 3e38f}) {
+    for (const MergePath& path : merge_paths()) {
+      std::vector<float> up{1, 1}, down(70, 1.0f), base(140, 0.0f);
+      down[69] = bad;
+      up[1] = 10;  // overflows in the second row only
+      std::vector<uint16_t> weight(140);
+      const LowRank term{up.data(), down.data(), 1, 1, 0, 2};
+      const bool finite = path.merge(Element::kBFloat16, weight.data(), Element::kBFloat16,
+                                     weight.data(), 0, 2, 70, {&term, 1});
+      CHECK(!finite);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  halves();
+  against_exact_sums();
+  what_is_not_finite_is_told();
+}
