@@ -7,6 +7,7 @@ same output bits.
 from distorch.api import distribute, plan, redistribute, undistribute
 from distorch.errors import DistorchError, FetchError, FormatError, PlacementError, SpecError
 from distorch.load import load
+from distorch.patching import set_loras
 from distorch.planner import Plan
 from distorch.report import Report, Stats, report, reset_stats, stats
 from distorch.runtime.links import Calibration, calibrate, devices
@@ -37,6 +38,7 @@ __all__ = [
     "redistribute",
     "report",
     "reset_stats",
+    "set_loras",
     "shard",
     "stats",
     "trace",

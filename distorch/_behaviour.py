@@ -34,7 +34,17 @@ def alias_of_donor(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not _ops.is_sharded(tensor):
         return tensor
+    if _ops.state(tensor).decoded:  # no donor has those
+        return like_geometry(_ops.byte_view(_decoded_bytes(tensor)), tensor)
     return like_geometry(_ops.donor_bytes(tensor), tensor)
+
+
+def _decoded_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of a decoded tensor's storage, as a plain tensor on the host."""
+    with torch.no_grad():
+        nbytes = tensor.untyped_storage().nbytes()
+        flat = tensor.detach().as_strided((nbytes // tensor.element_size(),), (1,), 0)
+        return flat.clone().cpu()
 
 
 def like_geometry(data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -77,7 +87,8 @@ def copy_of_donor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
             memo[key] = _ops.share(root)
         else:
             data = _ops.donor_bytes(root).clone()
-            memo[key] = _donors.shard_on(info.tier, data, tensor.device, info.name)
+            copied = _donors.shard_on(info.tier, data, tensor.device, info.name)
+            memo[key] = _ops.decoded_like(copied, root) if info.decoded else copied
     return like_storage(memo[key], tensor)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple, cast
 
 import torch
@@ -28,6 +30,105 @@ class WeightState(NamedTuple):
     def decoded(self) -> bool:
         """Whether the donor keeps other bytes than the weight's."""
         return bool(self.code)
+
+
+# What a decoded weight can be.
+DECODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Terms:
+    """Low-rank patches of one weight: strength * up @ down on rows from `first_row` on.
+
+    `ups` [rows, rank], `downs` [rank, columns]: float32, contiguous, on the host.
+    """
+
+    ups: list[torch.Tensor] = field(default_factory=list)
+    downs: list[torch.Tensor] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+    first_rows: list[int] = field(default_factory=list)
+
+    def add(self, up: torch.Tensor, down: torch.Tensor, strength: float, first_row: int) -> None:
+        """One more, after those that are there."""
+        self.ups.append(up)
+        self.downs.append(down)
+        self.strengths.append(strength)
+        self.first_rows.append(first_row)
+
+    def __len__(self) -> int:
+        return len(self.ups)
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """The name of the rows of a tensor that is stored as it is."""
+    return str(dtype).removeprefix("torch.")
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """[rows, columns] of a weight: its first dimension and all others; one row if it has one."""
+    if len(shape) < 2:
+        return 1, prod(shape)
+    return shape[0], prod(shape[1:])
+
+
+def can_decode(device: torch.device) -> bool:
+    """Whether this device has the kernel that decodes and patches."""
+    return device.type in ("cpu", "meta", torch._C._get_privateuse1_backend_name())
+
+
+def decode(
+    into: torch.Tensor,
+    stored: torch.Tensor,
+    code: str,
+    *,
+    scales: torch.Tensor | None = None,
+    block: Sequence[int] = (1, 1),
+    terms: Terms | None = None,
+    finite: torch.Tensor | None = None,
+) -> None:
+    """into [rows, columns] = round_once(float32(stored) * scales + terms), on into's device.
+
+    `stored` has rows as `code` says, in whatever dtype; `scales` float32 [grid rows, grid columns],
+    one for `block` (rows, columns) elements. `finite` (bool [1]) turns false when a product is not.
+    """
+    terms, device = terms or Terms(), into.device
+    ups, downs = ([f.to(device) for f in factors] for factors in (terms.ups, terms.downs))
+    scales = scales.to(device) if scales is not None else None
+    _ops.decode_(
+        into, stored, code, scales, list(block), ups, downs, terms.strengths, terms.first_rows,
+        finite,
+    )  # fmt: skip
+
+
+def decoded(
+    stored: torch.Tensor,
+    code: str,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    *,
+    scales: torch.Tensor | None = None,
+    block: Sequence[int] = (1, 1),
+    name: str,
+) -> torch.Tensor:
+    """A sharded tensor `dtype` [sizes] whose fetch decodes the bytes of `stored` (sharded)."""
+    made = _ops.decoded(stored, code, dtype, list(sizes), scales, list(block), name)
+    return cast(torch.Tensor, made)
+
+
+def decoded_like(stored: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The bytes of `stored` (sharded) decoded as those of `like` are; its geometry."""
+    return cast(torch.Tensor, _ops.decoded_like(stored, like))
+
+
+def patched(weight: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """A sharded tensor on the donor of `weight`, patched by these terms when it is fetched."""
+    made = _ops.patched(weight, terms.ups, terms.downs, terms.strengths, terms.first_rows)
+    return cast(torch.Tensor, made)
+
+
+def set_patches(weight: torch.Tensor, terms: Terms) -> None:
+    """Other patches for a weight that is decoded; operators see the old ones or the new."""
+    _ops.set_patches(weight, terms.ups, terms.downs, terms.strengths, terms.first_rows)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

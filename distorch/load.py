@@ -1,11 +1,21 @@
-"""load: checkpoint -> (patch) -> donor, one tensor at a time."""
+"""load: checkpoint -> (patch) -> donor; reading, patching and leaving overlap.
+
+Note [The pipeline of load]
+A thread reads the next tensors, this one patches them, a third brings them to their donors. What is
+between the first and the last is never more than two of the largest tensors: a tensor takes its
+bytes from that budget before it is read and gives them back when it is in its place.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +24,21 @@ from tqdm import tqdm
 
 from distorch import _donors, _ops
 from distorch._behaviour import attach_behaviour
-from distorch.errors import FormatError, PlacementError
+from distorch.errors import FormatError, PlacementError, SpecError
 from distorch.formats.checkpoint import Checkpoint, match_names, open_checkpoint, weight_info
 from distorch.formats.safetensors import StoredTensor
-from distorch.lora import LoraSource, Patches, read_loras
-from distorch.planner import Inventory, Plan
+from distorch.formats.scales import attach_scales
+from distorch.lora import LoraSource, Patches, StoredRows, low_rank_terms
+from distorch.patching import (
+    Applied,
+    Original,
+    Patching,
+    PatchOptions,
+    merged_value,
+    new_reader,
+    with_rows,
+)
+from distorch.planner import Inventory, Plan, WeightInfo
 from distorch.runtime import distribution, groups
 from distorch.runtime.options import Options
 from distorch.runtime.staging import Origin
@@ -26,19 +46,59 @@ from distorch.runtime.staging import Origin
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[tuple[dict[str, Any], str, Any]]
 
+_PLACED_LATELY = 4
+
 
 @dataclass
 class _Job:
-    """One tensor to bring: where it is stored and every place in the module that it fills."""
+    """One tensor to bring: where it is stored and every place in the module that it fills.
+
+    `rows` if its numbers have scales; `dtype` what its parameter will be unpatched; `patches` on
+    it, put on when it is fetched if `at_fetch`.
+    """
 
     stored: StoredTensor
     members: list[groups.Member]
+    dtype: torch.dtype
     buffer: tuple[nn.Module, str] | None = None
     buffer_name: str = ""
+    rows: StoredRows | None = None
+    patches: Applied = field(default_factory=list)
+    at_fetch: bool = False
+    patched_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
         return self.members[0].name if self.members else self.buffer_name
+
+    @property
+    def names(self) -> list[str]:
+        return [member.name for member in self.members]
+
+    @property
+    def is_stored_form(self) -> bool:
+        """Whether the donor keeps the file's own bytes."""
+        if self.patches and not self.at_fetch:
+            return False
+        return self.rows is not None or self.dtype == self.stored.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes at its place."""
+        if self.is_stored_form:
+            return self.stored.nbytes
+        return prod(self.stored.shape) * self.result_dtype.itemsize
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """What the weight's values are."""
+        return self.patched_dtype if self.patches and self.patched_dtype else self.dtype
+
+    def info(self) -> WeightInfo:
+        """The tensor as the planner sees it."""
+        return replace(
+            weight_info(self.stored, self.name, tuple(self.names[1:])), nbytes=self.nbytes
+        )
 
 
 def load(
@@ -50,23 +110,38 @@ def load(
     loras: Sequence[tuple[LoraSource, float]] = (),
     strict: bool = True,
     strict_loras: bool = True,
+    lora_mode: str = "merge",
+    patched_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | None = None,
     virtual_vram: str | int | None = None,
     donor: str = "cpu",
     progress: bool | None = None,
     **options: Any,
 ) -> Module:
-    """Fills a module from a safetensors checkpoint, each weight straight to its place.
+    """Fills a module from a checkpoint, each weight straight to its place.
 
-    The module may be on the meta device or fresh: its weights are replaced, in the file's dtype.
-    Weights placed on disk are read from that very file. `loras` are (file or state dict, strength)
-    pairs, merged in float32 and rounded once. Options are those of `distribute`. Peak host memory:
-    what stays there, the ring, two of the largest tensors.
+    `file`: safetensors (one file, or sharded with its index), a torch file, or a folder with
+    either. The module may be on the meta device or fresh: its weights are replaced, in the file's
+    dtype; `dtype` converts floating ones on the way. Weights whose numbers have scales in the file
+    and none in the module (fp8, int8) stay as narrow as they are and are widened when fetched.
+    Weights placed on disk are read from that very file.
+
+    `loras` are (file or state dict, strength) pairs, added in float32 and rounded once; `lora_mode`
+    "merge" (now) or "fetch" (each time: strengths can be changed at once, same bits);
+    `patched_dtype` for patched weights of 8 bits ("bfloat16", "float16", "float32", "base"). Other
+    options are those of `distribute`. Peak host memory: what stays there, the ring, two of the
+    largest tensors, factors of LoRAs.
     Raises FormatError, SpecError, PlacementError, FetchError; the module is then as it was.
     """
     opts = Options(**options)
+    patching = PatchOptions.checked(lora_mode, patched_dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype={dtype!r}: expected a floating torch.dtype, such as torch.bfloat16")
     checkpoint = open_checkpoint(file)
-    jobs = _match(module, checkpoint, strict)
-    patches = read_loras(loras, [name for job in jobs for name in _names(job)], strict_loras)
+    jobs = _match(module, checkpoint, strict, dtype)
+    reader = new_reader(module)
+    patches, found = reader.read(loras, strict_loras)
+    _assign(jobs, patches, patching)
     inventory = _inventory(module, jobs)
     if plan is None:
         devices = distribution.devices_for((), None)
@@ -75,11 +150,40 @@ def load(
         )
     else:
         distribution.check_plan_fits(plan, inventory)
-    return _fill(module, jobs, plan, opts, patches=patches, progress=progress)
+    _fill(module, jobs, plan, opts, progress=progress)
+    known = Patching(reader, patching, loras=found)
+    _remember(module, jobs, known)
+    return module
 
 
-def _names(job: _Job) -> list[str]:
-    return [member.name for member in job.members]
+def _remember(module: nn.Module, jobs: list[_Job], known: Patching) -> None:
+    """Where originals are and what is on them, for set_loras."""
+    for job in jobs:
+        if job.members:
+            version = job.members[0].owner._parameters[job.members[0].key]._version  # type: ignore[union-attr]
+            known.originals[job.name] = Original(job.stored, job.rows, job.dtype, version=version)
+            if job.patches:
+                known.applied[job.name] = job.patches
+    distribution.distribution_of(module).patching = known
+
+
+def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
+    """Tells each job what is to be added to it."""
+    for job in jobs:
+        if job.buffer is not None:
+            continue
+        job.patches = patches.of(job.names)
+        if job.patches:
+            narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
+            job.patched_dtype = options.dtype_of(narrow, _module_dtype(job))
+            fits = job.rows is not None or job.dtype == job.stored.dtype
+            known = job.patched_dtype in _ops.DECODED_DTYPES
+            low_rank = low_rank_terms(job.patches) is not None
+            job.at_fetch = options.mode == "fetch" and fits and known and low_rank
+
+
+def _module_dtype(job: _Job) -> torch.dtype:
+    return job.dtype if job.rows is not None else job.members[0].parameter.dtype
 
 
 def _inventory(module: nn.Module, jobs: list[_Job]) -> Inventory:
@@ -92,7 +196,7 @@ def _inventory(module: nn.Module, jobs: list[_Job]) -> Inventory:
         if rest:
             weights[rest[0].name] = groups.Group(group.begin, group.end, rest).info()
     for job in jobs:
-        weights[job.name] = weight_info(job.stored, job.name, tuple(_names(job)[1:]))
+        weights[job.name] = job.info()
     order = {member.name: i for i, member in enumerate(groups.named_members(module))}
     parameters = sorted(
         (weight for name, weight in weights.items() if name in order),
@@ -101,12 +205,14 @@ def _inventory(module: nn.Module, jobs: list[_Job]) -> Inventory:
     buffers = []
     for buffer in groups.buffer_infos(module):
         new = brought.get(buffer.name)
-        info = buffer if new is None else weight_info(new.stored, buffer.name)
+        info = buffer if new is None else new.info()
         buffers.append(replace(info, kind="buffer"))
     return Inventory((*parameters, *buffers))
 
 
-def _match(module: nn.Module, checkpoint: Checkpoint, strict: bool) -> list[_Job]:
+def _match(
+    module: nn.Module, checkpoint: Checkpoint, strict: bool, dtype: torch.dtype | None
+) -> list[_Job]:
     """Pairs stored tensors with parameters and buffers. FormatError on what does not fit."""
     by_parameter: dict[int, list[groups.Member]] = {}
     for member in groups.named_members(module):
@@ -120,16 +226,40 @@ def _match(module: nn.Module, checkpoint: Checkpoint, strict: bool) -> list[_Job
         if stored is None:
             missing.append(members[0].name)
             continue
-        jobs.append(_Job(checkpoint.tensors[stored], members))
+        jobs.append(_job(checkpoint.tensors[stored], members, dtype))
     for name, (owner, key) in buffers.items():
         if name in names:
-            jobs.append(_Job(checkpoint.tensors[names[name]], [], (owner, key), name))
+            tensor = checkpoint.tensors[names[name]]
+            jobs.append(_Job(tensor, [], tensor.dtype, (owner, key), name))
         elif key not in owner._non_persistent_buffers_set:
             missing.append(name)
-    unexpected = sorted(set(checkpoint.tensors) - set(names.values()))
+    used = set(names.values())
+    unexpected = sorted(set(checkpoint.tensors) - used)
+    for job in jobs:
+        taken = _take_scales(job, checkpoint, unexpected, dtype)
+        unexpected = [name for name in unexpected if name not in taken]
     _report_keys(module, checkpoint, missing, unexpected, strict)
     _check_shapes(jobs)
-    return jobs
+    return sorted(jobs, key=lambda job: (job.stored.path, job.stored.offset))
+
+
+def _job(stored: StoredTensor, members: list[groups.Member], dtype: torch.dtype | None) -> _Job:
+    floating = stored.dtype.is_floating_point and dtype is not None
+    return _Job(stored, members, dtype if floating and dtype is not None else stored.dtype)
+
+
+def _take_scales(
+    job: _Job, checkpoint: Checkpoint, unexpected: list[str], dtype: torch.dtype | None
+) -> list[str]:
+    """Gives a job the scales that the file has for it and the module has no place for."""
+    if job.buffer is not None or job.stored.dtype.itemsize > 1 or not unexpected:
+        return []
+    scales, taken = attach_scales(job.stored, checkpoint.tensors, unexpected)
+    if scales is not None:
+        job.rows = StoredRows(_ops.code_of(job.stored.dtype), scales.grid, scales.block)
+        own = job.members[0].parameter.dtype
+        job.dtype = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
+    return taken
 
 
 def _report_keys(
@@ -175,73 +305,164 @@ def _check_no_meta_left(module: nn.Module, jobs: list[_Job]) -> None:
             )
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _fill(
-    module: Module,
-    jobs: list[_Job],
-    plan: Plan,
-    options: Options,
-    *,
-    patches: Patches,
-    progress: bool | None,
+    module: Module, jobs: list[_Job], plan: Plan, options: Options, *, progress: bool | None
 ) -> Module:
-    compute = torch.device(plan.compute)
     _check_no_meta_left(module, jobs)
-    values, origins = [], {}
-    show = sys.stderr.isatty() if progress is None else progress
-    total = sum(job.stored.nbytes for job in jobs)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not show) as bar:
-        for job in jobs:
-            value, origin = _bring(job, plan, compute, patches)
-            values.append(value)
-            if origin is not None:
-                origins[job.name] = origin
-            bar.update(job.stored.nbytes)
+    values = _bring_all(jobs, plan, progress)
+    origins = {
+        job.name: Origin(job.stored.path, job.stored.offset, job.stored.nbytes)
+        for job in jobs
+        if job.is_stored_form and job.stored.data is None and job.stored.nbytes
+    }
     undo: _Undo = []
     try:
-        _swap_in(module, jobs, values, compute, undo)
+        _swap_in(module, jobs, values, torch.device(plan.compute), undo)
         found = groups.group_members(module)
-        return distribution.place(module, _resized(plan, found), options, found, origins)
+        return distribution.place(module, plan, options, found, origins)
     except BaseException:
         for table, key, value in reversed(undo):
             table[key] = value
         raise
 
 
-def _resized(plan: Plan, found: list[groups.Group]) -> Plan:
-    """The plan with the sizes that patching left (a patched fp8 weight is larger)."""
-    sizes = dict(plan.sizes) | {group.name: group.nbytes for group in found}
-    known = {name: size for name, size in sizes.items() if name in plan.placement}
-    return Plan(
-        plan.placement, known, plan.compute, plan.spec, plan.order, plan.floor, plan.options
-    )
+class _Budget:
+    """Bytes of tensors on their way: at most `total` at one time."""
+
+    def __init__(self, total: int) -> None:
+        self._left = total
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int) -> bool:
+        """Waits for room. False when nobody wants anything any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._left >= nbytes)
+            self._left -= nbytes
+            return not self._closed
+
+    def give(self, nbytes: int) -> None:
+        """Gives room back."""
+        with self._changed:
+            self._left += nbytes
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends all waiting."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
-def _bring(
-    job: _Job, plan: Plan, compute: torch.device, patches: Patches
-) -> tuple[torch.Tensor, Origin | None]:
-    """The weight at its place. Its origin when the bytes are the file's own."""
-    stored, target = job.stored, plan.placement[job.name]
-    patched = job.buffer is None and patches.touches(_names(job))
-    origin = Origin(stored.path, stored.offset, stored.nbytes)
-    if stored.nbytes == 0:
-        return torch.empty(stored.shape, dtype=stored.dtype, device=compute), None
-    if target == "disk" and not patched:
-        sharded = _ops.shard_file(
-            stored.path,
-            stored.offset,
-            stored.shape,
-            stored.dtype,
-            compute=compute,
-            name=job.name,
+@contextmanager
+def _threads(budget: _Budget) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """One thread that reads, one that writes; both are gone afterwards, come what may."""
+    with (
+        ThreadPoolExecutor(1, "distorch-read") as reader,
+        ThreadPoolExecutor(1, "distorch-place") as placer,
+    ):
+        try:
+            yield reader, placer
+        finally:
+            budget.close()
+            for pool in (reader, placer):
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torch.Tensor]:
+    """Every job's weight at its place, in the order of the jobs."""
+    compute = torch.device(plan.compute)
+    show = sys.stderr.isatty() if progress is None else progress
+    largest = max((_room(job) for job in jobs), default=0)
+    budget = _Budget(2 * largest)
+    total = sum(job.stored.nbytes for job in jobs)
+    values: list[Future[torch.Tensor]] = []
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not show) as bar,
+        _threads(budget) as (reader, placer),
+    ):
+        reads: list[Future[torch.Tensor | None] | None] = [
+            reader.submit(_read, job, plan, budget) for job in jobs
+        ]
+        for index, job in enumerate(jobs):
+            read = reads[index]
+            assert read is not None
+            value = read.result()
+            if value is not None and job.patches and not job.at_fetch:
+                value = _merged(job, value, compute)
+            elif value is not None and not job.is_stored_form:
+                value = value.to(job.dtype)
+            values.append(placer.submit(_place, job, value, plan, budget))
+            reads[index] = read = value = None  # nobody but the placer holds it now
+            for placed in values[-_PLACED_LATELY:]:
+                if placed.done():
+                    placed.result()  # its error is known now, not at the end
+            bar.update(job.stored.nbytes)
+        return [value.result() for value in values]
+
+
+def _room(job: _Job) -> int:
+    return max(job.stored.nbytes, job.nbytes)
+
+
+def _stays_in_file(job: _Job, plan: Plan) -> bool:
+    """Whether the checkpoint itself is the donor."""
+    ranged = job.stored.data is None and job.stored.nbytes > 0
+    return plan.placement[job.name] == "disk" and job.is_stored_form and ranged
+
+
+def _read(job: _Job, plan: Plan, budget: _Budget) -> torch.Tensor | None:
+    if _stays_in_file(job, plan):
+        return None
+    if not budget.take(_room(job)):
+        raise RuntimeError("loading has ended")
+    return job.stored.read()
+
+
+def _merged(job: _Job, stored: torch.Tensor, compute: torch.device) -> torch.Tensor:
+    assert job.patched_dtype is not None
+    return merged_value(job.patches, stored, job.rows, job.patched_dtype, compute)
+
+
+def _place(job: _Job, value: torch.Tensor | None, plan: Plan, budget: _Budget) -> torch.Tensor:
+    """The weight at its place; `value` None: it stays in the file."""
+    compute, target = torch.device(plan.compute), plan.placement[job.name]
+    stored = job.stored
+    if value is None:
+        placed = _ops.shard_file(
+            stored.path, stored.offset, stored.shape, stored.dtype, compute=compute, name=job.name
         )
-        return sharded, origin
-    value = torch.empty(stored.shape, dtype=stored.dtype)
-    _ops.read_file(stored.path, stored.offset, value)
-    if patched:
-        value = patches.apply(_names(job), value.to(compute))
-    if target == plan.compute:
-        return value.to(compute), None if patched else origin
-    return _donors.shard_on(target, value, compute, job.name), None if patched else origin
+        return _decoded(job, placed)
+    try:
+        if stored.nbytes == 0:
+            return value.to(compute)
+        decodes = job.rows is not None and job.is_stored_form
+        if target == plan.compute and not decodes and not (job.at_fetch and job.patches):
+            return value.to(compute)
+        return _decoded(job, _donors.shard_on(target, value, compute, job.name))
+    finally:
+        budget.give(_room(job))
+
+
+def _decoded(job: _Job, placed: torch.Tensor) -> torch.Tensor:
+    """A weight in the form of the file, with what its fetches have to do."""
+    if not job.is_stored_form:
+        return placed
+    if job.rows is not None:
+        placed = with_rows(placed, job.rows, job.result_dtype, job.name)
+    terms = low_rank_terms(job.patches) if job.at_fetch else None
+    if not terms:
+        return placed
+    if job.rows is None and job.stored.dtype in _ops.DECODED_DTYPES:
+        return _ops.patched(placed, terms)
+    if job.rows is None:
+        placed = with_rows(
+            placed, StoredRows(_ops.code_of(job.stored.dtype)), job.result_dtype, job.name
+        )
+    _ops.set_patches(placed, terms)
+    return placed
 
 
 def _swap_in(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from distorch.runtime.staging import current_place
 @dataclass(frozen=True)
 class Report:
     """Measured placement: `bytes` device -> bytes, `placement` name -> device, `layers` top-level
-    part -> device -> bytes; `problems` says where it differs from the plan.
+    part -> device -> bytes; `problems` says where it differs from the plan; `loras` what is
+    patched: each LoRA with its strength, weights touched, and keys that fit nothing.
     """
 
     compute: str
@@ -25,6 +27,7 @@ class Report:
     placement: dict[str, str]
     layers: dict[str, dict[str, int]]
     problems: list[str] = field(default_factory=list)
+    loras: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -71,6 +74,7 @@ class Report:
             text_table(_HEADER, self._rows(), self._title()),
             "",
             text_table(("part", *self._devices()), self._layer_rows()),
+            *_lora_lines(self.loras),
             *self.problems,
         ]
         return "\n".join(parts)
@@ -79,7 +83,9 @@ class Report:
         return (
             html_table(_HEADER, self._rows(), self._title())
             + html_table(("part", *self._devices()), self._layer_rows())
-            + "".join(f"<p>{problem}</p>" for problem in self.problems)
+            + "".join(
+                f"<p>{html.escape(line)}</p>" for line in (*_lora_lines(self.loras), *self.problems)
+            )
         )
 
     def plot(self, path: str | None = None) -> Any:
@@ -105,6 +111,14 @@ class Report:
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
+
+
+def _lora_lines(loras: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"LoRA {row['lora']} x {row['strength']:g}: {row['weights']} weights"
+        + (f", {len(row['unmatched'])} keys that fit nothing" if row["unmatched"] else "")
+        for row in loras
+    ]
 
 
 _HEADER = ("device", "bytes", "planned", "size", "share")
@@ -147,7 +161,8 @@ def report(module: nn.Module) -> Report:
     ]
     problems += [f"{name}: not in the plan" for name in placement if name not in plan.placement]
     problems += [f"{name}: in the plan, gone" for name in plan.placement if name not in placement]
-    return Report(plan.compute, measured, plan.bytes, placement, layers, problems)
+    loras = state.patching.rows() if state.patching is not None else []
+    return Report(plan.compute, measured, plan.bytes, placement, layers, problems, loras)
 
 
 def _part(name: str) -> str:

@@ -22,6 +22,12 @@ std::vector<std::tuple<std::string, std::string, double, double, uint64_t>> stop
   return found;
 }
 
+void wait_without_interpreter(const std::function<void()>& wait) {
+  if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) return wait();
+  const py::gil_scoped_release released;
+  wait();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -49,5 +55,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("possible"));
   module.def("start_trace", &distorch::start_trace, py::call_guard<py::gil_scoped_release>());
   module.def("stop_trace", &stopped_trace, py::call_guard<py::gil_scoped_release>());
+  distorch::set_wait_wrapper(&wait_without_interpreter);
   distorch::install_error_thrower(module);
 }

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <map>
 #include <new>
 #include <vector>
@@ -80,7 +81,19 @@ void let_go_in_child() {
   registry().mutex.unlock();
 }
 
+std::atomic<WaitWrapper> wait_wrapper{nullptr};
+
+void end_ring(Ring* ring) {
+  if (const WaitWrapper wrapper = wait_wrapper) {
+    wrapper([ring] { delete ring; });
+  } else {
+    delete ring;
+  }
+}
+
 }  // namespace
+
+void set_wait_wrapper(WaitWrapper wrapper) { wait_wrapper = wrapper; }
 
 std::shared_ptr<Ring> ring_for(const std::string& device) {
   Registry& all = registry();
@@ -90,7 +103,7 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
   const c10::Device where(device);
   std::unique_ptr<RingDevice> memory = std::make_unique<HostDevice>();
   if (!where.is_cpu()) memory = std::make_unique<Accelerator>(where);
-  auto ring = std::make_shared<Ring>(std::move(memory), all.io_threads);
+  const std::shared_ptr<Ring> ring(new Ring(std::move(memory), all.io_threads), &end_ring);
   known = ring;
   return ring;
 }

@@ -57,7 +57,8 @@ void check_term(const PatchTerm& term, const RowRecipe& recipe) {
       " on does not fit a weight of [", recipe.rows, ", ", recipe.columns, "]");
 }
 
-RowDecoder::RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Device compute)
+RowDecoder::RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Device compute,
+                       const RowDecoder* previous)
     : recipe_(std::move(recipe)), terms_(std::move(terms)) {
   TORCH_CHECK_VALUE(recipe_.columns % recipe_.code->elements == 0, "rows of ", recipe_.columns,
                     " elements are not whole blocks of ", recipe_.code->name);
@@ -68,10 +69,20 @@ RowDecoder::RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Devi
   decoding_ = decoding_of(recipe_, low_rank_);
   if (compute.is_cpu()) return;
   for (const PatchTerm& term : terms_) {
-    ups_.push_back(term.up.to(compute));
-    downs_.push_back(term.down.to(compute));
+    ups_.push_back(on_device(term.up, compute, previous));
+    downs_.push_back(on_device(term.down, compute, previous));
   }
-  if (recipe_.scales.defined()) scales_ = recipe_.scales.to(compute);
+  if (!recipe_.scales.defined()) return;
+  scales_ = previous != nullptr ? previous->scales_ : recipe_.scales.to(compute);
+}
+
+at::Tensor RowDecoder::on_device(const at::Tensor& factor, c10::Device compute,
+                                 const RowDecoder* previous) const {
+  for (size_t i = 0; previous != nullptr && i < previous->terms_.size(); ++i) {
+    if (factor.is_same(previous->terms_[i].up)) return previous->ups_[i];
+    if (factor.is_same(previous->terms_[i].down)) return previous->downs_[i];
+  }
+  return factor.to(compute);
 }
 
 void RowDecoder::decode(uint64_t begin, uint64_t end, const std::byte* stored,

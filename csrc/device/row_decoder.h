@@ -31,9 +31,11 @@ struct RowRecipe {
 
 class RowDecoder : public Decoder {
  public:
-  // `compute` gets copies of scales and factors if it is not the host.
+  // `compute` gets copies of scales and factors if it is not the host; those
+  // that `previous`, of the same recipe, has there are used again.
   // Throws c10::Error on parts that do not fit each other.
-  RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Device compute);
+  RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Device compute,
+             const RowDecoder* previous = nullptr);
 
   uint64_t rows() const override { return recipe_.rows; }
   uint64_t stored_row() const override { return decoding_.stored_row(); }
@@ -57,6 +59,9 @@ class RowDecoder : public Decoder {
   const std::vector<PatchTerm> terms_;
   std::vector<LowRank> low_rank_;
   Decoding decoding_;
+  at::Tensor on_device(const at::Tensor& factor, c10::Device compute,
+                       const RowDecoder* previous) const;
+
   // On the compute device.
   std::vector<at::Tensor> ups_, downs_;
   at::Tensor scales_;

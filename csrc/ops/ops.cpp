@@ -235,7 +235,7 @@ RowRecipe recipe_of(const at::Tensor& weight, const Source& source) {
 std::shared_ptr<const Decoder> patched_decoder(const at::Tensor& weight, const Source& source,
                                                std::vector<PatchTerm> terms) {
   auto decoder = std::make_shared<RowDecoder>(recipe_of(weight, source), std::move(terms),
-                                              handle_of(weight).compute);
+                                              handle_of(weight).compute, decoder_of(source));
   if (source.decoder == nullptr && decoder->plain()) return nullptr;
   return decoder;
 }

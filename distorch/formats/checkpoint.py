@@ -1,4 +1,4 @@
-"""A checkpoint: one safetensors file, a sharded one (index.json), or a folder with either."""
+"""A checkpoint: a safetensors or torch file, a sharded one (index.json), or a folder of such."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from distorch.errors import FormatError
 from distorch.formats.safetensors import StoredTensor, read_header
+from distorch.formats.torch_file import TORCH_SUFFIXES, stored_in_torch_file
 from distorch.planner import Inventory, WeightInfo
 
 # Prefixes that whole-model files put before the names of the module's own weights.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_index(target)
     if not target.is_file():
         raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors file")
-    tensors, metadata = read_header(target.resolve())
+    tensors, metadata = _read_file(target.resolve())
     return Checkpoint(str(target), tensors, metadata)
 
 
+def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    if path.suffix in TORCH_SUFFIXES:
+        return stored_in_torch_file(path), {}
+    return read_header(path)
+
+
 def _in_folder(folder: Path) -> Path:
-    found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    found: list[Path] = []
+    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin"):
+        found = found or sorted(folder.glob(pattern))
     if len(found) == 1:
         return found[0]
     names = ", ".join(path.name for path in found[:4]) or "none"
@@ -84,7 +93,7 @@ def _open_index(index: Path) -> Checkpoint:
     for name in files:
         if Path(name).name != name:
             raise FormatError(f"{str(index)!r} names a file outside its folder: {name!r}")
-        found, metadata = read_header((index.parent / name).resolve())
+        found, metadata = _read_file((index.parent / name).resolve())
         tensors |= found
     if missing := [name for name in weight_map if name not in tensors]:
         raise FormatError(f"{str(index)!r} lists {missing[0]!r}, which none of its files has")

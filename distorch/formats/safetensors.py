@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from distorch import _ops
 from distorch.errors import FormatError
 
 DTYPES = {
@@ -24,7 +25,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes."""
+    """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes.
+
+    `data` holds it (mapped, not read) where the file does not keep it in one contiguous range.
+    """
 
     name: str
     path: str
@@ -32,6 +36,16 @@ class StoredTensor:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    data: torch.Tensor | None = None
+
+    def read(self) -> torch.Tensor:
+        """Its values in new memory, contiguous. FormatError, FetchError."""
+        if self.data is not None:
+            return self.data.detach().clone(memory_format=torch.contiguous_format)
+        into = torch.empty(self.shape, dtype=self.dtype)
+        if self.nbytes:
+            _ops.read_file(self.path, self.offset, into)
+        return into
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -1,5 +1,23 @@
 """LoRA files: from keys to patches, merged in float32 and rounded once."""
 
-from distorch.lora.patches import LoraSource, Patches, read_loras
+from distorch.lora.files import LoraSource
+from distorch.lora.patches import (
+    LoraReader,
+    Patch,
+    Patches,
+    ResolvedLora,
+    StoredRows,
+    low_rank_terms,
+    merge,
+)
 
-__all__ = ["LoraSource", "Patches", "read_loras"]
+__all__ = [
+    "LoraReader",
+    "LoraSource",
+    "Patch",
+    "Patches",
+    "ResolvedLora",
+    "StoredRows",
+    "low_rank_terms",
+    "merge",
+]

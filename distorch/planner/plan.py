@@ -77,6 +77,13 @@ class Plan:
         sizes = {weight.name: weight.nbytes for weight in inventory.weights}
         return cls(everywhere, sizes, compute, spec, order, floor, dict(options))
 
+    def resized(self, sizes: Mapping[str, int]) -> Plan:
+        """The same places for weights that have other sizes now (bytes by first name)."""
+        known = {name: sizes.get(name, size) for name, size in self.sizes.items()}
+        return Plan(
+            self.placement, known, self.compute, self.spec, self.order, self.floor, self.options
+        )
+
     @property
     def bytes(self) -> dict[str, int]:
         """Device -> bytes planned there (tied weights once), the compute device first."""

@@ -28,7 +28,14 @@ from distorch.runtime import machine
 from distorch.runtime.groups import Group, group_members, inventory_of, size_of, unique_buffers
 from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.options import Options, compute_device
-from distorch.runtime.staging import Origin, Packing, current_place, member_tensor, stage
+from distorch.runtime.staging import (
+    Origin,
+    Packing,
+    current_place,
+    member_tensor,
+    plain_values,
+    stage,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[Callable[[], None]]
@@ -51,10 +58,13 @@ class Distribution:
     origins: dict[str, Origin] = field(default_factory=dict)
     counters: Any = field(default_factory=_new_counters)
     reservation: Any = None
+    ring_bytes: int = 0
+    patching: Any = None  # LoRAs on it and where its originals are (distorch.patching)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distribution:
         copied = Distribution(self.plan, self.options, dict(self.origins))
-        copied.reserve(ring_bytes(self.plan, self.options))
+        copied.patching = self.patching.copy() if self.patching is not None else None
+        copied.reserve(self.ring_bytes)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -64,6 +74,7 @@ class Distribution:
     def reserve(self, nbytes: int) -> None:
         """Makes the ring of the compute device at least so large while this object lives."""
         # The old room goes first only when the new one is there.
+        self.ring_bytes = nbytes
         self.reservation = _native.Reservation(str(torch.device(self.plan.compute)), nbytes)
 
 
@@ -87,13 +98,23 @@ def is_distributed(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get(_KEY), Distribution)
 
 
-def ring_bytes(plan: Plan, options: Options) -> int:
-    """Bytes of look-ahead: at least two of the largest weights that are streamed."""
+def _fetched_bytes(group: Group, plan: Plan) -> int:
+    """Room in the ring that a fetch of this group takes; 0 when operators use it in place."""
+    compute = plan.compute
+    if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
+        decoded = group.first.untyped_storage().nbytes()
+        return decoded if compute == "cpu" else decoded + group.nbytes
     # The CPU computes with what is in RAM in place.
-    in_place = {plan.compute, "cpu"} if plan.compute == "cpu" else {plan.compute}
-    streamed = [
-        nbytes for name, nbytes in plan.sizes.items() if plan.placement[name] not in in_place
-    ]
+    return (
+        0
+        if plan.placement[group.name] in (compute, "cpu" if compute == "cpu" else "")
+        else group.nbytes
+    )
+
+
+def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
+    """Bytes of look-ahead: at least two of the largest weights that are fetched."""
+    streamed = [nbytes for group in groups if (nbytes := _fetched_bytes(group, plan))]
     if not streamed:
         return 0
     page = 4096
@@ -213,8 +234,8 @@ def place(
     known = module.__dict__.get(_KEY)
     state = Distribution(plan, options, origins)
     if isinstance(known, Distribution):
-        state.counters = known.counters
-    state.reserve(ring_bytes(plan, options))
+        state.counters, state.patching = known.counters, known.patching
+    state.reserve(ring_bytes(groups, plan, options))
     undo: _Undo = []
     try:
         _swap_in(module, groups, staged, buffers, undo)
@@ -250,6 +271,8 @@ def _is_there(group: Group, target: str, compute: torch.device) -> bool:
     sharded = _ops.is_sharded(first)
     if current_place(first) != target or first.device != compute or first.is_meta:
         return False
+    if sharded and _ops.state(first).decoded:
+        return True
     whole = not sharded or group.nbytes == first.untyped_storage().nbytes()
     return whole and sharded == (target != str(compute))
 
@@ -312,6 +335,12 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
     module.__dict__[_KEY] = state
 
 
+def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None:
+    """Agents, counters and the ring for weights that took another form at their places."""
+    state.reserve(ring_bytes(groups, state.plan, state.options))
+    _install(module, state, groups, [])
+
+
 def _sweep_hook(module: nn.Module, args: Any) -> None:
     """Operators that libraries registered since the last forward get their hook."""
     if not torch._C._is_tracing():  # a call without tensors, which a trace cannot hold
@@ -337,6 +366,12 @@ def _forget(module: nn.Module, undo: _Undo) -> None:
         module.__dict__.pop(_KEY)
 
 
+def _plain(group: Group, target: torch.device) -> torch.Tensor:
+    if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
+        return plain_values(group, target)
+    return stage(group, str(target), target)
+
+
 @torch.inference_mode(False)
 def unplace(module: Module, device: str | torch.device | None) -> Module:
     """A plain module on `device` (default: where it computed). All or nothing."""
@@ -347,7 +382,7 @@ def unplace(module: Module, device: str | torch.device | None) -> Module:
     target = torch.device(name)
     groups = group_members(module)
     staged = {
-        index: stage(group, str(target), target)
+        index: _plain(group, target)
         for index, group in enumerate(groups)
         if _ops.is_sharded(group.first) or group.first.device != target
     }
@@ -380,5 +415,5 @@ def check_has_values(module: nn.Module, compute: str) -> None:
 __all__ = [
     "Distribution", "Options", "check_has_values", "check_plan_fits", "devices_for",
     "distribution_of", "group_members", "inventory_of", "is_distributed", "place",
-    "plan_inventory", "unplace",
+    "plan_inventory", "refresh", "unplace",
 ]  # fmt: skip

@@ -108,7 +108,9 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def byte_extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes [begin, end) of its storage that a tensor can reach."""
+    """The bytes [begin, end) of its storage that a tensor can reach; decoded: on its donor."""
+    if _ops.is_sharded(tensor) and (state := _ops.state(tensor)).decoded:
+        return 0, state.nbytes
     if not has_bytes(tensor):
         return 0, size_of(tensor)
     item, begin = tensor.element_size(), int(tensor.storage_offset())

@@ -134,9 +134,12 @@ def stage(
     """The group's bytes at `target` ("cpu", "disk" or a device): uint8 [nbytes].
 
     A tensor that is not plain memory is given back as it is, on the compute device.
-    Sharded when `target` is a donor, plain when it is the compute device. The module is not
+    Sharded when `target` is a donor, plain when it is the compute device. A weight that fetches
+    decode keeps the form that it has on a donor, on the compute device, too. The module is not
     changed. Raises PlacementError, FetchError.
     """
+    if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
+        return _stage_stored(group, target, compute, origin)
     if not has_bytes(group.first):
         return _whole(group, target, compute)
     if machine.needs_values(compute):
@@ -157,9 +160,38 @@ def stage(
     )
 
 
+def _stage_stored(
+    group: Group, target: str, compute: torch.device, origin: Origin | None
+) -> torch.Tensor:
+    """A decoded weight's stored bytes at `target`; uint8 over what they are decoded to."""
+    first = group.first.detach()
+    if first.device != compute:
+        raise PlacementError(
+            f"weight {group.name!r} is decoded on {first.device}: distorch.undistribute(model) "
+            f"first, then distribute it for {compute}"
+        )
+    data = group_bytes(group)
+    if target == "disk" and origin is not None and same_bytes(origin, data):
+        stored = _from_checkpoint(group, origin, compute)
+    else:
+        stored = _donors.shard_on(target, data, compute, group.name)
+    decoded = _ops.decoded_like(stored, first)
+    count = decoded.untyped_storage().nbytes() // decoded.element_size()
+    return decoded.as_strided((count,), (1,), 0).view(torch.uint8)
+
+
+def plain_values(group: Group, device: torch.device) -> torch.Tensor:
+    """The values of a group of decoded weights in plain memory: uint8 [bytes]."""
+    first = group.first.detach()
+    count = first.untyped_storage().nbytes() // first.element_size()
+    return _ops.byte_view(first.as_strided((count,), (1,), 0).clone().to(device))
+
+
 def member_tensor(staged: torch.Tensor, group: Group, parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's dtype and geometry over the staged bytes of its group."""
     if not has_bytes(parameter):
         return staged
+    if _ops.is_sharded(parameter) and _ops.state(parameter).decoded:
+        return geometry_over(staged, parameter, int(parameter.storage_offset()))
     shifted = int(parameter.storage_offset()) - group.begin // parameter.element_size()
     return geometry_over(staged, parameter, shifted)

@@ -1,0 +1,265 @@
+"""Other names that a module's weights have elsewhere: fused projections, renamed families.
+
+The same network is written down in several ways (the paper's own code, diffusers, ComfyUI), and a
+LoRA that was trained on one of them fits the others by name and by rows. From the names that a
+module has, `other_names` makes those that it would have there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a patch goes: rows of `weight` from `step` times the patch's rows on.
+
+    A negative `step` counts from the weight's end. `cut` [begin, end): only these rows of the
+    patch go there. `part`: it may cover only some of the weight's rows.
+    """
+
+    weight: str
+    step: int = 0
+    cut: tuple[int, int] | None = None
+    part: bool = False
+
+
+# Separate parts of a fused weight, and where each of them begins (see Place.step): parts that are
+# alike, or where the last ones are (grouped queries: keys and values have fewer rows).
+_QKV_STEPS = (0, -2, -1)
+_PAIR_STEPS = (0, -1)
+_QKV_MLP_STEPS = (0, 1, 2, -1)
+
+_GENERIC = (
+    (("to_q", "to_k", "to_v"), ("to_qkv", "qkv", "attn.qkv"), _QKV_STEPS),
+    (("q_proj", "k_proj", "v_proj"), ("qkv_proj", "in_proj", "qkv"), _QKV_STEPS),
+    (("q", "k", "v"), ("qkv",), _QKV_STEPS),
+    (("wq", "wk", "wv"), ("wqkv", "qkv"), _QKV_STEPS),
+    (("query", "key", "value"), ("qkv",), _QKV_STEPS),
+    (("add_q_proj", "add_k_proj", "add_v_proj"), ("to_added_qkv",), _QKV_STEPS),
+    (("to_k", "to_v"), ("to_kv",), _PAIR_STEPS),
+    (("gate_proj", "up_proj"), ("gate_up_proj",), _PAIR_STEPS),
+)
+
+_FLUX_DOUBLE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    ("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    ("img_attn.proj", ("attn.to_out.0",)), ("txt_attn.proj", ("attn.to_add_out",)),
+    ("img_mlp.0", ("ff.net.0.proj",)), ("img_mlp.2", ("ff.net.2",)),
+    ("txt_mlp.0", ("ff_context.net.0.proj",)), ("txt_mlp.2", ("ff_context.net.2",)),
+    ("img_mod.lin", ("norm1.linear",)), ("txt_mod.lin", ("norm1_context.linear",)),
+)  # fmt: skip
+_FLUX_SINGLE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+    ("linear2", ("proj_out",)), ("modulation.lin", ("norm.linear",)),
+)  # fmt: skip
+_FLUX_TOP = (
+    ("img_in", "x_embedder"), ("txt_in", "context_embedder"), ("final_layer.linear", "proj_out"),
+    ("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
+    ("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
+    ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
+    ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
+    ("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1"),
+    ("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
+)  # fmt: skip
+# XLabs' names for parts of the original blocks.
+_XLABS = (
+    ("processor.qkv_lora1", "img_attn.qkv"), ("processor.qkv_lora2", "txt_attn.qkv"),
+    ("processor.proj_lora1", "img_attn.proj"), ("processor.proj_lora2", "txt_attn.proj"),
+)  # fmt: skip
+
+_WAN_BLOCK = (
+    ("self_attn.q", "attn1.to_q"), ("self_attn.k", "attn1.to_k"), ("self_attn.v", "attn1.to_v"),
+    ("self_attn.o", "attn1.to_out.0"), ("cross_attn.q", "attn2.to_q"),
+    ("cross_attn.k", "attn2.to_k"), ("cross_attn.v", "attn2.to_v"),
+    ("cross_attn.o", "attn2.to_out.0"), ("cross_attn.k_img", "attn2.add_k_proj"),
+    ("cross_attn.v_img", "attn2.add_v_proj"), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+    ("norm3", "norm2"),
+)  # fmt: skip
+_WAN_TOP = (
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+)  # fmt: skip
+
+_RESNET = (
+    ("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut"),
+)  # fmt: skip
+_UNET_TOP = (
+    ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
+    ("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out"),
+)  # fmt: skip
+_UNET_LAYERS = 2  # resnets in a block of Stable Diffusion's down path
+_UNET_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class _Same:
+    """`fused` holds the rows of `parts`, one after the other."""
+
+    fused: str
+    parts: tuple[str, ...]
+    steps: tuple[int, ...] = (0,)
+
+
+def other_names(shapes: Shapes) -> dict[str, list[Place]]:
+    """Module names (without ".weight") that a LoRA may use, with where its patch then goes."""
+    modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+    found: dict[str, list[Place]] = {}
+    for same in _all(modules):
+        for name, places in _places(same, modules, shapes):
+            if name not in modules:
+                found.setdefault(name, places)
+    found.update(_attention_matrices(shapes))
+    for alias, name in _xlabs_names(modules | set(found)):
+        places = found.get(name) or [Place(f"{name}.weight", part=True)]
+        if all(place.weight in shapes for place in places):
+            found.setdefault(alias, places)
+    found.update(_flux_last_norm(modules, shapes))
+    return found
+
+
+def _places(same: _Same, modules: set[str], shapes: Shapes) -> Iterator[tuple[str, list[Place]]]:
+    if same.fused in modules:
+        weight = f"{same.fused}.weight"
+        for part, step in zip(same.parts, same.steps, strict=True):
+            yield part, [Place(weight, step, part=len(same.parts) > 1)]
+    if all(part in modules for part in same.parts):
+        places, begin = [], 0
+        for part in same.parts:
+            end = begin + shapes[f"{part}.weight"][0]
+            places.append(Place(f"{part}.weight", 0, (begin, end) if len(same.parts) > 1 else None))
+            begin = end
+        yield same.fused, places
+
+
+def _all(modules: set[str]) -> Iterator[_Same]:
+    yield from _generic(modules)
+    flux = _indices(modules, r"(?:double_blocks|transformer_blocks)\.(\d+)\.")
+    for i in flux:
+        for fused, parts in _FLUX_DOUBLE:
+            steps: tuple[int, ...] = (0,) if len(parts) == 1 else _QKV_STEPS
+            names = tuple(f"transformer_blocks.{i}.{part}" for part in parts)
+            yield _Same(f"double_blocks.{i}.{fused}", names, steps)
+    for i in _indices(modules, r"(?:single_blocks|single_transformer_blocks)\.(\d+)\."):
+        for fused, parts in _FLUX_SINGLE:
+            steps = (0,) if len(parts) == 1 else _QKV_MLP_STEPS
+            names = tuple(f"single_transformer_blocks.{i}.{part}" for part in parts)
+            yield _Same(f"single_blocks.{i}.{fused}", names, steps)
+            if len(parts) == 4:
+                yield _Same(f"single_blocks.{i}.processor.qkv", names[:3], steps[:3])
+    if flux:
+        yield from (_Same(a, (b,)) for a, b in _FLUX_TOP)
+    if any(".attn1." in name or ".self_attn." in name for name in modules):
+        for i in _indices(modules, r"blocks\.(\d+)\."):
+            yield from (_Same(f"blocks.{i}.{a}", (f"blocks.{i}.{b}",)) for a, b in _WAN_BLOCK)
+        yield from (_Same(a, (b,)) for a, b in _WAN_TOP)
+    if any(name.startswith(("down_blocks.", "input_blocks.")) for name in modules):
+        yield from (_Same(a, (b,)) for a, b in _unet_names(modules))
+
+
+def _generic(modules: set[str]) -> Iterator[_Same]:
+    for parts, fused, steps in _GENERIC:
+        for name in modules:
+            for last in (parts[0], *fused):
+                if name != last and not name.endswith(f".{last}"):
+                    continue
+                stem = name.removesuffix(last)
+                for whole in fused:
+                    yield _Same(stem + whole, tuple(stem + part for part in parts), steps)
+
+
+def _attention_matrices(shapes: Shapes) -> dict[str, list[Place]]:
+    """nn.MultiheadAttention keeps its three projections in one `in_proj_weight`."""
+    found = {}
+    for name in shapes:
+        if name.endswith("in_proj_weight"):
+            stem = name.removesuffix("in_proj_weight")
+            for part, step in zip(("q_proj", "k_proj", "v_proj"), _QKV_STEPS, strict=True):
+                found[stem + part] = [Place(name, step, part=True)]
+            found[f"{stem}in_proj"] = [Place(name)]
+    return found
+
+
+def _xlabs_names(names: set[str]) -> Iterator[tuple[str, str]]:
+    for i in _indices(names, r"double_blocks\.(\d+)\."):
+        for alias, name in _XLABS:
+            yield f"double_blocks.{i}.{alias}", f"double_blocks.{i}.{name}"
+    for i in _indices(names, r"single_blocks\.(\d+)\."):
+        if f"single_blocks.{i}.processor.qkv" not in names:
+            yield f"single_blocks.{i}.processor.qkv", f"single_blocks.{i}.linear1"
+        yield f"single_blocks.{i}.processor.proj", f"single_blocks.{i}.linear2"
+
+
+def _flux_last_norm(modules: set[str], shapes: Shapes) -> dict[str, list[Place]]:
+    """Its two halves, shift and scale, come in the other order in diffusers."""
+    pair = ("final_layer.adaLN_modulation.1", "norm_out.linear")
+    found: dict[str, list[Place]] = {}
+    if not any(
+        name.startswith(("single_blocks.", "single_transformer_blocks.")) for name in modules
+    ):
+        return found
+    for mine, other in (pair, pair[::-1]):
+        if mine in modules:
+            weight = f"{mine}.weight"
+            half = shapes[weight][0] // 2
+            halves = ((1, (0, half)), (0, (half, 2 * half)))
+            found[other] = [Place(weight, step, cut, part=True) for step, cut in halves]
+    return found
+
+
+def _indices(names: set[str], pattern: str) -> list[str]:
+    found = {match.group(1) for name in names if (match := re.match(pattern, name))}
+    return sorted(found, key=int)
+
+
+def _unet_names(modules: set[str]) -> Iterator[tuple[str, str]]:
+    """(original, diffusers) names of the parts of Stable Diffusion's U-Net."""
+    yield from _UNET_TOP
+    layers, step = _UNET_LAYERS, _UNET_LAYERS + 1
+    inner = _inner_names(modules)
+    for block in range(_UNET_BLOCKS):
+        for layer in range(layers):
+            original = f"input_blocks.{1 + block * step + layer}"
+            yield from _resnet(f"{original}.0", f"down_blocks.{block}.resnets.{layer}")
+            yield from _inside(f"{original}.1", f"down_blocks.{block}.attentions.{layer}", inner)
+        original = f"input_blocks.{1 + block * step + layers}"
+        yield f"{original}.0.op", f"down_blocks.{block}.downsamplers.0.conv"
+        for layer in range(step):
+            original = f"output_blocks.{block * step + layer}"
+            yield from _resnet(f"{original}.0", f"up_blocks.{block}.resnets.{layer}")
+            yield from _inside(f"{original}.1", f"up_blocks.{block}.attentions.{layer}", inner)
+        for place in (1, 2):
+            original = f"output_blocks.{block * step + layers}.{place}.conv"
+            yield original, f"up_blocks.{block}.upsamplers.0.conv"
+    for place, index in ((0, 0), (2, 1)):
+        yield from _resnet(f"middle_block.{place}", f"mid_block.resnets.{index}")
+    yield from _inside("middle_block.1", "mid_block.attentions.0", inner)
+
+
+def _resnet(original: str, ours: str) -> Iterator[tuple[str, str]]:
+    return ((f"{original}.{a}", f"{ours}.{b}") for a, b in _RESNET)
+
+
+def _inner_names(modules: set[str]) -> Sequence[str]:
+    """What lies inside attention blocks, the same in both: proj_in, transformer_blocks.0...."""
+    pattern = re.compile(
+        r"(?:(?:down_blocks|up_blocks|mid_block)[.\d]*attentions\.\d+"
+        r"|(?:input_blocks|output_blocks)\.\d+\.1|middle_block\.1)\."
+        r"(norm|proj_in|proj_out|transformer_blocks\..+)$"
+    )
+    return sorted({match.group(1) for name in modules if (match := pattern.match(name))})
+
+
+def _inside(original: str, ours: str, inner: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return ((f"{original}.{name}", f"{ours}.{name}") for name in inner)

@@ -1,0 +1,117 @@
+"""From a LoRA's stems to a module's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from distorch.lora.families import Place, Shapes, other_names
+
+# What files put before the names of a module, and which part of a pipeline that says.
+_PREFIXES: tuple[tuple[str, str], ...] = (
+    ("base_model.model.", ""), ("model.diffusion_model.", "model"), ("diffusion_model.", "model"),
+    ("transformer.", "model"), ("unet.", "model"), ("lora_unet_", "model"),
+    ("lora_transformer_", "model"), ("lora_prior_unet_", "model"), ("lycoris_", ""),
+    ("text_encoder_2.", "text 2"), ("text_encoder_3.", "text 3"), ("text_encoder.", "text 1"),
+    ("lora_te1_", "text 1"), ("lora_te2_", "text 2"), ("lora_te3_", "text 3"),
+    ("lora_te_", "text 1"), ("text_encoders.clip_l.", "text 1"),
+    ("text_encoders.clip_g.", "text 2"), ("text_encoders.t5xxl.", "text 3"),
+    ("text_model.", ""), ("text_model_", ""), ("model.", ""), ("module.", ""),
+    ("transformer_", ""), ("diffusion_model_", "model"),
+)  # fmt: skip
+
+
+def component_of(stem: str) -> str:
+    """The part of a pipeline that a stem names: "model", "text 1", ..., or "" for no word of it."""
+    if stem.startswith("base_model.model."):
+        stem = stem.removeprefix("base_model.model.")
+    return next((part for prefix, part in _PREFIXES if part and stem.startswith(prefix)), "")
+
+
+def _without_prefixes(stem: str) -> Iterator[str]:
+    """The stem, and what is left of it without prefixes, in any order of them."""
+    seen, queue = set(), [stem]
+    while queue:
+        name = queue.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        yield name
+        queue += [name.removeprefix(p) for p, _ in _PREFIXES if name.startswith(p) and name != p]
+
+
+def _respelled(name: str) -> Iterator[str]:
+    yield name
+    plain = re.sub(r"\.processor\.(?=(to_|add_))", ".", name)
+    plain = re.sub(r"(?<=\.)to_out$", "to_out.0", plain)
+    if plain != name:
+        yield plain
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _common_paths(names: Shapes) -> list[str]:
+    """The steps that all names begin with: "transformer." in a wrapper of one; shortest first."""
+    paths = [name.split(".")[:-1] for name in names]
+    found: list[str] = []
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1 or steps[0].isdigit():
+            break
+        found.append(f"{found[-1] if found else ''}{steps[0]}.")
+    return found
+
+
+def _places_by_name(shapes: Shapes) -> dict[str, list[Place]]:
+    """Every name of a weight, its own first: with and without ".weight", and other families'."""
+    found: dict[str, list[Place]] = {}
+    for name in shapes:
+        found[name] = [Place(name)]
+        if name.endswith(".weight"):
+            found[name.removesuffix(".weight")] = [Place(name)]
+    for name, places in other_names(shapes).items():
+        found.setdefault(name, places)
+    return found
+
+
+class Targets:
+    """The weights of a module by every name that a LoRA may use for them.
+
+    `shapes` name of a parameter -> shape.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = dict(shapes)
+        self._places = _places_by_name(shapes)
+        for path in _common_paths(shapes):
+            inner = {name.removeprefix(path): shape for name, shape in shapes.items()}
+            for name, places in _places_by_name(inner).items():
+                moved = [replace(place, weight=path + place.weight) for place in places]
+                self._places.setdefault(name, moved)
+        self._flat: dict[str, list[Place] | None] = {}
+        for name, places in self._places.items():
+            flat = _flat(name)
+            known = self._flat.get(flat, places)
+            self._flat[flat] = places if known == places else None  # two that look alike: neither
+
+    def find(self, stem: str) -> list[Place]:
+        """Where a patch with that stem goes; empty when nowhere."""
+        for name in _without_prefixes(stem):
+            for spelled in _respelled(name):
+                if spelled in self._places:
+                    return self._places[spelled]
+        for name in _without_prefixes(stem):
+            for spelled in _respelled(name):
+                if places := self._flat.get(_flat(spelled)):
+                    return places
+        return []
+
+    def bias_of(self, weight: str) -> str | None:
+        """The bias beside a weight, if the module has one."""
+        if weight.endswith("in_proj_weight"):
+            name = f"{weight.removesuffix('weight')}bias"
+        else:
+            name = f"{weight.removesuffix('.weight')}.bias"
+        return name if name in self.shapes else None

@@ -1,0 +1,424 @@
+"""LoRAs on a distributed module: where the originals are, what is on them, and how that changes.
+
+Note [Originals]
+The result of a merge is always computed from a weight's original, never by taking a delta back. A
+module that was loaded has its originals in the checkpoint; of one that was distributed, those that
+get patched are kept where they were. What a weight has on it now is written down weight by weight
+as soon as it is there, so that an interrupt between two of them leaves nothing unknown.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from distorch import _donors, _ops
+from distorch._behaviour import replace_data
+from distorch.errors import PlacementError, SpecError
+from distorch.formats.safetensors import StoredTensor
+from distorch.lora import (
+    LoraReader,
+    LoraSource,
+    Patch,
+    Patches,
+    ResolvedLora,
+    StoredRows,
+    low_rank_terms,
+    merge,
+)
+from distorch.runtime import distribution
+from distorch.runtime.groups import Group, group_members, has_bytes, named_members
+from distorch.runtime.staging import current_place
+
+Module = TypeVar("Module", bound=nn.Module)
+Applied = list[tuple[Patch, float]]
+
+_MODES = ("merge", "fetch")
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How patches are put on: `mode` "merge" | "fetch"; `dtype` of patched weights whose base is
+    narrower than 16 bits (None: the module's own, else bfloat16; "base": rounded back).
+    """
+
+    mode: str = "merge"
+    dtype: torch.dtype | str | None = None
+
+    @staticmethod
+    def checked(mode: str, dtype: torch.dtype | str | None) -> PatchOptions:
+        """Raises SpecError on values that mean nothing."""
+        if mode not in _MODES:
+            raise SpecError(f"lora_mode={mode!r}: expected 'merge' or 'fetch'")
+        if isinstance(dtype, str) and dtype != "base":
+            if dtype not in _HALVES:
+                raise SpecError(
+                    f"patched_dtype={dtype!r}: expected 'bfloat16', 'float16', 'float32' or 'base'"
+                )
+            dtype = _HALVES[dtype]
+        if isinstance(dtype, torch.dtype) and dtype not in _ops.DECODED_DTYPES:
+            raise SpecError(f"patched_dtype={dtype}: expected a floating dtype of 16 or 32 bits")
+        if mode == "fetch" and dtype == "base":
+            raise SpecError("patched_dtype='base' needs lora_mode='merge'")
+        return PatchOptions(mode, dtype)
+
+    def dtype_of(self, stored: torch.dtype, module_dtype: torch.dtype) -> torch.dtype:
+        """What a patched weight is kept in."""
+        if stored.itemsize > 1 or not (stored.is_floating_point or stored in _INTEGERS):
+            return stored
+        if self.dtype == "base":
+            return stored
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        return module_dtype if module_dtype in _ops.DECODED_DTYPES else torch.bfloat16
+
+
+_INTEGERS = (torch.int8, torch.uint8)
+
+
+@dataclass
+class Original:
+    """A weight's values before any patch: in a file, or kept. `dtype` what it is unpatched."""
+
+    stored: StoredTensor | None
+    rows: StoredRows | None
+    dtype: torch.dtype
+    kept: torch.Tensor | None = None
+    version: int = 0  # of the parameter, when its present values were put there
+
+    def values(self) -> torch.Tensor:
+        """The stored numbers on the host, in new memory, shape as the weight's."""
+        if self.kept is not None:
+            with torch.no_grad():
+                return self.kept.detach().clone(memory_format=torch.contiguous_format).cpu()
+        assert self.stored is not None
+        return self.stored.read()
+
+
+@dataclass
+class Patching:
+    """What a distributed module knows of its LoRAs."""
+
+    reader: LoraReader
+    options: PatchOptions
+    originals: dict[str, Original] = field(default_factory=dict)
+    applied: dict[str, Applied] = field(default_factory=dict)
+    loras: list[tuple[ResolvedLora, float]] = field(default_factory=list)
+
+    def copy(self) -> Patching:
+        """For a copy of the module."""
+        originals = {name: Original(**vars(known)) for name, known in self.originals.items()}
+        applied = {name: list(entries) for name, entries in self.applied.items()}
+        return Patching(self.reader, self.options, originals, applied, list(self.loras))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One entry per LoRA, for reports."""
+        return [
+            {
+                "lora": lora.label,
+                "strength": strength,
+                "weights": len({patch.weight for patch in lora.patches}),
+                "unmatched": list(lora.unmatched),
+                "for other models": len(lora.elsewhere),
+            }
+            for lora, strength in self.loras
+        ]
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, tied ones under each of their names."""
+    return {m.name: tuple(m.parameter.shape) for m in named_members(module)}
+
+
+def transposed_weights(module: nn.Module) -> set[str]:
+    """Weights that their modules keep as [in, out]."""
+    return {
+        m.name
+        for m in named_members(module)
+        if type(m.owner).__name__ == "Conv1D" and m.parameter.dim() == 2
+    }
+
+
+def new_reader(module: nn.Module) -> LoraReader:
+    """A reader of LoRAs for this module."""
+    return LoraReader(shapes_of(module), transposed_weights(module))
+
+
+def merged_value(
+    patches: Applied, values: torch.Tensor, rows: StoredRows | None, dtype: torch.dtype,
+    compute: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """The patched weight, computed on `compute` where it has the kernel. `values` may be reused."""
+    device = compute if _ops.can_decode(compute) else torch.device("cpu")
+    narrow = dtype.itemsize == 1
+    target = torch.float32 if narrow else dtype
+    value = merge(patches, values.to(device), target, rows, in_place=True)
+    if narrow and rows is not None and rows.scales is not None:
+        value = _unscaled(value, rows)
+    if dtype in _INTEGERS:
+        limits = torch.iinfo(dtype)
+        value = value.round().clamp(limits.min, limits.max)
+    return value.to(dtype)
+
+
+def _unscaled(value: torch.Tensor, rows: StoredRows) -> torch.Tensor:
+    """The numbers that the scales make `value` of (float32), for rounding back to them."""
+    assert rows.scales is not None
+    matrix = value.view(_ops.as_matrix(value.shape))
+    grid = rows.scales.to(value.device)
+    grid = grid.repeat_interleave(rows.block[0], 0)[: matrix.shape[0]]
+    grid = grid.repeat_interleave(rows.block[1], 1)[:, : matrix.shape[1]]
+    return (matrix / grid).view(value.shape)
+
+
+def set_loras(
+    module: Module,
+    loras: Sequence[tuple[LoraSource, float]],
+    *,
+    strict_loras: bool = True,
+    lora_mode: str | None = None,
+    patched_dtype: torch.dtype | str | None = None,
+    progress: bool | None = None,
+) -> Module:
+    """Puts these LoRAs, and no others, on a distributed module; returns the module.
+
+    `loras` are (file or state dict, strength) pairs, in the order in which they are added. Only
+    weights for which something changes are computed again, from their original bytes; with `[]`
+    they are those bytes again. `lora_mode` "merge" writes the results to where the weights are;
+    "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no bytes, the
+    results are the same. `lora_mode` and `patched_dtype` stay as they were unless given.
+    Raises FormatError, SpecError, PlacementError, FetchError; an error or an interrupt leaves the
+    module with the LoRAs that it had.
+    """
+    state = distribution.distribution_of(module)
+    known = state.patching
+    if known is None:
+        known = Patching(new_reader(module), PatchOptions())
+    before = known.options
+    options = PatchOptions.checked(
+        before.mode if lora_mode is None else lora_mode,
+        before.dtype if patched_dtype is None else patched_dtype,
+    )
+    patches, found = known.reader.read(loras, strict_loras)
+    groups = [group for group in group_members(module) if has_bytes(group.first)]
+    changes = _changes(groups, patches, known, options)
+    _check_unchanged(changes, known)
+    state.patching = known
+    with torch.no_grad():
+        _apply(changes, known, options, state.plan.compute, progress)
+    known.options, known.loras = options, found
+    _settle(module, state, groups)
+    return module
+
+
+@dataclass
+class _Change:
+    group: Group
+    old: Applied
+    new: Applied
+    old_options: PatchOptions
+
+
+def _same(old: Applied, new: Applied) -> bool:
+    return [(id(p), s) for p, s in old] == [(id(p), s) for p, s in new]
+
+
+def _changes(
+    groups: Iterable[Group], patches: Patches, known: Patching, options: PatchOptions
+) -> list[_Change]:
+    changes = []
+    for group in groups:
+        old = known.applied.get(group.name, [])
+        new = patches.of([member.name for member in group.members])
+        respelled = options != known.options and (old or new)
+        if not _same(old, new) or respelled:
+            changes.append(_Change(group, old, new, known.options))
+    return changes
+
+
+def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
+    """Somebody's own writes to a patched weight would be lost."""
+    for change in changes:
+        group, original = change.group, known.originals.get(change.group.name)
+        if len({(m.parameter.dtype, tuple(m.parameter.shape)) for m in group.members}) > 1:
+            raise PlacementError(
+                f"{group.name!r} shares its bytes with weights of another shape: patch them as "
+                "plain tensors, after distorch.undistribute(model)"
+            )
+        if original is None or original.version == group.first._version:
+            continue
+        if change.old:
+            raise PlacementError(
+                f"{group.name!r} was written to after its LoRAs were put on: set_loras computes "
+                "weights from their originals, which would undo that. Save the model's "
+                "state_dict(), and load it as a checkpoint"
+            )
+        known.originals.pop(group.name)  # unpatched: its values now are the original
+
+
+def _apply(
+    changes: list[_Change],
+    known: Patching,
+    options: PatchOptions,
+    compute: str,
+    progress: bool | None,
+) -> None:
+    """All changes, or none: what was done is taken back on an error or an interrupt."""
+    show = sys.stderr.isatty() if progress is None else progress
+    total = sum(change.group.nbytes for change in changes)
+    begun: list[_Change] = []
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar:
+            for change in changes:
+                begun.append(change)
+                _redo(change.group, change.new, known, options, torch.device(compute))
+                bar.update(change.group.nbytes)
+    except BaseException:
+        for change in reversed(begun):
+            _redo(change.group, change.old, known, change.old_options, torch.device(compute))
+        raise
+
+
+def _redo(
+    group: Group, patches: Applied, known: Patching, options: PatchOptions, compute: torch.device
+) -> None:
+    """Gives one weight these patches, and notes that it has them."""
+    original = known.originals.get(group.name)
+    if original is None:
+        original = Original(None, None, group.first.dtype)
+        known.originals[group.name] = original
+    terms = low_rank_terms(patches) if options.mode == "fetch" else None
+    if options.mode == "fetch" and terms is not None and _can_fetch(original):
+        _redo_at_fetch(group, terms, original, options, compute)
+    else:
+        _redo_merged(group, patches, original, options, compute)
+    known.applied[group.name] = list(patches)
+    original.version = group.first._version
+
+
+def _can_fetch(original: Original) -> bool:
+    """Whether fetches can patch a weight of this kind."""
+    narrow = original.dtype.itemsize == 1 and original.dtype.is_floating_point
+    return original.rows is not None or narrow or original.dtype in _ops.DECODED_DTYPES
+
+
+def _is_decoded(tensor: torch.Tensor) -> bool:
+    return _ops.is_sharded(tensor) and _ops.state(tensor).decoded
+
+
+def _redo_at_fetch(
+    group: Group, terms: _ops.Terms, original: Original, options: PatchOptions,
+    compute: torch.device,
+) -> None:  # fmt: skip
+    parameter = group.first
+    if _is_decoded(parameter) and (len(terms) or original.rows is not None):
+        return _ops.set_patches(parameter, terms)
+    base = _restored(group, original, compute)
+    if not len(terms):
+        return _put(group, base)
+    if original.rows is None:
+        original.kept = base
+        if not _ops.is_sharded(base):
+            base = _donors.shard_on(current_place(base), base, compute, group.name)
+        if base.dtype in _ops.DECODED_DTYPES:
+            return _put(group, _ops.patched(base, terms))
+        code, dtype = _ops.code_of(base.dtype), options.dtype_of(base.dtype, original.dtype)
+        base = _ops.decoded(base, code, dtype, base.shape, name=group.name)
+    _ops.set_patches(base, terms)
+    return _put(group, base)
+
+
+def _restored(group: Group, original: Original, compute: torch.device) -> torch.Tensor:
+    """The unpatched weight, at the place where it is now."""
+    if original.kept is not None:
+        return original.kept
+    parameter = group.first.detach()
+    place, stored, rows = current_place(parameter), original.stored, original.rows
+    if stored is None:
+        return parameter
+    if place == "disk" and stored.data is None:
+        shape, dtype = stored.shape, stored.dtype
+        data = _ops.shard_file(
+            stored.path, stored.offset, shape, dtype, compute=compute, name=group.name
+        )
+    else:
+        value = original.values() if rows is not None else original.values().to(original.dtype)
+        if rows is None and place == str(compute) and not _is_file_donor(parameter):
+            return value.to(compute)
+        data = _donors.shard_on(place, value, compute, group.name)
+    return data if rows is None else with_rows(data, rows, original.dtype, group.name)
+
+
+def _is_file_donor(tensor: torch.Tensor) -> bool:
+    return _ops.is_sharded(tensor) and not _ops.state(tensor).decoded
+
+
+def with_rows(
+    stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    """A sharded tensor that is decoded from `stored` (sharded, whole, the weight's shape)."""
+    return _ops.decoded(
+        stored, rows.code, dtype, stored.shape, scales=rows.scales, block=rows.block, name=name
+    )
+
+
+def _redo_merged(
+    group: Group, patches: Applied, original: Original, options: PatchOptions,
+    compute: torch.device,
+) -> None:  # fmt: skip
+    if original.stored is not None:
+        original.kept = None  # of a patch at fetch
+    elif original.kept is None:
+        original.kept = group.first.detach()
+    if not patches and (original.kept is not None or not _takes(group.first, original)):
+        return _put(group, _restored(group, original, compute))
+    value = original.values()
+    if patches:
+        dtype = options.dtype_of(value.dtype, original.dtype)
+        value = merged_value(patches, value, original.rows, dtype, compute)
+    parameter = group.first
+    if original.kept is None and _takes(parameter, value):
+        parameter.data.copy_(value)
+        return None
+    place = current_place(parameter)
+    if place == str(compute) and not _ops.is_sharded(parameter):
+        return _put(group, value.to(compute))
+    return _put(group, _donors.shard_on(place, value, compute, group.name))
+
+
+def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
+    """Whether such values can be written to where the weight is."""
+    if parameter.dtype != value.dtype or (isinstance(value, Original) and value.rows is not None):
+        return False
+    if not _ops.is_sharded(parameter):
+        return True
+    state = _ops.state(parameter)
+    return not state.decoded and not state.read_only
+
+
+def _put(group: Group, value: torch.Tensor) -> None:
+    """Makes `value` the data of every parameter of the group."""
+    for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
+        replace_data(parameter, value)
+
+
+def _settle(module: nn.Module, state: distribution.Distribution, groups: list[Group]) -> None:
+    """Counters, agents and the ring for weights that have another form now."""
+    plan = state.plan
+    fresh = group_members(module)
+    sizes = {group.name: group.nbytes for group in fresh}
+    if any(plan.sizes.get(name, size) != size for name, size in sizes.items()):
+        state.plan = plan.resized(sizes)
+    distribution.refresh(module, state, fresh)
+
+
+__all__ = [
+    "Original", "PatchOptions", "Patching", "merged_value", "new_reader", "set_loras", "with_rows",
+]  # fmt: skip

@@ -1,0 +1,262 @@
+"""set_loras: another set, another strength; the same bits as a fresh load, and back to the file's."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import distorch
+from distorch import FormatError, PlacementError, SpecError
+from distorch.lora import patches as lora_patches
+
+SPECS = ["cpu,*", "cpu,0b;disk,*", "cpu,6kb;disk,*"]
+MODES = ["merge", "fetch"]
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32, dtype=dtype) for _ in range(4))
+        self.head = nn.Linear(32, 8, dtype=dtype)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+def lora(seed=0, layers=(0, 2), scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for i in layers:
+        state[f"layers.{i}.lora_A.weight"] = torch.randn(4, 32, generator=generator) * scale
+        state[f"layers.{i}.lora_B.weight"] = torch.randn(32, 4, generator=generator)
+    return state
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+def values(model):
+    return {name: distorch.materialize(p) for name, p in model.named_parameters()}
+
+
+def assert_same(model, other):
+    expected = values(other) if isinstance(other, nn.Module) else other
+    for name, value in values(model).items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(bits(value), bits(expected[name])), name
+
+
+@pytest.fixture
+def path(tmp_path):
+    torch.manual_seed(0)
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+def load(path, spec, loras=(), **options):
+    return distorch.load(Net(), path, spec, loras=loras, min_bytes=0, prefetch="64kb", **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_same_bits_as_a_fresh_load(path, spec, mode):
+    one, two = lora(0), lora(1, (1, 2))
+    plain = values(load(path, "cpu,*"))
+    model = load(path, spec, [(one, 0.5)], lora_mode=mode)
+    assert_same(model, load(path, "cpu,*", [(one, 0.5)]))
+    for loras in (
+        [(one, 0.9)],
+        [(two, -1.0), (one, 0.3)],
+        [(one, 0.3), (two, -1.0)],
+        [],
+        [(two, 2.0)],
+    ):
+        assert distorch.set_loras(model, loras) is model
+        assert_same(model, load(path, "cpu,*", loras))
+        assert distorch.report(model).ok, distorch.report(model).problems
+    x = torch.randn(3, 32).bfloat16()
+    assert torch.equal(model(x), load(path, "cpu,*", [(two, 2.0)])(x))
+    distorch.set_loras(model, [])
+    assert_same(model, plain)
+    distorch.redistribute(model, "cpu,50%;disk,50%")
+    distorch.set_loras(model, [(one, 1.0)])
+    assert_same(distorch.undistribute(model), load(path, "cpu,*", [(one, 1.0)]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_module_that_has_no_file(path, spec, mode):
+    model = Net()
+    plain = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(plain, path.with_name("same.safetensors"))
+    distorch.distribute(model, spec, min_bytes=0)
+    distorch.set_loras(model, [(lora(), 0.5)], lora_mode=mode)
+    assert_same(model, load(path.with_name("same.safetensors"), "cpu,*", [(lora(), 0.5)]))
+    distorch.set_loras(model, [(lora(), 0.7)])
+    assert_same(model, load(path.with_name("same.safetensors"), "cpu,*", [(lora(), 0.7)]))
+    distorch.set_loras(model, [])
+    assert_same(model, plain)
+
+
+def test_modes_can_be_changed(path):
+    expected = load(path, "cpu,*", [(lora(), 0.5)])
+    model = load(path, "cpu,6kb;disk,*", [(lora(), 0.5)], lora_mode="merge")
+    for mode in ("fetch", "merge", "fetch"):
+        distorch.set_loras(model, [(lora(), 0.5)], lora_mode=mode)
+        assert_same(model, expected)
+
+
+def test_only_touched_weights_are_computed_again(path, monkeypatch):
+    one, two = lora(0, (0,)), lora(1, (3,))
+    model = load(path, "cpu,*", [(one, 0.5), (two, 0.5)])
+    merged = []
+    real = lora_patches.merge
+    monkeypatch.setattr(
+        "distorch.patching.merge",
+        lambda p, *a, **k: merged.append(p[0][0].weight) or real(p, *a, **k),
+    )
+    distorch.set_loras(model, [(one, 0.5), (two, 0.9)])
+    assert merged == ["layers.3.weight"]
+    distorch.set_loras(model, [(one, 0.5), (two, 0.9)])
+    assert merged == ["layers.3.weight"]
+
+
+def test_at_fetch_nothing_but_factors_is_added(path):
+    """The donors keep the base: in the file, without a copy."""
+    model = load(path, "cpu,0b;disk,*", [(lora(), 0.5)], lora_mode="fetch")
+    assert (
+        distorch.report(model).bytes["disk"]
+        == distorch.plan(Net(), "cpu,0b;disk,*", min_bytes=0).bytes["disk"]
+    )
+    state = model.state_dict()
+    assert_same(load(path, "cpu,*", [(lora(), 0.5)]), state)
+
+
+def test_an_interrupt_leaves_the_loras_that_were_there(path, monkeypatch):
+    one = lora(0, (0, 1, 2, 3))
+    model = load(path, "cpu,6kb;disk,*", [(one, 0.5)])
+    before, calls = values(model), []
+    real = lora_patches.merge
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("distorch.patching.merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distorch.set_loras(model, [(one, 0.9)])
+    monkeypatch.undo()
+    assert_same(model, before)
+    distorch.set_loras(model, [(one, 0.9)])
+    assert_same(model, load(path, "cpu,*", [(one, 0.9)]))
+
+
+def test_errors_leave_the_loras_that_were_there(path, tmp_path):
+    one = lora()
+    model = load(path, "cpu,6kb;disk,*", [(one, 0.5)])
+    before = values(model)
+    bad = lora(3)
+    bad["layers.2.lora_B.weight"][5, 1] = torch.nan
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    for loras, error in (
+        ([(one, 0.1), (bad, 0.5)], FormatError),
+        ([(tmp_path / "cut.safetensors", 1.0)], FormatError),
+        ([(tmp_path / "gone.safetensors", 1.0)], FormatError),
+        ([({"other.lora_A.weight": torch.ones(2, 2)}, 1.0)], FormatError),
+        ([(one, float("nan"))], SpecError),
+        ([one], SpecError),
+    ):
+        with pytest.raises(error):
+            distorch.set_loras(model, loras)
+        assert_same(model, before)
+    with pytest.raises(SpecError, match="lora_mode"):
+        distorch.set_loras(model, [], lora_mode="later")
+    with pytest.raises(PlacementError, match="not distributed"):
+        distorch.set_loras(Net(), [])
+
+
+def test_a_written_weight_is_not_lost(path):
+    model = load(path, "cpu,*", [(lora(0, (0,)), 0.5)])
+    with torch.no_grad():
+        model.layers[1].weight.mul_(2)
+    doubled = distorch.materialize(model.layers[1].weight)
+    distorch.set_loras(model, [(lora(0, (0, 1)), 0.0), (lora(0, (0,)), 0.2)])
+    assert torch.equal(distorch.materialize(model.layers[1].weight), doubled)
+    distorch.set_loras(model, [(lora(1, (1,)), 1.0)])
+    distorch.set_loras(model, [])
+    assert torch.equal(distorch.materialize(model.layers[1].weight), doubled)
+    distorch.set_loras(model, [(lora(0, (0,)), 0.5)])
+    with torch.no_grad():
+        model.layers[0].weight.add_(1)
+    with pytest.raises(PlacementError, match=r"layers\.0\.weight.*was written to"):
+        distorch.set_loras(model, [])
+
+
+def test_copies_have_loras_of_their_own(path):
+    import copy
+
+    model = load(path, "cpu,6kb;disk,*", [(lora(), 0.5)], lora_mode="fetch")
+    other = copy.deepcopy(model)
+    assert_same(other, model)
+    distorch.set_loras(other, [(lora(1), 1.0)])
+    assert_same(model, load(path, "cpu,*", [(lora(), 0.5)]))
+    assert_same(other, load(path, "cpu,*", [(lora(1), 1.0)]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_runs_meanwhile_in_another_thread(path, mode):
+    one = lora(0, (0, 1, 2, 3), 0.01)
+    model = load(path, "cpu,0b;disk,*", [(one, 0.5)], lora_mode=mode)
+    x, failures, stop = torch.randn(2, 32).bfloat16(), [], threading.Event()
+
+    def run():
+        try:
+            while not stop.is_set():
+                assert torch.isfinite(model(x)).all()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for i in range(20):
+        distorch.set_loras(model, [(one, 0.1 * (i + 1))])
+    stop.set()
+    thread.join()
+    assert not failures
+    assert_same(model, load(path, "cpu,*", [(one, 0.1 * 20)]))
+
+
+def test_report_says_what_was_patched(path):
+    state = lora() | {
+        "lora_te_x.lora_up.weight": torch.ones(2, 2),
+        "lora_te_x.lora_down.weight": torch.ones(2, 2),
+    }
+    model = load(path, "cpu,*", [(state, 0.5)])
+    (row,) = distorch.report(model).loras
+    assert (row["strength"], row["weights"], row["unmatched"], row["for other models"]) == (
+        0.5,
+        2,
+        [],
+        1,
+    )
+    assert "2 weights" in str(distorch.report(model))
+
+
+def test_files_are_read_once(path, tmp_path, monkeypatch):
+    file = tmp_path / "style.safetensors"
+    save_file(lora(), file)
+    model = load(path, "cpu,*", [(file, 0.5)])
+    monkeypatch.setattr("distorch.lora.patches.read_lora", lambda source: pytest.fail("read again"))
+    distorch.set_loras(model, [(file, 0.7)])
+    monkeypatch.undo()
+    save_file(lora(9), file)  # another file under the same name is read
+    distorch.set_loras(model, [(Path(file), 0.7)])
+    assert_same(model, load(path, "cpu,*", [(lora(9), 0.7)]))
