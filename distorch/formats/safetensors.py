@@ -24,7 +24,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes."""
+    """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes.
+
+    With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
+    uint8. A shape's last dimension need not be whole blocks; all elements together are.
+    """
 
     name: str
     path: str
@@ -32,6 +36,7 @@ class StoredTensor:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    block_type: str | None = None
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
