@@ -9,6 +9,7 @@
 
 #include "core/block_list.h"
 #include "core/half.h"
+#include "cuda/dequantise_run.h"
 #include "tests/check.h"
 
 using namespace distorch;
@@ -65,6 +66,21 @@ void check_path(const DequantisePath& path, BlockType type, int64_t blocks,
   }
 }
 
+// The body of the CUDA kernel, thread by thread.
+template <class Type>
+void check_runs(BlockType type, std::mt19937_64& random) {
+  constexpr int64_t kBlocks = 9, kRuns = kBlocks * Type::kElements / cuda::kRun;
+  std::vector<uint8_t> bytes(kBlocks * Type::kBytes);
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
+  std::vector<float> wanted(kBlocks * Type::kElements);
+  dequantise(type, bytes.data(), kBlocks, Element::kFloat32, wanted.data());
+  for (int64_t run = 0; run < kRuns; ++run) {
+    float numbers[cuda::kRun];
+    cuda::decode_run<Type>(bytes.data(), run, numbers);
+    for (int i = 0; i < cuda::kRun; ++i) CHECK(same(numbers[i], wanted[run * cuda::kRun + i]));
+  }
+}
+
 void lookups() {
   for (const BlockType type : block_types()) {
     CHECK(block_type_named(block_info(type).name) == type);
@@ -81,6 +97,9 @@ void lookups() {
 int main() {
   lookups();
   std::mt19937_64 random(6);
+#define DISTORCH_CHECK(name) check_runs<blocks::name>(BlockType::k##name, random);
+  DISTORCH_BLOCK_TYPES(DISTORCH_CHECK)
+#undef DISTORCH_CHECK
   for (const DequantisePath& path : dequantise_paths()) {
     for (const BlockType type : block_types()) {
       for (const int64_t blocks : {0, 1, 3, 70}) check_path(path, type, blocks, random);

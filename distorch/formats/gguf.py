@@ -126,6 +126,8 @@ class _Header:
         tensors, values = self._number("<Q"), self._number("<Q")
         if max(tensors, values) > _MOST_TENSORS:
             raise self._damaged(f"{tensors} tensors and {values} metadata values")
+        if not tensors:
+            raise self._damaged("it has no tensors")
         # name, dimensions, type, offset: 24 bytes at least; key, type, value: 13.
         self._room(tensors * 24 + values * 13, f"{tensors} tensors and {values} metadata values")
         return tensors, values

@@ -147,20 +147,21 @@ HOSTILE = {
     "empty": (b"", "damaged"),
     "magic only": (b"GGUF", "no room"),
     "another format": (b"GGML" + b"\0" * 64, "not a GGUF file"),
+    "no tensors": (made(), "no tensors"),
     "version 1": (made(version=1), "version 1"),
     "big-endian": (made(version=3 << 24), "big-endian"),
     "many tensors": (made(count=1 << 60), "tensors"),
     "more tensors than there is room for": (made(count=1 << 16), "no room"),
     "many values": (made(value_count=(1 << 64) - 1), "metadata values"),
-    "key of 2^62 bytes": (made(values=[struct.pack("<Q", 1 << 62)]), "string of"),
-    "key not UTF-8": (made(values=[value(b"\xff\xfe", 4, b"\0" * 4)]), "UTF-8"),
-    "key twice": (made(values=[value("k", 4, b"\0" * 4)] * 2), "twice"),
-    "unknown value type": (made(values=[value("k", 13, b"\0" * 8)]), "unknown type"),
-    "array of 2^61 doubles": (made(values=[value("k", 9, array(12, 1 << 61))]), "no room"),
-    "array of 2^62 strings": (made(values=[value("k", 9, array(8, 1 << 62))]), "no room"),
-    "array of an unknown type": (made(values=[value("k", 9, array(77, 2))]), "unknown type"),
-    "arrays in arrays": (made(values=[value("k", 9, array(9, 1) * 30)]), "deep"),
-    "string in a string's room": (made(values=[value("k", 8, struct.pack("<Q", BIG))]), "string"),
+    "key of 2^62 bytes": (made([tensor()], [struct.pack("<Q", 1 << 62)]), "string of"),
+    "key not UTF-8": (made([tensor()], [value(b"\xff\xfe", 4, b"\0" * 4)]), "UTF-8"),
+    "key twice": (made([tensor()], [value("k", 4, b"\0" * 4)] * 2), "twice"),
+    "unknown value type": (made([tensor()], [value("k", 13, b"\0" * 8)]), "unknown type"),
+    "array of 2^61 doubles": (made([tensor()], [value("k", 9, array(12, 1 << 61))]), "no room"),
+    "array of 2^62 strings": (made([tensor()], [value("k", 9, array(8, 1 << 62))]), "no room"),
+    "array of an unknown type": (made([tensor()], [value("k", 9, array(77, 2))]), "unknown type"),
+    "arrays in arrays": (made([tensor()], [value("k", 9, array(9, 1) * 30)]), "deep"),
+    "string without end": (made([tensor()], [value("k", 8, struct.pack("<Q", BIG))]), "string"),
     "tensor twice": (made([tensor(), tensor(offset=64)]), "twice"),
     "no dimensions": (made([tensor(dims=())]), "shape"),
     "nine dimensions": (made([tensor(dims=(32,) + (1,) * 8)]), "9 dimensions"),
@@ -187,7 +188,7 @@ HOSTILE = {
                                                                   b"\xff" * 3))]),
         "said to have been",
     ),
-    "split": (made(values=[value("split.count", 2, b"\3\0")]), "split"),
+    "split": (made([tensor()], [value("split.count", 2, b"\3\0")]), "split"),
     "long name": (made([tensor(name="a" * 2000)]), "string of"),
     "data cut off": (made([tensor(dims=(4096,))], data=b"\0" * 4351), "ends at byte"),
 }  # fmt: skip
@@ -211,7 +212,7 @@ def test_the_hostile_files_differ_from_a_good_one_in_one_thing(tmp_path):
 def test_endless_header_takes_bounded_memory(tmp_path):
     """A sparse file of 64 GiB that claims to be one array of strings."""
     path = tmp_path / "sparse.gguf"
-    path.write_bytes(made(values=[value("k", 9, array(8, 1 << 32))], data=b""))
+    path.write_bytes(made([tensor()], [value("k", 9, array(8, 1 << 32))], data=b""))
     with path.open("r+b") as file:
         file.truncate(64 << 30)
     tracemalloc.start()
