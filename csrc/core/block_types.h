@@ -11,7 +11,8 @@
 //
 // The bits of a result are those of gguf-py's `quants.dequantize`. It rounds
 // after every operation, in its order, in float32: products of scales first,
-// and no fused multiply-add anywhere.
+// and no fused multiply-add anywhere. (Where a type adds an offset, today's
+// products are exact, 22 bits at most; the rule is for types to come.)
 #pragma once
 
 #include <cstdint>

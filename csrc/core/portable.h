@@ -20,6 +20,14 @@ DISTORCH_HD float as_float(uint32_t bits) {
 #endif
 }
 
+DISTORCH_HD uint32_t as_bits(float number) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(number);
+#else
+  return std::bit_cast<uint32_t>(number);
+#endif
+}
+
 // Little-endian numbers at any address.
 DISTORCH_HD uint32_t load16(const uint8_t* from) {
   return from[0] | static_cast<uint32_t>(from[1]) << 8;
@@ -29,14 +37,16 @@ DISTORCH_HD uint32_t load32(const uint8_t* from) { return load16(from) | load16(
 
 // IEEE float16 to float32. No float32 subnormal is met on the way, so that a
 // thread that flushes them (torch.set_flush_denormal) gets the same numbers.
+// Masks instead of conditions: compilers make branches of those, and the signs
+// of scales cannot be predicted.
 DISTORCH_HD float half_at(const uint8_t* from) {
   const uint32_t bits = load16(from), shifted = (bits & 0x7fffu) << 13;
-  const float normal = as_float(shifted + (112u << 23));
-  const float subnormal = as_float(shifted + (113u << 23)) - 0x1p-14f;
-  const float special = as_float(shifted | 0x7f800000u);  // inf and NaN
-  const float finite = shifted < 0x00800000u ? subnormal : normal;
-  const float magnitude = shifted >= 0x0f800000u ? special : finite;
-  return (bits & 0x8000u) != 0 ? -magnitude : magnitude;
+  const uint32_t subnormal = as_bits(as_float(shifted + (113u << 23)) - 0x1p-14f);
+  const uint32_t is_subnormal = 0u - static_cast<uint32_t>(shifted < 0x00800000u);
+  const uint32_t is_special = 0u - static_cast<uint32_t>(shifted >= 0x0f800000u);  // inf and NaN
+  const uint32_t normal = shifted + (112u << 23) + (is_special & 112u << 23);
+  const uint32_t magnitude = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  return as_float(magnitude | (bits & 0x8000u) << 16);
 }
 
 // --- what block descriptions do with their i-th number ---
