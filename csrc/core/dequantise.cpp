@@ -50,10 +50,13 @@ DISTORCH_INLINE void decode_group(const uint8_t* block, int g, float* __restrict
 template <class Type, int kLanes>
 DISTORCH_INLINE void decode(const uint8_t* __restrict from, int64_t blocks,
                             float* __restrict into) {
+  // A copy, which the numbers written cannot be: what groups share is computed once.
+  uint8_t bytes[Type::kBytes];
   for (int64_t block = 0; block < blocks; ++block) {
+    std::memcpy(bytes, from, Type::kBytes);
 #pragma GCC unroll 16
     for (int g = 0; g < Type::kElements / Type::kGroup; ++g) {
-      decode_group<Type, kLanes>(from, g, into);
+      decode_group<Type, kLanes>(bytes, g, into);
     }
     from += Type::kBytes;
     into += Type::kElements;
