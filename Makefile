@@ -5,7 +5,7 @@ VENV ?= .venv
 DEMO_OUT ?= out/digits.png
 BIN := $(VENV)/bin
 CONSTRAINTS := $(VENV)/constraints.txt
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MAX_JOBS ?= 2
 export MAX_JOBS
 

@@ -231,6 +231,19 @@ def read_donor(tensor: torch.Tensor, begin: int, into: torch.Tensor) -> None:
     _ops.read_donor(tensor, begin, into)
 
 
+def dequantise(blocks: torch.Tensor, block_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """GGUF blocks, uint8 [.., bytes], as numbers [.., elements] of float32, float16 or bfloat16.
+
+    Computed in float32 with the bits of `gguf.quants.dequantize`, rounded once.
+    """
+    return cast(torch.Tensor, _ops.dequantise(blocks, block_type, dtype))
+
+
+def dequantise_into(into: torch.Tensor, blocks: torch.Tensor, block_type: str) -> None:
+    """The same into a contiguous tensor [.., elements]."""
+    _ops.dequantise_(into, blocks, block_type)
+
+
 def suggest_order(sharded: Sequence[torch.Tensor]) -> None:
     """The order in which these weights are likely to be used, before any pass was seen."""
     _ops.suggest_order(list(sharded))

@@ -35,7 +35,7 @@ def plan(
         inventory = distribution.inventory_of(source, groups)
         devices = distribution.devices_for(groups, source)
     else:
-        inventory = open_checkpoint(source).inventory()
+        inventory = open_checkpoint(source, quantised=True).inventory()
         devices = distribution.devices_for((), None)
     return distribution.plan_inventory(
         inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor

@@ -31,6 +31,11 @@ bool decode_rows(const Decoding& decoding, int64_t begin, int64_t end, const std
     return merge_rows(decoding.out, stored, decoding.out, into, begin, end, columns,
                       decoding.terms);
   }
+  if (decoding.terms.empty() && decoding.scales.data == nullptr &&
+      decoding.code->to_element != nullptr) {
+    decoding.code->to_element(stored, (end - begin) * columns, decoding.out, into);
+    return true;
+  }
   std::vector<float> panel(std::min(kPanelRows, end - begin) * columns);
   bool finite = true;
   for (int64_t row = begin; row < end; row += kPanelRows) {

@@ -1,4 +1,4 @@
-// The floating-point types that weights are computed with.
+// The floating-point types that kernels of ours read and write.
 #pragma once
 
 namespace distorch {

@@ -5,7 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
+#include "core/block_list.h"
+#include "core/dequantise.h"
 #include "core/error.h"
 #include "core/half.h"
 
@@ -51,19 +54,48 @@ void floats(const std::byte* from, int64_t count, float* into) {
 }
 
 const RowCode kCodes[] = {
-    {"float32", 1, 4, Element::kFloat32, &floats},
-    {"float16", 1, 2, Element::kFloat16, &halves_to_float<from_float16>},
-    {"bfloat16", 1, 2, Element::kBFloat16, &halves_to_float<from_bfloat16>},
-    {"float8_e4m3fn", 1, 1, std::nullopt, &bytes_to_float<from_float8_e4m3fn>},
-    {"float8_e5m2", 1, 1, std::nullopt, &bytes_to_float<from_float8_e5m2>},
-    {"int8", 1, 1, std::nullopt, &bytes_to_float<from_int8>},
-    {"uint8", 1, 1, std::nullopt, &bytes_to_float<from_uint8>},
+    {"float32", 1, 4, Element::kFloat32, &floats, nullptr},
+    {"float16", 1, 2, Element::kFloat16, &halves_to_float<from_float16>, nullptr},
+    {"bfloat16", 1, 2, Element::kBFloat16, &halves_to_float<from_bfloat16>, nullptr},
+    {"float8_e4m3fn", 1, 1, std::nullopt, &bytes_to_float<from_float8_e4m3fn>, nullptr},
+    {"float8_e5m2", 1, 1, std::nullopt, &bytes_to_float<from_float8_e5m2>, nullptr},
+    {"int8", 1, 1, std::nullopt, &bytes_to_float<from_int8>, nullptr},
+    {"uint8", 1, 1, std::nullopt, &bytes_to_float<from_uint8>, nullptr},
 };
+
+template <BlockType kType>
+void blocks_to_element(const std::byte* from, int64_t count, Element type, void* into) {
+  dequantise(kType, from, count / block_info(kType).elements, type, into);
+}
+
+template <BlockType kType>
+void blocks_to_float(const std::byte* from, int64_t count, float* into) {
+  blocks_to_element<kType>(from, count, Element::kFloat32, into);
+}
+
+template <BlockType kType>
+RowCode block_code() {
+  const BlockInfo& info = block_info(kType);
+  return {info.name,    info.elements,           info.bytes,
+          std::nullopt, &blocks_to_float<kType>, &blocks_to_element<kType>};
+}
+
+const std::vector<RowCode>& block_codes() {
+  static const std::vector<RowCode> codes{
+#define DISTORCH_CODE(name) block_code<BlockType::k##name>(),
+      DISTORCH_BLOCK_TYPES(DISTORCH_CODE)
+#undef DISTORCH_CODE
+  };
+  return codes;
+}
 
 }  // namespace
 
 const RowCode& row_code(const std::string& name) {
   for (const RowCode& code : kCodes) {
+    if (name == code.name) return code;
+  }
+  for (const RowCode& code : block_codes()) {
     if (name == code.name) return code;
   }
   throw Error(ErrorKind::kFormat, "weights stored as '" + name + "' are not known here");

@@ -11,12 +11,14 @@
 namespace distorch {
 
 struct RowCode {
-  const char* name;           // "bfloat16", "float8_e4m3fn", "int8"
+  const char* name;           // "bfloat16", "float8_e4m3fn", "Q4_K"
   int64_t elements;           // of one block; 1 for plain numbers
   int64_t bytes;              // of one block
   std::optional<Element> is;  // for numbers that merges read as they are
   // `count` elements (whole blocks) as float32, exact or as the format defines it.
   void (*to_float)(const std::byte* from, int64_t count, float* into);
+  // The same as any element, rounded once; null: by way of float32.
+  void (*to_element)(const std::byte* from, int64_t count, Element type, void* into);
 
   // REQUIRES: whole blocks.
   int64_t bytes_of(int64_t count) const { return count / elements * bytes; }

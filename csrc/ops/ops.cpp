@@ -412,6 +412,8 @@ TORCH_LIBRARY(distorch, library) {
   library.def("read_donor(Tensor tensor, int begin, Tensor(a!) into) -> ()", &read_donor);
   library.def("suggest_order(Tensor[] sharded) -> ()", &suggest_order);
   library.def("count_in(Tensor tensor, int group) -> ()", &count_in);
+  library.def("dequantise(Tensor blocks, str type, ScalarType dtype) -> Tensor");
+  library.def("dequantise_(Tensor(a!) into, Tensor blocks, str type) -> ()");
   library.def("sweep() -> int", &sweep);
 }
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distorch._tables import human_bytes, text_table
-from distorch.formats.checkpoint import Checkpoint, open_checkpoint
+from distorch.formats.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from distorch.formats.safetensors import StoredTensor
 
 _LORA_MARKS = {
@@ -40,8 +40,11 @@ class Contents:
             f"{self.path}: {self.kind}, {self.tensors} tensors, {human_bytes(self.total_bytes)}",
             "",
             text_table(
-                ("dtype", "bytes", "size"),
-                [(k, str(v), human_bytes(v)) for k, v in self.dtypes.items()],
+                ("dtype", "bytes", "size", "share"),
+                [
+                    (k, str(v), human_bytes(v), f"{v / max(1, self.total_bytes):.1%}")
+                    for k, v in self.dtypes.items()
+                ],
             ),
             "",
             text_table(("largest", "shape", "bytes"), [(n, s, str(b)) for n, s, b in self.largest]),
@@ -60,7 +63,7 @@ class Contents:
 
 def inspect_file(path: str) -> Contents:
     """Reads headers only. FormatError when the file is damaged or of an unknown kind."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, quantised=True)
     tensors = list(checkpoint.tensors.values())
     largest = sorted(tensors, key=lambda tensor: -tensor.nbytes)[:_SHOWN]
     return Contents(
@@ -78,7 +81,7 @@ def inspect_file(path: str) -> Contents:
 def _bytes_by_dtype(tensors: list[StoredTensor]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for tensor in tensors:
-        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+        counts[dtype_name(tensor)] += tensor.nbytes
     return dict(counts.most_common())
 
 
@@ -86,6 +89,8 @@ def _kind(checkpoint: Checkpoint) -> str:
     for mark, kind in _LORA_MARKS.items():
         if any(mark in f"{name}." for name in checkpoint.tensors):
             return kind
+    if architecture := checkpoint.metadata.get("general.architecture"):
+        return f"GGUF checkpoint, architecture {architecture[:40]}"
     names = checkpoint.tensors
     if any(
         tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point for tensor in names.values()

@@ -1,4 +1,4 @@
-"""A checkpoint: a safetensors or torch file, a sharded one (index.json), or a folder of such."""
+"""A checkpoint: a safetensors, torch or GGUF file, a sharded one, or a folder with one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distorch.errors import FormatError
+from distorch.formats import gguf
 from distorch.formats.safetensors import StoredTensor, read_header
 from distorch.formats.torch_file import TORCH_SUFFIXES, stored_in_torch_file
 from distorch.planner import Inventory, WeightInfo
@@ -37,47 +38,74 @@ class Checkpoint:
         )
 
 
+def dtype_name(tensor: StoredTensor) -> str:
+    """ "bfloat16", "Q4_K"."""
+    return tensor.block_type or str(tensor.dtype).removeprefix("torch.")
+
+
 def weight_info(tensor: StoredTensor, name: str, aliases: tuple[str, ...] = ()) -> WeightInfo:
     """One stored tensor under the name that the module gives it."""
     return WeightInfo(
         name=name,
         nbytes=tensor.nbytes,
         shape=tensor.shape,
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor),
         floating=tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1,
         aliases=aliases,
     )
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads the headers only. FormatError when there is nothing to read or it is damaged."""
+def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) -> Checkpoint:
+    """Reads the headers only. FormatError when there is nothing to read or it is damaged.
+
+    Without `quantised` a file that stores tensors in blocks is refused: for callers that take
+    `nbytes` for elements of `dtype`.
+    """
     target = Path(path)
     if target.is_dir():
         target = _in_folder(target)
     if target.name.endswith(".index.json"):
         return _open_index(target)
     if not target.is_file():
-        raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors file")
-    tensors, metadata = _read_file(target.resolve())
+        raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors or .gguf file")
+    tensors, metadata = _read_file(target.resolve(), quantised)
     return Checkpoint(str(target), tensors, metadata)
 
 
-def _read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _read_file(
+    path: Path, quantised: bool = False
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if path.suffix in TORCH_SUFFIXES:
         return stored_in_torch_file(path), {}
+    if path.suffix == ".gguf" or gguf.is_gguf(path):
+        return _read_gguf(path, quantised)
     return read_header(path)
 
 
+def _read_gguf(path: Path, quantised: bool) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    tensors, metadata = gguf.read_header(path)
+    blocks = [tensor for tensor in tensors.values() if tensor.block_type]
+    if blocks and not quantised:
+        raise FormatError(
+            f"{str(path)!r} has quantised tensors ({blocks[0].name!r} is {blocks[0].block_type}), "
+            "which cannot be loaded yet"
+        )
+    return tensors, metadata
+
+
+_FOLDER_PATTERNS = (
+    "*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.gguf",
+)  # fmt: skip
+
+
 def _in_folder(folder: Path) -> Path:
-    found: list[Path] = []
-    for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin"):
-        found = found or sorted(folder.glob(pattern))
+    found = next(filter(None, (sorted(folder.glob(p)) for p in _FOLDER_PATTERNS)), [])
     if len(found) == 1:
         return found[0]
     names = ", ".join(path.name for path in found[:4]) or "none"
     raise FormatError(
-        f"{str(folder)!r}: expected one *.safetensors or *.safetensors.index.json, found {names}; "
-        "name the file"
+        f"{str(folder)!r}: expected one *.safetensors, *.safetensors.index.json or *.gguf, "
+        f"found {names}; name the file"
     )
 
 

@@ -28,6 +28,8 @@ class StoredTensor:
     """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes.
 
     `data` holds it (mapped, not read) where the file does not keep it in one contiguous range.
+    With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
+    uint8. A shape's last dimension need not be whole blocks; all elements together are.
     """
 
     name: str
@@ -37,12 +39,17 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     data: torch.Tensor | None = None
+    block_type: str | None = None
 
     def read(self) -> torch.Tensor:
-        """Its values in new memory, contiguous. FormatError, FetchError."""
+        """Its values in new memory, contiguous; of blocks, the bytes [nbytes].
+
+        Raises FormatError, FetchError.
+        """
         if self.data is not None:
             return self.data.detach().clone(memory_format=torch.contiguous_format)
-        into = torch.empty(self.shape, dtype=self.dtype)
+        shape = (self.nbytes,) if self.block_type else self.shape
+        into = torch.empty(shape, dtype=self.dtype)
         if self.nbytes:
             _ops.read_file(self.path, self.offset, into)
         return into

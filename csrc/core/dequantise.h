@@ -1,0 +1,28 @@
+// Blocks of GGUF files to floating-point numbers, on the host.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/blocks.h"
+#include "core/element.h"
+
+namespace distorch {
+
+// Note [What decoding computes]
+// Numbers are computed in float32 as gguf-py does, operation by operation (see
+// Note [A block's description]), then rounded once, to nearest even, to the
+// type asked for. Every path gives the same bits. NaN stays NaN.
+
+// `blocks` blocks from `from` (any address) to `into`, blocks * elements numbers
+// of `out_type`. REQUIRES: `into` is aligned to its numbers; the two do not overlap.
+void dequantise(BlockType type, const void* from, int64_t blocks, Element out_type, void* into);
+
+// The same for each width of vectors that this processor has, for tests.
+struct DequantisePath {
+  const char* name;
+  decltype(&dequantise) run;
+};
+std::vector<DequantisePath> dequantise_paths();
+
+}  // namespace distorch

@@ -1,0 +1,108 @@
+// Every path of the decoder against the description it is made from, number by
+// number, over random bytes at odd addresses.
+#include "core/dequantise.h"
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "core/block_list.h"
+#include "core/half.h"
+#include "cuda/dequantise_run.h"
+#include "tests/check.h"
+
+using namespace distorch;
+
+namespace {
+
+template <class Type>
+float described(const uint8_t* bytes, int64_t number) {
+  const uint8_t* block = bytes + number / Type::kElements * Type::kBytes;
+  const int at = static_cast<int>(number % Type::kElements);
+  return Type::number(Type::open(block, at / Type::kGroup), at % Type::kGroup);
+}
+
+float described(BlockType type, const uint8_t* bytes, int64_t number) {
+  switch (type) {
+    case BlockType::kF32:
+      return as_float(load32(bytes + 4 * number));
+    case BlockType::kF16:
+      return from_float16(static_cast<uint16_t>(load16(bytes + 2 * number)));
+    case BlockType::kBF16:
+      return from_bfloat16(static_cast<uint16_t>(load16(bytes + 2 * number)));
+#define DISTORCH_CASE(name) \
+  case BlockType::k##name:  \
+    return described<blocks::name>(bytes, number);
+      DISTORCH_BLOCK_TYPES(DISTORCH_CASE)
+#undef DISTORCH_CASE
+  }
+  return 0;
+}
+
+bool same(float a, float b) {
+  return (std::isnan(a) && std::isnan(b)) ||
+         std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
+}
+
+void check_path(const DequantisePath& path, BlockType type, int64_t blocks,
+                std::mt19937_64& random) {
+  const BlockInfo& info = block_info(type);
+  // Of exactly the size, so that the sanitizers see a step too far.
+  std::vector<uint8_t> bytes(static_cast<size_t>(blocks * info.bytes + 1));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
+  const auto count = static_cast<size_t>(blocks * info.elements);
+  std::vector<float> full(count);
+  std::vector<uint16_t> half(count), brain(count);
+  const uint8_t* from = bytes.data() + 1;
+  path.run(type, from, blocks, Element::kFloat32, full.data());
+  path.run(type, from, blocks, Element::kFloat16, half.data());
+  path.run(type, from, blocks, Element::kBFloat16, brain.data());
+  for (size_t i = 0; i < count; ++i) {
+    const float wanted = described(type, from, static_cast<int64_t>(i));
+    CHECK(same(full[i], wanted));
+    CHECK(same(from_float16(half[i]), from_float16(to_float16(wanted))));
+    CHECK(same(from_bfloat16(brain[i]), from_bfloat16(to_bfloat16(wanted))));
+  }
+}
+
+// The body of the CUDA kernel, thread by thread.
+template <class Type>
+void check_runs(BlockType type, std::mt19937_64& random) {
+  constexpr int64_t kBlocks = 9, kRuns = kBlocks * Type::kElements / cuda::kRun;
+  std::vector<uint8_t> bytes(kBlocks * Type::kBytes);
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
+  std::vector<float> wanted(kBlocks * Type::kElements);
+  dequantise(type, bytes.data(), kBlocks, Element::kFloat32, wanted.data());
+  for (int64_t run = 0; run < kRuns; ++run) {
+    float numbers[cuda::kRun];
+    cuda::decode_run<Type>(bytes.data(), run, numbers);
+    for (int i = 0; i < cuda::kRun; ++i) CHECK(same(numbers[i], wanted[run * cuda::kRun + i]));
+  }
+}
+
+void lookups() {
+  for (const BlockType type : block_types()) {
+    CHECK(block_type_named(block_info(type).name) == type);
+    CHECK(block_type_numbered(static_cast<uint32_t>(type)) == type);
+  }
+  CHECK(!block_type_named("Q4_9") && !block_type_named(""));
+  for (const uint32_t number : {4u, 9u, 15u, 24u, 31u, 41u, 42u, 0xffffffffu}) {
+    CHECK(!block_type_numbered(number));
+  }
+}
+
+}  // namespace
+
+int main() {
+  lookups();
+  std::mt19937_64 random(6);
+#define DISTORCH_CHECK(name) check_runs<blocks::name>(BlockType::k##name, random);
+  DISTORCH_BLOCK_TYPES(DISTORCH_CHECK)
+#undef DISTORCH_CHECK
+  for (const DequantisePath& path : dequantise_paths()) {
+    for (const BlockType type : block_types()) {
+      for (const int64_t blocks : {0, 1, 3, 70}) check_path(path, type, blocks, random);
+    }
+  }
+}
