@@ -153,13 +153,16 @@ def new_reader(module: nn.Module) -> LoraReader:
 
 def merged_value(
     patches: Applied, values: torch.Tensor, rows: StoredRows | None, dtype: torch.dtype,
-    compute: torch.device,
+    compute: torch.device, *, shape: Sequence[int] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The patched weight, computed on `compute` where it has the kernel. `values` may be reused."""
+    """The patched weight, computed on `compute` where it has the kernel. `values` may be reused.
+
+    `shape` of the weight, where the values are blocks.
+    """
     device = compute if _ops.can_decode(compute) else torch.device("cpu")
     narrow = dtype.itemsize == 1
     target = torch.float32 if narrow else dtype
-    value = merge(patches, values.to(device), target, rows, in_place=True)
+    value = merge(patches, values.to(device), target, rows, shape=shape, in_place=True)
     if narrow and rows is not None and rows.scales is not None:
         value = _unscaled(value, rows)
     if dtype in _INTEGERS:
@@ -295,7 +298,7 @@ def _redo(
         original = Original(None, None, group.first.dtype)
         known.originals[group.name] = original
     terms = low_rank_terms(patches) if options.mode == "fetch" else None
-    if options.mode == "fetch" and terms is not None and _can_fetch(original):
+    if terms is not None and _can_fetch(original, tuple(group.first.shape)):
         _redo_at_fetch(group, terms, original, options, compute)
     else:
         _redo_merged(group, patches, original, options, compute)
@@ -303,8 +306,10 @@ def _redo(
     original.version = group.first._version
 
 
-def _can_fetch(original: Original) -> bool:
+def _can_fetch(original: Original, shape: tuple[int, ...]) -> bool:
     """Whether fetches can patch a weight of this kind."""
+    if original.rows is not None and not original.rows.whole_rows(shape):
+        return False
     narrow = original.dtype.itemsize == 1 and original.dtype.is_floating_point
     return original.rows is not None or narrow or original.dtype in _ops.DECODED_DTYPES
 
@@ -344,7 +349,8 @@ def _restored(group: Group, original: Original, compute: torch.device) -> torch.
     if stored is None:
         return parameter
     if place == "disk" and stored.data is None:
-        shape, dtype = stored.shape, stored.dtype
+        shape = (stored.nbytes,) if stored.block_type else stored.shape
+        dtype = stored.dtype
         data = _ops.shard_file(
             stored.path, stored.offset, shape, dtype, compute=compute, name=group.name
         )
@@ -353,7 +359,7 @@ def _restored(group: Group, original: Original, compute: torch.device) -> torch.
         if rows is None and place == str(compute) and not _is_file_donor(parameter):
             return value.to(compute)
         data = _donors.shard_on(place, value, compute, group.name)
-    return data if rows is None else with_rows(data, rows, original.dtype, group.name)
+    return data if rows is None else with_rows(data, rows, original.dtype, stored.shape, group.name)
 
 
 def _is_file_donor(tensor: torch.Tensor) -> bool:
@@ -361,11 +367,11 @@ def _is_file_donor(tensor: torch.Tensor) -> bool:
 
 
 def with_rows(
-    stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, name: str
+    stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, shape: Sequence[int], name: str
 ) -> torch.Tensor:
-    """A sharded tensor that is decoded from `stored` (sharded, whole, the weight's shape)."""
+    """A sharded tensor `dtype` [shape] that is decoded from the bytes of `stored` (sharded)."""
     return _ops.decoded(
-        stored, rows.code, dtype, stored.shape, scales=rows.scales, block=rows.block, name=name
+        stored, rows.code, dtype, shape, scales=rows.scales, block=rows.block, name=name
     )
 
 
@@ -382,7 +388,8 @@ def _redo_merged(
     value = original.values()
     if patches:
         dtype = options.dtype_of(value.dtype, original.dtype)
-        value = merged_value(patches, value, original.rows, dtype, compute)
+        shape = tuple(group.first.shape)
+        value = merged_value(patches, value, original.rows, dtype, compute, shape=shape)
     parameter = group.first
     if original.kept is None and _takes(parameter, value):
         parameter.data.copy_(value)
