@@ -41,18 +41,20 @@ class StoredTensor:
     data: torch.Tensor | None = None
     block_type: str | None = None
 
-    def read(self) -> torch.Tensor:
-        """Its values in new memory, contiguous; of blocks, the bytes [nbytes].
-
-        Raises FormatError, FetchError.
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Its values, contiguous, in new memory or in `into` (uint8, large enough); of blocks, the
+        bytes [nbytes]. FormatError, FetchError.
         """
-        if self.data is not None:
-            return self.data.detach().clone(memory_format=torch.contiguous_format)
         shape = (self.nbytes,) if self.block_type else self.shape
-        into = torch.empty(shape, dtype=self.dtype)
+        if into is None:
+            target = _ops.host_empty(shape, self.dtype)
+        else:
+            target = into[: self.nbytes].view(self.dtype).view(shape)
+        if self.data is not None:
+            return target.copy_(self.data.detach())
         if self.nbytes:
-            _ops.read_file(self.path, self.offset, into)
-        return into
+            _ops.read_file(self.path, self.offset, target)
+        return target
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -125,14 +125,15 @@ def merge(
     rows: StoredRows | None = None,
     *,
     shape: Sequence[int] | None = None,
+    into: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
     """The patched weight, in `dtype`, on the device of `stored`. FormatError on NaN and inf.
 
     `shape` of the weight, where it is not that of `stored` (blocks).
 
-    `stored` is the base: plain numbers, or scaled ones if `rows` says so. With `in_place` its
-    memory may become the result's.
+    `stored` is the base: plain numbers, or scaled ones if `rows` says so. The result may be written
+    to `into` (plain, contiguous, of its shape, dtype and device), or with `in_place` to `stored`.
     """
     if rows is None:
         rows = StoredRows(_ops.code_of(stored.dtype))
@@ -147,7 +148,8 @@ def merge(
         return _merge_wide(patches, _plain(stored, rows, sizes), dtype)
     same = in_place and stored.dtype == dtype == kernel_dtype and rows.scales is None
     matrix = _ops.as_matrix(sizes)
-    into = stored if same else torch.empty(sizes, dtype=kernel_dtype, device=stored.device)
+    if into is None or into.dtype != kernel_dtype or into.device != stored.device:
+        into = stored if same else torch.empty(sizes, dtype=kernel_dtype, device=stored.device)
     finite = torch.ones(1, dtype=torch.bool, device=stored.device)
     _ops.decode(
         into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block, terms=terms,
