@@ -178,18 +178,6 @@ def shard_file(
     return cast(torch.Tensor, _ops.shard_file(path, offset, sizes, dtype, compute, name))
 
 
-_LARGE_BYTES = 4 << 20
-
-
-def host_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A plain contiguous tensor on the host, not filled; large ones in pages of their own."""
-    nbytes = prod(shape) * dtype.itemsize
-    if nbytes < _LARGE_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
-    memory = cast(torch.Tensor, _ops.host_memory(nbytes))
-    return memory.view(dtype).view(tuple(shape))
-
-
 def pinned_memory(nbytes: int, compute: torch.device) -> torch.Tensor:
     """Pinned host memory of exactly that size for copies to a device: uint8 [nbytes]."""
     return cast(torch.Tensor, _ops.pinned_slab(nbytes, compute))

@@ -14,9 +14,16 @@
 namespace distorch {
 namespace {
 
+// Pages of the system's own, exact in size and gone when given back.
 class HostDevice : public RingDevice {
  public:
-  std::shared_ptr<std::byte> allocate(uint64_t bytes) override { return host_pages(bytes); }
+  std::shared_ptr<std::byte> allocate(uint64_t bytes) override {
+    void* memory =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    ::madvise(memory, bytes, MADV_HUGEPAGE);
+    return {static_cast<std::byte*>(memory), [bytes](std::byte* at) { ::munmap(at, bytes); }};
+  }
 
   std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
                              std::shared_ptr<void> block) override {
@@ -87,13 +94,6 @@ void end_ring(Ring* ring) {
 }  // namespace
 
 void set_wait_wrapper(WaitWrapper wrapper) { wait_wrapper = wrapper; }
-
-std::shared_ptr<std::byte> host_pages(uint64_t bytes) {
-  void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  ::madvise(memory, bytes, MADV_HUGEPAGE);
-  return {static_cast<std::byte*>(memory), [bytes](std::byte* at) { ::munmap(at, bytes); }};
-}
 
 std::shared_ptr<Ring> ring_for(const std::string& device) {
   Registry& all = registry();

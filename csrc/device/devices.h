@@ -13,10 +13,6 @@ namespace distorch {
 // holds it: weights and reservations do.
 std::shared_ptr<Ring> ring_for(const std::string& device);
 
-// Pages of the system's own, exact in size and gone when given back.
-// Throws std::bad_alloc.
-std::shared_ptr<std::byte> host_pages(uint64_t bytes);
-
 // Room for look-ahead on one device, given back with this object.
 class Reservation {
  public:

@@ -81,21 +81,6 @@ at::Tensor shard_slab(const at::Tensor& slab, int64_t begin, const at::Tensor& l
   return wrap_donor(std::move(donor), {}, geometry_of(like), compute, name);
 }
 
-// Host memory of its own pages, exact in size, given back when it is let go of;
-// in huge pages where the system has some, which are much cheaper to fill.
-at::Tensor host_memory(int64_t bytes) {
-  const std::shared_ptr<std::byte> pages = host_pages(static_cast<uint64_t>(bytes));
-  auto* owner = new std::shared_ptr<std::byte>(pages);
-  at::DataPtr pointer(
-      pages.get(), owner, [](void* at) { delete static_cast<std::shared_ptr<std::byte>*>(at); },
-      at::kCPU);
-  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(pointer), nullptr, false);
-  at::Tensor memory = at::empty({0}, at::TensorOptions().dtype(at::kByte));
-  memory.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
-  memory.unsafeGetTensorImpl()->set_sizes_contiguous({bytes});
-  return memory;
-}
-
 // Pinned memory for copies to a device, exact in size: uint8 [bytes].
 at::Tensor pinned_slab(int64_t bytes, at::Device compute) {
   return pinned_memory(static_cast<uint64_t>(bytes), compute.type());
@@ -399,7 +384,6 @@ TORCH_LIBRARY(distorch, library) {
       &shard_file);
   library.def("shard_scratch(Tensor data, str directory, Device compute, str name) -> Tensor",
               &shard_scratch);
-  library.def("host_memory(int bytes) -> Tensor", &host_memory);
   library.def("pinned_slab(int bytes, Device compute) -> Tensor", &pinned_slab);
   library.def("shard_slab(Tensor slab, int begin, Tensor like, Device compute, str name) -> Tensor",
               &shard_slab);

@@ -47,7 +47,7 @@ class StoredTensor:
         """
         shape = (self.nbytes,) if self.block_type else self.shape
         if into is None:
-            target = _ops.host_empty(shape, self.dtype)
+            target = torch.empty(shape, dtype=self.dtype)
         else:
             target = into[: self.nbytes].view(self.dtype).view(shape)
         if self.data is not None:
