@@ -253,9 +253,16 @@ void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
   }
   auto decoded = std::make_shared<c10::Event>(device_.type());
   decoded->record(stream);
-  add_orphan(decoded);  // for what is copied to the stored bytes' room next
-  slot->stored_block.reset();
+  if (slot->stored_block != nullptr) decoded_.emplace_back(decoded, std::move(slot->stored_block));
   arrival.events = {std::move(decoded)};
+}
+
+// The oldest stored bytes: most likely decoded by now.
+bool Accelerator::reclaim() {
+  if (decoded_.empty()) return false;
+  add_orphan(decoded_.front().first);  // what is copied there next waits for it
+  decoded_.pop_front();
+  return true;
 }
 
 // False: the device refused; the slots have the error.

@@ -7,6 +7,7 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -43,6 +44,7 @@ class Accelerator : public RingDevice {
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) override;
   void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
+  bool reclaim() override;
   void dropped(Slot& slot) override;
   void lend(Slot& slot) override;
 
@@ -86,6 +88,8 @@ class Accelerator : public RingDevice {
   const c10::impl::VirtualGuardImpl guard_;
   std::map<std::string, Link> links_;
   std::optional<c10::Stream> decoding_;
+  // Rooms of stored bytes and the end of their decoding, oldest first.
+  std::deque<std::pair<std::shared_ptr<c10::Event>, std::shared_ptr<void>>> decoded_;
   std::vector<std::shared_ptr<Slot>> to_decode_;  // asked for, since the last flush
   std::vector<c10::Stream> users_;                // that were lent slots
   std::vector<std::weak_ptr<c10::Storage>> blocks_;

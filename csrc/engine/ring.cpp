@@ -363,7 +363,7 @@ std::shared_ptr<void> Ring::find_room(uint64_t wanted, IoPool::Urgency urgency, 
     if (bytes <= capacity_) {
       do {
         if (auto block = carve(bytes, data)) return block;
-      } while (evict_one());
+      } while (device_->reclaim() || evict_one());
     }
   } catch (const std::exception&) {  // the device has no room for the ring itself
     if (urgency == IoPool::Urgency::kNow) return overflow_room(bytes, data, overflow);
@@ -371,7 +371,7 @@ std::shared_ptr<void> Ring::find_room(uint64_t wanted, IoPool::Urgency urgency, 
   if (urgency == IoPool::Urgency::kAhead) return nullptr;
   // Threads that went away may still have predictions that hold room.
   for (auto& [thread, window] : windows_) forget_predictions(window);
-  while (bytes <= capacity_ && evict_one()) {
+  while (bytes <= capacity_ && (device_->reclaim() || evict_one())) {
     if (auto block = carve(bytes, data)) return block;
   }
   return overflow_room(bytes, data, overflow);

@@ -84,6 +84,9 @@ class RingDevice {
   // slots' memory, and decodes it. The slots are then kReady, or kFailed with
   // an error.
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
+  // Gives back some room that the device still holds for its own work, to be
+  // used behind that. False when there is none.
+  virtual bool reclaim() { return false; }
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
   // Operators issued from now on, by this thread, find the bytes in the slot.
