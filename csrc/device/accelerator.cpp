@@ -170,12 +170,18 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   return links_.emplace(place, std::move(link)).first->second;
 }
 
-void Accelerator::bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {
+void Accelerator::bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) {
   std::vector<Extent> extents = donor.extents();
   if (slot->staged != nullptr) {
     extents = {{0, donor.size(), "cpu", slot->staged_data, slot->staged.get()}};
   }
-  for (const Extent& extent : extents) {
+  for (Extent extent : extents) {
+    const uint64_t from = std::max(part.begin, extent.begin);
+    const uint64_t to_end = std::min(part.end, extent.begin + extent.bytes);
+    if (from > to_end || (from == to_end && extent.bytes > 0)) continue;
+    extent.data += from - extent.begin;
+    extent.begin = from;
+    extent.bytes = to_end - from;
     std::vector<Copy>& waiting = link_from(extent.place).waiting;
     std::byte* to = slot->data + extent.begin;
     if (!waiting.empty()) {
@@ -261,7 +267,7 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
       fail(*slot, error);
       continue;
     }
-    if (slot->state == Slot::State::kLoading) slot->state = Slot::State::kReady;
+    if (slot->state == Slot::State::kLoading && slot->whole()) slot->state = Slot::State::kReady;
     if (slot->staged != nullptr) {
       static_cast<PinnedStaging&>(*slot->staged).buffer.copied = arrived;
       slot->staged.reset();

@@ -38,7 +38,8 @@ class Accelerator : public RingDevice {
   bool in_use(const std::shared_ptr<void>& wrapped) const override;
   bool brings(const Donor& donor) const override;
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
-  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) override;
+  bool in_parts() const override { return true; }
+  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override;
   void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
   void dropped(Slot& slot) override;
   void lend(Slot& slot) override;

@@ -39,6 +39,30 @@ class PlainMemory : public RingDevice {
   }
 };
 
+// A device that copies by itself, part by part; what was asked for is there
+// after flush().
+class CopyingMemory : public PlainMemory {
+ public:
+  bool brings(const Donor&) const override { return true; }
+  bool in_parts() const override { return true; }
+  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override {
+    if (part.begin >= part.end) return;
+    donor.read(part.begin, part.end - part.begin, slot->data + part.begin, false);
+    parts += part.end - part.begin < donor.size();
+    asked_.push_back(slot);
+  }
+  void flush(std::vector<std::shared_ptr<Slot>>*) override {
+    for (const auto& slot : asked_) {
+      if (slot->whole()) slot->state = Slot::State::kReady;
+    }
+    asked_.clear();
+  }
+  inline static std::atomic<int> parts{0};  // that were not a whole weight
+
+ private:
+  std::vector<std::shared_ptr<Slot>> asked_;
+};
+
 // A donor whose bytes are a function of its number, and which can fail.
 class Numbered : public Donor {
  public:
@@ -85,8 +109,12 @@ struct Model {
   std::vector<std::unique_ptr<Weight>> weights;
 };
 
+bool copying = false;
+
 std::shared_ptr<Ring> make_ring() {
-  return std::make_shared<Ring>(std::make_unique<PlainMemory>(), 3);
+  std::unique_ptr<RingDevice> device = std::make_unique<PlainMemory>();
+  if (copying) device = std::make_unique<CopyingMemory>();
+  return std::make_shared<Ring>(std::move(device), 3);
 }
 
 // Any capacity, from none to everything: right bytes, bounded memory.
@@ -96,7 +124,10 @@ void right_bytes_for_any_capacity() {
     Model model(ring, 20, 50'000);
     const uint64_t ticket = ring->reserve(capacity);
     for (int pass = 0; pass < 5; ++pass) {
-      for (size_t i = 0; i < 20; ++i) model.use(*ring, i);
+      for (size_t i = 0; i < 20; ++i) {
+        model.use(*ring, i);
+        ring->released();
+      }
       CHECK(ring->used() <= ring->capacity());
     }
     const uint64_t fetches = model.counters->hits + model.counters->misses;
@@ -197,14 +228,43 @@ void the_order_is_learned() {
   CHECK(model.counters->overflows == 0);
 }
 
+// Weights of very different sizes in a ring of the two largest: the rooms of
+// many are free only in pieces, and all of them are there in time.
+void rooms_are_filled_part_by_part() {
+  const auto ring = make_ring();
+  Model model(ring, 16, 0);
+  for (size_t i = 0; i < 16; ++i) {
+    model.donors[i] = std::make_shared<Numbered>(i, 4096 << (i < 8 ? i : 15 - i));
+    model.weights[i]->move_to(model.donors[i]);
+  }
+  ring->reserve(2 * (4096 << 7));
+  CopyingMemory::parts = 0;
+  for (int pass = 0; pass < 6; ++pass) {
+    if (pass == 2) model.counters->reset();
+    for (size_t i = 0; i < 16; ++i) {
+      model.use(*ring, i);
+      ring->released();
+      CHECK(ring->used() <= ring->capacity());
+    }
+  }
+  CHECK(CopyingMemory::parts > 0);
+  CHECK(model.counters->misses == 0);
+  CHECK(model.counters->overflows == 0);
+}
+
 }  // namespace
 
 int main() {
-  right_bytes_for_any_capacity();
-  random_order_only_costs_time();
-  many_threads();
+  for (const bool by_device : {false, true}) {
+    copying = by_device;
+    right_bytes_for_any_capacity();
+    random_order_only_costs_time();
+    many_threads();
+    held_slots_stay();
+    the_order_is_learned();
+  }
+  rooms_are_filled_part_by_part();
+  copying = false;
   failed_reads();
-  held_slots_stay();
-  the_order_is_learned();
   CHECK(allocated == 0);
 }

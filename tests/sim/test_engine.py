@@ -279,9 +279,33 @@ def test_a_step_takes_the_longer_of_compute_and_transfer(name, share, ratio):
     assert row["races"] == 0
 
 
-def test_against_the_best_schedule():
-    row = benchmark().overlap("FLUX-like", 100, 1)
+@pytest.mark.parametrize(
+    ("name", "share", "ratio"),
+    [("FLUX-like", 100, 1), *(("U-Net", s, r) for s in (50, 75, 100) for r in (0.5, 1, 2))],
+)
+def test_against_the_best_schedule(name, share, ratio):
+    row = benchmark().overlap(name, share, ratio)
     assert 0.999 <= row["over_bound"] <= 1.03, row
+    assert row["races"] == 0
+
+
+def test_a_weight_may_get_its_room_in_parts():
+    layers = [nn.Linear(16, 16 << i, bias=False) for i in (1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1)]
+    sizes = {layer.weight.nbytes for layer in layers}
+    wanted = [layer(torch.ones(2, 16)) for layer in layers]
+    model = nn.ModuleList(layers)
+    distorch.distribute(model, "sim:0,0b;cpu,*", min_bytes=0, prefetch=2 * max(sizes))
+    x = torch.ones(2, 16, device="sim:0")
+    with torch.no_grad():
+        for _ in range(4):
+            sim.reset()
+            got = [layer(x) for layer in model]
+            sim.synchronize()
+            copies = [int(s.label.split()[1]) for s in sim.timeline() if "cpu->" in s.resource]
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+    assert sum(copies) == sum(p.nbytes for p in model.parameters())  # nothing twice
+    assert set(copies) - sizes  # a part of a weight
+    assert distorch.stats(model).overflows == 0
 
 
 def test_the_published_table():
