@@ -31,7 +31,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("fetches",
                              [](const Counters& c) { return c.hits.load() + c.misses.load(); })
       .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
-      .def_property_readonly("stall_ns", [](const Counters& c) { return c.stall_ns.load(); })
+      .def("stall_ns", &Counters::all_stall_ns, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
       .def_property_readonly("bytes", &Counters::bytes)
       .def("reset", &Counters::reset);

@@ -53,6 +53,7 @@ void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking)
 struct Arrival {
   std::vector<std::shared_ptr<c10::Event>> events;
   std::vector<c10::StreamId> waited;  // streams that waited for them
+  std::optional<Moment> asked;        // when an operator needed them, if the host waited
 };
 
 void fail(Slot& slot, const std::string& error) {
@@ -313,7 +314,14 @@ void Accelerator::add_orphan(const std::shared_ptr<c10::Event>& copied) {
   for (auto& [place, link] : links_) link.orphans.push_back(copied);
 }
 
-void Accelerator::lend(Slot& slot) {
+bool Accelerator::waits(Slot& slot) {
+  Arrival& arrival = arrival_of(slot);
+  if (!arrival.asked) arrival.asked.emplace(guard_.getStream(device_));
+  return true;
+}
+
+// See Note [How long a stream waits].
+void Accelerator::lend(Slot& slot, Counters& counters) {
   const c10::Stream stream = guard_.getStream(device_);
   use_on(stream);
   if (slot.arrival == nullptr) return;
@@ -324,8 +332,12 @@ void Accelerator::lend(Slot& slot) {
   }
   const DeviceSpan span(stream, "stalls " + device_.str(),
                         slot.weight != nullptr ? slot.weight->name() : "");
+  Moment needed = arrival.asked && arrival.asked->stream == stream
+                      ? *std::exchange(arrival.asked, std::nullopt)
+                      : Moment(stream);
   for (const auto& event : arrival.events) event->block(stream);
   arrival.waited.push_back(stream.id());
+  counters.stalls(std::make_unique<DeviceTime>(std::move(needed), Moment(stream)));
 }
 
 // ---- donors ----------------------------------------------------------------

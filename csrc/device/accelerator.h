@@ -42,7 +42,8 @@ class Accelerator : public RingDevice {
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override;
   void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
   void dropped(Slot& slot) override;
-  void lend(Slot& slot) override;
+  bool waits(Slot& slot) override;
+  void lend(Slot& slot, Counters& counters) override;
 
  private:
   // A copy that was asked for; neighbours become one.

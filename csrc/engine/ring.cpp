@@ -104,7 +104,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     std::shared_ptr<void> bytes = hand_out(held);  // held: looking ahead does not evict it
     look_ahead(window);
     flush();
-    device_->lend(*held);
+    device_->lend(*held, counters);
     counters.hits.fetch_add(1, std::memory_order_relaxed);
     return bytes;
   }
@@ -122,7 +122,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
       flush();
     }
     if (slot->state == Slot::State::kReady) {
-      device_->lend(*slot);
+      device_->lend(*slot, counters);
       return hand_out(slot);
     }
     // An early read that failed may have met a passing fault: ask once more.
@@ -163,9 +163,11 @@ std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   if (slot->state != Slot::State::kLoading) return;
   const HostSpan span("stalls", slot->weight != nullptr ? slot->weight->name() : "");
+  const bool timed = device_->waits(*slot);
   const auto start = std::chrono::steady_clock::now();
   pool_.hurry();
   part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  if (timed) return;
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
                               std::memory_order_relaxed);

@@ -86,8 +86,12 @@ class RingDevice {
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
-  // Operators issued from now on, by this thread, find the bytes in the slot.
-  virtual void lend(Slot& slot) {}
+  // The host is about to wait for the slot's bytes. True: the device finds out
+  // by itself how long operators wait.
+  virtual bool waits(Slot& slot) { return false; }
+  // Operators issued from now on, by this thread, find the bytes in the slot;
+  // the time they wait counts as a stall.
+  virtual void lend(Slot& slot, Counters& counters) {}
 };
 
 // Note [What the ring promises]
