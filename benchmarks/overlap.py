@@ -297,6 +297,30 @@ def bounce() -> dict[str, Any]:
             "races": len(sim.races())}  # fmt: skip
 
 
+def disk() -> Iterator[dict[str, Any]]:
+    """All weights in files, read through pinned memory: real bytes at a simulated disk's rate."""
+    width, blocks, rate = 2048, 12, 3e9
+    for ratio in RATIOS:
+        module = nn.Sequential(
+            *(nn.Linear(width, width, bias=False, dtype=DTYPE) for _ in range(blocks))
+        )
+        total = sum(p.nbytes for p in module.parameters())
+        tokens, link = 16, total / rate
+        flops = 2 * tokens * width * width * blocks / (ratio * link)
+        links = {("cpu", "sim:0"): (RATE, LATENCY)}
+        sim.configure(flops=flops, memory_bandwidth=1e15, links=links, disk=(rate, 80e-6),
+                      mode="eager")  # fmt: skip
+        distorch.distribute(
+            module, "sim:0,0b;disk,*", min_bytes=0, prefetch=2 * width * width * DTYPE.itemsize
+        )
+        step = steps(module, (tokens, width), 6, 3)
+        yield {
+            "compute_to_read": ratio, "GB": total / 1e9, "step_s": step, "compute_s": ratio * link,
+            "read_s": link, "over_floor": step / max(ratio * link, link),
+            "serial_over_floor": (1 + ratio) / max(ratio, 1), "races": len(sim.races()),
+        }  # fmt: skip
+
+
 def learning() -> dict[str, Any]:
     """The first pass against a learned one, and passes after the order has changed."""
     make, shape = MODELS["uniform blocks"]
@@ -330,7 +354,7 @@ def main() -> None:
     start = time.perf_counter()
     found: dict[str, Any] = {
         "grid": list(grid()), "published": list(published()), "two_donors": list(two_donors()),
-        "bounce": bounce(), "learning": learning(),
+        "bounce": bounce(), "disk": list(disk()), "learning": learning(),
     }  # fmt: skip
     for key, value in found.items():
         print(key)

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/errors.h"
+#include "core/virtual_reads.h"
 #include "device/accelerator.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
@@ -47,6 +48,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_io_threads", &distorch::set_io_threads);
   module.def("set_peer_access", &distorch::set_peer_access, py::arg("to"), py::arg("from_"),
              py::arg("possible"));
+  module.def("set_read_clock", [](const std::string& device_type, uintptr_t clock) {
+    distorch::set_read_clock(device_type, reinterpret_cast<const distorch::ReadClock*>(clock));
+  });
   module.def("start_trace", &distorch::start_trace, py::call_guard<py::gil_scoped_release>());
   module.def("stop_trace", &stopped_trace, py::call_guard<py::gil_scoped_release>());
   distorch::install_error_thrower(module);

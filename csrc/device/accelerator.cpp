@@ -52,8 +52,9 @@ void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking)
 // What is known of the bytes on their way to a slot.
 struct Arrival {
   std::vector<std::shared_ptr<c10::Event>> events;
-  std::vector<c10::StreamId> waited;  // streams that waited for them
-  std::optional<Moment> asked;        // when an operator needed them, if the host waited
+  std::vector<std::shared_ptr<c10::Event>> behind;  // users of the room, where readers bring
+  std::vector<c10::StreamId> waited;                // streams that waited for them
+  std::optional<Moment> asked;  // when an operator needed them, if the host waited
 };
 
 void fail(Slot& slot, const std::string& error) {
@@ -207,13 +208,23 @@ void Accelerator::wait_for_users(const c10::Stream& stream) {
   }
 }
 
+void Accelerator::took(Slot& slot) {
+  std::vector<std::shared_ptr<c10::Event>> events;
+  for (const c10::Stream& user : users_) {
+    events.push_back(std::make_shared<c10::Event>(device_.type()));
+    events.back()->record(user);
+  }
+  arrival_of(slot).behind = std::move(events);  // later ones on the same streams
+}
+
 void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
   for (auto& [place, link] : links_) {
     if (link.waiting.empty()) continue;
     const std::vector<Copy> copies = std::exchange(link.waiting, {});
     std::string error;
     try {
-      wait_for_users(link.stream);
+      const auto is_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
+      if (!std::all_of(copies.begin(), copies.end(), is_read)) wait_for_users(link.stream);
       for (const auto& orphan : std::exchange(link.orphans, {})) orphan->block(link.stream);
     } catch (const c10::Error& refused) {
       error = refused.what_without_backtrace();
@@ -242,6 +253,9 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
                  (weight != nullptr ? weight->name() : "") + more, copy.bytes);
   }
   try {
+    for (const auto& slot : copy.slots) {
+      for (const auto& used : arrival_of(*slot).behind) used->block(link.stream);
+    }
     if (link.bounce) {
       bounce(link, copy);
     } else {

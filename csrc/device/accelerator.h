@@ -21,7 +21,9 @@ namespace distorch {
 // Note [Order on streams]
 // * Bytes travel on a stream of their own for each place they come from.
 // * A refill waits for what was issued, before it, on every stream that was
-//   lent slots: one event per stream and refill, none per operator.
+//   lent slots: one event per stream and refill, none per operator. What readers
+//   bring is copied later than its room was taken, and waits for what was issued
+//   before that.
 // * Operators wait for the event behind the copy of their weight, on the
 //   stream that is current when they ask; the host waits for nothing.
 // * A copy to memory that was refilled without ever being lent is waited for by
@@ -40,6 +42,7 @@ class Accelerator : public RingDevice {
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
   bool in_parts() const override { return true; }
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override;
+  void took(Slot& slot) override;
   void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
   void dropped(Slot& slot) override;
   bool waits(Slot& slot) override;

@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "core/virtual_reads.h"
 #include "device/accelerator.h"
 #include "device/storages.h"
 
@@ -90,7 +91,11 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
   const c10::Device where(device);
   std::unique_ptr<RingDevice> memory = std::make_unique<HostDevice>();
   if (!where.is_cpu()) memory = std::make_unique<Accelerator>(where);
-  auto ring = std::make_shared<Ring>(std::move(memory), all.io_threads);
+  std::unique_ptr<Executor> readers = std::make_unique<IoPool>(all.io_threads);
+  if (const ReadClock* clock = read_clock(c10::DeviceTypeName(where.type(), true))) {
+    readers = std::make_unique<VirtualReads>(*clock);
+  }
+  auto ring = std::make_shared<Ring>(std::move(memory), std::move(readers));
   known = ring;
   return ring;
 }

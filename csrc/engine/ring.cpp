@@ -44,7 +44,10 @@ void count_bytes(Counters& counters, const Donor& donor) {
 }  // namespace
 
 Ring::Ring(std::unique_ptr<RingDevice> device, size_t io_threads)
-    : device_(std::move(device)), pool_(io_threads) {}
+    : Ring(std::move(device), std::make_unique<IoPool>(io_threads)) {}
+
+Ring::Ring(std::unique_ptr<RingDevice> device, std::unique_ptr<Executor> readers)
+    : device_(std::move(device)), pool_(std::move(readers)) {}
 
 Ring::~Ring() = default;
 
@@ -96,6 +99,7 @@ void Ring::resize() {
 
 std::shared_ptr<void> Ring::acquire(Weight& weight) {
   Counters& counters = weight.counters();
+  pool_->catch_up();
   Lock lock(mutex_);
   if (!staged_.empty()) bring_staged();
   Window& window = window_of_this_thread();
@@ -131,6 +135,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
 }
 
 void Ring::released() {
+  pool_->catch_up();
   Lock lock(mutex_);
   look_ahead(window_of_this_thread());
   if (!staged_.empty()) bring_staged();
@@ -165,8 +170,14 @@ void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const HostSpan span("stalls", slot->weight != nullptr ? slot->weight->name() : "");
   const bool timed = device_->waits(*slot);
   const auto start = std::chrono::steady_clock::now();
-  pool_.hurry();
-  part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  pool_->hurry();
+  while (slot->state == Slot::State::kLoading) {
+    lock.unlock();
+    const bool ran = pool_->run_next();
+    lock.lock();
+    if (ran) continue;
+    part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  }
   if (timed) return;
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
@@ -299,13 +310,14 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   count_bytes(weight.counters(), *donor);
   if (overflow) weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
   if (by_device) {
-    if (slot->whole()) device_->bring(slot, *donor, {0, bytes});
+    if (slot->whole()) fill(slot, {0, bytes});
     grow(slot);
     return slot;
   }
   std::byte* into = slot->data;
   if (staging != nullptr) into = slot->staged_data = staging->data + phase;
   slot->staged = std::move(staging);
+  if (slot->whole() && slot->staged != nullptr) fill(slot, {0, bytes});
   grow(slot);
   queue_reads(slot, weight, into, phase, urgency);
   return slot;
@@ -432,18 +444,24 @@ uint64_t Ring::free_after(const Slot& slot, const Window& window) const {
 bool Ring::grow(const SlotPtr& slot) {
   if (slot->whole()) return true;
   for (const Range& piece : slot->room->missing()) evict_from(piece);
-  const std::vector<Range> parts = slot->room->take();
-  if (slot->staged == nullptr) {
-    const auto donor = slot->weight->donor();
-    for (const Range& part : parts) {
-      device_->bring(slot, *donor, {part.begin, std::min(part.end, donor->size())});
-    }
-  }
+  for (const Range& part : slot->room->take()) fill(slot, part);
   return slot->whole();
 }
 
+// Bytes for a part of a slot that is its own now.
+void Ring::fill(const SlotPtr& slot, Range part) {
+  try {
+    if (slot->staged != nullptr) return device_->took(*slot);
+    const auto donor = slot->weight->donor();
+    device_->bring(slot, *donor, {part.begin, std::min(part.end, donor->size())});
+  } catch (...) {  // nobody would ask for that part again
+    drop(slot);
+    throw;
+  }
+}
+
 void Ring::grow_all(Window& window) {
-  for (const SlotPtr& slot : window.growing) grow(slot);
+  for (const SlotPtr& slot : std::vector(window.growing)) grow(slot);
   std::erase_if(window.growing, [](const SlotPtr& slot) { return slot->whole(); });
 }
 
@@ -490,19 +508,20 @@ void Ring::queue_reads(const SlotPtr& slot, Weight& weight, std::byte* into, uin
   for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
     const uint64_t end =
         std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
-    tasks.emplace_back([this, slot, donor, begin, end, into, name = weight.name()] {
+    const auto read = [this, slot, donor, begin, end, into, name = weight.name()] {
       try {
         read_part(*donor, name, begin, end, into + begin);
         finish_part(slot, nullptr);
       } catch (const Error& error) {
         finish_part(slot, &error);
       }
-    });
+    };
+    tasks.push_back({read, end - begin});
     begin = end;
     if (begin >= bytes) break;
   }
   slot->parts_left = tasks.size();
-  pool_.submit(std::move(tasks), urgency);
+  pool_->submit(std::move(tasks), urgency);
 }
 
 void Ring::finish_part(const SlotPtr& slot, const Error* error) {
@@ -525,7 +544,7 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
 }
 
 void Ring::after_fork_in_child() {
-  pool_.start_afresh();
+  pool_->start_afresh();
   // Threads that waited in the parent are part of the old one's state.
   static_cast<void>(part_done_.release());
   part_done_ = std::make_unique<std::condition_variable>();

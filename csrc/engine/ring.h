@@ -80,6 +80,9 @@ class RingDevice {
   // Asks for a copy of a part of the donor's bytes (or of what is staged) to the
   // slot.
   virtual void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) {}
+  // A slot that waits for readers has got more of its room: what is copied there
+  // later goes behind what has used it until now, and behind nothing else.
+  virtual void took(Slot& slot) {}
   // Issues what was asked for, in that order, behind everything that used the
   // slots' memory. Slots that are whole are then kReady, or kFailed with an
   // error.
@@ -106,6 +109,7 @@ class RingDevice {
 class Ring {
  public:
   Ring(std::unique_ptr<RingDevice> device, size_t io_threads);
+  Ring(std::unique_ptr<RingDevice> device, std::unique_ptr<Executor> readers);
   ~Ring();
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
@@ -172,6 +176,7 @@ class Ring {
   uint64_t free_after(const Slot& slot, const Window& window) const;
   std::shared_ptr<Room> carve(uint64_t bytes);
   bool grow(const SlotPtr& slot);
+  void fill(const SlotPtr& slot, Range part);
   void grow_all(Window& window);
   bool evictable(const Slot& slot) const;
   bool evict_one();
@@ -201,7 +206,7 @@ class Ring {
   std::list<SlotPtr> slots_;         // least recently used first
   std::vector<SlotPtr> staged_;      // read to host memory, not yet copied
   // Last, so that its threads end before what they use.
-  IoPool pool_;
+  const std::unique_ptr<Executor> pool_;
 };
 
 }  // namespace distorch

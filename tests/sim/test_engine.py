@@ -89,6 +89,30 @@ def test_small_neighbours_travel_together():
     assert distorch.stats(module).fetches == 80
 
 
+def test_reads_take_the_time_of_the_disk():
+    rate, latency, width, count = 1e9, 1e-4, 256, 4
+    sim.configure(links={("cpu", "sim:0"): (100e9, 0.0)}, disk=(rate, latency))
+    plain = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
+    module = distorch.distribute(copy.deepcopy(plain), "sim:0,0b;disk,*", min_bytes=0, prefetch=0)
+    x, read = torch.ones(1, width), latency + width * width * 4 / rate
+    there = x.to("sim:0")
+    sim.synchronize()
+    sim.reset()
+    with torch.no_grad():
+        assert torch.equal(module(there).cpu(), plain(x))
+    reads = [span for span in sim.timeline() if span.resource == "disk"]
+    assert [span.end - span.start for span in reads] == pytest.approx([read] * count, rel=1e-9)
+    assert all(a.end <= b.start for a, b in zip(reads, reads[1:], strict=False))
+    whole = count * (read + width * width * 4 / 100e9)
+    assert distorch.stats(module).stall_seconds == pytest.approx(whole, abs=count * 3e-6)
+
+
+def test_reads_overlap_with_operators():
+    for row in benchmark().disk():
+        assert row["over_floor"] <= 1.03, row
+        assert row["races"] == 0
+
+
 def test_tied_weights_stay_tied():
     module = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 32, bias=False))
     module[1].weight = module[0].weight
