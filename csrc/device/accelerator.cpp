@@ -14,6 +14,7 @@ namespace distorch {
 namespace {
 
 constexpr uint64_t kBounceBytes = 2 << 20;
+constexpr size_t kMostBehind = 4;    // staged weights of one size that wait for their copy
 constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
 
 struct Peers {
@@ -75,9 +76,33 @@ struct Accelerator::StagingPool {
     at::Tensor bytes;
     std::shared_ptr<c10::Event> copied;  // null: it was never on its way
   };
+  // One of about that size, whose copy is done; undefined: there is none. Where
+  // the device is far behind with copying, waits for the oldest: its memory is
+  // the host's to bound, for the device would let it run ahead without end.
+  at::Tensor take(uint64_t bytes);
+
   std::mutex mutex;
-  std::vector<Buffer> idle;  // guarded by mutex
+  std::vector<Buffer> idle;  // the oldest copy first; guarded by mutex
 };
+
+at::Tensor Accelerator::StagingPool::take(uint64_t bytes) {
+  std::lock_guard lock(mutex);
+  auto oldest = idle.end();
+  size_t behind = 0;
+  for (auto known = idle.begin(); known != idle.end(); ++known) {
+    const auto room = static_cast<uint64_t>(known->bytes.numel());
+    if (room < bytes || room > 2 * bytes) continue;
+    const bool done = known->copied == nullptr || known->copied->query();
+    if (!done && ++behind == 1) oldest = known;
+    if (!done && behind < kMostBehind) continue;
+    const auto found = done ? known : oldest;
+    if (!done) found->copied->synchronize();
+    at::Tensor buffer = std::move(found->bytes);
+    idle.erase(found);
+    return buffer;
+  }
+  return {};
+}
 
 struct Accelerator::PinnedStaging : Staged {
   ~PinnedStaging() override {
@@ -129,16 +154,7 @@ bool Accelerator::brings(const Donor& donor) const { return !donor.extents().emp
 std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
   auto staged = std::make_shared<PinnedStaging>();
   staged->pool = staging_;
-  std::unique_lock lock(staging_->mutex);
-  for (auto known = staging_->idle.begin(); known != staging_->idle.end(); ++known) {
-    const auto room = static_cast<uint64_t>(known->bytes.numel());
-    if (room < bytes || room > 2 * bytes) continue;
-    if (known->copied != nullptr && !known->copied->query()) continue;
-    staged->buffer.bytes = known->bytes;
-    staging_->idle.erase(known);
-    break;
-  }
-  lock.unlock();
+  staged->buffer.bytes = staging_->take(bytes);
   at::Tensor& buffer = staged->buffer.bytes;
   if (!buffer.defined()) buffer = pinned_memory(bytes, device_.type());
   staged->data = static_cast<std::byte*>(buffer.mutable_data_ptr());

@@ -113,6 +113,18 @@ def test_reads_overlap_with_operators():
         assert row["races"] == 0
 
 
+def test_the_host_does_not_read_ahead_without_end():
+    sim.configure(flops=1e8)  # much slower than the disk
+    module = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(6)))
+    weight = module[0].weight.nbytes
+    distorch.distribute(module, "sim:0,0b;disk,*", min_bytes=0, prefetch=2 * weight)
+    x = torch.ones(8, 256, device="sim:0")
+    with torch.no_grad():
+        for _ in range(10):
+            module(x)
+    assert sim.pinned_bytes() <= 8 * (weight + 4096)
+
+
 def test_tied_weights_stay_tied():
     module = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 32, bias=False))
     module[1].weight = module[0].weight
