@@ -129,8 +129,10 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
       device_->lend(*slot, counters);
       return hand_out(slot);
     }
-    // An early read that failed may have met a passing fault: ask once more.
-    if (asked_now) throw Error(slot->error_kind, slot->error);
+    // An early read that failed may have met a passing fault, and another thread
+    // may have dropped the slot meanwhile: ask once more.
+    if (asked_now && slot->state == Slot::State::kFailed)
+      throw Error(slot->error_kind, slot->error);
   }
 }
 
@@ -256,7 +258,9 @@ void Ring::forget_predictions(Window& window) {
     if (found != weights_.end()) --found->second->in_ring.wanted;
   }
   window.ahead.clear();
-  for (const SlotPtr& slot : std::exchange(window.growing, {})) drop(slot);
+  for (const SlotPtr& slot : std::exchange(window.growing, {})) {
+    if (!slot->whole()) drop(slot);  // else somebody may be waiting for it
+  }
 }
 
 void Ring::look_ahead(Window& window) {
