@@ -41,7 +41,7 @@ test: dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 PROGRAMS ?= 10000
-test-long: dev ## PROGRAMS (10000) random programs on the simulated accelerator: an hour or two
+test-long: dev ## PROGRAMS (10000) random programs on the simulated accelerator: about an hour
 	DISTORCH_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -n 2 tests/sim/test_engine.py -k test_random_programs
 
 test-cpp: dev ## the torch-free C++ under sanitizers
