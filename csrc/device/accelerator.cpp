@@ -342,7 +342,8 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
   if (!link.from.is_cpu() && link.source) {  // the donor may go before the copy has ended
     const auto* owner = static_cast<const c10::StorageImpl*>(copy.owner);
     c10::impl::VirtualGuardImpl(link.from.type())
-        .recordDataPtrOnStream(owner->data_ptr(), *link.source);
+        .recordDataPtrOnStream(owner->data_ptr(),
+                               link.from == device_ ? link.stream : *link.source);
   }
   return error.empty();
 }
