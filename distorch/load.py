@@ -34,6 +34,7 @@ from distorch.patching import (
     Original,
     Patching,
     PatchOptions,
+    base_name,
     merged_value,
     new_reader,
     with_rows,
@@ -176,9 +177,10 @@ def _remember(module: nn.Module, jobs: list[_Job], known: Patching) -> None:
     for job in jobs:
         if job.members:
             version = job.members[0].owner._parameters[job.members[0].key]._version  # type: ignore[union-attr]
-            known.originals[job.name] = Original(job.stored, job.rows, job.dtype, version=version)
+            name = base_name(job.name)
+            known.originals[name] = Original(job.stored, job.rows, job.dtype, version=version)
             if job.patches:
-                known.applied[job.name] = job.patches
+                known.applied[name] = job.patches
     distribution.distribution_of(module).patching = known
 
 
@@ -187,7 +189,7 @@ def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
     for job in jobs:
         if job.buffer is not None:
             continue
-        job.patches = patches.of(job.names)
+        job.patches = patches.of([base_name(name) for name in job.names])
         if job.patches:
             narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
             job.patched_dtype = options.dtype_of(narrow, _module_dtype(job))

@@ -135,15 +135,20 @@ class Patching:
         ]
 
 
+def base_name(name: str) -> str:
+    """The name of a weight before PEFT put it under an adapter."""
+    return name.replace(".base_layer.", ".")
+
+
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, tied ones under each of their names."""
-    return {m.name: tuple(m.parameter.shape) for m in named_members(module)}
+    return {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
 
 
 def transposed_weights(module: nn.Module) -> set[str]:
     """Weights that their modules keep as [in, out]."""
     return {
-        m.name
+        base_name(m.name)
         for m in named_members(module)
         if type(m.owner).__name__ == "Conv1D" and m.parameter.dim() == 2
     }
@@ -212,6 +217,8 @@ def set_loras(
         before.mode if lora_mode is None else lora_mode,
         before.dtype if patched_dtype is None else patched_dtype,
     )
+    if known.reader.shapes.keys() != shapes_of(module).keys():  # adapters came or went
+        known.reader = new_reader(module)
     patches, found = known.reader.read(loras, strict_loras)
     groups = [group for group in group_members(module) if has_bytes(group.first)]
     changes = _changes(groups, patches, known, options)
@@ -247,8 +254,8 @@ def _changes(
 ) -> list[_Change]:
     changes = []
     for group in groups:
-        old = known.applied.get(group.name, [])
-        new = patches.of([member.name for member in group.members])
+        old = known.applied.get(base_name(group.name), [])
+        new = patches.of([base_name(member.name) for member in group.members])
         respelled = options != known.options and (old or new)
         if not _same(old, new) or respelled:
             changes.append(_Change(group, old, new, known.options))
@@ -258,7 +265,8 @@ def _changes(
 def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
     """Somebody's own writes to a patched weight would be lost."""
     for change in changes:
-        group, original = change.group, known.originals.get(change.group.name)
+        group = change.group
+        original = known.originals.get(base_name(group.name))
         if len({(m.parameter.dtype, tuple(m.parameter.shape)) for m in group.members}) > 1:
             raise PlacementError(
                 f"{group.name!r} shares its bytes with weights of another shape: patch them as "
@@ -272,7 +280,7 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
                 "weights from their originals, which would undo that. Save the model's "
                 "state_dict(), and load it as a checkpoint"
             )
-        known.originals.pop(group.name)  # unpatched: its values now are the original
+        known.originals.pop(base_name(group.name))  # unpatched: its values now are the original
 
 
 def _apply(
@@ -339,7 +347,7 @@ class _Originals:
 
 def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> StoredTensor | None:
     """What a merge of this change reads from a file, if it does."""
-    original = known.originals.get(change.group.name)
+    original = known.originals.get(base_name(change.group.name))
     if original is None or original.stored is None or options.mode == "fetch" or not change.new:
         return None
     return original.stored
@@ -349,16 +357,16 @@ def _redo(
     group: Group, patches: Applied, known: Patching, work: _Work, values: torch.Tensor | None = None
 ) -> None:
     """Gives one weight these patches, and notes that it has them. `values`: its original."""
-    original = known.originals.get(group.name)
+    name = base_name(group.name)
+    original = known.originals.get(name)
     if original is None:
-        original = Original(None, None, group.first.dtype)
-        known.originals[group.name] = original
+        original = known.originals[name] = Original(None, None, group.first.dtype)
     terms = low_rank_terms(patches) if work.options.mode == "fetch" else None
     if terms is not None and _can_fetch(original, tuple(group.first.shape)):
         _redo_at_fetch(group, terms, original, work)
     else:
         _redo_merged(group, patches, original, work, values)
-    known.applied[group.name] = list(patches)
+    known.applied[name] = list(patches)
     original.version = group.first._version
 
 
@@ -501,5 +509,6 @@ def _settle(module: nn.Module, state: distribution.Distribution, groups: list[Gr
 
 
 __all__ = [
-    "Original", "PatchOptions", "Patching", "merged_value", "new_reader", "set_loras", "with_rows",
+    "Original", "PatchOptions", "Patching", "base_name", "merged_value", "new_reader", "set_loras",
+    "with_rows",
 ]  # fmt: skip
