@@ -345,7 +345,8 @@ def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None
 
 def _sweep_hook(module: nn.Module, args: Any) -> None:
     """Operators that libraries registered since the last forward get their hook."""
-    if not torch._C._is_tracing():  # a call without tensors, which a trace cannot hold
+    # A call without tensors, which neither a compiled graph nor a trace can hold.
+    if not torch.compiler.is_compiling() and not torch._C._is_tracing():
         _ops.sweep()
 
 
