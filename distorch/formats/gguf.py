@@ -175,7 +175,9 @@ class _Header:
         original = metadata.get(_ORIGINAL_SHAPE + name)
         if original is not None:
             shape = self._original_shape(name, shape, original)
-        return StoredTensor(name, str(self._path), offset, nbytes, dtype, shape, block_type)
+        return StoredTensor(
+            name, str(self._path), offset, nbytes, dtype, shape, block_type=block_type
+        )
 
     def _layout(
         self, name: str, shape: tuple[int, ...], kind: int
