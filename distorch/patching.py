@@ -343,7 +343,7 @@ def _restored(group: Group, original: Original, compute: torch.device) -> torch.
     place, stored, rows = current_place(parameter), original.stored, original.rows
     if stored is None:
         return parameter
-    if place == "disk" and stored.data is None:
+    if place == "disk" and stored.in_one_range:
         shape, dtype = stored.shape, stored.dtype
         data = _ops.shard_file(
             stored.path, stored.offset, shape, dtype, compute=compute, name=group.name
