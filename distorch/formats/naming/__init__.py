@@ -76,8 +76,7 @@ def _renamed(tensors: Tensors, convert: Convert) -> dict[str, StoredTensor]:
     renamed = {name: traced.stored for name, traced in found.items()}
     for name, traced in found.items():
         renamed |= scales_of_part(name, traced.runs, scales)
-    sources = {id(run.source) for traced in found.values() for run in traced.runs}
-    used = {_top(name) for name, stored in weights.items() if id(stored) in sources}
+    used = {_top(name) for name in weights.keys() - set(left)}
     # Others belong to other models in the same file: a decoder, text encoders, an output head.
     unknown = {name: weights[name] for name in left if _top(name) in used}
     return unknown | renamed

@@ -76,7 +76,7 @@ def trace(
     found = {
         name: tracer.traced(name, value) for name, value in converted.items() if value is not None
     }
-    used = {id(run.source) for traced in found.values() for run in traced.runs}
+    used = {id(run.source) for traced in found.values() for run in traced.runs} | tracer.shifted
     left = [name for name in checkpoint if name in tensors and id(tensors[name]) not in used]
     return found, left
 
@@ -95,6 +95,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._made: dict[int, _Made] = {}
+        self.shifted: set[int] = set()  # ids of stored tensors that a number was added to
 
     def stand_in(self, stored: StoredTensor) -> torch.Tensor:
         """A meta tensor of its shape."""
@@ -164,6 +165,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored = StoredTensor(
             source.name, source.path, 0, source.nbytes, source.dtype, source.shape, data
         )
+        self.shifted.add(id(source))
         return Run(stored, 0, data.numel())
 
     def _find(self, value: Any) -> _Made | None:
