@@ -26,6 +26,7 @@ from distorch import _donors, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.errors import FormatError, PlacementError, SpecError
 from distorch.formats.checkpoint import Checkpoint, match_names, open_checkpoint, weight_info
+from distorch.formats.naming import fit_names
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import attach_scales
 from distorch.lora import LoraSource, Patches, StoredRows, low_rank_terms
@@ -144,7 +145,7 @@ def load(
         raise SpecError(f"dtype={dtype!r}: expected a floating torch.dtype, such as torch.bfloat16")
     if resident not in ("quantised", "dequantised"):
         raise SpecError(f"resident={resident!r}: expected 'quantised' or 'dequantised'")
-    checkpoint = open_checkpoint(file, quantised=True)
+    checkpoint = fit_names(open_checkpoint(file, quantised=True), module)
     jobs = _match(module, checkpoint, strict, dtype)
     reader = new_reader(module)
     patches, found = reader.read(loras, strict_loras)
@@ -339,7 +340,7 @@ def _fill(
     origins = {
         job.name: Origin(job.stored.path, job.stored.offset, job.stored.nbytes)
         for job in jobs
-        if job.is_stored_form and job.stored.data is None and job.stored.nbytes
+        if job.is_stored_form and job.stored.in_one_range and job.stored.nbytes
     }
     undo: _Undo = []
     try:
@@ -431,7 +432,7 @@ def _room(job: _Job) -> int:
 
 def _stays_in_file(job: _Job, plan: Plan) -> bool:
     """Whether the checkpoint itself is the donor."""
-    ranged = job.stored.data is None and job.stored.nbytes > 0
+    ranged = job.stored.in_one_range and job.stored.nbytes > 0
     return plan.placement[job.name] == "disk" and job.is_stored_form and ranged
 
 

@@ -410,7 +410,7 @@ def _restored(group: Group, original: Original, compute: torch.device) -> torch.
     place, stored, rows = current_place(parameter), original.stored, original.rows
     if stored is None:
         return parameter
-    if place == "disk" and stored.data is None:
+    if place == "disk" and stored.in_one_range:
         shape = (stored.nbytes,) if stored.block_type else stored.shape
         dtype = stored.dtype
         data = _ops.shard_file(

@@ -357,7 +357,7 @@ void rooms_are_filled_part_by_part() {
   Model model(ring, 16, 0);
   for (size_t i = 0; i < 16; ++i) {
     model.donors[i] = std::make_shared<Numbered>(i, 4096 << (i < 8 ? i : 15 - i));
-    model.weights[i]->move_to(model.donors[i]);
+    model.weights[i]->move_to({model.donors[i], nullptr});
   }
   ring->reserve(2 * (4096 << 7));
   CopyingMemory::parts = 0;

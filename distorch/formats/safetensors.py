@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from distorch import _ops
 from distorch.errors import FormatError
+from distorch.formats.pieces import Piece, read_pieces
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -27,7 +28,9 @@ DTYPES = {
 class StoredTensor:
     """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes.
 
-    `data` holds it (mapped, not read) where the file does not keep it in one contiguous range.
+    `data` holds it (mapped, not read) where the file does not keep it in one contiguous range;
+    `pieces` say what it is put together from where it is several ranges, and `path` and `offset`
+    are then those of the first.
     With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
     uint8. A shape's last dimension need not be whole blocks; all elements together are.
     """
@@ -40,6 +43,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: torch.Tensor | None = None
     block_type: str | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def in_one_range(self) -> bool:
+        """Whether `offset` and `nbytes` say all: the file itself can be its donor."""
+        return self.data is None and not self.pieces
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Its values, contiguous, in new memory or in `into` (uint8, large enough); of blocks, the
@@ -52,7 +61,9 @@ class StoredTensor:
             target = into[: self.nbytes].view(self.dtype).view(shape)
         if self.data is not None:
             return target.copy_(self.data.detach())
-        if self.nbytes:
+        if self.pieces:
+            read_pieces(self.pieces, target.view(-1).view(torch.uint8))
+        elif self.nbytes:
             _ops.read_file(self.path, self.offset, target)
         return target
 

@@ -19,8 +19,14 @@ _OTHER = (
     "{}.scale_input", "{}.input_scale", "{}.weight_format", "{}.comfy_quant", "{}.weight.absmax",
 )  # fmt: skip
 _MARKERS = ("scaled_fp8", "model.diffusion_model.scaled_fp8")
-_BLOCK = 128  # rows and columns that share a scale where a grid of them is kept
+BLOCK = 128  # rows and columns that share a scale where a grid of them is kept
 _INT8_LARGEST = 127.0
+
+
+def scale_keys(name: str) -> dict[str, str]:
+    """Every key under which something of this weight's scales may stand, by its pattern."""
+    stem = name.removesuffix(".weight")
+    return {pattern: pattern.format(stem) for pattern in (*_FACTORS, *_LARGEST, *_OTHER)}
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,10 @@ def _grid(stored: StoredTensor, key: str, values: torch.Tensor) -> Scales:
         return Scales(values.reshape(1, 1), (rows, columns))
     if values.numel() == rows:
         return Scales(values.reshape(rows, 1).contiguous(), (1, columns))
-    grid = (-(-rows // _BLOCK), -(-columns // _BLOCK))
+    grid = (-(-rows // BLOCK), -(-columns // BLOCK))
     if tuple(values.shape) == grid:
-        return Scales(values.contiguous(), (_BLOCK, _BLOCK))
+        return Scales(values.contiguous(), (BLOCK, BLOCK))
     raise FormatError(
         f"{key!r} has shape {tuple(values.shape)}; expected one scale for {stored.name!r} "
-        f"{stored.shape}, one per row, or one per {_BLOCK} x {_BLOCK} block"
+        f"{stored.shape}, one per row, or one per {BLOCK} x {BLOCK} block"
     )

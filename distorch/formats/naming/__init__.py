@@ -1,0 +1,86 @@
+"""Checkpoints under names that are not the module's: original files, llama.cpp's GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from distorch.errors import FormatError
+from distorch.formats.checkpoint import PREFIXES, Checkpoint, match_names
+from distorch.formats.naming import diffusers_names, llama_cpp
+from distorch.formats.naming.part_scales import scales_of_part, take_scales
+from distorch.formats.naming.tracing import Convert, NamesDoNotFitError, trace
+from distorch.formats.safetensors import StoredTensor
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def fit_names(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
+    """The checkpoint under the module's names, or as it is where they fit or no rule is known.
+
+    Weights that the module keeps in several, or in another order of rows, become ranges or pieces
+    of the stored ones; nothing but the header is read (and norms that a format shifts by one).
+    FormatError when the names are known and a weight cannot be had without computing it.
+    """
+    as_it_is = _filled(module, match_names(checkpoint.tensors, _names(module)))
+    if as_it_is == _filled(module, _names(module)):
+        return checkpoint
+    convert = diffusers_names.conversion_for(module)
+    convert = convert or llama_cpp.conversion_for(module, checkpoint.metadata)
+    if convert is None:
+        return checkpoint
+    best, most, refusal = None, len(as_it_is), None
+    for tensors in _parts(checkpoint.tensors):
+        try:
+            found = _renamed(tensors, convert)
+        except NamesDoNotFitError:
+            continue
+        except FormatError as error:
+            refusal = refusal or error
+            continue
+        filled = len(_filled(module, found))
+        if filled > most:
+            best, most = found, filled
+    if best is None and refusal is not None:
+        raise refusal
+    return checkpoint if best is None else replace(checkpoint, tensors=best)
+
+
+def _names(module: nn.Module) -> list[str]:
+    parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    return parameters + [name for name, _ in module.named_buffers(remove_duplicate=False)]
+
+
+def _filled(module: nn.Module, names: Iterable[str]) -> set[int]:
+    """The parameters that these names bring, a tied one once."""
+    have = set(names)
+    named = module.named_parameters(remove_duplicate=False)
+    return {id(parameter) for name, parameter in named if name in have}
+
+
+def _parts(tensors: Tensors) -> Iterator[dict[str, StoredTensor]]:
+    """What the module's weights may be in a file: all under one prefix, or the whole."""
+    for prefix in PREFIXES:
+        part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if part:
+            yield part
+    yield dict(tensors)
+
+
+def _renamed(tensors: Tensors, convert: Convert) -> dict[str, StoredTensor]:
+    """The tensors that the conversion makes, and those that it should have taken and did not."""
+    weights, scales = take_scales(tensors)
+    found, left = trace(weights, convert)
+    renamed = {name: traced.stored for name, traced in found.items()}
+    for name, traced in found.items():
+        renamed |= scales_of_part(name, traced.runs, scales)
+    used = {_top(name) for name in weights.keys() - set(left)}
+    # Others belong to other models in the same file: a decoder, text encoders, an output head.
+    unknown = {name: weights[name] for name in left if _top(name) in used}
+    return unknown | renamed
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
