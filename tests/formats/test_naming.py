@@ -72,7 +72,8 @@ def test_split_rows_stay_in_the_file_and_swapped_ones_do_not(tmp_path, small_wid
     assert [(p.begin, p.nbytes) for p in swapped.pieces] == [(half, half), (0, half)]
 
 
-def test_loras_come_off_split_and_swapped_weights(tmp_path, small_widths):
+@pytest.mark.parametrize("mode", ["merge", "fetch"])
+def test_loras_come_off_split_and_swapped_weights(tmp_path, small_widths, mode):
     model = small(FluxTransformer2DModel, FLUX)
     file = tmp_path / "m.safetensors"
     save_file(flux_original(model.state_dict()), file)
@@ -81,7 +82,12 @@ def test_loras_come_off_split_and_swapped_weights(tmp_path, small_widths):
         lora[f"transformer.{name}.lora_A.weight"] = torch.randn(2, columns)
         lora[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 2)
     loaded = distorch.load(
-        empty(FluxTransformer2DModel, FLUX), file, "cpu,0b;disk,*", min_bytes=0, loras=[(lora, 1.0)]
+        empty(FluxTransformer2DModel, FLUX),
+        file,
+        "cpu,0b;disk,*",
+        min_bytes=0,
+        loras=[(lora, 1.0)],
+        lora_mode=mode,
     )
     assert not torch.equal(loaded.norm_out.linear.weight, model.norm_out.linear.weight)
     distorch.set_loras(loaded, [])
