@@ -79,5 +79,6 @@ Reservation = _C.Reservation
 fetch_count = _C.fetch_count
 scratch_directory = _C.scratch_directory
 set_peer_access = _C.set_peer_access
+set_read_clock = _C.set_read_clock
 start_trace = _C.start_trace
 stop_trace = _C.stop_trace

@@ -64,6 +64,11 @@ def code_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def block_elements(code: str) -> int:
+    """Elements of a block that rows stored as `code` are made of; 1 for plain numbers."""
+    return cast(int, _ops.block_elements(code))
+
+
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     """[rows, columns] of a weight: its first dimension and all others; one row if it has one."""
     if len(shape) < 2:

@@ -35,6 +35,7 @@ from distorch.patching import (
     Original,
     Patching,
     PatchOptions,
+    base_name,
     merged_value,
     new_reader,
     with_rows,
@@ -54,8 +55,8 @@ _PLACED_LATELY = 4
 class _Job:
     """One tensor to bring: where it is stored and every place in the module that it fills.
 
-    `rows` if its numbers have scales; `dtype` what its parameter will be unpatched; `patches` on
-    it, put on when it is fetched if `at_fetch`.
+    `rows` if its numbers have scales or are blocks; `dtype` what its parameter will be unpatched;
+    `patches` on it, put on when it is fetched if `at_fetch`; `widened` if it is decoded for good.
     """
 
     stored: StoredTensor
@@ -67,6 +68,7 @@ class _Job:
     patches: Applied = field(default_factory=list)
     at_fetch: bool = False
     patched_dtype: torch.dtype | None = None
+    widened: bool = False
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class _Job:
     @property
     def is_stored_form(self) -> bool:
         """Whether the donor keeps the file's own bytes."""
-        if self.patches and not self.at_fetch:
+        if self.widened or (self.patches and not self.at_fetch):
             return False
         return self.rows is not None or self.dtype == self.stored.dtype
 
@@ -114,6 +116,7 @@ def load(
     lora_mode: str = "merge",
     patched_dtype: torch.dtype | str | None = None,
     dtype: torch.dtype | None = None,
+    resident: str = "quantised",
     virtual_vram: str | int | None = None,
     donor: str = "cpu",
     progress: bool | None = None,
@@ -124,11 +127,13 @@ def load(
     Names are the module's own, or, for modules of diffusers, those of the original checkpoint
     (flux1-dev.safetensors), and for modules of transformers, llama.cpp's in GGUF files.
 
-    `file`: safetensors (one file, or sharded with its index), a torch file, or a folder with
-    either. The module may be on the meta device or fresh: its weights are replaced, in the file's
-    dtype; `dtype` converts floating ones on the way. Weights whose numbers have scales in the file
-    and none in the module (fp8, int8) stay as narrow as they are and are widened when fetched.
-    Weights placed on disk are read from that very file.
+    `file`: safetensors (one file, or sharded with its index), GGUF, a torch file, or a folder with
+    one of them. The module may be on the meta device or fresh: its weights are replaced, in the
+    file's dtype; `dtype` converts floating ones on the way. Weights whose numbers have scales in
+    the file and none in the module (fp8, int8), and blocks of GGUF files, stay as narrow as they
+    are everywhere and become the module's dtype when fetched; `resident="dequantised"` widens once
+    and for all those that stay on the compute device. Weights placed on disk are read from that
+    very file.
 
     `loras` are (file or state dict, strength) pairs, added in float32 and rounded once; `lora_mode`
     "merge" (now) or "fetch" (each time: strengths can be changed at once, same bits);
@@ -141,23 +146,34 @@ def load(
     patching = PatchOptions.checked(lora_mode, patched_dtype)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"dtype={dtype!r}: expected a floating torch.dtype, such as torch.bfloat16")
-    checkpoint = fit_names(open_checkpoint(file), module)
+    if resident not in ("quantised", "dequantised"):
+        raise SpecError(f"resident={resident!r}: expected 'quantised' or 'dequantised'")
+    checkpoint = fit_names(open_checkpoint(file, quantised=True), module)
     jobs = _match(module, checkpoint, strict, dtype)
     reader = new_reader(module)
     patches, found = reader.read(loras, strict_loras)
     _assign(jobs, patches, patching)
-    inventory = _inventory(module, jobs)
     if plan is None:
         devices = distribution.devices_for((), None)
+        for job in jobs if resident == "dequantised" else ():
+            job.widened = job.rows is not None  # as it would be on the compute device
         plan = distribution.plan_inventory(
-            inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
+            _inventory(module, jobs), spec, opts, devices, virtual_vram=virtual_vram, donor=donor
         )
+        plan = _narrowed(plan, jobs)
     else:
-        distribution.check_plan_fits(plan, inventory)
+        distribution.check_plan_fits(plan, _inventory(module, jobs))
     _fill(module, jobs, plan, opts, progress=progress)
     known = Patching(reader, patching, loras=found)
     _remember(module, jobs, known)
     return module
+
+
+def _narrowed(plan: Plan, jobs: list[_Job]) -> Plan:
+    """The plan, once it is known who stays on the compute device: all others are narrow."""
+    for job in jobs:
+        job.widened = job.widened and plan.placement[job.name] == plan.compute
+    return plan.resized({job.name: job.nbytes for job in jobs})
 
 
 def _remember(module: nn.Module, jobs: list[_Job], known: Patching) -> None:
@@ -165,9 +181,10 @@ def _remember(module: nn.Module, jobs: list[_Job], known: Patching) -> None:
     for job in jobs:
         if job.members:
             version = job.members[0].owner._parameters[job.members[0].key]._version  # type: ignore[union-attr]
-            known.originals[job.name] = Original(job.stored, job.rows, job.dtype, version=version)
+            name = base_name(job.name)
+            known.originals[name] = Original(job.stored, job.rows, job.dtype, version=version)
             if job.patches:
-                known.applied[job.name] = job.patches
+                known.applied[name] = job.patches
     distribution.distribution_of(module).patching = known
 
 
@@ -176,14 +193,15 @@ def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
     for job in jobs:
         if job.buffer is not None:
             continue
-        job.patches = patches.of(job.names)
+        job.patches = patches.of([base_name(name) for name in job.names])
         if job.patches:
             narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
             job.patched_dtype = options.dtype_of(narrow, _module_dtype(job))
             fits = job.rows is not None or job.dtype == job.stored.dtype
             known = job.patched_dtype in _ops.DECODED_DTYPES
             low_rank = low_rank_terms(job.patches) is not None
-            job.at_fetch = options.mode == "fetch" and fits and known and low_rank
+            whole = job.rows is None or job.rows.whole_rows(job.stored.shape)
+            job.at_fetch = options.mode == "fetch" and fits and known and low_rank and whole
 
 
 def _module_dtype(job: _Job) -> torch.dtype:
@@ -248,6 +266,12 @@ def _match(
 
 
 def _job(stored: StoredTensor, members: list[groups.Member], dtype: torch.dtype | None) -> _Job:
+    own = members[0].parameter.dtype
+    if stored.block_type is not None:
+        wide = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
+        return _Job(stored, members, wide, rows=StoredRows(stored.block_type))
+    if stored.path.endswith(".gguf") and dtype is None and own.is_floating_point:
+        dtype = own  # such files keep small tensors in float32, whatever they were
     floating = stored.dtype.is_floating_point and dtype is not None
     return _Job(stored, members, dtype if floating and dtype is not None else stored.dtype)
 
@@ -256,7 +280,7 @@ def _take_scales(
     job: _Job, checkpoint: Checkpoint, unexpected: list[str], dtype: torch.dtype | None
 ) -> list[str]:
     """Gives a job the scales that the file has for it and the module has no place for."""
-    if job.buffer is not None or job.stored.dtype.itemsize > 1 or not unexpected:
+    if job.buffer is not None or job.stored.dtype.itemsize > 1 or not unexpected or job.rows:
         return []
     scales, taken = attach_scales(job.stored, checkpoint.tensors, unexpected)
     if scales is not None:
@@ -394,10 +418,8 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
             read = reads[index]
             assert read is not None
             value = read.result()
-            if value is not None and job.patches and not job.at_fetch:
-                value = _merged(job, value, compute)
-            elif value is not None and not job.is_stored_form:
-                value = value.to(job.dtype)
+            if value is not None and not job.is_stored_form:
+                value = _made(job, value, compute)
             values.append(placer.submit(_place, job, value, plan, budget))
             reads[index] = read = value = None  # nobody but the placer holds it now
             for placed in values[-_PLACED_LATELY:]:
@@ -425,9 +447,12 @@ def _read(job: _Job, plan: Plan, budget: _Budget) -> torch.Tensor | None:
     return job.stored.read()
 
 
-def _merged(job: _Job, stored: torch.Tensor, compute: torch.device) -> torch.Tensor:
-    assert job.patched_dtype is not None
-    return merged_value(job.patches, stored, job.rows, job.patched_dtype, compute)
+def _made(job: _Job, stored: torch.Tensor, compute: torch.device) -> torch.Tensor:
+    """The weight itself, where it is not kept as the file has it."""
+    if not job.patches and job.rows is None:
+        return stored.to(job.dtype)
+    shape = job.stored.shape
+    return merged_value(job.patches, stored, job.rows, job.result_dtype, compute, shape=shape)
 
 
 def _place(job: _Job, value: torch.Tensor | None, plan: Plan, budget: _Budget) -> torch.Tensor:
@@ -435,8 +460,9 @@ def _place(job: _Job, value: torch.Tensor | None, plan: Plan, budget: _Budget) -
     compute, target = torch.device(plan.compute), plan.placement[job.name]
     stored = job.stored
     if value is None:
+        shape = (stored.nbytes,) if stored.block_type else stored.shape
         placed = _ops.shard_file(
-            stored.path, stored.offset, stored.shape, stored.dtype, compute=compute, name=job.name
+            stored.path, stored.offset, shape, stored.dtype, compute=compute, name=job.name
         )
         return _decoded(job, placed)
     try:
@@ -455,16 +481,15 @@ def _decoded(job: _Job, placed: torch.Tensor) -> torch.Tensor:
     if not job.is_stored_form:
         return placed
     if job.rows is not None:
-        placed = with_rows(placed, job.rows, job.result_dtype, job.name)
+        placed = with_rows(placed, job.rows, job.result_dtype, job.stored.shape, job.name)
     terms = low_rank_terms(job.patches) if job.at_fetch else None
     if not terms:
         return placed
     if job.rows is None and job.stored.dtype in _ops.DECODED_DTYPES:
         return _ops.patched(placed, terms)
     if job.rows is None:
-        placed = with_rows(
-            placed, StoredRows(_ops.code_of(job.stored.dtype)), job.result_dtype, job.name
-        )
+        rows = StoredRows(_ops.code_of(job.stored.dtype))
+        placed = with_rows(placed, rows, job.result_dtype, job.stored.shape, job.name)
     _ops.set_patches(placed, terms)
     return placed
 

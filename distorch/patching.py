@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distorch import _donors, _ops
-from distorch._behaviour import replace_data
+from distorch._behaviour import alias_of_donor, replace_data
 from distorch.errors import PlacementError, SpecError
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import (
@@ -93,13 +94,15 @@ class Original:
     kept: torch.Tensor | None = None
     version: int = 0  # of the parameter, when its present values were put there
 
-    def values(self) -> torch.Tensor:
-        """The stored numbers on the host, in new memory, shape as the weight's."""
+    def values(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The stored numbers on the host, in new memory or in `into` (uint8); as StoredTensor.read
+        gives them.
+        """
         if self.kept is not None:
             with torch.no_grad():
                 return self.kept.detach().clone(memory_format=torch.contiguous_format).cpu()
         assert self.stored is not None
-        return self.stored.read()
+        return self.stored.read(into)
 
 
 @dataclass
@@ -132,15 +135,20 @@ class Patching:
         ]
 
 
+def base_name(name: str) -> str:
+    """The name of a weight before PEFT put it under an adapter."""
+    return name.replace(".base_layer.", ".")
+
+
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, tied ones under each of their names."""
-    return {m.name: tuple(m.parameter.shape) for m in named_members(module)}
+    return {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
 
 
 def transposed_weights(module: nn.Module) -> set[str]:
     """Weights that their modules keep as [in, out]."""
     return {
-        m.name
+        base_name(m.name)
         for m in named_members(module)
         if type(m.owner).__name__ == "Conv1D" and m.parameter.dim() == 2
     }
@@ -153,13 +161,16 @@ def new_reader(module: nn.Module) -> LoraReader:
 
 def merged_value(
     patches: Applied, values: torch.Tensor, rows: StoredRows | None, dtype: torch.dtype,
-    compute: torch.device,
+    compute: torch.device, *, shape: Sequence[int] | None = None, into: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The patched weight, computed on `compute` where it has the kernel. `values` may be reused."""
+    """The patched weight, computed on `compute` where it has the kernel. `values` may be reused.
+
+    `shape` of the weight, where the values are blocks; `into`: where the result may be written.
+    """
     device = compute if _ops.can_decode(compute) else torch.device("cpu")
     narrow = dtype.itemsize == 1
     target = torch.float32 if narrow else dtype
-    value = merge(patches, values.to(device), target, rows, in_place=True)
+    value = merge(patches, values.to(device), target, rows, shape=shape, into=into, in_place=True)
     if narrow and rows is not None and rows.scales is not None:
         value = _unscaled(value, rows)
     if dtype in _INTEGERS:
@@ -206,6 +217,8 @@ def set_loras(
         before.mode if lora_mode is None else lora_mode,
         before.dtype if patched_dtype is None else patched_dtype,
     )
+    if known.reader.shapes.keys() != shapes_of(module).keys():  # adapters came or went
+        known.reader = new_reader(module)
     patches, found = known.reader.read(loras, strict_loras)
     groups = [group for group in group_members(module) if has_bytes(group.first)]
     changes = _changes(groups, patches, known, options)
@@ -226,6 +239,12 @@ class _Change:
     old_options: PatchOptions
 
 
+@dataclass(frozen=True)
+class _Work:
+    options: PatchOptions
+    compute: torch.device
+
+
 def _same(old: Applied, new: Applied) -> bool:
     return [(id(p), s) for p, s in old] == [(id(p), s) for p, s in new]
 
@@ -235,8 +254,8 @@ def _changes(
 ) -> list[_Change]:
     changes = []
     for group in groups:
-        old = known.applied.get(group.name, [])
-        new = patches.of([member.name for member in group.members])
+        old = known.applied.get(base_name(group.name), [])
+        new = patches.of([base_name(member.name) for member in group.members])
         respelled = options != known.options and (old or new)
         if not _same(old, new) or respelled:
             changes.append(_Change(group, old, new, known.options))
@@ -246,7 +265,8 @@ def _changes(
 def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
     """Somebody's own writes to a patched weight would be lost."""
     for change in changes:
-        group, original = change.group, known.originals.get(change.group.name)
+        group = change.group
+        original = known.originals.get(base_name(group.name))
         if len({(m.parameter.dtype, tuple(m.parameter.shape)) for m in group.members}) > 1:
             raise PlacementError(
                 f"{group.name!r} shares its bytes with weights of another shape: patch them as "
@@ -260,7 +280,7 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
                 "weights from their originals, which would undo that. Save the model's "
                 "state_dict(), and load it as a checkpoint"
             )
-        known.originals.pop(group.name)  # unpatched: its values now are the original
+        known.originals.pop(base_name(group.name))  # unpatched: its values now are the original
 
 
 def _apply(
@@ -274,37 +294,86 @@ def _apply(
     show = sys.stderr.isatty() if progress is None else progress
     total = sum(change.group.nbytes for change in changes)
     begun: list[_Change] = []
+    device = torch.device(compute)
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar:
+        with (
+            tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar,
+            _Originals(changes, known, options) as originals,
+        ):
             for change in changes:
+                values = originals.next()
                 begun.append(change)
-                _redo(change.group, change.new, known, options, torch.device(compute))
+                _redo(change.group, change.new, known, _Work(options, device), values)
                 bar.update(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
-            _redo(change.group, change.old, known, change.old_options, torch.device(compute))
+            _redo(change.group, change.old, known, _Work(change.old_options, device))
         raise
 
 
+class _Originals:
+    """The originals of weights that are merged anew, each read while the one before is merged."""
+
+    def __init__(self, changes: list[_Change], known: Patching, options: PatchOptions) -> None:
+        self._wanted = [_read_ahead(change, known, options) for change in changes]
+        room = max((stored.nbytes for stored in self._wanted if stored is not None), default=0)
+        self._buffers = [torch.empty(room, dtype=torch.uint8) for _ in range(2)] if room else []
+        self._reads: list[Future[torch.Tensor] | None] = []
+        self._taken = 0
+
+    def __enter__(self) -> _Originals:
+        self._thread = ThreadPoolExecutor(1, "distorch-read")
+        self._start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _start(self) -> None:
+        index = len(self._reads)
+        if index >= len(self._wanted):
+            return
+        stored = self._wanted[index]
+        buffer = self._buffers[index % 2] if self._buffers else None
+        self._reads.append(None if stored is None else self._thread.submit(stored.read, buffer))
+
+    def next(self) -> torch.Tensor | None:
+        """The next change's original, valid until the one after it is asked for; None: not read."""
+        read = self._reads[self._taken]
+        self._taken += 1
+        self._start()
+        return None if read is None else read.result()
+
+
+def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> StoredTensor | None:
+    """What a merge of this change reads from a file, if it does."""
+    original = known.originals.get(base_name(change.group.name))
+    if original is None or original.stored is None or options.mode == "fetch" or not change.new:
+        return None
+    return original.stored
+
+
 def _redo(
-    group: Group, patches: Applied, known: Patching, options: PatchOptions, compute: torch.device
+    group: Group, patches: Applied, known: Patching, work: _Work, values: torch.Tensor | None = None
 ) -> None:
-    """Gives one weight these patches, and notes that it has them."""
-    original = known.originals.get(group.name)
+    """Gives one weight these patches, and notes that it has them. `values`: its original."""
+    name = base_name(group.name)
+    original = known.originals.get(name)
     if original is None:
-        original = Original(None, None, group.first.dtype)
-        known.originals[group.name] = original
-    terms = low_rank_terms(patches) if options.mode == "fetch" else None
-    if options.mode == "fetch" and terms is not None and _can_fetch(original):
-        _redo_at_fetch(group, terms, original, options, compute)
+        original = known.originals[name] = Original(None, None, group.first.dtype)
+    terms = low_rank_terms(patches) if work.options.mode == "fetch" else None
+    if terms is not None and _can_fetch(original, tuple(group.first.shape)):
+        _redo_at_fetch(group, terms, original, work)
     else:
-        _redo_merged(group, patches, original, options, compute)
-    known.applied[group.name] = list(patches)
+        _redo_merged(group, patches, original, work, values)
+    known.applied[name] = list(patches)
     original.version = group.first._version
 
 
-def _can_fetch(original: Original) -> bool:
+def _can_fetch(original: Original, shape: tuple[int, ...]) -> bool:
     """Whether fetches can patch a weight of this kind."""
+    if original.rows is not None and not original.rows.whole_rows(shape):
+        return False
     narrow = original.dtype.itemsize == 1 and original.dtype.is_floating_point
     return original.rows is not None or narrow or original.dtype in _ops.DECODED_DTYPES
 
@@ -313,10 +382,8 @@ def _is_decoded(tensor: torch.Tensor) -> bool:
     return _ops.is_sharded(tensor) and _ops.state(tensor).decoded
 
 
-def _redo_at_fetch(
-    group: Group, terms: _ops.Terms, original: Original, options: PatchOptions,
-    compute: torch.device,
-) -> None:  # fmt: skip
+def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: _Work) -> None:
+    compute, options = work.compute, work.options
     parameter = group.first
     if _is_decoded(parameter) and (len(terms) or original.rows is not None):
         return _ops.set_patches(parameter, terms)
@@ -344,7 +411,8 @@ def _restored(group: Group, original: Original, compute: torch.device) -> torch.
     if stored is None:
         return parameter
     if place == "disk" and stored.in_one_range:
-        shape, dtype = stored.shape, stored.dtype
+        shape = (stored.nbytes,) if stored.block_type else stored.shape
+        dtype = stored.dtype
         data = _ops.shard_file(
             stored.path, stored.offset, shape, dtype, compute=compute, name=group.name
         )
@@ -353,7 +421,7 @@ def _restored(group: Group, original: Original, compute: torch.device) -> torch.
         if rows is None and place == str(compute) and not _is_file_donor(parameter):
             return value.to(compute)
         data = _donors.shard_on(place, value, compute, group.name)
-    return data if rows is None else with_rows(data, rows, original.dtype, group.name)
+    return data if rows is None else with_rows(data, rows, original.dtype, stored.shape, group.name)
 
 
 def _is_file_donor(tensor: torch.Tensor) -> bool:
@@ -361,36 +429,57 @@ def _is_file_donor(tensor: torch.Tensor) -> bool:
 
 
 def with_rows(
-    stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, name: str
+    stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, shape: Sequence[int], name: str
 ) -> torch.Tensor:
-    """A sharded tensor that is decoded from `stored` (sharded, whole, the weight's shape)."""
+    """A sharded tensor `dtype` [shape] that is decoded from the bytes of `stored` (sharded)."""
     return _ops.decoded(
-        stored, rows.code, dtype, stored.shape, scales=rows.scales, block=rows.block, name=name
+        stored, rows.code, dtype, shape, scales=rows.scales, block=rows.block, name=name
     )
 
 
 def _redo_merged(
-    group: Group, patches: Applied, original: Original, options: PatchOptions,
-    compute: torch.device,
-) -> None:  # fmt: skip
+    group: Group,
+    patches: Applied,
+    original: Original,
+    work: _Work,
+    values: torch.Tensor | None,
+) -> None:
+    compute, options = work.compute, work.options
     if original.stored is not None:
         original.kept = None  # of a patch at fetch
     elif original.kept is None:
         original.kept = group.first.detach()
     if not patches and (original.kept is not None or not _takes(group.first, original)):
         return _put(group, _restored(group, original, compute))
-    value = original.values()
+    parameter = group.first
+    value = original.values() if values is None else values
     if patches:
         dtype = options.dtype_of(value.dtype, original.dtype)
-        value = merged_value(patches, value, original.rows, dtype, compute)
-    parameter = group.first
+        shape = tuple(parameter.shape)
+        into = _memory_of(parameter, dtype) if original.kept is None else None
+        value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
+        if into is not None and value.data_ptr() == into.data_ptr():
+            return None
     if original.kept is None and _takes(parameter, value):
         parameter.data.copy_(value)
         return None
     place = current_place(parameter)
+    value = value.clone() if values is not None and value.device.type == "cpu" else value
     if place == str(compute) and not _ops.is_sharded(parameter):
         return _put(group, value.to(compute))
     return _put(group, _donors.shard_on(place, value, compute, group.name))
+
+
+def _memory_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The memory of a weight that operators use in place, as a plain tensor; else None."""
+    if parameter.dtype != dtype or not parameter.is_contiguous():
+        return None
+    if not _ops.is_sharded(parameter):
+        return parameter.detach()
+    state = _ops.state(parameter)
+    if state.decoded or state.tier != "cpu" or parameter.device.type != "cpu":
+        return None
+    return alias_of_donor(parameter.detach())
 
 
 def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
@@ -420,5 +509,6 @@ def _settle(module: nn.Module, state: distribution.Distribution, groups: list[Gr
 
 
 __all__ = [
-    "Original", "PatchOptions", "Patching", "merged_value", "new_reader", "set_loras", "with_rows",
+    "Original", "PatchOptions", "Patching", "base_name", "merged_value", "new_reader", "set_loras",
+    "with_rows",
 ]  # fmt: skip

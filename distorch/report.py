@@ -177,7 +177,8 @@ def _part(name: str) -> str:
 @dataclass(frozen=True)
 class Stats:
     """What the model's ops asked of its donors since reset_stats: `fetches` a sharded weight was
-    made real for an op, `hits` of these it was ready, `stall_seconds` ops waited, `overflows`
+    made real for an op, `hits` of these it was ready, `stall_seconds` ops waited (on their
+    device, if it has streams: asking waits for it), `overflows`
     fetches for which the ring had no room, `bytes` link -> bytes that travelled.
     """
 
@@ -210,7 +211,7 @@ def stats(module: nn.Module) -> Stats:
     return Stats(
         counters.fetches,
         counters.hits,
-        counters.stall_ns / 1e9,
+        counters.stall_ns() / 1e9,
         counters.overflows,
         {f"{tier}->{compute}": nbytes for tier, nbytes in counters.bytes.items()},
     )

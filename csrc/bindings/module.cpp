@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/errors.h"
+#include "core/virtual_reads.h"
 #include "device/accelerator.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
@@ -37,7 +38,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("fetches",
                              [](const Counters& c) { return c.hits.load() + c.misses.load(); })
       .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
-      .def_property_readonly("stall_ns", [](const Counters& c) { return c.stall_ns.load(); })
+      .def("stall_ns", &Counters::all_stall_ns, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
       .def_property_readonly("bytes", &Counters::bytes)
       .def("reset", &Counters::reset);
@@ -53,6 +54,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_io_threads", &distorch::set_io_threads);
   module.def("set_peer_access", &distorch::set_peer_access, py::arg("to"), py::arg("from_"),
              py::arg("possible"));
+  module.def("set_read_clock", [](const std::string& device_type, uintptr_t clock) {
+    distorch::set_read_clock(device_type, reinterpret_cast<const distorch::ReadClock*>(clock));
+  });
   module.def("start_trace", &distorch::start_trace, py::call_guard<py::gil_scoped_release>());
   module.def("stop_trace", &stopped_trace, py::call_guard<py::gil_scoped_release>());
   distorch::set_wait_wrapper(&wait_without_interpreter);

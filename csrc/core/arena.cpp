@@ -50,6 +50,34 @@ void Arena::free(uint64_t offset, uint64_t bytes) {
   holes_.emplace(offset, room);
 }
 
+std::vector<Range> Arena::take(Range wanted) {
+  std::vector<Range> taken;
+  std::lock_guard lock(mutex_);
+  auto hole = holes_.upper_bound(wanted.begin);
+  if (hole != holes_.begin()) --hole;
+  while (hole != holes_.end() && hole->first < wanted.end) {
+    const Range whole{hole->first, hole->first + hole->second};
+    const Range part{std::max(whole.begin, wanted.begin), std::min(whole.end, wanted.end)};
+    if (part.begin >= part.end) {
+      ++hole;
+      continue;
+    }
+    hole = holes_.erase(hole);
+    if (whole.begin < part.begin) holes_.emplace(whole.begin, part.begin - whole.begin);
+    if (part.end < whole.end) hole = holes_.emplace(part.end, whole.end - part.end).first;
+    used_ += part.end - part.begin;
+    taken.push_back(part);
+  }
+  return taken;
+}
+
+std::vector<Range> Arena::holes() const {
+  std::lock_guard lock(mutex_);
+  std::vector<Range> found;
+  for (const auto& [offset, room] : holes_) found.push_back({offset, offset + room});
+  return found;
+}
+
 uint64_t Arena::used() const {
   std::lock_guard lock(mutex_);
   return used_;

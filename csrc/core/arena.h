@@ -6,8 +6,14 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 namespace distorch {
+
+// Bytes [begin, end) of something.
+struct Range {
+  uint64_t begin, end;
+};
 
 class Arena {
  public:
@@ -18,6 +24,11 @@ class Arena {
   std::optional<uint64_t> allocate(uint64_t bytes);
   // REQUIRES: `offset` came from allocate(bytes) and was not freed since.
   void free(uint64_t offset, uint64_t bytes);
+
+  // Takes whatever is free inside `wanted`, piece by piece, in order; each piece
+  // is given back by itself. REQUIRES: `wanted` ends at multiples of the granule.
+  std::vector<Range> take(Range wanted);
+  std::vector<Range> holes() const;
 
   uint64_t capacity() const { return capacity_; }
   uint64_t used() const;

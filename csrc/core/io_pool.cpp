@@ -76,8 +76,8 @@ void IoPool::work(Crew& crew) {
     const bool more = may_start(crew);
     lock.unlock();
     if (more) crew.wake.notify_one();
-    task();
-    task = nullptr;
+    task.run();
+    task.run = nullptr;
     lock.lock();
     --crew.busy;
   }

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/executor.h"
+
 namespace distorch {
 
 // Note [Calm and hurry]
@@ -18,27 +20,20 @@ namespace distorch {
 // for a read, kCalmThreads of them keep the queue going; as soon as somebody
 // does (hurry(), or a task that is submitted as kNow), all threads take part,
 // for kHurryTasks tasks.
-class IoPool {
+class IoPool : public Executor {
  public:
-  using Task = std::function<void()>;
-  enum class Urgency { kNow, kAhead };
-
   // Threads start with the first task.
   explicit IoPool(size_t threads) : wanted_threads_(threads) {}
   // Drops what is queued, waits for what is running.
-  ~IoPool();
+  ~IoPool() override;
   IoPool(const IoPool&) = delete;
   IoPool& operator=(const IoPool&) = delete;
 
-  // Tasks must not throw. kNow goes before everything that is not yet running;
-  // tasks of one call keep their order.
-  void submit(std::vector<Task> tasks, Urgency urgency);
-
-  // Somebody waits for a task: all threads are to work for a while.
-  void hurry();
-
-  // In a forked child, before anything else: threads do not survive a fork.
-  void start_afresh();
+  void submit(std::vector<Task> tasks, Urgency urgency) override;
+  // All threads are to work for a while.
+  void hurry() override;
+  // Threads do not survive a fork.
+  void start_afresh() override;
 
  private:
   struct Crew {

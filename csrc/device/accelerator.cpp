@@ -15,6 +15,7 @@ namespace distorch {
 namespace {
 
 constexpr uint64_t kBounceBytes = 2 << 20;
+constexpr size_t kMostBehind = 4;    // staged weights of one size that wait for their copy
 constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
 
 struct Peers {
@@ -41,7 +42,9 @@ void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking)
 // What is known of the bytes on their way to a slot.
 struct Arrival {
   std::vector<std::shared_ptr<c10::Event>> events;
-  std::vector<c10::StreamId> waited;  // streams that waited for them
+  std::vector<std::shared_ptr<c10::Event>> behind;  // users of the room, where readers bring
+  std::vector<c10::StreamId> waited;                // streams that waited for them
+  std::optional<Moment> asked;  // when an operator needed them, if the host waited
 };
 
 void fail(Slot& slot, const std::string& error) {
@@ -62,9 +65,33 @@ struct Accelerator::StagingPool {
     at::Tensor bytes;
     std::shared_ptr<c10::Event> copied;  // null: it was never on its way
   };
+  // One of about that size, whose copy is done; undefined: there is none. Where
+  // the device is far behind with copying, waits for the oldest: its memory is
+  // the host's to bound, for the device would let it run ahead without end.
+  at::Tensor take(uint64_t bytes);
+
   std::mutex mutex;
-  std::vector<Buffer> idle;  // guarded by mutex
+  std::vector<Buffer> idle;  // the oldest copy first; guarded by mutex
 };
+
+at::Tensor Accelerator::StagingPool::take(uint64_t bytes) {
+  std::lock_guard lock(mutex);
+  auto oldest = idle.end();
+  size_t behind = 0;
+  for (auto known = idle.begin(); known != idle.end(); ++known) {
+    const auto room = static_cast<uint64_t>(known->bytes.numel());
+    if (room < bytes || room > 2 * bytes) continue;
+    const bool done = known->copied == nullptr || known->copied->query();
+    if (!done && ++behind == 1) oldest = known;
+    if (!done && behind < kMostBehind) continue;
+    const auto found = done ? known : oldest;
+    if (!done) found->copied->synchronize();
+    at::Tensor buffer = std::move(found->bytes);
+    idle.erase(found);
+    return buffer;
+  }
+  return {};
+}
 
 struct Accelerator::PinnedStaging : Staged {
   ~PinnedStaging() override {
@@ -117,16 +144,7 @@ bool Accelerator::brings(const Donor& donor) const { return !donor.extents().emp
 std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
   auto staged = std::make_shared<PinnedStaging>();
   staged->pool = staging_;
-  std::unique_lock lock(staging_->mutex);
-  for (auto known = staging_->idle.begin(); known != staging_->idle.end(); ++known) {
-    const auto room = static_cast<uint64_t>(known->bytes.numel());
-    if (room < bytes || room > 2 * bytes) continue;
-    if (known->copied != nullptr && !known->copied->query()) continue;
-    staged->buffer.bytes = known->bytes;
-    staging_->idle.erase(known);
-    break;
-  }
-  lock.unlock();
+  staged->buffer.bytes = staging_->take(bytes);
   at::Tensor& buffer = staged->buffer.bytes;
   if (!buffer.defined()) buffer = pinned_memory(bytes, device_.type());
   staged->data = static_cast<std::byte*>(buffer.mutable_data_ptr());
@@ -163,13 +181,19 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   return links_.emplace(place, std::move(link)).first->second;
 }
 
-void Accelerator::bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {
+void Accelerator::bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) {
   if (slot->decoder != nullptr) to_decode_.push_back(slot);
   std::vector<Extent> extents = donor.extents();
   if (slot->staged != nullptr) {
     extents = {{0, donor.size(), "cpu", slot->staged_data, slot->staged.get()}};
   }
-  for (const Extent& extent : extents) {
+  for (Extent extent : extents) {
+    const uint64_t from = std::max(part.begin, extent.begin);
+    const uint64_t to_end = std::min(part.end, extent.begin + extent.bytes);
+    if (from > to_end || (from == to_end && extent.bytes > 0)) continue;
+    extent.data += from - extent.begin;
+    extent.begin = from;
+    extent.bytes = to_end - from;
     std::vector<Copy>& waiting = link_from(extent.place).waiting;
     std::byte* to = slot->landing() + extent.begin;
     if (!waiting.empty()) {
@@ -194,13 +218,23 @@ void Accelerator::wait_for_users(const c10::Stream& stream) {
   }
 }
 
+void Accelerator::took(Slot& slot) {
+  std::vector<std::shared_ptr<c10::Event>> events;
+  for (const c10::Stream& user : users_) {
+    events.push_back(std::make_shared<c10::Event>(device_.type()));
+    events.back()->record(user);
+  }
+  arrival_of(slot).behind = std::move(events);  // later ones on the same streams
+}
+
 void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
   for (auto& [place, link] : links_) {
     if (link.waiting.empty()) continue;
     const std::vector<Copy> copies = std::exchange(link.waiting, {});
     std::string error;
     try {
-      wait_for_users(link.stream);
+      const auto is_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
+      if (!std::all_of(copies.begin(), copies.end(), is_read)) wait_for_users(link.stream);
       for (const auto& orphan : std::exchange(link.orphans, {})) orphan->block(link.stream);
     } catch (const c10::Error& refused) {
       error = refused.what_without_backtrace();
@@ -253,8 +287,6 @@ void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
   }
   auto decoded = std::make_shared<c10::Event>(device_.type());
   decoded->record(stream);
-  add_orphan(decoded);  // for what is copied to the stored bytes' room next
-  slot->stored_block.reset();
   arrival.events = {std::move(decoded)};
 }
 
@@ -272,6 +304,9 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
                  (weight != nullptr ? weight->name() : "") + more, copy.bytes);
   }
   try {
+    for (const auto& slot : copy.slots) {
+      for (const auto& used : arrival_of(*slot).behind) used->block(link.stream);
+    }
     if (link.bounce) {
       bounce(link, copy);
     } else {
@@ -298,7 +333,7 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
       fail(*slot, error);
       continue;
     }
-    if (slot->state == Slot::State::kLoading) slot->state = Slot::State::kReady;
+    if (slot->state == Slot::State::kLoading && slot->whole()) slot->state = Slot::State::kReady;
     if (slot->staged != nullptr) {
       static_cast<PinnedStaging&>(*slot->staged).buffer.copied = arrived;
       slot->staged.reset();
@@ -307,7 +342,8 @@ bool Accelerator::issue(Link& link, const Copy& copy) {
   if (!link.from.is_cpu() && link.source) {  // the donor may go before the copy has ended
     const auto* owner = static_cast<const c10::StorageImpl*>(copy.owner);
     c10::impl::VirtualGuardImpl(link.from.type())
-        .recordDataPtrOnStream(owner->data_ptr(), *link.source);
+        .recordDataPtrOnStream(owner->data_ptr(),
+                               link.from == device_ ? link.stream : *link.source);
   }
   return error.empty();
 }
@@ -344,7 +380,14 @@ void Accelerator::add_orphan(const std::shared_ptr<c10::Event>& copied) {
   for (auto& [place, link] : links_) link.orphans.push_back(copied);
 }
 
-void Accelerator::lend(Slot& slot) {
+bool Accelerator::waits(Slot& slot) {
+  Arrival& arrival = arrival_of(slot);
+  if (!arrival.asked) arrival.asked.emplace(guard_.getStream(device_));
+  return true;
+}
+
+// See Note [How long a stream waits].
+void Accelerator::lend(Slot& slot, Counters& counters) {
   const c10::Stream stream = guard_.getStream(device_);
   use_on(stream);
   if (slot.arrival == nullptr) return;
@@ -355,8 +398,12 @@ void Accelerator::lend(Slot& slot) {
   }
   const DeviceSpan span(stream, "stalls " + device_.str(),
                         slot.weight != nullptr ? slot.weight->name() : "");
+  Moment needed = arrival.asked && arrival.asked->stream == stream
+                      ? *std::exchange(arrival.asked, std::nullopt)
+                      : Moment(stream);
   for (const auto& event : arrival.events) event->block(stream);
   arrival.waited.push_back(stream.id());
+  counters.stalls(std::make_unique<DeviceTime>(std::move(needed), Moment(stream)));
 }
 
 // ---- donors ----------------------------------------------------------------

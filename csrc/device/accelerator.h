@@ -21,14 +21,15 @@ namespace distorch {
 // Note [Order on streams]
 // * Bytes travel on a stream of their own for each place they come from.
 // * A refill waits for what was issued, before it, on every stream that was
-//   lent slots: one event per stream and refill, none per operator.
+//   lent slots: one event per stream and refill, none per operator. What readers
+//   bring is copied later than its room was taken, and waits for what was issued
+//   before that.
 // * Operators wait for the event behind the copy of their weight, on the
 //   stream that is current when they ask; the host waits for nothing.
 // * A copy to memory that was refilled without ever being lent is waited for by
 //   the refill, whatever link it comes from.
 // * Weights that are not kept as they are get decoded on one more stream,
-//   behind their copies; they have arrived when that is done. Their stored
-//   bytes are then room for others, behind the decoding.
+//   behind their copies; they have arrived when that is done.
 // * The region is told of every stream that uses it, so that its allocator
 //   does not give it to somebody else too early.
 class Accelerator : public RingDevice {
@@ -41,10 +42,13 @@ class Accelerator : public RingDevice {
   bool in_use(const std::shared_ptr<void>& wrapped) const override;
   bool brings(const Donor& donor) const override;
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
-  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) override;
+  bool in_parts() const override { return true; }
+  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override;
+  void took(Slot& slot) override;
   void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
   void dropped(Slot& slot) override;
-  void lend(Slot& slot) override;
+  bool waits(Slot& slot) override;
+  void lend(Slot& slot, Counters& counters) override;
 
  private:
   // A copy that was asked for; neighbours become one.

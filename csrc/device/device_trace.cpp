@@ -2,6 +2,8 @@
 
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <mutex>
 
 namespace distorch {
@@ -32,6 +34,25 @@ double seconds_since(const EventPtr& begin, const EventPtr& event) {
 }
 
 }  // namespace
+
+Moment::Moment(const c10::Stream& stream) : stream(stream), event(now_on(stream)) {}
+
+bool DeviceTime::known() const {
+  try {
+    return end_.event->query();
+  } catch (const c10::Error&) {
+    return true;  // it will not get any later
+  }
+}
+
+uint64_t DeviceTime::nanoseconds() {
+  try {
+    const double seconds = seconds_since(start_.event, end_.event);
+    return static_cast<uint64_t>(std::llround(std::max(seconds, 0.0) * 1e9));
+  } catch (const c10::Error&) {
+    return 0;
+  }
+}
 
 struct DeviceSpan::Open {
   c10::Stream stream;

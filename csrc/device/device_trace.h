@@ -8,6 +8,7 @@
 #include <string>
 
 #include "engine/trace_log.h"
+#include "engine/weight.h"
 
 namespace distorch {
 
@@ -23,6 +24,33 @@ class DeviceSpan {
  private:
   struct Open;
   std::unique_ptr<Open> open_;  // null: nobody traces
+};
+
+// Note [How long a stream waits]
+// An event on the stream before the operator's wait, and one behind it: what
+// lies between them is the stall, and nothing else is. Both are of the stream,
+// so the host needs no clock and waits for nothing. Where the host itself has to
+// wait (for a reader), the first event is recorded before that, so that a stream
+// that runs dry meanwhile is seen to wait. The times are read when they are
+// asked for, or when many are known. On CUDA two events in a row are about a
+// microsecond apart, which is what a fetch that waited for nothing then counts.
+
+// A point in a stream's work.
+struct Moment {
+  explicit Moment(const c10::Stream& stream);
+  c10::Stream stream;
+  std::shared_ptr<c10::Event> event;
+};
+
+// The time from one moment to another.
+class DeviceTime : public LateTime {
+ public:
+  DeviceTime(Moment start, Moment end) : start_(std::move(start)), end_(std::move(end)) {}
+  bool known() const override;
+  uint64_t nanoseconds() override;  // 0 when the device is gone
+
+ private:
+  const Moment start_, end_;
 };
 
 // Starts a trace; marks the time on the device ("cpu": only the host's).

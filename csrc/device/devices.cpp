@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "core/virtual_reads.h"
 #include "device/accelerator.h"
 #include "device/storages.h"
 
@@ -103,7 +104,11 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
   const c10::Device where(device);
   std::unique_ptr<RingDevice> memory = std::make_unique<HostDevice>();
   if (!where.is_cpu()) memory = std::make_unique<Accelerator>(where);
-  const std::shared_ptr<Ring> ring(new Ring(std::move(memory), all.io_threads), &end_ring);
+  std::unique_ptr<Executor> readers = std::make_unique<IoPool>(all.io_threads);
+  if (const ReadClock* clock = read_clock(c10::DeviceTypeName(where.type(), true))) {
+    readers = std::make_unique<VirtualReads>(*clock);
+  }
+  const std::shared_ptr<Ring> ring(new Ring(std::move(memory), std::move(readers)), &end_ring);
   known = ring;
   return ring;
 }

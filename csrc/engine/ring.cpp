@@ -14,6 +14,10 @@ namespace {
 // the computation on the other cores more than the read itself.
 constexpr uint64_t kPartBytes = 4 << 20;
 constexpr size_t kMaxWindows = 32;  // threads whose order is remembered
+constexpr size_t kGrowing = 2;      // weights of a window that may wait for a part of their room
+constexpr size_t kFewSlots = 48;    // of more, none is so large that its room needs choosing
+constexpr uint64_t kSmall = 16;     // parts of the ring: a weight of no more is small
+constexpr uint64_t kJustUsed = 8;   // uses within which an operator lets go of its weights
 
 Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& donor,
                       const std::string& why) {
@@ -76,15 +80,11 @@ void count_bytes(Counters& counters, const Donor& donor) {
 
 }  // namespace
 
-struct Ring::Region {
-  Region(std::shared_ptr<std::byte> memory, uint64_t bytes, uint64_t granule)
-      : memory(std::move(memory)), arena(bytes, granule) {}
-  std::shared_ptr<std::byte> memory;
-  Arena arena;
-};
-
 Ring::Ring(std::unique_ptr<RingDevice> device, size_t io_threads)
-    : device_(std::move(device)), pool_(io_threads) {}
+    : Ring(std::move(device), std::make_unique<IoPool>(io_threads)) {}
+
+Ring::Ring(std::unique_ptr<RingDevice> device, std::unique_ptr<Executor> readers)
+    : device_(std::move(device)), pool_(std::move(readers)) {}
 
 Ring::~Ring() = default;
 
@@ -136,24 +136,24 @@ void Ring::resize() {
 
 std::shared_ptr<void> Ring::acquire(Weight& weight) {
   Counters& counters = weight.counters();
+  pool_->catch_up();
   Lock lock(mutex_);
   if (!staged_.empty()) bring_staged();
   Window& window = window_of_this_thread();
   advance(window, weight.id());
-  if (const SlotPtr& slot = weight.in_ring.slot; slot && slot->state == Slot::State::kReady) {
-    const SlotPtr held = slot;
+  if (const SlotPtr held = usable_slot(weight); held && held->state == Slot::State::kReady) {
     std::shared_ptr<void> bytes = hand_out(held);  // held: looking ahead does not evict it
     look_ahead(window);
     flush();
-    device_->lend(*held);
+    device_->lend(*held, counters);
     counters.hits.fetch_add(1, std::memory_order_relaxed);
     return bytes;
   }
   counters.misses.fetch_add(1, std::memory_order_relaxed);
   for (bool planned = false;;) {
-    SlotPtr slot = weight.in_ring.slot;
+    SlotPtr slot = usable_slot(weight);
     const bool asked_now = slot == nullptr;
-    if (asked_now) slot = load(weight, IoPool::Urgency::kNow);
+    if (asked_now) slot = load(weight, IoPool::Urgency::kNow, nullptr);
     if (!planned) look_ahead(window);
     planned = true;  // `window` belongs to the lock, which waiting gives up
     flush();
@@ -163,22 +163,39 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
       flush();
     }
     if (slot->state == Slot::State::kReady) {
-      device_->lend(*slot);
+      device_->lend(*slot, counters);
       return hand_out(slot);
     }
-    // An early read that failed may have met a passing fault: ask once more.
-    if (asked_now) throw Error(slot->error_kind, slot->error);
+    // An early read that failed may have met a passing fault, and another thread
+    // may have dropped the slot meanwhile: ask once more.
+    if (asked_now && slot->state == Slot::State::kFailed)
+      throw Error(slot->error_kind, slot->error);
   }
 }
 
 void Ring::released() {
+  pool_->catch_up();
   Lock lock(mutex_);
   look_ahead(window_of_this_thread());
+  if (!staged_.empty()) bring_staged();
   flush();
+}
+
+// The weight's slot, unless a part of its room is still somebody else's.
+Ring::SlotPtr Ring::usable_slot(Weight& weight) {
+  const SlotPtr slot = weight.in_ring.slot;
+  if (slot == nullptr || slot->whole()) return slot;
+  if (!grow(slot)) {
+    drop(slot);
+    return nullptr;
+  }
+  flush();
+  return slot;
 }
 
 std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
   std::shared_ptr<void> bytes = slot->wrapped;
+  slot->used_at = clock_;
   if (slot->overflow) {
     drop(SlotPtr(slot));
   } else if (slot->weight != nullptr) {
@@ -190,9 +207,17 @@ std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   if (slot->state != Slot::State::kLoading) return;
   const HostSpan span("stalls", slot->weight != nullptr ? slot->weight->name() : "");
+  const bool timed = device_->waits(*slot);
   const auto start = std::chrono::steady_clock::now();
-  pool_.hurry();
-  part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  pool_->hurry();
+  while (slot->state == Slot::State::kLoading) {
+    lock.unlock();
+    const bool ran = pool_->run_next();
+    lock.lock();
+    if (ran) continue;
+    part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+  }
+  if (timed) return;
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
                               std::memory_order_relaxed);
@@ -219,7 +244,8 @@ Ring::Window& Ring::window_of_this_thread() {
       forget_predictions(oldest->second);
       windows_.erase(oldest);
     }
-    found = windows_.emplace(id, Window{std::move(known), 0, {}, 0}).first;
+    found = windows_.emplace(id, Window()).first;
+    found->second.trace = std::move(known);
   }
   found->second.used_at = ++clock_;
   latest_thread_ = id;
@@ -269,17 +295,24 @@ void Ring::forget_predictions(Window& window) {
     if (found != weights_.end()) --found->second->in_ring.wanted;
   }
   window.ahead.clear();
+  for (const SlotPtr& slot : std::exchange(window.growing, {})) {
+    if (!slot->whole()) drop(slot);  // else somebody may be waiting for it
+  }
 }
 
 void Ring::look_ahead(Window& window) {
-  for (uint64_t last = window.ahead.empty() ? window.latest : window.ahead.back();;) {
+  grow_all(window);
+  uint64_t last = window.ahead.empty() ? window.latest : window.ahead.back();
+  while (window.growing.size() < kGrowing) {
     const std::optional<uint64_t> id = expected_after(window, last);
     if (!id) return;
     const auto found = weights_.find(*id);
     if (found != weights_.end()) {
       Weight& weight = *found->second;
-      if (weight.in_ring.slot == nullptr && load(weight, IoPool::Urgency::kAhead) == nullptr) {
-        return;
+      if (weight.in_ring.slot == nullptr) {
+        const SlotPtr slot = load(weight, IoPool::Urgency::kAhead, &window);
+        if (slot == nullptr) return;
+        if (!slot->whole()) window.growing.push_back(slot);
       }
       ++weight.in_ring.wanted;
     }
@@ -289,47 +322,54 @@ void Ring::look_ahead(Window& window) {
 }
 
 // Null when there is no room and nobody waits for it.
-Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency) {
+Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* window) {
   const Source source = weight.source();
   const Donor& donor = *source.donor;
   const uint64_t bytes = source.size();
   const bool by_device = device_->brings(donor);
-  uint64_t phase = donor.phase() % weight.alignment() == 0 ? donor.phase() : 0;
+  const uint64_t phase = donor.phase() % weight.alignment() == 0 ? donor.phase() : 0;
   std::shared_ptr<Staged> staging;
   if (!by_device) staging = device_->staging(round_up(phase + donor.size(), kPage));
   const bool by_readers = !by_device && staging == nullptr;
   const uint64_t slot_phase = by_readers && source.decoder == nullptr ? phase : 0;
-  bool overflow = false;
-  std::byte *block_data = nullptr, *stored = nullptr;
-  auto block = find_room(slot_phase + bytes, urgency, &block_data, &overflow);
-  if (block == nullptr) return nullptr;
-  std::shared_ptr<void> stored_block;
-  if (source.decoder != nullptr && !by_readers && !source.decoder->in_place()) {
-    stored_block = find_room(donor.size(), urgency, &stored, &overflow);
-    if (stored_block == nullptr) return nullptr;
-  }
+  const uint64_t granule = device_->granule();
+  const uint64_t own = std::max(round_up(slot_phase + bytes, granule), granule);
+  const bool apart = source.decoder != nullptr && !by_readers && !source.decoder->in_place();
+  const uint64_t needed = apart ? own + round_up(donor.size(), granule) : own;
   auto slot = std::make_shared<Slot>();
-  slot->data = block_data + slot_phase;
+  slot->room = find_room(needed, urgency, window);
+  if (slot->room == nullptr && urgency == IoPool::Urgency::kAhead) return nullptr;
+  const bool overflow = slot->overflow = slot->room == nullptr;
+  std::shared_ptr<void> block = slot->room;
+  if (overflow) {
+    const std::shared_ptr<std::byte> ordinary = device_->allocate(needed);
+    slot->data = ordinary.get() + slot_phase;
+    block = ordinary;
+  } else {
+    slot->data = slot->room->data() + slot_phase;
+  }
   slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
   slot->weight = &weight;
   slot->decoder = source.decoder;
-  slot->stored = stored;
-  slot->stored_block = std::move(stored_block);
-  slot->overflow = overflow;
+  if (apart) slot->stored = slot->data + own;
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
   count_bytes(weight.counters(), donor);
   if (overflow) weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
   if (by_device) {
-    device_->bring(slot, donor);
-  } else if (staging != nullptr) {
-    slot->staged_data = staging->data + phase;
-    slot->staged = std::move(staging);
-    queue_reads(slot, weight.name(), source.donor, slot->staged_data, phase, urgency);
-  } else if (source.decoder != nullptr) {
+    if (slot->whole()) fill(slot, {0, donor.size()});
+    grow(slot);
+    return slot;
+  }
+  if (staging != nullptr) slot->staged_data = staging->data + phase;
+  slot->staged = std::move(staging);
+  if (slot->whole() && slot->staged != nullptr) fill(slot, {0, donor.size()});
+  grow(slot);
+  if (by_readers && source.decoder != nullptr) {
     queue_decoding(slot, weight.name(), source, urgency);
   } else {
-    queue_reads(slot, weight.name(), source.donor, slot->data, phase, urgency);
+    std::byte* into = by_readers ? slot->data : slot->staged_data;
+    queue_reads(slot, weight.name(), source.donor, into, phase, urgency);
   }
   return slot;
 }
@@ -338,8 +378,13 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency) {
 void Ring::bring_staged() {
   for (const SlotPtr& slot : std::exchange(staged_, {})) {
     if (slot->weight == nullptr) continue;  // let go of in the meantime
+    if (!slot->whole()) {
+      staged_.push_back(slot);
+      continue;
+    }
     slot->state = Slot::State::kLoading;
-    device_->bring(slot, *slot->weight->donor());
+    const auto donor = slot->weight->donor();
+    device_->bring(slot, *donor, {0, donor->size()});
   }
 }
 
@@ -355,52 +400,145 @@ void Ring::flush() {
   }
 }
 
-std::shared_ptr<void> Ring::find_room(uint64_t wanted, IoPool::Urgency urgency, std::byte** data,
-                                      bool* overflow) {
-  const uint64_t granule = device_->granule();
-  const uint64_t bytes = std::max(round_up(wanted, granule), granule);
+// Null: there is none in the ring.
+std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency,
+                                      const Window* window) {
+  const bool now = urgency == IoPool::Urgency::kNow;
   try {
     if (bytes <= capacity_) {
+      if (!now && device_->in_parts() && slots_.size() <= kFewSlots) {
+        return promised_room(bytes, *window);
+      }
       do {
-        if (auto block = carve(bytes, data)) return block;
+        if (auto room = carve(bytes)) return room;
       } while (evict_one());
     }
   } catch (const std::exception&) {  // the device has no room for the ring itself
-    if (urgency == IoPool::Urgency::kNow) return overflow_room(bytes, data, overflow);
+    return nullptr;
   }
-  if (urgency == IoPool::Urgency::kAhead) return nullptr;
+  if (!now) return nullptr;
   // Threads that went away may still have predictions that hold room.
-  for (auto& [thread, window] : windows_) forget_predictions(window);
+  for (auto& [thread, other] : windows_) forget_predictions(other);
   while (bytes <= capacity_ && evict_one()) {
-    if (auto block = carve(bytes, data)) return block;
+    if (auto room = carve(bytes)) return room;
   }
-  return overflow_room(bytes, data, overflow);
+  return nullptr;
 }
 
-std::shared_ptr<void> Ring::overflow_room(uint64_t bytes, std::byte** data, bool* overflow) {
-  *overflow = true;
-  auto block = device_->allocate(bytes);
-  *data = block.get();
-  return block;
-}
-
-std::shared_ptr<void> Ring::carve(uint64_t bytes, std::byte** data) {
+std::shared_ptr<Region> Ring::region() {
   if (region_ == nullptr) {
     region_ = std::make_shared<Region>(device_->allocate(capacity_), capacity_, device_->granule());
   }
-  const auto offset = region_->arena.allocate(bytes);
+  return region_;
+}
+
+std::shared_ptr<Room> Ring::carve(uint64_t bytes) {
+  const auto offset = region()->arena.allocate(bytes);
   if (!offset) return nullptr;
-  *data = region_->memory.get() + *offset;
-  return std::shared_ptr<void>(*data, [region = region_, offset = *offset, bytes](void*) {
-    region->arena.free(offset, bytes);
-  });
+  return Room::taken(region_, {*offset, *offset + bytes});
+}
+
+// See Note [Rooms that become free by and by]. Nothing is evicted for a weight
+// that fits into a hole, and small ones lie side by side, to travel together.
+std::shared_ptr<Room> Ring::promised_room(uint64_t bytes, const Window& window) {
+  if (bytes <= capacity_ / kSmall) {
+    if (auto room = carve(bytes)) return room;
+  }
+  const std::vector<Range> holes = region()->arena.holes();
+  const bool fits = std::any_of(holes.begin(), holes.end(),
+                                [&](const Range& hole) { return hole.end - hole.begin >= bytes; });
+  const std::vector<Occupied> taken = occupied(window, holes, fits);
+  const auto offset = choose_offset(taken, region_->arena.capacity(), bytes);
+  if (!offset) return nullptr;
+  return std::make_shared<Room>(region_, Range{*offset, *offset + bytes});
+}
+
+// What lies in the region, in the eyes of a window that looks ahead.
+std::vector<Occupied> Ring::occupied(const Window& window, const std::vector<Range>& holes,
+                                     bool evict_nothing) const {
+  std::vector<Occupied> found;
+  std::vector<Range> known = holes;
+  for (const SlotPtr& slot : slots_) {
+    if (slot->room == nullptr || slot->room->region() != region_.get()) continue;
+    uint64_t after = free_after(*slot, window);
+    if (after == 0 && evict_nothing) after = kNotKnown;
+    known.push_back(slot->room->range());
+    if (after > 0) found.push_back({slot->room->range(), after});
+  }
+  // The rest is held by operators whose weights have let go of it.
+  std::sort(known.begin(), known.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  known.push_back({region_->arena.capacity(), region_->arena.capacity()});
+  uint64_t end = 0;
+  for (const Range& range : known) {
+    if (range.begin > end) found.push_back({{end, range.begin}, kNotKnown});
+    end = std::max(end, range.end);
+  }
+  return found;
+}
+
+// Uses from now until the slot can be evicted; 0: now.
+uint64_t Ring::free_after(const Slot& slot, const Window& window) const {
+  uint64_t wanted = 0, last = 0;
+  for (size_t i = 0; i < window.ahead.size(); ++i) {
+    if (window.ahead[i] != slot.weight->id()) continue;
+    ++wanted;
+    last = i;
+  }
+  if (slot.weight->in_ring.wanted > wanted) return kNotKnown;  // by other threads
+  if (wanted > 0) return last + 2;
+  if (evictable(slot)) return 0;
+  const bool soon = slot.weight->id() == window.latest || clock_ - slot.used_at <= kJustUsed;
+  return soon ? 1 : kNotKnown;
+}
+
+// Takes what has become free of a slot's room. True: that was all of it.
+bool Ring::grow(const SlotPtr& slot) {
+  if (slot->whole()) return true;
+  for (const Range& piece : slot->room->missing()) evict_from(piece);
+  for (const Range& part : slot->room->take()) fill(slot, part);
+  return slot->whole();
+}
+
+// Bytes for a part of a slot that is its own now.
+void Ring::fill(const SlotPtr& slot, Range part) {
+  try {
+    if (slot->staged != nullptr) return device_->took(*slot);
+    if (slot->decoder != nullptr) {  // decoded as a whole
+      if (!slot->whole() || std::exchange(slot->asked, true)) return;
+      part = {0, slot->weight->donor()->size()};
+    }
+    const auto donor = slot->weight->donor();
+    device_->bring(slot, *donor, {part.begin, std::min(part.end, donor->size())});
+  } catch (...) {  // nobody would ask for that part again
+    drop(slot);
+    throw;
+  }
+}
+
+void Ring::grow_all(Window& window) {
+  for (const SlotPtr& slot : std::vector(window.growing)) grow(slot);
+  std::erase_if(window.growing, [](const SlotPtr& slot) { return slot->whole(); });
+}
+
+bool Ring::evictable(const Slot& slot) const {
+  return slot.weight->in_ring.wanted == 0 && slot.state == Slot::State::kReady &&
+         !device_->in_use(slot.wrapped);
+}
+
+void Ring::evict_from(Range range) {
+  for (auto next = slots_.begin(); next != slots_.end();) {
+    const SlotPtr slot = *next++;
+    if (slot->room == nullptr || !evictable(*slot)) continue;
+    const Range held = slot->room->range();
+    if (held.begin < range.end && range.begin < held.end) drop(slot);
+  }
 }
 
 // The least recently used slot that no prediction and no op holds.
 bool Ring::evict_one() {
   for (const SlotPtr& slot : slots_) {
-    if (slot->weight->in_ring.wanted > 0 || slot->state != Slot::State::kReady) continue;
-    if (device_->in_use(slot->wrapped)) continue;
+    if (!evictable(*slot)) continue;
     drop(SlotPtr(slot));
     return true;
   }
@@ -413,12 +551,14 @@ void Ring::drop(const SlotPtr& slot) {
   slot->weight->in_ring.slot.reset();
   slot->weight = nullptr;
   slots_.erase(slot->place);
+  if (slot->whole()) return;
+  for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
 }
 
 // A task of several that fill a slot.
-IoPool::Task Ring::part(const SlotPtr& slot, std::function<void()> work) {
+IoPool::Task Ring::part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work) {
   ++slot->parts_left;
-  return [this, slot, work = std::move(work)] {
+  const auto run = [this, slot, work = std::move(work)] {
     try {
       work();
       finish_part(slot, nullptr);
@@ -426,6 +566,7 @@ IoPool::Task Ring::part(const SlotPtr& slot, std::function<void()> work) {
       finish_part(slot, &error);
     }
   };
+  return {run, bytes};
 }
 
 void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
@@ -436,13 +577,14 @@ void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared
   for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
     const uint64_t end =
         std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
-    tasks.push_back(part(slot, [donor, begin, end, into, name] {
+    const auto read = [donor, begin, end, into, name] {
       read_part(*donor, name, begin, end, into + begin);
-    }));
+    };
+    tasks.push_back(part(slot, end - begin, read));
     begin = end;
     if (begin >= bytes) break;
   }
-  pool_.submit(std::move(tasks), urgency);
+  pool_->submit(std::move(tasks), urgency);
 }
 
 // Each part of the rows is decoded by the thread that brought it.
@@ -454,11 +596,12 @@ void Ring::queue_decoding(const SlotPtr& slot, const std::string& name, const So
   std::vector<IoPool::Task> tasks;
   for (uint64_t begin = 0; begin < decoder.rows(); begin += step) {
     const uint64_t end = std::min(decoder.rows(), begin + step);
-    tasks.push_back(part(slot, [source, begin, end, into = slot->data, name] {
-      decode_part(source, name, begin, end, into);
-    }));
+    tasks.push_back(part(slot, (end - begin) * decoder.stored_row(),
+                         [source, begin, end, into = slot->data, name] {
+                           decode_part(source, name, begin, end, into);
+                         }));
   }
-  pool_.submit(std::move(tasks), urgency);
+  pool_->submit(std::move(tasks), urgency);
 }
 
 void Ring::finish_part(const SlotPtr& slot, const Error* error) {
@@ -481,7 +624,7 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
 }
 
 void Ring::after_fork_in_child() {
-  pool_.start_afresh();
+  pool_->start_afresh();
   // Threads that waited in the parent are part of the old one's state.
   static_cast<void>(part_done_.release());
   part_done_ = std::make_unique<std::condition_variable>();

@@ -18,6 +18,8 @@
 #include "core/arena.h"
 #include "core/error.h"
 #include "core/io_pool.h"
+#include "core/layout.h"
+#include "engine/room.h"
 #include "engine/weight.h"
 
 namespace distorch {
@@ -35,6 +37,8 @@ struct Slot {
   enum class State { kLoading, kStaged, kReady, kFailed };
   std::shared_ptr<void> wrapped;
   std::byte* data = nullptr;
+  std::shared_ptr<Room> room;  // null: overflow
+  uint64_t used_at = 0;        // when it was handed out, by the ring's clock
   State state = State::kLoading;
   Weight* weight = nullptr;  // null once the weight has let go of the slot
   size_t parts_left = 0;
@@ -49,12 +53,15 @@ struct Slot {
   std::shared_ptr<Staged> staged;
   std::byte* staged_data = nullptr;
   std::shared_ptr<void> arrival;
-  // Room on the device for what is then decoded to `data`; null: in place.
+
+  // Room on the device, behind the decoded bytes, for what is decoded to `data`;
+  // null: in place.
   std::byte* stored = nullptr;
-  std::shared_ptr<void> stored_block;
+  bool asked = false;  // for all bytes of a decoded weight
 
   // Where the donor's bytes go.
   std::byte* landing() const { return stored != nullptr ? stored : data; }
+  bool whole() const { return room == nullptr || room->complete(); }
 };
 
 // The compute device of a ring: the memory that it is cut from, the form in
@@ -78,28 +85,41 @@ class RingDevice {
   // Room for readers to put what the device then copies; null when they write
   // to slots.
   virtual std::shared_ptr<Staged> staging(uint64_t bytes) { return nullptr; }
-  // Asks for a copy of the donor's bytes (or of what is staged) to the slot.
-  virtual void bring(const std::shared_ptr<Slot>& slot, const Donor& donor) {}
+  // Whether slots may be filled part by part.
+  virtual bool in_parts() const { return false; }
+  // Asks for a copy of a part of the donor's bytes (or of what is staged) to the
+  // slot.
+  virtual void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) {}
+  // A slot that waits for readers has got more of its room: what is copied there
+  // later goes behind what has used it until now, and behind nothing else.
+  virtual void took(Slot& slot) {}
   // Issues what was asked for, in that order, behind everything that used the
-  // slots' memory, and decodes it. The slots are then kReady, or kFailed with
-  // an error.
+  // slots' memory, and decodes it. Slots that are whole are then kReady, or
+  // kFailed with an error.
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
-  // Operators issued from now on, by this thread, find the bytes in the slot.
-  virtual void lend(Slot& slot) {}
+  // The host is about to wait for the slot's bytes. True: the device finds out
+  // by itself how long operators wait.
+  virtual bool waits(Slot& slot) { return false; }
+  // Operators issued from now on, by this thread, find the bytes in the slot;
+  // the time they wait counts as a stall.
+  virtual void lend(Slot& slot, Counters& counters) {}
 };
 
 // Note [What the ring promises]
 // * Bytes held by slots never exceed the capacity, but for fetches that found
 //   no room (an op waits for them now): these take ordinary memory and give it
 //   back after use. There is nothing to dead-lock on.
-// * A slot is refilled only when nobody else holds its storage.
+// * A slot is refilled only when nobody else holds its storage. A room may be
+//   promised to a weight before; whoever asks for a weight that has only a part
+//   of its room gets another one.
 // * Predictions decide what is fetched early and what is thrown out, nothing
 //   else: a wrong one costs a read.
 class Ring {
  public:
   Ring(std::unique_ptr<RingDevice> device, size_t io_threads);
+  Ring(std::unique_ptr<RingDevice> device, std::unique_ptr<Executor> readers);
   ~Ring();
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
@@ -146,9 +166,8 @@ class Ring {
     uint64_t latest = 0;         // the weight asked for last
     std::deque<uint64_t> ahead;  // weights already asked for, in order
     uint64_t used_at = 0;
+    std::vector<SlotPtr> growing;  // that have a part of their room, in order
   };
-  // A piece of memory divided by an Arena; slots keep it alive.
-  struct Region;
 
   Window& window_of_this_thread();
   void advance(Window& window, uint64_t id);
@@ -156,12 +175,22 @@ class Ring {
   void forget_predictions(Window& window);
   void look_ahead(Window& window);
   std::shared_ptr<void> hand_out(const SlotPtr& slot);
-  SlotPtr load(Weight& weight, IoPool::Urgency urgency);
-  std::shared_ptr<void> find_room(uint64_t bytes, IoPool::Urgency urgency, std::byte** data,
-                                  bool* overflow);
-  std::shared_ptr<void> overflow_room(uint64_t bytes, std::byte** data, bool* overflow);
-  std::shared_ptr<void> carve(uint64_t bytes, std::byte** data);
+  SlotPtr usable_slot(Weight& weight);
+  // `window`: that looks ahead, if the weight is not asked for now.
+  SlotPtr load(Weight& weight, IoPool::Urgency urgency, const Window* window);
+  std::shared_ptr<Room> find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window);
+  std::shared_ptr<Region> region();
+  std::shared_ptr<Room> promised_room(uint64_t bytes, const Window& window);
+  std::vector<Occupied> occupied(const Window& window, const std::vector<Range>& holes,
+                                 bool evict_nothing) const;
+  uint64_t free_after(const Slot& slot, const Window& window) const;
+  std::shared_ptr<Room> carve(uint64_t bytes);
+  bool grow(const SlotPtr& slot);
+  void fill(const SlotPtr& slot, Range part);
+  void grow_all(Window& window);
+  bool evictable(const Slot& slot) const;
   bool evict_one();
+  void evict_from(Range range);
   void drop(const SlotPtr& slot);
   void bring_staged();
   void flush();
@@ -169,7 +198,7 @@ class Ring {
                    std::byte* into, uint64_t phase, IoPool::Urgency urgency);
   void queue_decoding(const SlotPtr& slot, const std::string& name, const Source& source,
                       IoPool::Urgency urgency);
-  IoPool::Task part(const SlotPtr& slot, std::function<void()> work);
+  IoPool::Task part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
   void resize();
@@ -190,7 +219,7 @@ class Ring {
   std::list<SlotPtr> slots_;         // least recently used first
   std::vector<SlotPtr> staged_;      // read to host memory, not yet copied
   // Last, so that its threads end before what they use.
-  IoPool pool_;
+  const std::unique_ptr<Executor> pool_;
 };
 
 }  // namespace distorch

@@ -7,6 +7,9 @@
 namespace distorch {
 namespace {
 
+constexpr size_t kAskAfter = 64;     // stalls in the dark before anybody asks for them
+constexpr size_t kMostLater = 8192;  // stalls in the dark
+
 std::atomic<uint64_t> next_weight{1};
 
 struct Groups {
@@ -44,6 +47,24 @@ void Counters::reset() {
   for (auto* counter : {&hits, &misses, &stall_ns, &overflows}) counter->store(0);
   std::lock_guard lock(mutex_);
   bytes_.clear();
+  later_.clear();
+}
+
+void Counters::stalls(std::unique_ptr<LateTime> time) {
+  std::lock_guard lock(mutex_);
+  if (later_.size() >= kAskAfter) {
+    while (!later_.empty() && later_.front()->known()) {
+      stall_ns += later_.front()->nanoseconds();
+      later_.pop_front();
+    }
+  }
+  if (later_.size() < kMostLater) later_.push_back(std::move(time));
+}
+
+uint64_t Counters::all_stall_ns() {
+  std::lock_guard lock(mutex_);
+  for (; !later_.empty(); later_.pop_front()) stall_ns += later_.front()->nanoseconds();
+  return stall_ns;
 }
 
 void Counters::travelled(const std::string& tier, uint64_t bytes) {

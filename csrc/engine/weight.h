@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,14 +18,27 @@ namespace distorch {
 class Ring;
 struct Slot;
 
+// A time that only a device knows, and only when its work is done.
+class LateTime {
+ public:
+  virtual ~LateTime() = default;
+  virtual bool known() const = 0;      // asks, does not wait
+  virtual uint64_t nanoseconds() = 0;  // waits
+};
+
 // What a group of weights (usually one model) has asked of its donors.
 struct Counters {
   const uint64_t id = next_id();
   std::atomic<uint64_t> hits{0};       // a weight was made real for an op, and was there
   std::atomic<uint64_t> misses{0};     // the same, and the op waited
-  std::atomic<uint64_t> stall_ns{0};   // time that ops waited
+  std::atomic<uint64_t> stall_ns{0};   // time that ops waited, as far as the host knows
   std::atomic<uint64_t> overflows{0};  // fetches for which the ring had no room
   void reset();
+  // Time that an op waits for on its device. Held until it is known, a bounded
+  // number of them: a device that is further behind is not timed.
+  void stalls(std::unique_ptr<LateTime> time);
+  // All of it. Waits for the devices.
+  uint64_t all_stall_ns();
   // Bytes that came from a tier.
   void travelled(const std::string& tier, uint64_t bytes);
   std::map<std::string, uint64_t> bytes() const;
@@ -37,7 +51,8 @@ struct Counters {
   static uint64_t next_id();
 
   mutable std::mutex mutex_;
-  std::map<std::string, uint64_t> bytes_;  // guarded by mutex_
+  std::map<std::string, uint64_t> bytes_;        // guarded by mutex_
+  std::deque<std::unique_ptr<LateTime>> later_;  // guarded by mutex_
 };
 
 // Every fetch of this process, whatever the model.

@@ -7,7 +7,6 @@
 #include <ATen/ops/baddbmm_ops.h>
 #include <ATen/ops/bmm_ops.h>
 #include <ATen/ops/convolution_ops.h>
-#include <ATen/ops/embedding_ops.h>
 #include <ATen/ops/linear_ops.h>
 #include <ATen/ops/mm_ops.h>
 #include <ATen/ops/native_layer_norm_ops.h>
@@ -76,7 +75,6 @@ TORCH_LIBRARY_IMPL(aten, CustomRNGKeyId, library) {
   register_typed<at::_ops::bmm>(library);
   register_typed<at::_ops::baddbmm>(library);
   register_typed<at::_ops::convolution, Asks::kGradInGradMode>(library);
-  register_typed<at::_ops::embedding>(library);
   register_typed<at::_ops::linear, Asks::kGrad>(library);
   register_typed<at::_ops::native_layer_norm>(library);
   register_typed<at::_ops::_scaled_mm>(library);

@@ -189,10 +189,16 @@ at::Tensor decoded(const at::Tensor& stored, std::string code, at::ScalarType dt
   return at_border([&] {
     TORCH_CHECK_VALUE(!sizes.empty() && scale_block.size() == 2, "decoded: no shape");
     const Handle& handle = handle_of(stored);
-    const int64_t rows = sizes.size() > 1 ? sizes[0] : 1;
-    const int64_t columns = c10::multiply_integers(sizes) / std::max<int64_t>(rows, 1);
+    const RowCode& stored_as = row_code(code);
+    const int64_t numbers = c10::multiply_integers(sizes);
+    int64_t rows = sizes.size() > 1 ? sizes[0] : 1;
+    // Rows that are not whole blocks: each block is a row, and takes no patches.
+    if (numbers / std::max<int64_t>(rows, 1) % stored_as.elements != 0) {
+      rows = numbers / stored_as.elements;
+    }
+    const int64_t columns = numbers / std::max<int64_t>(rows, 1);
     RowRecipe recipe{
-        &row_code(code), scales.value_or(at::Tensor()), scale_block[0], scale_block[1], dtype, rows,
+        &stored_as, scales.value_or(at::Tensor()), scale_block[0], scale_block[1], dtype, rows,
         columns};
     auto decoder =
         std::make_shared<RowDecoder>(std::move(recipe), std::vector<PatchTerm>(), handle.compute);
@@ -392,6 +398,8 @@ TORCH_LIBRARY(distorch, library) {
       "decoded(Tensor stored, str code, ScalarType dtype, int[] sizes, Tensor? scales, "
       "int[] scale_block, str name) -> Tensor",
       &decoded);
+  library.def("block_elements(str code) -> int",
+              [](std::string code) { return at_border([&] { return row_code(code).elements; }); });
   library.def("decoded_like(Tensor stored, Tensor like) -> Tensor", &decoded_like);
   library.def(
       "patched(Tensor weight, Tensor[] ups, Tensor[] downs, float[] strengths, int[] first_rows) "

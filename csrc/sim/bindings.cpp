@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "core/virtual_reads.h"
 #include "sim/device.h"
 #include "sim/memory.h"
 
@@ -21,8 +22,10 @@ Mode mode_named(const std::string& name) {
 
 void configure(int devices, uint64_t memory, double flops, double memory_bandwidth,
                const std::vector<std::tuple<int, int, double, double>>& links,
-               const std::vector<std::vector<size_t>>& shared, const std::string& mode) {
-  Config config{devices, memory, flops, memory_bandwidth, {}, shared, mode_named(mode)};
+               const std::vector<std::vector<size_t>>& shared, const std::string& mode,
+               double disk_rate, double disk_latency) {
+  Config config{devices, memory,    flops,        memory_bandwidth, {},
+                shared,  disk_rate, disk_latency, mode_named(mode)};
   for (const auto& [from, to, rate, latency] : links) {
     config.links.push_back({from, to, rate, latency});
   }
@@ -30,6 +33,16 @@ void configure(int devices, uint64_t memory, double flops, double memory_bandwid
   renew_memories();
   restart_streams();
 }
+
+// The disk, for the engine's library, which knows nothing else of this one.
+const distorch::ReadClock read_clock{
+    [](uint64_t bytes, bool urgent) -> void* {
+      return new MarkPtr(Machine::instance().read_file(bytes, urgent));
+    },
+    [](void* read) { return Machine::instance().reached(*static_cast<MarkPtr*>(read)); },
+    [](void* read) { Machine::instance().await(*static_cast<MarkPtr*>(read)); },
+    [](void* read) { delete static_cast<MarkPtr*>(read); },
+};
 
 std::vector<std::tuple<double, double, std::string, std::string>> timeline() {
   std::vector<std::tuple<double, double, std::string, std::string>> found;
@@ -48,6 +61,7 @@ PYBIND11_MODULE(_sim, module) {
     register_kernels();
   });
   module.def("configure", &configure, released);
+  module.def("read_clock", [] { return reinterpret_cast<uintptr_t>(&read_clock); });
   module.def("reset", [] { Machine::instance().reset(); }, released);
   module.def("now", [] { return Machine::instance().now(); });
   module.def("host_work", [](double seconds) { Machine::instance().host_work(seconds); });

@@ -52,6 +52,11 @@ double flops_of(const std::string& name, const Stack& arguments) {
   };
   if (name == "aten::mm" || name == "aten::bmm") return product(tensor(0), tensor(1));
   if (name == "aten::addmm" || name == "aten::baddbmm") return product(tensor(1), tensor(2));
+  if (name == "distorch::decode_") {
+    double ranks = 0;
+    for (const at::Tensor& down : arguments.at(6).toTensorVector()) ranks += down.size(0);
+    return 2.0 * static_cast<double>(tensor(0).numel()) * ranks;
+  }
   if (name == "aten::convolution_overrideable") {
     const at::Tensor input = tensor(0), weight = tensor(1);
     double outputs = static_cast<double>(input.size(0));

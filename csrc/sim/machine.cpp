@@ -46,6 +46,7 @@ void Machine::configure(Config config) {
     }
     group_rates_.push_back(rate);
   }
+  resources_.push_back({"disk", config_.disk_rate, config_.disk_latency, -1});
   lost_.assign(static_cast<size_t>(config_.devices), false);
   reset();
 }
@@ -176,6 +177,30 @@ void Machine::synchronize_all() {
   host_ = std::max(host_, played_);
   for (const Stream& stream : streams_) merge(host_clock_, stream.clock);
   throw_pending();
+}
+
+MarkPtr Machine::read_file(uint64_t bytes, bool urgent) {
+  Lock lock(mutex_);
+  while (readers_.size() < 3) readers_.push_back(new_stream("disk"));
+  const int stream = readers_[urgent ? 2 : next_reader_++ % 2];
+  Task task;
+  task.label = "read " + std::to_string(bytes) + " bytes";
+  task.resource = static_cast<int>(resources_.size()) - 1;
+  task.amount = static_cast<double>(bytes);
+  issue(stream, std::move(task), 0);
+  return record(stream, 0);
+}
+
+bool Machine::reached(const MarkPtr& mark) {
+  Lock lock(mutex_);
+  run_to_host();
+  return mark->done;
+}
+
+void Machine::await(const MarkPtr& mark) {
+  Lock lock(mutex_);
+  run_until(kNever, [&] { return mark->done; });
+  if (mark->epoch == epoch_) host_ = std::max(host_, mark->time);
 }
 
 void Machine::host_access(Access access, const std::string& label) {

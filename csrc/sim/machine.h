@@ -47,6 +47,8 @@ struct Config {
   double memory_bandwidth = 900e9;       // bytes per second
   std::vector<LinkConfig> links;
   std::vector<std::vector<size_t>> shared;  // indices into `links`
+  double disk_rate = 3e9;                   // bytes per second
+  Time disk_latency = 80e-6;
   Mode mode = Mode::kDeferred;
 };
 
@@ -106,6 +108,14 @@ class Machine {
   void synchronize(const MarkPtr& mark);
   void synchronize_stream(int stream);
   void synchronize_all();
+
+  // A read of a file, by a thread of the host's that costs the host nothing. An
+  // urgent one does not queue behind others, but shares the disk with them.
+  MarkPtr read_file(uint64_t bytes, bool urgent);
+  // Whether the host has come to a mark, and waiting for it: what a thread of its
+  // own notices, at no cost.
+  bool reached(const MarkPtr& mark);
+  void await(const MarkPtr& mark);
 
   // The host itself reads or writes memory that streams know.
   void host_access(Access access, const std::string& label);
@@ -176,6 +186,8 @@ class Machine {
   std::vector<double> group_rates_;
   std::map<std::pair<int, int>, int> link_ids_;
   std::deque<Stream> streams_;
+  std::vector<int> readers_;  // streams: two in turn, and one for urgent reads
+  size_t next_reader_ = 0;
   std::set<size_t> busy_;  // indices of streams with a queue
   VectorClock host_clock_;
   Ledger ledger_;

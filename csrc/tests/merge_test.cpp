@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "cuda/merge_run.h"
 #include "tests/check.h"
 
 using namespace distorch;
@@ -136,6 +137,49 @@ void against_exact_sums() {
   }
 }
 
+// Every thread of the CUDA kernel, one after the other, against the host's kernel.
+void threads_of_the_gpu() {
+  std::mt19937 random(11);
+  constexpr int64_t kRows = 37, kColumns = 150, kStride = 32;
+  std::vector<Factors> factors{random_factors(random, kRows, kColumns, 7),
+                               random_factors(random, 21, kColumns, 3)};
+  factors[1].first_row = 9;
+  const auto list = terms_of(factors);
+  cuda::Terms terms{};
+  for (const LowRank& term : list) terms.of[terms.count++] = term;
+  std::vector<uint16_t> base(kRows * kColumns), expected(base.size()), actual(base.size());
+  for (auto& bits : base) bits = to_bfloat16(std::normal_distribution<float>()(random));
+  base[0] = 0x8000;  // -0 in a row that only the first term touches
+  CHECK(merge_rows(Element::kBFloat16, base.data(), Element::kBFloat16, expected.data(), 0, kRows,
+                   kColumns, list));
+  for (int64_t row = 0; row < kRows; row += cuda::kPatchRows<float>) {
+    for (int64_t block = 0; block < kColumns; block += kStride * cuda::kPatchColumns) {
+      for (int64_t lane = 0; lane < kStride; ++lane) {
+        const cuda::Patch patch{row, block + lane, kStride, kRows, kColumns};
+        float tile[cuda::kPatchRows<float>][cuda::kPatchColumns] = {};
+        const auto each = [&](auto&& visit) {
+          for (int i = 0; i < cuda::kPatchRows<float>; ++i) {
+            for (int j = 0; j < cuda::kPatchColumns; ++j) {
+              const int64_t column = patch.column + j * kStride;
+              if (row + i < kRows && column < kColumns) {
+                visit(tile[i][j], (row + i) * kColumns + column);
+              }
+            }
+          }
+        };
+        each([&](float& value, int64_t at) { value = from_bfloat16(base[at]); });
+        CHECK(cuda::add_terms(terms, patch, tile));
+        each([&](float& value, int64_t at) { actual[at] = to_bfloat16(value); });
+      }
+    }
+  }
+  CHECK(actual == expected);
+  factors[0].up[0] = INFINITY;
+  const cuda::Patch first{0, 0, kStride, kRows, kColumns};
+  float tile[cuda::kPatchRows<float>][cuda::kPatchColumns] = {};
+  CHECK(!cuda::add_terms(terms, first, tile));
+}
+
 void what_is_not_finite_is_told() {
   for (const float bad : {INFINITY, -INFINITY, NAN, 3e38f}) {
     for (const MergePath& path : merge_paths()) {
@@ -156,5 +200,6 @@ void what_is_not_finite_is_told() {
 int main() {
   halves();
   against_exact_sums();
+  threads_of_the_gpu();
   what_is_not_finite_is_told();
 }

@@ -2,6 +2,8 @@
 // threads; bounded; faults end in errors; nothing is left behind.
 #include <atomic>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -37,6 +39,77 @@ class PlainMemory : public RingDevice {
   bool in_use(const std::shared_ptr<void>& wrapped) const override {
     return wrapped.use_count() > 1;
   }
+};
+
+// A device that copies by itself, part by part; what was asked for is there
+// after flush().
+class CopyingMemory : public PlainMemory {
+ public:
+  bool brings(const Donor&) const override { return true; }
+  bool in_parts() const override { return true; }
+  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override {
+    if (part.begin >= part.end) return;
+    donor.read(part.begin, part.end - part.begin, slot->data + part.begin, false);
+    parts += part.end - part.begin < donor.size();
+    asked_.push_back(slot);
+  }
+  void flush(std::vector<std::shared_ptr<Slot>>*) override {
+    for (const auto& slot : asked_) {
+      if (slot->whole()) slot->state = Slot::State::kReady;
+    }
+    asked_.clear();
+  }
+  inline static std::atomic<int> parts{0};  // that were not a whole weight
+
+ protected:
+  std::vector<std::shared_ptr<Slot>> asked_;
+};
+
+// A device that is filled from what readers bring to host memory.
+class StagedMemory : public CopyingMemory {
+ public:
+  bool brings(const Donor&) const override { return false; }
+  std::shared_ptr<Staged> staging(uint64_t bytes) override {
+    struct Buffer : Staged {
+      std::vector<std::byte> bytes;
+    };
+    auto buffer = std::make_shared<Buffer>();
+    buffer->bytes.resize(bytes + kPage);
+    const auto begin = reinterpret_cast<uintptr_t>(buffer->bytes.data());
+    buffer->data = buffer->bytes.data() + (round_up(begin, kPage) - begin);
+    return buffer;
+  }
+  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override {
+    CHECK(part.begin == 0 && part.end == donor.size());
+    std::memcpy(slot->data, slot->staged_data, donor.size());
+    asked_.push_back(slot);
+  }
+};
+
+// Reads only when somebody waits, and lets something happen before.
+class LateReader : public Executor {
+ public:
+  void submit(std::vector<Task> tasks, Urgency) override {
+    for (Task& task : tasks) tasks_.push_back(std::move(task));
+  }
+  void start_afresh() override { tasks_.clear(); }
+  void catch_up() override {
+    while (prompt && run_next()) {
+    }
+  }
+  bool run_next() override {
+    if (meanwhile) std::exchange(meanwhile, nullptr)();
+    if (tasks_.empty()) return false;
+    const Task task = std::move(tasks_.front());
+    tasks_.pop_front();
+    task.run();
+    return true;
+  }
+  std::function<void()> meanwhile;
+  bool prompt = false;
+
+ private:
+  std::deque<Task> tasks_;
 };
 
 // A donor whose bytes are a function of its number, and which can fail.
@@ -85,8 +158,12 @@ struct Model {
   std::vector<std::unique_ptr<Weight>> weights;
 };
 
+bool copying = false;
+
 std::shared_ptr<Ring> make_ring() {
-  return std::make_shared<Ring>(std::make_unique<PlainMemory>(), 3);
+  std::unique_ptr<RingDevice> device = std::make_unique<PlainMemory>();
+  if (copying) device = std::make_unique<CopyingMemory>();
+  return std::make_shared<Ring>(std::move(device), 3);
 }
 
 // Rows of seven bytes, each byte stored becoming three: itself plus 0, 1, 2.
@@ -168,7 +245,10 @@ void right_bytes_for_any_capacity() {
     Model model(ring, 20, 50'000);
     const uint64_t ticket = ring->reserve(capacity);
     for (int pass = 0; pass < 5; ++pass) {
-      for (size_t i = 0; i < 20; ++i) model.use(*ring, i);
+      for (size_t i = 0; i < 20; ++i) {
+        model.use(*ring, i);
+        ring->released();
+      }
       CHECK(ring->used() <= ring->capacity());
     }
     const uint64_t fetches = model.counters->hits + model.counters->misses;
@@ -254,7 +334,9 @@ void held_slots_stay() {
 }
 
 void the_order_is_learned() {
-  const auto ring = make_ring();
+  auto reader = std::make_unique<LateReader>();
+  reader->prompt = true;  // every read has ended when the next weight is asked for
+  const auto ring = std::make_shared<Ring>(std::make_unique<PlainMemory>(), std::move(reader));
   Model model(ring, 20, 50'000);
   ring->reserve(300'000);
   for (int pass = 0; pass < 2; ++pass) {
@@ -262,22 +344,75 @@ void the_order_is_learned() {
   }
   model.counters->reset();
   for (size_t i = 0; i < 20; ++i) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // an op
     model.use(*ring, i);
   }
   CHECK(model.counters->hits == 20);
   CHECK(model.counters->overflows == 0);
 }
 
+// Weights of very different sizes in a ring of the two largest: the rooms of
+// many are free only in pieces, and all of them are there in time.
+void rooms_are_filled_part_by_part() {
+  const auto ring = make_ring();
+  Model model(ring, 16, 0);
+  for (size_t i = 0; i < 16; ++i) {
+    model.donors[i] = std::make_shared<Numbered>(i, 4096 << (i < 8 ? i : 15 - i));
+    model.weights[i]->move_to({model.donors[i], nullptr});
+  }
+  ring->reserve(2 * (4096 << 7));
+  CopyingMemory::parts = 0;
+  for (int pass = 0; pass < 6; ++pass) {
+    if (pass == 2) model.counters->reset();
+    for (size_t i = 0; i < 16; ++i) {
+      model.use(*ring, i);
+      ring->released();
+      CHECK(ring->used() <= ring->capacity());
+    }
+  }
+  CHECK(CopyingMemory::parts > 0);
+  CHECK(model.counters->misses == 0);
+  CHECK(model.counters->overflows == 0);
+}
+
+// Another thread's doings while an op waits for a reader.
+void what_is_waited_for_may_go() {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::make_unique<StagedMemory>(), std::move(reader));
+  Model model(ring, 3, 40'000);
+  ring->reserve(100'000);
+  late.meanwhile = [&] { ring->written(*model.weights[0], nullptr); };
+  model.use(*ring, 0);  // its slot was dropped meanwhile: it is asked for again
+  CHECK(model.donors[0]->reads == 2);
+
+  // A room that is promised by one thread, and whole when another one asks,
+  // is not taken by a third one.
+  ring->suggest(*model.weights[0], model.weights[1]->id());
+  ring->suggest(*model.weights[1], model.weights[2]->id());
+  auto first = ring->acquire(*model.weights[0]);  // 2 is promised its room
+  const auto second = ring->acquire(*model.weights[1]);
+  first.reset();
+  const int before = model.donors[2]->reads;
+  late.meanwhile = [&] { std::thread([&] { ring->acquire(*model.weights[0]); }).join(); };
+  std::thread([&] { model.use(*ring, 2); }).join();
+  CHECK(model.donors[2]->reads == before + 1);
+}
+
 }  // namespace
 
 int main() {
-  right_bytes_for_any_capacity();
-  random_order_only_costs_time();
-  many_threads();
-  failed_reads();
-  held_slots_stay();
-  decoded_weights();
+  for (const bool by_device : {false, true}) {
+    copying = by_device;
+    right_bytes_for_any_capacity();
+    random_order_only_costs_time();
+    many_threads();
+    held_slots_stay();
+  }
   the_order_is_learned();
+  rooms_are_filled_part_by_part();
+  what_is_waited_for_may_go();
+  copying = false;
+  failed_reads();
+  decoded_weights();
   CHECK(allocated == 0);
 }

@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what is in a checkpoint or LoRA file")
     inspect.add_argument("file", help=".safetensors, .safetensors.index.json, or a folder")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--fits", metavar="CHECKPOINT", help="how much of a LoRA fits that file")
 
     plan = commands.add_parser("plan", help="where the weights of a file would go; nothing moves")
     plan.add_argument("file", help=".safetensors, .safetensors.index.json, or a folder")
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect(arguments: argparse.Namespace) -> int:
     from distorch.cli.inspect import inspect_file
 
-    facts = inspect_file(arguments.file)
+    facts = inspect_file(arguments.file, arguments.fits)
     print(json.dumps(facts.to_dict(), indent=1) if arguments.json else facts)
     return 0
 

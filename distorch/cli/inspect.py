@@ -9,12 +9,11 @@ from typing import Any
 from distorch._tables import human_bytes, text_table
 from distorch.formats.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from distorch.formats.safetensors import StoredTensor
+from distorch.lora.files import read_lora
+from distorch.lora.patches import resolve
+from distorch.lora.spellings import kind_of, looks_like_patches, spelling_of, split_key
+from distorch.lora.targets import Targets
 
-_LORA_MARKS = {
-    ".lora_A.": "LoRA (PEFT spelling)", ".lora_down.": "LoRA (kohya spelling)",
-    ".hada_w1_a": "LoHa", ".lokr_w1": "LoKr", ".dora_scale": "DoRA", ".magnitude_vector": "DoRA",
-    ".oft_": "OFT",
-}  # fmt: skip
 _SHOWN = 5
 
 
@@ -30,6 +29,7 @@ class Contents:
     lora_ranks: dict[int, int]
     largest: list[tuple[str, str, int]]
     metadata: dict[str, str]
+    fits: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON types."""
@@ -54,6 +54,13 @@ class Contents:
                 f"{rank} ({count} targets)" for rank, count in self.lora_ranks.items()
             )
             lines.append(f"\nrank: {ranks}")
+        if self.fits is not None:
+            lines.append(
+                f"\nfits {self.fits['checkpoint']}: {self.fits['targets']} targets on "
+                f"{self.fits['weights']} weights; for other models {self.fits['elsewhere']}, "
+                f"fit nothing {len(self.fits['unmatched'])}"
+            )
+            lines += [f"  {stem}" for stem in self.fits["unmatched"][:_SHOWN]]
         if self.metadata:
             lines.append(
                 "\nmetadata: " + ", ".join(f"{k}={v[:60]}" for k, v in self.metadata.items())
@@ -61,8 +68,11 @@ class Contents:
         return "\n".join(lines)
 
 
-def inspect_file(path: str) -> Contents:
-    """Reads headers only. FormatError when the file is damaged or of an unknown kind."""
+def inspect_file(path: str, fits: str | None = None) -> Contents:
+    """Reads headers only; of a LoRA that is held against the checkpoint `fits`, all of it.
+
+    FormatError when a file is damaged, of an unknown kind, or does not fit.
+    """
     checkpoint = open_checkpoint(path, quantised=True)
     tensors = list(checkpoint.tensors.values())
     largest = sorted(tensors, key=lambda tensor: -tensor.nbytes)[:_SHOWN]
@@ -75,7 +85,21 @@ def inspect_file(path: str) -> Contents:
         lora_ranks=_ranks(tensors),
         largest=[(t.name, "x".join(map(str, t.shape)) or "scalar", t.nbytes) for t in largest],
         metadata=checkpoint.metadata,
+        fits=_fits(path, fits) if fits is not None else None,
     )
+
+
+def _fits(lora: str, checkpoint: str) -> dict[str, Any]:
+    """How many targets of a LoRA fit the weights that a checkpoint holds."""
+    tensors = open_checkpoint(checkpoint, quantised=True).tensors
+    found = resolve(read_lora(lora), Targets({name: t.shape for name, t in tensors.items()}))
+    return {
+        "checkpoint": checkpoint,
+        "targets": len({patch.stem for patch in found.patches}),
+        "weights": len({patch.weight for patch in found.patches}),
+        "elsewhere": len(found.elsewhere),
+        "unmatched": found.unmatched,
+    }
 
 
 def _bytes_by_dtype(tensors: list[StoredTensor]) -> dict[str, int]:
@@ -86,9 +110,11 @@ def _bytes_by_dtype(tensors: list[StoredTensor]) -> dict[str, int]:
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    for mark, kind in _LORA_MARKS.items():
-        if any(mark in f"{name}." for name in checkpoint.tensors):
-            return kind
+    if looks_like_patches(checkpoint.tensors):
+        splits = [split for name in checkpoint.tensors if (split := split_key(name)) is not None]
+        parts = {part for _, part in splits}
+        spelling = spelling_of(checkpoint.tensors)
+        return f"{kind_of(parts)} ({spelling} spelling)" if spelling else kind_of(parts)
     if architecture := checkpoint.metadata.get("general.architecture"):
         return f"GGUF checkpoint, architecture {architecture[:40]}"
     names = checkpoint.tensors
@@ -101,5 +127,13 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 
 def _ranks(tensors: list[StoredTensor]) -> dict[int, int]:
-    downs = [t for t in tensors if ".lora_A." in t.name or ".lora_down." in t.name]
-    return dict(Counter(t.shape[0] for t in downs if t.shape).most_common())
+    """Targets by rank, where a factor shows it."""
+    ranks = []
+    for tensor in tensors:
+        _, part = split_key(tensor.name) or ("", "")
+        if part in _RANK_IS_FIRST and tensor.shape:
+            ranks.append(tensor.shape[0])
+    return dict(Counter(ranks).most_common())
+
+
+_RANK_IS_FIRST = ("down", "hada_w1_b", "lokr_w2_b", "embedding_a")

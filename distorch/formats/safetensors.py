@@ -50,20 +50,22 @@ class StoredTensor:
         """Whether `offset` and `nbytes` say all: the file itself can be its donor."""
         return self.data is None and not self.pieces
 
-    def read(self) -> torch.Tensor:
-        """Its values in new memory, contiguous; of blocks, the bytes [nbytes].
-
-        Raises FormatError, FetchError.
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Its values, contiguous, in new memory or in `into` (uint8, large enough); of blocks, the
+        bytes [nbytes]. FormatError, FetchError.
         """
-        if self.data is not None:
-            return self.data.detach().clone(memory_format=torch.contiguous_format)
         shape = (self.nbytes,) if self.block_type else self.shape
-        into = torch.empty(shape, dtype=self.dtype)
+        if into is None:
+            target = torch.empty(shape, dtype=self.dtype)
+        else:
+            target = into[: self.nbytes].view(self.dtype).view(shape)
+        if self.data is not None:
+            return target.copy_(self.data.detach())
         if self.pieces:
-            read_pieces(self.pieces, into.view(-1).view(torch.uint8))
+            read_pieces(self.pieces, target.view(-1).view(torch.uint8))
         elif self.nbytes:
-            _ops.read_file(self.path, self.offset, into)
-        return into
+            _ops.read_file(self.path, self.offset, target)
+        return target
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

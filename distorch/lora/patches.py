@@ -113,6 +113,10 @@ class StoredRows:
     scales: Tensor | None = None
     block: tuple[int, int] = (1, 1)
 
+    def whole_rows(self, shape: Sequence[int]) -> bool:
+        """Whether each row of a weight of that shape has its own bytes."""
+        return _ops.as_matrix(shape)[1] % _ops.block_elements(self.code) == 0
+
 
 def merge(
     patches: Sequence[tuple[Patch, float]],
@@ -120,24 +124,32 @@ def merge(
     dtype: torch.dtype,
     rows: StoredRows | None = None,
     *,
+    shape: Sequence[int] | None = None,
+    into: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """The patched weight, shape of `stored`, in `dtype`, on its device. FormatError on NaN and inf.
+    """The patched weight, in `dtype`, on the device of `stored`. FormatError on NaN and inf.
 
-    `stored` is the base: plain numbers, or scaled ones if `rows` says so. With `in_place` its
-    memory may become the result's.
+    `shape` of the weight, where it is not that of `stored` (blocks).
+
+    `stored` is the base: plain numbers, or scaled ones if `rows` says so. The result may be written
+    to `into` (plain, contiguous, of its shape, dtype and device), or with `in_place` to `stored`.
     """
     if rows is None:
         rows = StoredRows(_ops.code_of(stored.dtype))
+    sizes = tuple(stored.shape if shape is None else shape)
+    if not rows.whole_rows(sizes):
+        stored, rows = _plain(stored, rows, sizes), StoredRows("float32")
     terms = low_rank_terms(patches)
     kernel_dtype = dtype if dtype in _ops.DECODED_DTYPES else torch.float32
     if dtype.itemsize == 8 or stored.dtype.itemsize == 8 or stored.is_complex():
         terms = None
     if terms is None:
-        return _merge_wide(patches, _plain(stored, rows), dtype)
+        return _merge_wide(patches, _plain(stored, rows, sizes), dtype)
     same = in_place and stored.dtype == dtype == kernel_dtype and rows.scales is None
-    matrix = _ops.as_matrix(stored.shape)
-    into = stored if same else torch.empty(stored.shape, dtype=kernel_dtype, device=stored.device)
+    matrix = _ops.as_matrix(sizes)
+    if into is None or into.dtype != kernel_dtype or into.device != stored.device:
+        into = stored if same else torch.empty(sizes, dtype=kernel_dtype, device=stored.device)
     finite = torch.ones(1, dtype=torch.bool, device=stored.device)
     _ops.decode(
         into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block, terms=terms,
@@ -148,12 +160,12 @@ def merge(
     return into.to(dtype)
 
 
-def _plain(stored: Tensor, rows: StoredRows) -> Tensor:
-    """The numbers of a base, in the dtype of the arithmetic."""
+def _plain(stored: Tensor, rows: StoredRows, shape: Sequence[int]) -> Tensor:
+    """The numbers of a base, in float32 if they are not plain."""
     if rows.code == _ops.code_of(stored.dtype) and rows.scales is None:
         return stored
-    into = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
-    matrix = _ops.as_matrix(stored.shape)
+    into = torch.empty(tuple(shape), dtype=torch.float32, device=stored.device)
+    matrix = _ops.as_matrix(shape) if rows.whole_rows(shape) else (1, into.numel())
     _ops.decode(into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block)
     return into
 

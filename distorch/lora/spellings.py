@@ -95,7 +95,7 @@ def looks_like_patches(names: Iterable[str]) -> bool:
 
 
 def spelling_of(names: Iterable[str]) -> str:
-    """Who writes such keys, in a word."""
+    """Who writes such keys, in a word; "" when that is not known."""
     joined = "\n".join(names)
     marks = (
         ("lycoris_", "LyCORIS"), ("lora_unet_", "kohya"), ("lora_te", "kohya"),
@@ -104,7 +104,7 @@ def spelling_of(names: Iterable[str]) -> str:
         ("transformer.", "diffusers"), ("unet.", "diffusers"), (".lora_A", "PEFT"),
         (".lora_down", "kohya"),
     )  # fmt: skip
-    return next((name for mark, name in marks if mark in joined), "unnamed")
+    return next((name for mark, name in marks if mark in joined), "")
 
 
 _KIND_OF_PART = (

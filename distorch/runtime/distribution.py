@@ -98,6 +98,11 @@ def is_distributed(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get(_KEY), Distribution)
 
 
+def _place_of(group: Group, plan: Plan) -> str:
+    """Where the plan has a group; of one that came or was renamed since, where it is."""
+    return plan.placement.get(group.name) or current_place(group.first)
+
+
 def _fetched_bytes(group: Group, plan: Plan) -> int:
     """Room in the ring that a fetch of this group takes; 0 when operators use it in place."""
     compute = plan.compute
@@ -105,11 +110,8 @@ def _fetched_bytes(group: Group, plan: Plan) -> int:
         decoded = group.first.untyped_storage().nbytes()
         return decoded if compute == "cpu" else decoded + group.nbytes
     # The CPU computes with what is in RAM in place.
-    return (
-        0
-        if plan.placement[group.name] in (compute, "cpu" if compute == "cpu" else "")
-        else group.nbytes
-    )
+    in_place = (compute, "cpu") if compute == "cpu" else (compute,)
+    return 0 if _place_of(group, plan) in in_place else group.nbytes
 
 
 def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
@@ -312,7 +314,7 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
         for member in group.members:
             owners[id(member.owner)] = member.owner
             if _ops.is_sharded(member.parameter):
-                tiers.setdefault(id(member.owner), {})[member.key] = plan.placement[group.name]
+                tiers.setdefault(id(member.owner), {})[member.key] = _place_of(group, plan)
         if _ops.is_sharded(group.first):
             _ops.count_in(group.first, state.counters.id)
     _ops.suggest_order([group.first for group in groups if _ops.is_sharded(group.first)])
@@ -343,7 +345,8 @@ def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None
 
 def _sweep_hook(module: nn.Module, args: Any) -> None:
     """Operators that libraries registered since the last forward get their hook."""
-    if not torch._C._is_tracing():  # a call without tensors, which a trace cannot hold
+    # A call without tensors, which neither a compiled graph nor a trace can hold.
+    if not torch.compiler.is_compiling() and not torch._C._is_tracing():
         _ops.sweep()
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import backend_registration
 
+from distorch import _native
 from distorch.planner import parse_bytes
 from distorch.testing import _sim  # type: ignore[attr-defined]
 
@@ -50,6 +51,7 @@ def configure(
     links: Mapping[Link, tuple[float, float]] | None = None,
     shared: Iterable[Iterable[Link]] = (),
     mode: str = "deferred",
+    disk: tuple[float, float] = (3e9, 80e-6),
 ) -> None:
     """Sets the machine up: `memory` of each device (bytes), `flops` per second and memory
     bandwidth in bytes per second, `links` (from, to) -> (bytes per second, latency in seconds).
@@ -57,7 +59,8 @@ def configure(
     Links with the host that are not named get 16e9 and 10e-6; others do not exist. The links of
     each group in `shared` share the capacity of the fastest one. `mode`: "deferred" runs operators
     when their virtual time comes and poisons what is not there yet, "eager" when they are issued,
-    "dry" not at all (shapes, times, memory and races only). Clocks start at 0.
+    "dry" not at all (shapes, times, memory and races only). `disk`: what reading files takes,
+    bytes per second and seconds of latency, two reads at a time. Clocks start at 0.
     """
     if devices < 1:
         raise ValueError(f"devices={devices}: expected 1 or more")
@@ -70,7 +73,7 @@ def configure(
     order = list(known)
     groups = [[order.index(link) for link in group] for group in shared]
     flat = [(_place(a), _place(b), rate, latency) for (a, b), (rate, latency) in known.items()]
-    _sim.configure(devices, parse_bytes(memory), flops, memory_bandwidth, flat, groups, mode)
+    _sim.configure(devices, parse_bytes(memory), flops, memory_bandwidth, flat, groups, mode, *disk)
 
 
 def synchronize() -> None:
@@ -177,6 +180,7 @@ def _register() -> None:
     configure()
     backend_registration.rename_privateuse1_backend("sim")
     _sim.register_device()
+    _native.set_read_clock("sim", _sim.read_clock())
     torch._register_device_module("sim", _device_module())  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
 

@@ -131,3 +131,21 @@ def test_as_a_module_without_a_terminal(checkpoint):
     for command in ("inspect", "plan", "doctor", "demo"):
         assert command in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_inspect_says_how_much_of_a_lora_fits(checkpoint, tmp_path, capsys):
+    stem, (rows, columns) = "lora_unet_blocks_0", (64, 64)
+    lora = {
+        f"{stem}.lora_down.weight": torch.ones(2, columns),
+        f"{stem}.lora_up.weight": torch.ones(rows, 2),
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 2),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2),
+    }
+    save_file(lora, tmp_path / "l.safetensors")
+    assert main(["inspect", str(tmp_path / "l.safetensors"), "--fits", checkpoint, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "LoRA (kohya spelling)" and facts["lora_ranks"] == {"2": 2}
+    assert facts["fits"]["targets"] == facts["fits"]["weights"] == 1
+    assert facts["fits"]["unmatched"] == ["lora_unet_nowhere"]
+    assert main(["inspect", str(tmp_path / "l.safetensors"), "--fits", checkpoint]) == 0
+    assert "lora_unet_nowhere" in capsys.readouterr().out

@@ -89,6 +89,42 @@ def test_small_neighbours_travel_together():
     assert distorch.stats(module).fetches == 80
 
 
+def test_reads_take_the_time_of_the_disk():
+    rate, latency, width, count = 1e9, 1e-4, 256, 4
+    sim.configure(links={("cpu", "sim:0"): (100e9, 0.0)}, disk=(rate, latency))
+    plain = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
+    module = distorch.distribute(copy.deepcopy(plain), "sim:0,0b;disk,*", min_bytes=0, prefetch=0)
+    x, read = torch.ones(1, width), latency + width * width * 4 / rate
+    there = x.to("sim:0")
+    sim.synchronize()
+    sim.reset()
+    with torch.no_grad():
+        assert torch.equal(module(there).cpu(), plain(x))
+    reads = [span for span in sim.timeline() if span.resource == "disk"]
+    assert [span.end - span.start for span in reads] == pytest.approx([read] * count, rel=1e-9)
+    assert all(a.end <= b.start for a, b in zip(reads, reads[1:], strict=False))
+    whole = count * (read + width * width * 4 / 100e9)
+    assert distorch.stats(module).stall_seconds == pytest.approx(whole, abs=count * 3e-6)
+
+
+def test_reads_overlap_with_operators():
+    for row in benchmark().disk():
+        assert row["over_floor"] <= 1.03, row
+        assert row["races"] == 0
+
+
+def test_the_host_does_not_read_ahead_without_end():
+    sim.configure(flops=1e8)  # much slower than the disk
+    module = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(6)))
+    weight = module[0].weight.nbytes
+    distorch.distribute(module, "sim:0,0b;disk,*", min_bytes=0, prefetch=2 * weight)
+    x = torch.ones(8, 256, device="sim:0")
+    with torch.no_grad():
+        for _ in range(10):
+            module(x)
+    assert sim.pinned_bytes() <= 8 * (weight + 4096)
+
+
 def test_tied_weights_stay_tied():
     module = nn.Sequential(nn.Embedding(32, 64), nn.Linear(64, 32, bias=False))
     module[1].weight = module[0].weight
@@ -279,9 +315,33 @@ def test_a_step_takes_the_longer_of_compute_and_transfer(name, share, ratio):
     assert row["races"] == 0
 
 
-def test_against_the_best_schedule():
-    row = benchmark().overlap("FLUX-like", 100, 1)
+@pytest.mark.parametrize(
+    ("name", "share", "ratio"),
+    [("FLUX-like", 100, 1), *(("U-Net", s, r) for s in (50, 75, 100) for r in (0.5, 1, 2))],
+)
+def test_against_the_best_schedule(name, share, ratio):
+    row = benchmark().overlap(name, share, ratio)
     assert 0.999 <= row["over_bound"] <= 1.03, row
+    assert row["races"] == 0
+
+
+def test_a_weight_may_get_its_room_in_parts():
+    layers = [nn.Linear(16, 16 << i, bias=False) for i in (1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1)]
+    sizes = {layer.weight.nbytes for layer in layers}
+    wanted = [layer(torch.ones(2, 16)) for layer in layers]
+    model = nn.ModuleList(layers)
+    distorch.distribute(model, "sim:0,0b;cpu,*", min_bytes=0, prefetch=2 * max(sizes))
+    x = torch.ones(2, 16, device="sim:0")
+    with torch.no_grad():
+        for _ in range(4):
+            sim.reset()
+            got = [layer(x) for layer in model]
+            sim.synchronize()
+            copies = [int(s.label.split()[1]) for s in sim.timeline() if "cpu->" in s.resource]
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+    assert sum(copies) == sum(p.nbytes for p in model.parameters())  # nothing twice
+    assert set(copies) - sizes  # a part of a weight
+    assert distorch.stats(model).overflows == 0
 
 
 def test_the_published_table():

@@ -70,6 +70,50 @@ def test_without_a_device_the_disk_is_measured(tmp_path, monkeypatch, capsys):
     assert links.known_links() is None
 
 
+def chain(count, prefetch):
+    module = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(count)))
+    return distorch.distribute(module, "sim:0,0b;cpu,*", min_bytes=0, prefetch=prefetch)
+
+
+EVENT = 0.3e-6  # what the host pays to record one
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_stalls_are_exact_without_look_ahead(count):
+    sim.configure(flops=1e9, links={("cpu", "sim:0"): (1e8, 0.0)})
+    module, x = chain(count, prefetch=0), torch.ones(8, 256, device="sim:0")
+    sim.synchronize()
+    sim.reset()
+    with torch.no_grad():
+        module(x)
+    # Each weight is asked for when the operator before it has ended. The first one meets an idle
+    # stream, and its copy is two events ahead of the stream's wait.
+    copy = 256 * 256 * 4 / 1e8
+    assert distorch.stats(module).stall_seconds == pytest.approx(count * copy - 2 * EVENT, abs=2e-9)
+    sim.synchronize()
+    assert sim.now() == pytest.approx(count * (copy + 2 * 8 * 256 * 256 / 1e9), abs=1e-4)
+    distorch.reset_stats(module)
+    assert distorch.stats(module).stall_seconds == 0
+
+
+def test_stalls_are_the_gaps_between_operators():
+    sim.configure(flops=1e9, links={("cpu", "sim:0"): (1e8, 0.0)})
+    module, x = chain(6, prefetch=2 * 256 * 256 * 4), torch.ones(8, 256, device="sim:0")
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+        sim.synchronize()
+        sim.reset()
+        distorch.reset_stats(module)
+        for _ in range(20):  # more than are held before anybody asks
+            module(x)
+    sim.synchronize()
+    ran = [span for span in sim.timeline() if span.resource == "sim:0"]
+    gaps = sum(b.start - a.end for a, b in zip(ran, ran[1:], strict=False))
+    stalls = distorch.stats(module).stall_seconds
+    assert gaps > 0.1 and stalls == pytest.approx(gaps, rel=1e-4)
+
+
 def spans_of(path):
     events = json.loads(path.read_text())["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}

@@ -74,10 +74,41 @@ def test_scaled_numbers_are_widened_on_the_device(tmp_path):
 def test_a_strength_moves_no_bytes_at_fetch(path):
     sim.configure(devices=1)
     options = {"min_bytes": 0, "prefetch": "64kb", "lora_mode": "fetch"}
-    model = distorch.load(net(), path, "sim:0,0b;cpu,*", loras=[(lora(), 0.5)], **options)
+    style = lora()
+    model = distorch.load(net(), path, "sim:0,0b;cpu,*", loras=[(style, 0.5)], **options)
     model(torch.randn(3, 64).bfloat16().to("sim"))
     sim.synchronize()
     begin = len(sim.timeline())
-    distorch.set_loras(model, [(lora(), 0.9)])
+    distorch.set_loras(model, [(style, 0.9)])
     sim.synchronize()
     assert len(sim.timeline()) == begin
+
+
+def test_blocks_are_decoded_on_the_device(tmp_path):
+    import gguf
+    import numpy as np
+
+    sim.configure(devices=2, links={("sim:1", "sim:0"): (50e9, 5e-6)})
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "test")
+    for i in range(6):
+        blocks = generator.integers(0, 256, (64, 2 * 34), dtype=np.uint8)
+        blocks.reshape(-1, 34)[:, :2] = np.float16(0.01).reshape(1).view(np.uint8)
+        writer.add_tensor(f"{i}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    options = {"min_bytes": 0, "prefetch": "64kb"}
+    plain = distorch.load(net(), tmp_path / "x.gguf", "cpu,*", **options)
+    x = torch.randn(3, 64).bfloat16()
+    for spec in SPECS:
+        model = distorch.load(
+            net(), tmp_path / "x.gguf", spec, loras=[(lora(), 0.1)], lora_mode="fetch", **options
+        )
+        distorch.set_loras(model, [])
+        for _ in range(3):
+            assert torch.equal(model(x.to("sim")).cpu(), plain(x)), spec
+        report = distorch.report(model)
+        assert report.ok and sum(report.bytes.values()) == 6 * 64 * 2 * 34
+    assert sim.races() == []

@@ -1,0 +1,205 @@
+"""Load-Patch-Distribute of a large checkpoint with a LoRA on every linear layer.
+
+Each measurement is a process of its own, in rotated order, medians of several; the page cache is
+dropped before each (where that is allowed). `load` is held against the slower of its two parts:
+reading the file, and merging what is in memory already. Beside it the usual way: the whole model
+into RAM by transformers' / accelerate's loader, then PEFT's merge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _workers import drop_page_cache
+from load_memory import model, status_bytes, write_checkpoint
+from torch import Tensor
+
+RANK = 64
+
+
+def lora_state(layers: int, width: int) -> dict[str, Tensor]:
+    """Random factors for every layer of `load_memory.model`."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for i in range(layers):
+        down = torch.randn(RANK, width, generator=generator) / width**0.5
+        up = torch.randn(width, RANK, generator=generator) / RANK
+        state[f"base_model.model.{i}.lora_A.weight"] = down.bfloat16()
+        state[f"base_model.model.{i}.lora_B.weight"] = up.bfloat16()
+    return state
+
+
+class Clock:
+    """Seconds and the growth of the peak of resident memory of a block."""
+
+    def __enter__(self) -> Clock:
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = status_bytes("VmRSS")
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self.peak = status_bytes("VmHWM") - self._before
+
+    def result(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "peak_bytes": self.peak}
+
+
+def measure_read(options: argparse.Namespace) -> dict[str, Any]:
+    """The file's bytes into two buffers in turn, as load reads them."""
+    from distorch import _ops
+
+    nbytes = 2 * options.width**2
+    buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2)]
+    start = options.checkpoint.stat().st_size - options.layers * nbytes
+    with Clock() as clock:
+        for i in range(options.layers):
+            _ops.read_file(str(options.checkpoint), start + i * nbytes, buffers[i % 2])
+    return clock.result()
+
+
+def measure_merge(options: argparse.Namespace) -> dict[str, Any]:
+    """Merges of weights that are in memory."""
+    from distorch.lora import LoraReader, merge
+
+    shapes = {f"{i}.weight": (options.width, options.width) for i in range(options.layers)}
+    patches, _ = LoraReader(shapes).read([(lora_state(options.layers, options.width), 0.5)], True)
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    for weight in weights.values():
+        weight.fill_(0.5)
+    with Clock() as clock:
+        for name, weight in weights.items():
+            merge(patches.of([name]), weight, torch.bfloat16, in_place=True)
+    return clock.result()
+
+
+def measure_load(options: argparse.Namespace, mode: str = "merge") -> dict[str, Any]:
+    """load with the LoRA, another strength, and what both took."""
+    import distorch
+
+    style = lora_state(options.layers, options.width)
+    module = model(options.layers, options.width)
+    arguments = {"lora_mode": mode, "progress": False, "prefetch": "128mb"}
+    with Clock() as clock:
+        distorch.load(module, options.checkpoint, options.spec, loras=[(style, 0.5)], **arguments)
+    found = {"load": clock.result()}
+    for name, strength in (("first change", 0.7), ("second change", 0.3)):
+        with Clock() as clock:
+            distorch.set_loras(module, [(style, strength)], progress=False)
+        found[name] = clock.result()
+    half = {key: value for key, value in style.items() if int(key.split(".")[2]) % 4 == 0}
+    distorch.set_loras(module, [(half, 0.5)], progress=False)
+    with Clock() as clock:
+        distorch.set_loras(module, [(half, 0.7)], progress=False)
+    found["a quarter of the weights"] = clock.result()
+    x = torch.ones(1, options.width, dtype=torch.bfloat16)
+    with torch.no_grad(), Clock() as clock:
+        module(x)
+    found["step"] = clock.result()
+    return found
+
+
+def measure_fetch(options: argparse.Namespace) -> dict[str, Any]:
+    """The same with patches at fetch."""
+    return measure_load(options, "fetch")
+
+
+def measure_peft(options: argparse.Namespace) -> dict[str, Any]:
+    """accelerate's loader into RAM, PEFT's adapters, merge_and_unload."""
+    from accelerate import load_checkpoint_in_model
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    style = lora_state(options.layers, options.width)
+    module = model(options.layers, options.width).to_empty(device="cpu")
+    names = [str(i) for i in range(options.layers)]
+    with Clock() as clock:
+        load_checkpoint_in_model(module, str(options.checkpoint))
+        adapted = get_peft_model(module, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+        set_peft_model_state_dict(adapted, style)
+        adapted.merge_and_unload()
+    return clock.result()
+
+
+MEASUREMENTS = {
+    "raw read": measure_read,
+    "merge alone": measure_merge,
+    "distorch": measure_load,
+    "distorch, at fetch": measure_fetch,
+    "accelerate + PEFT": measure_peft,
+}
+
+
+def child(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One measurement in a process of its own, from a cold file."""
+    drop_page_cache()
+    arguments = ["--layers", options.layers, "--width", options.width, "--spec", options.spec]
+    command = [sys.executable, __file__, *map(str, arguments), "--measure", name]
+    command += ["--checkpoint", str(options.checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def median_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of runs with the same keys, however deep."""
+    return {
+        key: median_of([run[key] for run in runs])
+        if isinstance(value, dict)
+        else statistics.median(run[key] for run in runs)
+        for key, value in runs[0].items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=128)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--spec", default="cpu,*")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
+    parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(MEASUREMENTS[options.measure](options)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        options.checkpoint = Path(folder) / "model.safetensors"
+        write_checkpoint(options.checkpoint, options.layers, options.width)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in MEASUREMENTS}
+        names = list(MEASUREMENTS)
+        for turn in range(options.rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                runs[name].append(child(name, options))
+                print(name, json.dumps(runs[name][-1]), flush=True)
+    medians = {name: median_of(found) for name, found in runs.items()}
+    bound = max(medians["raw read"]["seconds"], medians["merge alone"]["seconds"])
+    summary = {
+        "checkpoint_bytes": 2 * options.layers * options.width**2,
+        "rank": RANK,
+        "load / max(raw read, merge)": medians["distorch"]["load"]["seconds"] / bound,
+        "load / first change": medians["distorch"]["load"]["seconds"]
+        / medians["distorch"]["first change"]["seconds"],
+        "medians": medians,
+        "runs": runs,
+    }
+    print(json.dumps({k: v for k, v in summary.items() if k != "runs"}, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+#include "cuda/merge.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/merge_run.h"
+
+namespace distorch::cuda {
+namespace {
+
+constexpr int kWarp = 32, kWarps = 8;  // of a block: 8 patches high, 32 wide
+
+// --- kernels ---
+
+__device__ float widen(float value) { return value; }
+__device__ float widen(__half value) { return __half2float(value); }
+__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ void round_to(double value, float* into) { *into = static_cast<float>(value); }
+__device__ void round_to(float value, __half* into) { *into = __float2half_rn(value); }
+__device__ void round_to(float value, __nv_bfloat16* into) { *into = __float2bfloat16_rn(value); }
+
+template <class Sum, class Base, class Out>
+__global__ void __launch_bounds__(kWarp* kWarps)
+    merge_kernel(const Base* base, Out* out, int64_t rows, int64_t columns,
+                 const __grid_constant__ Terms terms, uint8_t* finite) {
+  const Patch patch{(static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.y) * kPatchRows<Sum>,
+                    static_cast<int64_t>(blockIdx.x) * kWarp * kPatchColumns + threadIdx.x, kWarp,
+                    rows, columns};
+  Sum tile[kPatchRows<Sum>][kPatchColumns];
+#pragma unroll
+  for (int i = 0; i < kPatchRows<Sum>; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPatchColumns; ++j) {
+      const int64_t row = patch.row + i, column = patch.column + j * kWarp;
+      const bool inside = row < rows && column < columns;
+      tile[i][j] = inside ? widen(base[row * columns + column]) : 0.0f;
+    }
+  }
+  if (!add_terms(terms, patch, tile) && finite != nullptr) *finite = 0;
+#pragma unroll
+  for (int i = 0; i < kPatchRows<Sum>; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPatchColumns; ++j) {
+      const int64_t row = patch.row + i, column = patch.column + j * kWarp;
+      if (row < rows && column < columns) round_to(tile[i][j], out + row * columns + column);
+    }
+  }
+}
+
+// --- launchers ---
+
+unsigned parts(int64_t count, int64_t size) {
+  return static_cast<unsigned>((count + size - 1) / size);
+}
+
+template <class Sum, class Base, class Out>
+void launch(const void* base, void* out, int64_t rows, int64_t columns, const Terms& terms,
+            uint8_t* finite, cudaStream_t stream) {
+  const dim3 grid(parts(columns, kWarp * kPatchColumns), parts(rows, kWarps * kPatchRows<Sum>));
+  merge_kernel<Sum, Base, Out><<<grid, dim3(kWarp, kWarps), 0, stream>>>(
+      static_cast<const Base*>(base), static_cast<Out*>(out), rows, columns, terms, finite);
+}
+
+}  // namespace
+
+int merge(Element base_type, const void* base, Element out_type, void* out, int64_t rows,
+          int64_t columns, std::span<const LowRank> terms, uint8_t* finite, CUstream_st* stream) {
+  if (rows == 0 || columns == 0) return cudaSuccess;
+  if (terms.size() > kMostTerms) return cudaErrorInvalidValue;
+  Terms passed{};
+  for (const LowRank& term : terms) passed.of[passed.count++] = term;
+  const bool wide = base_type == Element::kFloat32;
+  if (out_type == Element::kFloat32) {
+    launch<double, float, float>(base, out, rows, columns, passed, finite, stream);
+  } else if (out_type == Element::kFloat16) {
+    const auto run = wide ? launch<float, float, __half> : launch<float, __half, __half>;
+    run(base, out, rows, columns, passed, finite, stream);
+  } else {
+    const auto run =
+        wide ? launch<float, float, __nv_bfloat16> : launch<float, __nv_bfloat16, __nv_bfloat16>;
+    run(base, out, rows, columns, passed, finite, stream);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace distorch::cuda

@@ -1,0 +1,79 @@
+// What one thread of the merge kernel does; compiles for hosts too.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/merge.h"
+#include "core/portable.h"
+
+namespace distorch::cuda {
+
+// Elements of a thread's patch: rows that follow each other, columns `stride`
+// apart, so that neighbours in a warp read neighbours in memory.
+template <class Sum>
+constexpr int kPatchRows = sizeof(Sum) == sizeof(float) ? 4 : 2;  // as registers allow
+constexpr int kPatchColumns = 4;
+
+// Terms of one launch; they travel with its arguments.
+constexpr int kMostTerms = 16;
+struct Terms {
+  LowRank of[kMostTerms];
+  int count;
+};
+
+DISTORCH_HD float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+DISTORCH_HD double fused(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+// Where a thread's patch lies; rows and columns beyond the weight's are left out.
+struct Patch {
+  int64_t row, column, stride, rows, columns;  // the last two: of the weight
+};
+
+// Adds all terms to `tile`, as Note [What a merge computes] (core/merge.h)
+// says. False when a product is not finite.
+template <class Sum>
+DISTORCH_HD bool add_terms(const Terms& terms, const Patch& patch,
+                           Sum tile[kPatchRows<Sum>][kPatchColumns]) {
+  Sum checked = 0;
+  for (int t = 0; t < terms.count; ++t) {
+    const LowRank& term = terms.of[t];
+    Sum sums[kPatchRows<Sum>][kPatchColumns] = {};
+    for (int64_t k = 0; k < term.rank; ++k) {
+      Sum down[kPatchColumns];
+      for (int j = 0; j < kPatchColumns; ++j) {
+        const int64_t column = patch.column + j * patch.stride;
+        down[j] = column < patch.columns ? term.down[k * patch.columns + column] : 0.0f;
+      }
+      for (int i = 0; i < kPatchRows<Sum>; ++i) {
+        const int64_t row = patch.row + i - term.first_row;
+        const Sum up = row >= 0 && row < term.rows ? term.up[row * term.rank + k] : 0.0f;
+        for (int j = 0; j < kPatchColumns; ++j) sums[i][j] = fused(up, down[j], sums[i][j]);
+      }
+    }
+    for (int i = 0; i < kPatchRows<Sum>; ++i) {
+      const int64_t row = patch.row + i - term.first_row;
+      if (row < 0 || row >= term.rows) continue;  // adding zero would change -0
+      for (int j = 0; j < kPatchColumns; ++j) {
+        tile[i][j] = fused(static_cast<Sum>(term.scale), sums[i][j], tile[i][j]);
+        checked += sums[i][j] * 0;  // NaN from here on if the product is not finite
+      }
+    }
+  }
+  return checked == checked;
+}
+
+}  // namespace distorch::cuda

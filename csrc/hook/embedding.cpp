@@ -1,0 +1,73 @@
+// Lookups in a table that is not kept as it is: only the rows asked for are
+// brought and decoded.
+#include "hook/call.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/embedding_ops.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "engine/ring.h"
+#include "engine/rows.h"
+#include "hook/errors.h"
+
+namespace distorch {
+namespace {
+
+// A table is brought as a whole when this share of its rows is asked for.
+constexpr int64_t kWholeShare = 4;
+constexpr int64_t kRowsPerTask = 64;
+
+bool takes_rows(const at::Tensor& table, const Source& source, const at::Tensor& indices) {
+  if (source.decoder == nullptr || table.dim() != 2 || !table.is_contiguous()) return false;
+  const auto rows = static_cast<uint64_t>(table.size(0));
+  const auto row_bytes = static_cast<uint64_t>(table.size(1)) * table.itemsize();
+  return table.storage_offset() == 0 && rows == source.decoder->rows() &&
+         row_bytes == source.decoder->decoded_row() && !indices.is_meta() &&
+         indices.numel() * kWholeShare < table.size(0);
+}
+
+at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tensor& indices) {
+  const at::Tensor numbers = indices.to(at::kCPU, at::kLong).contiguous().view(-1);
+  const std::span<const int64_t> rows(numbers.const_data_ptr<int64_t>(), numbers.numel());
+  for (const int64_t row : rows) {
+    TORCH_CHECK_INDEX(row >= 0 && row < table.size(0), "index ", row,
+                      " is out of range of an embedding with ", table.size(0), " rows");
+  }
+  const at::Tensor found = at::empty({numbers.numel(), table.size(1)},
+                                     at::TensorOptions().dtype(table.dtype()).device(at::kCPU));
+  auto* into = static_cast<std::byte*>(found.mutable_data_ptr());
+  const uint64_t row_bytes = source.decoder->decoded_row();
+  at::parallel_for(0, numbers.numel(), kRowsPerTask, [&](int64_t begin, int64_t end) {
+    gather_rows(source, rows.subspan(begin, end - begin), into + begin * row_bytes);
+  });
+  Counters& counters = handle_of(table).weight->counters();
+  counters.misses.fetch_add(1, std::memory_order_relaxed);
+  counters.travelled(source.donor->tier(), rows.size() * source.decoder->stored_row());
+  process_fetches.fetch_add(1, std::memory_order_relaxed);
+  at::DimVector sizes(indices.sizes());
+  sizes.push_back(table.size(1));
+  return found.to(table.device()).view(sizes);
+}
+
+at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& table, const at::Tensor& indices,
+                     c10::SymInt padding, bool scale_by_frequency, bool sparse) {
+  return at_border([&] {
+    if (is_sharded(table) && !is_sharded(indices)) {
+      const Source source = handle_of(table).weight->source();
+      if (takes_rows(table, source, indices)) return rows_of(table, source, indices);
+    }
+    Call call;
+    return at::_ops::embedding::redispatch(
+        below_hook(keys), call.read_only(table, Likeness::kBytes),
+        call.read_only(indices, Likeness::kBytes), std::move(padding), scale_by_frequency, sparse);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(aten, CustomRNGKeyId, library) {
+  library.impl("embedding", TORCH_FN(embedding));
+}
+
+}  // namespace distorch
