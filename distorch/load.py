@@ -149,6 +149,7 @@ def load(
     if resident not in ("quantised", "dequantised"):
         raise SpecError(f"resident={resident!r}: expected 'quantised' or 'dequantised'")
     checkpoint = fit_names(open_checkpoint(file, quantised=True), module)
+    _tie_again(module, checkpoint)
     jobs = _match(module, checkpoint, strict, dtype)
     reader = new_reader(module)
     patches, found = reader.read(loras, strict_loras)
@@ -230,6 +231,17 @@ def _inventory(module: nn.Module, jobs: list[_Job]) -> Inventory:
         info = buffer if new is None else new.info()
         buffers.append(replace(info, kind="buffer"))
     return Inventory((*parameters, *buffers))
+
+
+def _tie_again(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Tied weights of a transformers model that lost their tie on the way to the meta device."""
+    tie = getattr(module, "tie_weights", None)
+    if not callable(tie):
+        return
+    parameters = dict(module.named_parameters())
+    names = match_names(checkpoint.tensors, parameters)
+    if any(parameters[name].is_meta for name in parameters.keys() - names.keys()):
+        tie()
 
 
 def _match(
