@@ -371,3 +371,9 @@ def same_weights(module, wanted):
     found = module.state_dict()
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def outputs(module, inputs):
+    with torch.no_grad():
+        out = module(**inputs, return_dict=False)[0]
+    return out[0] if isinstance(out, list) else out

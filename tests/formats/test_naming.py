@@ -18,17 +18,12 @@ from tests.formats.originals import (
     WAN,
     empty,
     flux_original,
+    outputs,
     same_weights,
     small,
 )
 
 SPECS = ["cpu,*", "cpu,0b;disk,*"]
-
-
-def outputs(module, inputs):
-    with torch.no_grad():
-        out = module(**inputs, return_dict=False)[0]
-    return out[0] if isinstance(out, list) else out
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -31,7 +31,6 @@ from distorch.formats.checkpoint import open_checkpoint
 from distorch.formats.naming import fit_names
 from tests.formats.originals import (
     FLUX,
-    ORIGINALS,
     empty,
     flux_original,
     same_weights,
@@ -166,39 +165,6 @@ def test_a_gguf_file_without_blocks_is_loaded(tmp_path):
     same_weights(loaded, model.state_dict())
     ids = torch.arange(6).reshape(1, 6)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def plain_as_stored(model, kind):
-    """The module with the values of the file, as plain tensors."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(after_storing(parameter.clone(), kind))
-    return model
-
-
-@pytest.mark.parametrize("spec", ["cpu,*", "cpu,0b;disk,*"])
-@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0])
-@pytest.mark.parametrize("which", ["llama", "qwen2"])
-def test_blocks_in_llama_cpp_names_are_loaded(tmp_path, which, kind, spec):
-    arch, cls, config = MODELS[which]
-    model, file = small(cls, config), tmp_path / "m.gguf"
-    write_gguf(file, arch, llama_cpp_tensors(model, arch, config), kind, config)
-    loaded = distorch.load(empty(cls, config), file, spec, min_bytes=0)
-    plain, ids = plain_as_stored(model, kind), torch.arange(6).reshape(1, 6)
-    same_weights(loaded, plain.state_dict())
-    assert torch.equal(loaded(ids).logits, plain(ids).logits)
-
-
-@pytest.mark.parametrize("spec", ["cpu,*", "cpu,0b;disk,*"])
-def test_blocks_in_original_names_are_loaded(tmp_path, small_widths, spec):
-    cls, config, original, inputs = ORIGINALS["flux"]
-    model, file = small(cls, config), tmp_path / "m.gguf"
-    write_gguf(file, "flux", original(model.state_dict()), Q.Q8_0)
-    loaded = distorch.load(empty(cls, config), file, spec, min_bytes=0)
-    plain = plain_as_stored(model, Q.Q8_0)
-    same_weights(loaded, plain.state_dict())
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs()).sample, plain(**inputs()).sample)
 
 
 def test_transposed_weights_are_refused(tmp_path):
