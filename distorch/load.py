@@ -124,6 +124,9 @@ def load(
 ) -> Module:
     """Fills a module from a checkpoint, each weight straight to its place.
 
+    Names are the module's own, or, for modules of diffusers, those of the original checkpoint
+    (flux1-dev.safetensors), and for modules of transformers, llama.cpp's in GGUF files.
+
     `file`: safetensors (one file, or sharded with its index), GGUF, a torch file, or a folder with
     one of them. The module may be on the meta device or fresh: its weights are replaced, in the
     file's dtype; `dtype` converts floating ones on the way. Weights whose numbers have scales in

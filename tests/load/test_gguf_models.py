@@ -9,19 +9,8 @@ from diffusers import FluxTransformer2DModel
 from gguf import GGMLQuantizationType as Q
 
 import distorch
-from tests.formats.test_naming import (
-    FLUX,
-    MODELS,
-    after_storing,
-    empty,
-    flux_inputs,
-    flux_of_width_64,  # noqa: F401
-    flux_original,
-    llama_cpp_tensors,
-    outputs,
-    small,
-    write_gguf,
-)
+from tests.formats.originals import FLUX, empty, flux_inputs, flux_original, outputs, small
+from tests.formats.test_naming_gguf import MODELS, after_storing, llama_cpp_tensors, write_gguf
 
 SPECS = ["cpu,*", "cpu,0b;disk,*"]
 
@@ -52,7 +41,7 @@ def test_text_models(tmp_path, which, spec):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
-def test_flux(tmp_path, flux_of_width_64, spec, dtype):  # noqa: F811
+def test_flux(tmp_path, small_widths, spec, dtype):
     model, file = small(FluxTransformer2DModel, FLUX), tmp_path / "m.gguf"
     write_gguf(file, "flux", flux_original(model.state_dict()), Q.Q4_0)
     loaded = distorch.load(
