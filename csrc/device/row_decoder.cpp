@@ -10,6 +10,13 @@
 namespace distorch {
 namespace {
 
+bool is_host_matrix(const at::Tensor& tensor) {
+  return tensor.dim() == 2 && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
+         tensor.device().is_cpu();
+}
+
+}  // namespace
+
 Element element_of(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
@@ -22,13 +29,6 @@ Element element_of(at::ScalarType dtype) {
       TORCH_CHECK_VALUE(false, "weights are decoded to float32, float16 or bfloat16, not ", dtype);
   }
 }
-
-bool is_host_matrix(const at::Tensor& tensor) {
-  return tensor.dim() == 2 && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-         tensor.device().is_cpu();
-}
-
-}  // namespace
 
 Decoding decoding_of(const RowRecipe& recipe, std::span<const LowRank> terms) {
   Scales scales;

@@ -67,6 +67,8 @@ class RowDecoder : public Decoder {
   at::Tensor scales_;
 };
 
+// What weights are decoded to. Throws c10::Error (ValueError) on another dtype.
+Element element_of(at::ScalarType dtype);
 // The numbers that decode_rows() takes, over memory that `recipe` keeps alive.
 Decoding decoding_of(const RowRecipe& recipe, std::span<const LowRank> terms);
 LowRank low_rank_of(const PatchTerm& term);

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <utility>
 
+#include "engine/reading.h"
 #include "engine/trace_log.h"
 
 namespace distorch {
@@ -18,59 +18,6 @@ constexpr size_t kGrowing = 2;      // weights of a window that may wait for a p
 constexpr size_t kFewSlots = 48;    // of more, none is so large that its room needs choosing
 constexpr uint64_t kSmall = 16;     // parts of the ring: a weight of no more is small
 constexpr uint64_t kJustUsed = 8;   // uses within which an operator lets go of its weights
-
-Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& donor,
-                      const std::string& why) {
-  return Error(kind, "weight '" + name + "' (" + std::to_string(donor.size()) +
-                         " bytes) could not be brought from " + donor.describe() + ": " + why);
-}
-
-// One part of a weight, with errors that name the whole.
-void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
-               std::byte* into) {
-  const HostSpan span("reads", name, end - begin);
-  try {
-    donor.read(begin, end - begin, into, true);
-  } catch (const Error& error) {
-    throw could_not_bring(error.kind(), name, donor, error.what());
-  }
-}
-
-// Memory of its own for each thread that decodes, as large as it ever had to be.
-std::byte* scratch_memory(uint64_t bytes) {
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<std::byte, Free> memory;
-  thread_local uint64_t room = 0;
-  if (room < bytes) {
-    memory.reset(static_cast<std::byte*>(std::aligned_alloc(kPage, round_up(bytes, kPage))));
-    room = bytes;
-  }
-  return memory.get();
-}
-
-// Rows [begin, end) of a weight that is not kept as it is.
-void decode_part(const Source& source, const std::string& name, uint64_t begin, uint64_t end,
-                 std::byte* into) {
-  const Decoder& decoder = *source.decoder;
-  const uint64_t first = begin * decoder.stored_row(), last = end * decoder.stored_row();
-  const std::byte* stored = source.donor->host();
-  if (stored != nullptr) {
-    stored += first;
-  } else {
-    const uint64_t lead = (source.donor->phase() + first) % kPage;
-    std::byte* memory = scratch_memory(lead + last - first + kPage) + lead;
-    read_part(*source.donor, name, first, last, memory);
-    stored = memory;
-  }
-  const HostSpan span("decodes", name, last - first);
-  try {
-    decoder.decode(begin, end, stored, into + begin * decoder.decoded_row());
-  } catch (const Error& error) {
-    throw could_not_bring(error.kind(), name, *source.donor, error.what());
-  }
-}
 
 void count_bytes(Counters& counters, const Donor& donor) {
   const std::vector<Extent> extents = donor.extents();

@@ -7,8 +7,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "engine/reading.h"
 #include "engine/ring.h"
-#include "engine/rows.h"
 #include "hook/errors.h"
 
 namespace distorch {

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "device/row_decoder.h"
+
 namespace distorch {
 namespace {
 
@@ -14,19 +16,6 @@ BlockType type_of(const std::string& name) {
   const auto type = block_type_named(name);
   TORCH_CHECK_VALUE(type.has_value(), "dequantise: no block type ", name);
   return *type;
-}
-
-Element element_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Element::kFloat32;
-    case at::kHalf:
-      return Element::kFloat16;
-    case at::kBFloat16:
-      return Element::kBFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, "dequantise gives float32, float16 or bfloat16, not ", dtype);
-  }
 }
 
 // [.., bytes of a row] -> [.., elements of a row]
