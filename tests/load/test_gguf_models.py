@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 from gguf import GGMLQuantizationType as Q
 
 import distorch
@@ -54,3 +54,20 @@ def test_flux(tmp_path, small_widths, spec, dtype):
     }
     assert torch.equal(outputs(loaded, inputs), outputs(plain, inputs))
     assert distorch.report(loaded).ok
+
+
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0])
+def test_the_outputs_of_diffusers_own_loader(tmp_path, small_widths, kind):
+    model, file = small(FluxTransformer2DModel, FLUX), tmp_path / "m.gguf"
+    write_gguf(file, "flux", flux_original(model.state_dict()), kind)
+    model.save_config(tmp_path / "config")
+    theirs = FluxTransformer2DModel.from_single_file(
+        str(file), config=str(tmp_path / "config"), torch_dtype=torch.float32,
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+    )  # fmt: skip
+    ours = distorch.load(empty(FluxTransformer2DModel, FLUX), file, "cpu,0b;disk,*", min_bytes=0)
+    mine, other = outputs(ours, flux_inputs()), outputs(theirs, flux_inputs())
+    # Theirs multiplies by the scales in float16; ours, as gguf-py, in float32.
+    torch.testing.assert_close(mine, other, rtol=0, atol=4e-3)
+    exact = outputs(with_stored_values(model, kind), flux_inputs())
+    assert torch.equal(mine, exact) and not torch.equal(other, exact)
