@@ -105,7 +105,7 @@ def write_file(path: Path, kind: str, layers: int, width: int) -> None:
     writer = gguf.GGUFWriter(path, "benchmark", use_temp_file=True)
     for i in range(layers):
         blocks = generator.integers(0, 256, (width, width // elements, nbytes), dtype=np.uint8)
-        blocks[:, :, :2] = np.float16(1e-5 if kind == "Q4_K" else 1e-3).reshape(1).view(np.uint8)
+        blocks[:, :, :2] = np.float16(1e-6 if kind == "Q4_K" else 1e-3).reshape(1).view(np.uint8)
         blocks[:, :, 2:4] = 0 if kind == "Q4_K" else blocks[:, :, 2:4]
         raw = blocks.reshape(width, -1)
         writer.add_tensor(f"layers.{i}.weight", raw, raw_dtype=gguf.GGMLQuantizationType[kind])

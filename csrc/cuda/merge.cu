@@ -22,7 +22,7 @@ __device__ void round_to(float value, __half* into) { *into = __float2half_rn(va
 __device__ void round_to(float value, __nv_bfloat16* into) { *into = __float2bfloat16_rn(value); }
 
 template <class Sum, class Base, class Out>
-__global__ void __launch_bounds__(kWarp* kWarps)
+__global__ void __launch_bounds__(kWarp* kWarps, 2)
     merge_kernel(const Base* base, Out* out, int64_t rows, int64_t columns,
                  const __grid_constant__ Terms terms, uint8_t* finite) {
   const Patch patch{(static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.y) * kPatchRows<Sum>,

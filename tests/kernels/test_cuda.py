@@ -13,8 +13,8 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 GPUS = ["75", "80", "86", "89", "90", "100", "120"]
-# Half of a GPU's threads or more at work on every one of them; a merge keeps its sums in registers.
-MOST_REGISTERS = {"dequantise.cu": 64, "merge.cu": 104}
+# Half of a GPU's threads or more at work; a quarter for merges, whose sums are in registers.
+MOST_REGISTERS = {"dequantise.cu": 64, "merge.cu": 128}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
