@@ -7,6 +7,7 @@ from torch import nn
 
 import distorch
 from distorch import FormatError, SpecError
+from tests.formats.originals import FLUX, FluxTransformer2DModel, flux_inputs, outputs, small
 
 SPECS = ["cpu,*", "cpu,0b;disk,*"]
 FLOATS = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -234,3 +235,22 @@ def test_loras_in_torch_files(tmp_path):
     one = load(tmp_path / "base.safetensors", "cpu,*", loras=[(tmp_path / "lora.bin", 0.5)])
     two = load(tmp_path / "base.safetensors", "cpu,*", loras=[(lora(), 0.5)])
     assert torch.equal(distorch.materialize(one["a"].weight), distorch.materialize(two["a"].weight))
+
+
+def test_layerwise_casting_of_diffusers():
+    """Its hooks widen fp8 weights before a layer and narrow them after it, on donors too."""
+    model = small(FluxTransformer2DModel, FLUX).to(torch.bfloat16)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    inputs = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in flux_inputs().items()
+    }
+    expected = outputs(model, inputs)
+    for spec in SPECS:
+        distorch.distribute(model, spec, min_bytes=0)
+        for _ in range(2):
+            assert torch.equal(outputs(model, inputs), expected)
+            assert distorch.report(model).ok
+    assert any(
+        p.dtype == torch.float8_e4m3fn and distorch.is_sharded(p) for p in model.parameters()
+    )
