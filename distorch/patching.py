@@ -204,7 +204,9 @@ def set_loras(
     weights for which something changes are computed again, from their original bytes; with `[]`
     they are those bytes again. `lora_mode` "merge" writes the results to where the weights are;
     "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no bytes, the
-    results are the same. `lora_mode` and `patched_dtype` stay as they were unless given.
+    results are the same. `lora_mode` and `patched_dtype` stay as they were unless given. A patched
+    weight of 8 bits takes 16 in "merge" mode: plan and report count it so, even where that is more
+    than the spec gave its device; `redistribute` then places anew.
     Raises FormatError, SpecError, PlacementError, FetchError; an error or an interrupt leaves the
     module with the LoRAs that it had.
     """

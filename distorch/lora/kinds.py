@@ -65,7 +65,7 @@ class LowRankKind(Kind):
     name = "LoRA"
 
     def __post_init__(self) -> None:
-        # float32 once, the scale within `up` only if that is exact; else within the strength.
+        # float32 once; the scale goes with the strength, which the kernel multiplies by.
         self.up = self.up.detach().flatten(1).float().contiguous()
         self.down = self.down.detach().flatten(1).float().contiguous()
 

@@ -62,12 +62,6 @@ class ResolvedLora:
     elsewhere: list[str]  # stems of other parts of the pipeline
     targets: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors that merges take as they are."""
-        found = [p.kind.factors() for p in self.patches]
-        return sum(sum(t.numel() * t.element_size() for t in pair) for pair in found if pair)
-
 
 class Patches:
     """What changes which weight: patches with their strengths, in the order given."""
@@ -79,11 +73,6 @@ class Patches:
         """One more LoRA, after those that are there."""
         for patch in lora.patches:
             self._by_weight.setdefault(patch.weight, []).append((patch, strength))
-
-    @property
-    def weights(self) -> Collection[str]:
-        """Names of the weights that are patched."""
-        return self._by_weight.keys()
 
     def of(self, names: Sequence[str]) -> list[tuple[Patch, float]]:
         """The patches of a weight with these names; those of strength 0 are none."""

@@ -55,7 +55,6 @@ class Group:
     """The parts of one target, by name: down, up, mid, alpha, magnitude, hada_w1_a, ..."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
-    embedding: bool = False
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -82,7 +81,6 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[st
         if part in ("embedding_a", "embedding_b"):
             # They are kept as [rank, rows] and [columns, rank]: the weight is (B @ A) turned over.
             group.parts["up" if part == "embedding_a" else "down"] = tensor.t()
-            group.embedding = True
         else:
             group.parts[part.removesuffix("_plain")] = tensor
     return groups, unknown
