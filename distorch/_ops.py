@@ -259,6 +259,5 @@ def count_in(tensor: torch.Tensor, group: int) -> None:
     _ops.count_in(tensor, group)
 
 
-def sweep() -> int:
-    """Registers the hook for operators added since the last call; returns how many."""
-    return cast(int, _ops.sweep())
+# (weight, site) -> the real tensor, as a node of a compiled graph: runtime/compiled.py
+fetch_in_graph = _ops.fetch.default

@@ -7,6 +7,7 @@
 #include "device/device_trace.h"
 #include "device/devices.h"
 #include "engine/ring.h"
+#include "hook/sweep.h"
 
 namespace distorch {
 namespace {
@@ -56,7 +57,7 @@ struct Call::Traced {
   std::optional<DeviceSpan> device;
 };
 
-Call::Call() = default;
+Call::Call() { sweep_operators(); }
 
 void Call::begin_trace(const Handle& handle) {
   if (traced_ == nullptr) traced_ = std::make_unique<Traced>(handle, handle.weight->name());

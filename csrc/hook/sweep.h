@@ -12,7 +12,8 @@ namespace distorch {
 // kernel, or with an implicit one *and* its own backend kernel, would run a
 // composite with other last bits, or one that reads memory. And views need no
 // bytes at all. So every operator is looked at once, and those that the
-// fallback does not reach get a registration of their own.
+// fallback does not reach get a registration of their own: when a tensor is
+// sharded, and when an operator meets one after a library added others.
 
 // Registers what is missing for all operators known now. Cheap when no
 // operator was added since the last call. Must not run inside a registration.

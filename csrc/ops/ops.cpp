@@ -372,8 +372,6 @@ void count_in(const at::Tensor& tensor, int64_t group) {
   handle_of(tensor).weight->count_in(std::move(counters));
 }
 
-int64_t sweep() { return static_cast<int64_t>(sweep_operators()); }
-
 }  // namespace
 
 TORCH_LIBRARY(distorch, library) {
@@ -422,7 +420,7 @@ TORCH_LIBRARY(distorch, library) {
   library.def("count_in(Tensor tensor, int group) -> ()", &count_in);
   library.def("dequantise(Tensor blocks, str type, ScalarType dtype) -> Tensor");
   library.def("dequantise_(Tensor(a!) into, Tensor blocks, str type) -> ()");
-  library.def("sweep() -> int", &sweep);
+  library.def("fetch(Tensor weight, int site) -> Tensor");
 }
 
 }  // namespace distorch

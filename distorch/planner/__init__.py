@@ -2,7 +2,7 @@
 
 from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
 from distorch.planner.plan import Plan, PlanDiff
-from distorch.planner.planner import make_plan, virtual_vram_spec
+from distorch.planner.planner import can_leave, make_plan, virtual_vram_spec
 from distorch.planner.spec import Spec, parse_bytes, parse_spec
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PlanDiff",
     "Spec",
     "WeightInfo",
+    "can_leave",
     "make_plan",
     "parse_bytes",
     "parse_spec",

@@ -235,6 +235,18 @@ def _sort(
     return result
 
 
+def can_leave(inventory: Inventory, min_bytes: int, keep: Sequence[str]) -> set[str]:
+    """Names of the weights that some plan with these options has on a donor."""
+    return {
+        weight.name
+        for weight in inventory.weights
+        if weight.kind == "parameter"
+        and weight.nbytes
+        and _movable(weight, min_bytes)
+        and not any(_matches(weight, pattern) for pattern in keep)
+    }
+
+
 def _movable(weight: WeightInfo, min_bytes: int) -> bool:
     if not weight.floating:
         return False

@@ -19,12 +19,13 @@ from distorch.planner import (
     Inventory,
     Plan,
     Spec,
+    can_leave,
     make_plan,
     parse_bytes,
     parse_spec,
     virtual_vram_spec,
 )
-from distorch.runtime import machine
+from distorch.runtime import compiled, machine
 from distorch.runtime.groups import Group, group_members, inventory_of, size_of, unique_buffers
 from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.options import Options, compute_device
@@ -32,6 +33,7 @@ from distorch.runtime.staging import (
     Origin,
     Packing,
     current_place,
+    in_place,
     member_tensor,
     plain_values,
     stage,
@@ -60,6 +62,7 @@ class Distribution:
     reservation: Any = None
     ring_bytes: int = 0
     patching: Any = None  # LoRAs on it and where its originals are (distorch.patching)
+    compiled: bool = False  # see Note [Weights in compiled graphs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distribution:
         copied = Distribution(self.plan, self.options, dict(self.origins))
@@ -227,16 +230,17 @@ def place(
 ) -> Module:
     """Makes the plan true. All or nothing: any exception leaves the module as it was."""
     compute = torch.device(plan.compute)
-    staged = _stage_all(groups, plan, compute, origins)
+    known = module.__dict__.get(_KEY)
+    state = Distribution(plan, options, origins)
+    if isinstance(known, Distribution):
+        state.counters, state.patching = known.counters, known.patching
+        state.compiled = known.compiled
+    staged = _stage_all(module, state, groups)
     buffers = {
         name: _donors.moved(buffer, compute)
         for name, _, _, buffer in unique_buffers(module)
         if not buffer.is_meta or not machine.needs_values(compute)
     }
-    known = module.__dict__.get(_KEY)
-    state = Distribution(plan, options, origins)
-    if isinstance(known, Distribution):
-        state.counters, state.patching = known.counters, known.patching
     state.reserve(ring_bytes(groups, plan, options))
     undo: _Undo = []
     try:
@@ -248,35 +252,47 @@ def place(
     return module
 
 
+@compiled.before_compilation
+def _place_for_graphs(module: nn.Module) -> None:
+    """Makes what graphs are compiled for independent of the placement."""
+    state = module.__dict__.get(_KEY)
+    if isinstance(state, Distribution) and not state.compiled:
+        state.compiled = True
+        place(module, state.plan, state.options, group_members(module), state.origins)
+
+
 def _stage_all(
-    groups: list[Group], plan: Plan, compute: torch.device, origins: dict[str, Origin]
+    module: nn.Module, state: Distribution, groups: list[Group]
 ) -> dict[int, torch.Tensor]:
-    moving = [i for i, g in enumerate(groups) if not _is_there(g, plan.placement[g.name], compute)]
-    packing = Packing(
-        [groups[i] for i in moving if plan.placement[groups[i].name] == "cpu"], compute
-    )
-    return {
-        index: stage(
-            groups[index],
-            plan.placement[groups[index].name],
-            compute,
-            origins.get(groups[index].name),
-            packing,
-        )
-        for index in moving
-    }
+    compute = torch.device(state.plan.compute)
+    places = [_place_of(group, state.plan) for group in groups]
+    sharded = [place != str(compute) for place in places]
+    if state.compiled:
+        options = state.options
+        leave = can_leave(inventory_of(module, groups), options.min_bytes, options.keep)
+        for i, group in enumerate(groups):
+            known = group.name in state.plan.placement or _ops.is_sharded(group.first)
+            sharded[i] = sharded[i] or (known and group.name in leave)
+    moving = [i for i, g in enumerate(groups) if not _is_there(g, places[i], compute, sharded[i])]
+    packing = Packing([groups[i] for i in moving if places[i] == "cpu"], compute)
+    staged: dict[int, torch.Tensor] = {}
+    for i in moving:
+        origin = state.origins.get(groups[i].name)
+        staged[i] = stage(groups[i], places[i], compute, origin, packing)
+        if sharded[i] and not _ops.is_sharded(staged[i]):
+            staged[i] = in_place(staged[i], compute, groups[i].name)
+    return staged
 
 
-def _is_there(group: Group, target: str, compute: torch.device) -> bool:
+def _is_there(group: Group, target: str, compute: torch.device, sharded: bool) -> bool:
     """Whether a group is where the plan wants it, in the form that it wants."""
     first = group.first
-    sharded = _ops.is_sharded(first)
     if current_place(first) != target or first.device != compute or first.is_meta:
         return False
-    if sharded and _ops.state(first).decoded:
+    if _ops.is_sharded(first) and _ops.state(first).decoded:
         return True
-    whole = not sharded or group.nbytes == first.untyped_storage().nbytes()
-    return whole and sharded == (target != str(compute))
+    whole = not _ops.is_sharded(first) or group.nbytes == first.untyped_storage().nbytes()
+    return whole and _ops.is_sharded(first) == sharded
 
 
 def _take_back(undo: _Undo) -> None:
@@ -306,7 +322,7 @@ def _swap_in(
 
 
 def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: _Undo) -> None:
-    """Agents on the owning modules, counters on the weights, the sweep before each forward."""
+    """Agents on the owning modules, counters on the weights."""
     plan, compute = state.plan, torch.device(state.plan.compute)
     tiers: dict[int, dict[str, str]] = {}
     owners: dict[int, nn.Module] = {}
@@ -323,16 +339,19 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
         owners[id(module)], tiers[id(module)] = module, {}
     for key, owner in owners.items():
         undo.append(ModuleAgent.restorer(owner))
+        undo.append(partial(setattr, owner, "__class__", type(owner)))
         if key in tiers:
             ModuleAgent.install(owner, compute, tiers[key])
         else:
             ModuleAgent.remove(owner)
+        if state.compiled and tiers.get(key):
+            compiled.start_fetching(owner, tiers[key])
+        else:
+            compiled.stop_fetching(owner)
     for part in module.modules():
         if part is not module:  # a part that was distributed by itself is now one of the whole's
             _forget(part, undo)
-    if not is_distributed(module):
-        undo.append(partial(_remove_sweep, module))
-    _add_sweep(module)
+    compiled.watch(module)
     # Last, and in one step: from here on it is done.
     module.__dict__[_KEY] = state
 
@@ -343,29 +362,10 @@ def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None
     _install(module, state, groups, [])
 
 
-def _sweep_hook(module: nn.Module, args: Any) -> None:
-    """Operators that libraries registered since the last forward get their hook."""
-    # A call without tensors, which neither a compiled graph nor a trace can hold.
-    if not torch.compiler.is_compiling() and not torch._C._is_tracing():
-        _ops.sweep()
-
-
-def _add_sweep(module: nn.Module) -> None:
-    if not any(hook is _sweep_hook for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(_sweep_hook)
-
-
-def _remove_sweep(module: nn.Module) -> None:
-    for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _sweep_hook]:
-        del module._forward_pre_hooks[key]
-
-
 def _forget(module: nn.Module, undo: _Undo) -> None:
     """Takes a module's own distribution away, if it has one."""
     if is_distributed(module):
         undo.append(partial(module.__dict__.__setitem__, _KEY, module.__dict__[_KEY]))
-        undo.append(partial(_add_sweep, module))
-        _remove_sweep(module)
         module.__dict__.pop(_KEY)
 
 
@@ -395,7 +395,9 @@ def unplace(module: Module, device: str | torch.device | None) -> Module:
         _swap_in(module, groups, staged, buffers, undo)
         for part in module.modules():
             undo.append(ModuleAgent.restorer(part))
+            undo.append(partial(setattr, part, "__class__", type(part)))
             ModuleAgent.remove(part)
+            compiled.stop_fetching(part)
             _forget(part, undo)
     except BaseException:
         _take_back(undo)

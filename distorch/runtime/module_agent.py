@@ -20,6 +20,7 @@ from torch import nn
 from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, like_geometry, replace_data
 from distorch.errors import PlacementError
+from distorch.runtime import compiled
 
 _KEY = "_distorch_agent"
 
@@ -165,6 +166,7 @@ class ModuleAgent:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleAgent:
         copied = memo.get(id(self.module))
         assert isinstance(copied, nn.Module), "an agent is copied with its module"
+        compiled.watch(copied)
         return ModuleAgent(copied, self.compute, dict(self.tiers))
 
     def __reduce__(self) -> tuple[Any, ...]:

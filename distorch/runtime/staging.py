@@ -160,6 +160,11 @@ def stage(
     )
 
 
+def in_place(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
+    """The same bytes (uint8, on the compute device) as a sharded tensor over their own memory."""
+    return _donors.shard_on(str(compute), _alone(data), compute, name)
+
+
 def _stage_stored(
     group: Group, target: str, compute: torch.device, origin: Origin | None
 ) -> torch.Tensor:

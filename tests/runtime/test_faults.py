@@ -67,7 +67,7 @@ def _interrupt_at(monkeypatch, target, name, call):
 INTERRUPTS = {
     "swapping": (distribution, "replace_data", 5),
     "agents": (ModuleAgent, "install", 3),
-    "end": (distribution, "_add_sweep", 1),
+    "end": (distribution.compiled, "watch", 1),
 }
 
 
