@@ -12,7 +12,7 @@ from distorch.planner import Plan
 from distorch.report import Report, Stats, report, reset_stats, stats
 from distorch.runtime.links import Calibration, calibrate, devices
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
-from distorch.trace import trace
+from distorch.trace import profiling, trace
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "materialize",
     "plan",
+    "profiling",
     "redistribute",
     "report",
     "reset_stats",

@@ -259,5 +259,10 @@ def count_in(tensor: torch.Tensor, group: int) -> None:
     _ops.count_in(tensor, group)
 
 
+def show_address(tensor: torch.Tensor, shown: bool) -> None:
+    """Whether reading a sharded tensor's address gives 0 instead of an error."""
+    _ops.show_address(tensor, shown)
+
+
 # (weight, site) -> the real tensor, as a node of a compiled graph: runtime/compiled.py
 fetch_in_graph = _ops.fetch.default

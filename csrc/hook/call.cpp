@@ -2,6 +2,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "device/device_trace.h"
@@ -85,6 +86,8 @@ c10::Storage Call::memory_of(Handle& handle) {
     if (known.weight != handle.weight.get()) continue;
     return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(known.memory));
   }
+  at::RecordFunction profiled(at::RecordScope::USER_SCOPE);
+  if (profiled.isActive()) profiled.before("distorch::fetch " + handle.weight->name());
   c10::Storage memory = fetch(handle);
   fetched_.push_back({handle.weight.get(), memory.unsafeGetStorageImpl(), handle.compute});
   if (TraceLog::instance().active()) begin_trace(handle);

@@ -63,6 +63,16 @@ c10::Storage make_tagged_storage(Handle handle) {
   return storage;
 }
 
+void show_address(const at::Tensor& sharded, bool shown) {
+  c10::StorageImpl* storage = sharded.storage().unsafeGetStorageImpl();
+  if (shown) {
+    storage->clear_data_ptr_access_error_msg_();
+    storage->set_throw_on_mutable_data_ptr();
+  } else {
+    storage->release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
+  }
+}
+
 at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArrayRef sizes,
                         at::IntArrayRef strides, int64_t offset) {
   // An inference tensor could not become a parameter.

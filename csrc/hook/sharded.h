@@ -36,6 +36,11 @@ Handle& handle_of(const at::Tensor& tensor);
 // error that explains itself.
 c10::Storage make_tagged_storage(Handle handle);
 
+// Whether reading the storage's address gives null instead of an error, for
+// profilers, which note addresses and follow none. Asking for memory to write
+// stays an error.
+void show_address(const at::Tensor& sharded, bool shown);
+
 // A sharded tensor of the given geometry (elements) over a tagged storage.
 at::Tensor make_sharded(c10::Storage tagged, c10::ScalarType dtype, at::IntArrayRef sizes,
                         at::IntArrayRef strides, int64_t offset);

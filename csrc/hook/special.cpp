@@ -3,7 +3,11 @@
 
 #include <ATen/ops/clone.h>
 #include <ATen/ops/copy_ops.h>
+#include <ATen/ops/ctc_loss_native.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/max_pool1d_native.h>
+#include <ATen/ops/tensor_split_native.h>
+#include <c10/core/GradMode.h>
 #include <torch/library.h>
 
 #include "device/devices.h"
@@ -60,12 +64,15 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
   });
 }
 
-// Note [Nested activations]
-// The kernels of nested tensors come before the hook's key and read weights as
-// memory. The ones that torch.nn itself calls with a padding mask are met a key
-// earlier, at BackendSelect, where weights become real whatever else is nested.
-void transformer_layer(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                       torch::jit::Stack* stack) {
+// Note [Nested and sparse arguments]
+// The kernels of nested and sparse tensors come before the hook's key and read
+// dense weights as memory. Operators that are only there for such arguments are
+// met a key earlier, at BackendSelect, where weights become real whatever else
+// is nested or sparse: those that torch.nn calls with a padding mask, and
+// torch.sparse's. (mm and the like with a sparse argument are not: everybody's
+// calls would pay for it.)
+void before_backends(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                     torch::jit::Stack* stack) {
   at_border([&] {
     const c10::FunctionSchema& schema = op.schema();
     const auto below =
@@ -86,16 +93,67 @@ at::Tensor resolve_neg(const at::Tensor& self) {
   return is_sharded(self) || self.is_neg() ? self.clone() : self;
 }
 
+// Note [Composites that read memory]
+// A few composite kernels read numbers themselves, before they call any
+// operator. They run where autograd does, so they are met there (and at the
+// hook's key in inference mode, where nothing comes before it), with the same
+// kernels over real tensors.
+at::Tensor max_pool1d(const at::Tensor& self, at::IntArrayRef kernel, at::IntArrayRef stride,
+                      at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
+  if (!is_sharded(self) || (c10::GradMode::is_enabled() && self.requires_grad())) {
+    return at::native::max_pool1d(self, kernel, stride, padding, dilation, ceil_mode);
+  }
+  return at_border([&] {
+    Call call;
+    return at::native::max_pool1d(call.read_only(self, Likeness::kBytes), kernel, stride, padding,
+                                  dilation, ceil_mode);
+  });
+}
+
+std::vector<at::Tensor> tensor_split(const at::Tensor& self, const at::Tensor& sections,
+                                     int64_t dim) {
+  return at_border([&] {
+    Call call;
+    return at::native::tensor_split(self, call.read_only(sections, Likeness::kBytes), dim);
+  });
+}
+
+at::Tensor ctc_loss(const at::Tensor& log_probs, const at::Tensor& targets,
+                    const at::Tensor& input_lengths, const at::Tensor& target_lengths,
+                    int64_t blank, int64_t reduction, bool zero_infinity) {
+  return at_border([&] {
+    Call call;
+    return at::native::ctc_loss(log_probs, targets, call.read_only(input_lengths, Likeness::kBytes),
+                                call.read_only(target_lengths, Likeness::kBytes), blank, reduction,
+                                zero_infinity);
+  });
+}
+
+void meet_reading_composites(torch::Library& library) {
+  library.impl("max_pool1d", TORCH_FN(max_pool1d));
+  library.impl("tensor_split.tensor_indices_or_sections", TORCH_FN(tensor_split));
+  library.impl("ctc_loss.Tensor", TORCH_FN(ctc_loss));
+}
+
 bool is_pinned(c10::DispatchKeySet, const at::Tensor&, std::optional<at::Device>) { return false; }
 
 void record_stream(c10::DispatchKeySet, at::Tensor&, at::Stream) {
   // Fetched memory is ordered by the ring; a donor is not used by streams.
 }
 
+// `p.set_(q)` is `p.data = q`: p is sharded afterwards if q is.
+at::Tensor& set_to_tensor(at::Tensor& self, const at::Tensor& source) {
+  if (!self.is_same(source)) {
+    self.unsafeGetTensorImpl()->shallow_copy_from(source.getIntrusivePtr());
+  }
+  return self;
+}
+
 void refuse_set(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
-  TORCH_CHECK(false,
-              "set_() on a weight that is sharded by distorch: its storage is a tag, not memory. "
-              "Assign new values with copy_(), or call distorch.undistribute(model) first.");
+  TORCH_CHECK(
+      false,
+      "set_(storage) on a weight that is sharded by distorch: its storage is a tag, not "
+      "memory. Assign new values with copy_(), or call distorch.undistribute(model) first.");
 }
 
 }  // namespace
@@ -111,20 +169,27 @@ TORCH_LIBRARY_IMPL(aten, CustomRNGKeyId, library) {
   library.impl("is_pinned", TORCH_FN(is_pinned));
   library.impl("resolve_neg", TORCH_FN(resolve_neg));
   library.impl("record_stream", TORCH_FN(record_stream));
+  meet_reading_composites(library);
   library.impl("resize_", torch::CppFunction::makeFromBoxedFunction<&run_with_real_weights>());
+  library.impl("set_.source_Tensor", TORCH_FN(set_to_tensor));
   for (const char* overload : {"set_", "set_.source_Storage", "set_.source_Storage_storage_offset",
-                               "set_.source_Tensor", "set_.source_Tensor_storage_offset"}) {
+                               "set_.source_Tensor_storage_offset"}) {
     library.impl(overload, torch::CppFunction::makeFromBoxedFunction<&refuse_set>());
   }
 }
 
 TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
   library.impl("resolve_neg", TORCH_FN(resolve_neg));
+  meet_reading_composites(library);
 }
 
+TORCH_LIBRARY_IMPL(aten, AutogradCUDA, library) { meet_reading_composites(library); }
+
 TORCH_LIBRARY_IMPL(aten, BackendSelect, library) {
-  for (const char* name : {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}) {
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&transformer_layer>());
+  for (const char* name :
+       {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_sparse_addmm",
+        "_sparse_mm_reduce_impl", "_sparse_mm_reduce_impl_backward", "sparse_sampled_addmm"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&before_backends>());
   }
 }
 

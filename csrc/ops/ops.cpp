@@ -420,6 +420,7 @@ TORCH_LIBRARY(distorch, library) {
   library.def("count_in(Tensor tensor, int group) -> ()", &count_in);
   library.def("dequantise(Tensor blocks, str type, ScalarType dtype) -> Tensor");
   library.def("dequantise_(Tensor(a!) into, Tensor blocks, str type) -> ()");
+  library.def("show_address(Tensor sharded, bool shown) -> ()", &show_address);
   library.def("fetch(Tensor weight, int site) -> Tensor");
 }
 
