@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long test-cpp lint format clean
+.PHONY: help build dev demo test test-long sweep test-cpp lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -43,6 +43,10 @@ test: dev ## the whole test suite
 PROGRAMS ?= 10000
 test-long: dev ## PROGRAMS (10000) random programs on the simulated accelerator: about an hour
 	DISTORCH_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -n 2 tests/sim/test_engine.py -k test_random_programs
+
+sweep: dev ## every operator and module of PyTorch's own databases, with sharded tensors: about half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.operators
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.modules
 
 test-cpp: dev ## the torch-free C++ under sanitizers
 	$(BIN)/python -m pytest tests/core

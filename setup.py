@@ -1,27 +1,67 @@
 """Builds the compiled library against the torch that is installed."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
 # csrc/tests are programs.
 ROOMS = ("core", "engine", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
 
 
-def check_cuda_choice() -> None:
-    """DISTORCH_CUDA: 0 leaves the CUDA part out, auto takes what is there, 1 must have it."""
+# GPUs that the kernels are compiled for; the last one also as PTX, for those to come.
+GPUS = ("75", "80", "86", "89", "90", "100", "120")
+CUDA_SOURCES = (
+    "csrc/core/blocks.cpp",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu")),
+)
+
+
+def cuda_choice():
+    """DISTORCH_CUDA: 0 leaves the kernels out, auto takes what is there, 1 must have them."""
     choice = os.environ.get("DISTORCH_CUDA", "auto").lower()
     if choice not in {"0", "1", "auto"}:
         raise SystemExit(f"DISTORCH_CUDA={choice!r}: expected 0, 1 or auto")
-    if choice == "1":  # csrc/cuda has kernels, and nothing that calls them
-        raise SystemExit(
-            "DISTORCH_CUDA=1: this version has no CUDA part yet. "
-            "Build the CPU part with DISTORCH_CUDA=0 or auto"
-        )
+    return choice
+
+
+def nvcc():
+    """The compiler for the kernels, or None when they are not to be built."""
+    choice = cuda_choice()
+    if choice == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    if choice == "1":
+        if found is None:
+            raise SystemExit(
+                "DISTORCH_CUDA=1: there is no nvcc on the PATH or in CUDA_HOME. Install the CUDA "
+                "Toolkit (12 or 13), or build the CPU part with DISTORCH_CUDA=0"
+            )
+        return found
+    import torch
+
+    return found if torch.version.cuda is not None else None
+
+
+def build_kernels(compiler, target):
+    """One library of all kernels, with its own CUDA runtime."""
+    gpus = os.environ.get("DISTORCH_GPUS", " ".join(GPUS)).split()
+    code = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
+    code.append(f"-gencode=arch=compute_{gpus[-1]},code=compute_{gpus[-1]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O2", "-shared", "-cudart", "static", f"-I{ROOT / 'csrc'}",
+         "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"--threads={MAX_JOBS}",
+         *code, *CUDA_SOURCES, "-o", str(target)],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
 
 
 def extension(name, rooms, more=()):
@@ -60,10 +100,25 @@ def extension(name, rooms, more=()):
 def commands():
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_ext": BuildExtension}
+    class Build(BuildExtension):
+        def run(self):
+            super().run()
+            compiler = nvcc()
+            folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+            target = folder / "distorch" / "_cuda.so"
+            if compiler is None:
+                target.unlink(missing_ok=True)  # of an earlier build: it would be loaded
+                return
+            sources = [ROOT / source for source in CUDA_SOURCES]
+            sources += sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh"))
+            newest = max(path.stat().st_mtime for path in sources)
+            if self.force or not target.exists() or target.stat().st_mtime < newest:
+                build_kernels(compiler, target)
+
+    return {"build_ext": Build}
 
 
-check_cuda_choice()
+cuda_choice()
 setup(
     ext_modules=[
         extension("distorch._C", ROOMS),

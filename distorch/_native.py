@@ -73,10 +73,12 @@ def _io_threads() -> int:
 _C.set_error_classes(PlacementError, FormatError, FetchError)
 _C.set_scratch_directory(str(scratch_folder()))
 _C.set_io_threads(_io_threads())
+_C.set_cuda_library(str(Path(__file__).parent / "_cuda.so"))
 
 Counters = _C.Counters
 Reservation = _C.Reservation
 fetch_count = _C.fetch_count
+has_cuda_kernels = _C.has_cuda_kernels
 scratch_directory = _C.scratch_directory
 set_peer_access = _C.set_peer_access
 set_read_clock = _C.set_read_clock

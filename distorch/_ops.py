@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 
 from distorch import _native
+from distorch.errors import PlacementError
 
 _ops = torch.ops.distorch
 
@@ -78,7 +79,18 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def can_decode(device: torch.device) -> bool:
     """Whether this device has the kernel that decodes and patches."""
+    if device.type == "cuda":
+        return bool(_native.has_cuda_kernels())
     return device.type in ("cpu", "meta", torch._C._get_privateuse1_backend_name())
+
+
+def _check_can_decode(tensor: torch.Tensor, name: str) -> None:
+    if not can_decode(tensor.device):
+        raise PlacementError(
+            f"weight {name!r} is stored quantised, scaled or with patches, and distorch has no "
+            f"kernels for {tensor.device}: for CUDA, build it where nvcc is (DISTORCH_CUDA=1 says "
+            "why it is not built); or load with dtype= and lora_mode='merge', and GGUF on 'cpu'"
+        )
 
 
 def decode(
@@ -116,6 +128,7 @@ def decoded(
     name: str,
 ) -> torch.Tensor:
     """A sharded tensor `dtype` [sizes] whose fetch decodes the bytes of `stored` (sharded)."""
+    _check_can_decode(stored, name)
     made = _ops.decoded(stored, code, dtype, list(sizes), scales, list(block), name)
     return cast(torch.Tensor, made)
 
@@ -127,6 +140,7 @@ def decoded_like(stored: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def patched(weight: torch.Tensor, terms: Terms) -> torch.Tensor:
     """A sharded tensor on the donor of `weight`, patched by these terms when it is fetched."""
+    _check_can_decode(weight, state(weight).name)
     made = _ops.patched(weight, terms.ups, terms.downs, terms.strengths, terms.first_rows)
     return cast(torch.Tensor, made)
 

@@ -5,6 +5,7 @@
 #include "bindings/errors.h"
 #include "core/virtual_reads.h"
 #include "device/accelerator.h"
+#include "device/cuda.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
 
@@ -51,6 +52,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("fetch_count", [] { return distorch::process_fetches.load(); });
   module.def("set_scratch_directory", &distorch::set_scratch_directory);
   module.def("scratch_directory", &distorch::scratch_directory);
+  module.def("set_cuda_library", &distorch::set_cuda_library);
+  module.def("has_cuda_kernels", [] { return distorch::cuda_kernels() != nullptr; });
   module.def("set_io_threads", &distorch::set_io_threads);
   module.def("set_peer_access", &distorch::set_peer_access, py::arg("to"), py::arg("from_"),
              py::arg("possible"));

@@ -39,8 +39,8 @@ DISTORCH_HD uint32_t load32(const uint8_t* from) { return load16(from) | load16(
 // thread that flushes them (torch.set_flush_denormal) gets the same numbers.
 // Masks instead of conditions: compilers make branches of those, and the signs
 // of scales cannot be predicted.
-DISTORCH_HD float half_at(const uint8_t* from) {
-  const uint32_t bits = load16(from), shifted = (bits & 0x7fffu) << 13;
+DISTORCH_HD float half_of(uint32_t bits) {
+  const uint32_t shifted = (bits & 0x7fffu) << 13;
   const uint32_t subnormal = as_bits(as_float(shifted + (113u << 23)) - 0x1p-14f);
   const uint32_t is_subnormal = 0u - static_cast<uint32_t>(shifted < 0x00800000u);
   const uint32_t is_special = 0u - static_cast<uint32_t>(shifted >= 0x0f800000u);  // inf and NaN
@@ -48,6 +48,8 @@ DISTORCH_HD float half_at(const uint8_t* from) {
   const uint32_t magnitude = (subnormal & is_subnormal) | (normal & ~is_subnormal);
   return as_float(magnitude | (bits & 0x8000u) << 16);
 }
+
+DISTORCH_HD float half_at(const uint8_t* from) { return half_of(load16(from)); }
 
 // --- what block descriptions do with their i-th number ---
 //

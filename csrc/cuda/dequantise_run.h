@@ -25,14 +25,17 @@ DISTORCH_HD void decode_run(const uint8_t* blocks, int64_t run, float* numbers) 
 
 // The i-th number of types without blocks.
 struct PlainFloat32 {
+  static constexpr int kBytes = 4;
   static DISTORCH_HD float number(const uint8_t* from, int64_t i) {
     return as_float(load32(from + 4 * i));
   }
 };
 struct PlainFloat16 {
+  static constexpr int kBytes = 2;
   static DISTORCH_HD float number(const uint8_t* from, int64_t i) { return half_at(from + 2 * i); }
 };
 struct PlainBFloat16 {
+  static constexpr int kBytes = 2;
   static DISTORCH_HD float number(const uint8_t* from, int64_t i) {
     return as_float(load16(from + 2 * i) << 16);
   }

@@ -16,7 +16,7 @@ constexpr int kPatchRows = sizeof(Sum) == sizeof(float) ? 4 : 2;  // as register
 constexpr int kPatchColumns = 4;
 
 // Terms of one launch; they travel with its arguments.
-constexpr int kMostTerms = 16;
+constexpr int kMostTerms = 64;
 struct Terms {
   LowRank of[kMostTerms];
   int count;

@@ -10,9 +10,9 @@
 namespace distorch {
 namespace {
 
-bool is_host_matrix(const at::Tensor& tensor) {
+bool is_matrix_on(const at::Tensor& tensor, c10::Device device) {
   return tensor.dim() == 2 && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-         tensor.device().is_cpu();
+         tensor.device() == device;
 }
 
 }  // namespace
@@ -48,9 +48,9 @@ LowRank low_rank_of(const PatchTerm& term) {
           term.up.size(0)};
 }
 
-void check_term(const PatchTerm& term, const RowRecipe& recipe) {
+void check_term(const PatchTerm& term, const RowRecipe& recipe, c10::Device device) {
   TORCH_CHECK_VALUE(
-      is_host_matrix(term.up) && is_host_matrix(term.down) &&
+      is_matrix_on(term.up, device) && is_matrix_on(term.down, device) &&
           term.up.size(1) == term.down.size(0) && term.down.size(1) == recipe.columns &&
           term.first_row >= 0 && term.first_row + term.up.size(0) <= recipe.rows,
       "a patch of ", term.up.sizes(), " @ ", term.down.sizes(), " from row ", term.first_row,

@@ -72,7 +72,9 @@ Element element_of(at::ScalarType dtype);
 // The numbers that decode_rows() takes, over memory that `recipe` keeps alive.
 Decoding decoding_of(const RowRecipe& recipe, std::span<const LowRank> terms);
 LowRank low_rank_of(const PatchTerm& term);
-// Throws c10::Error (ValueError) on a term that does not fit the matrix.
-void check_term(const PatchTerm& term, const RowRecipe& recipe);
+// Throws c10::Error (ValueError) on a term that does not fit the matrix, or is
+// not on `device`.
+void check_term(const PatchTerm& term, const RowRecipe& recipe,
+                c10::Device device = c10::Device(c10::kCPU));
 
 }  // namespace distorch

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 
+#include "device/cuda.h"
+
 namespace distorch {
 
 std::shared_ptr<void> slot_storage(std::byte* data, uint64_t bytes, std::shared_ptr<void> block,
@@ -32,10 +34,23 @@ at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
   return tensor;
 }
 
+namespace {
+
+at::DataPtr allocate_pinned(uint64_t bytes, c10::DeviceType device) {
+  const cuda::Kernels* kernels = device == c10::kCUDA ? cuda_kernels() : nullptr;
+  if (kernels == nullptr || bytes == 0) return at::getHostAllocator(device)->allocate(bytes);
+  void* memory = nullptr;
+  check_cuda(*kernels, kernels->allocate_pinned(&memory, bytes), "allocating pinned memory");
+  const auto release = [](void* at) { cuda_kernels()->free_pinned(at); };
+  return {memory, memory, release, c10::Device(c10::kCPU)};
+}
+
+}  // namespace
+
 at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device) {
   const auto count = static_cast<int64_t>(bytes);
-  c10::Storage storage(c10::Storage::use_byte_size_t(), count,
-                       at::getHostAllocator(device)->allocate(bytes), nullptr, false);
+  c10::Storage storage(c10::Storage::use_byte_size_t(), count, allocate_pinned(bytes, device),
+                       nullptr, false);
   at::Tensor pinned = at::empty({0}, at::TensorOptions().dtype(at::kByte));
   pinned.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   pinned.unsafeGetTensorImpl()->set_sizes_contiguous({count});

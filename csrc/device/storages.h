@@ -18,7 +18,9 @@ bool slot_in_use(const std::shared_ptr<void>& storage);
 // Bytes as a tensor that owns nothing: uint8 [bytes].
 at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device);
 
-// Pinned host memory for copies to a device: uint8 [bytes].
+// Pinned host memory for copies to a device: uint8 [bytes]. Of exactly that
+// size where the kernels for the device can be asked for it; PyTorch's
+// allocator rounds up to a power of two.
 at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device);
 
 }  // namespace distorch

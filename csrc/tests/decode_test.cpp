@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "core/half.h"
+#include "cuda/numbers_run.h"
 #include "tests/check.h"
 
 using namespace distorch;
@@ -74,6 +75,27 @@ void scales_and_patches() {
   }
 }
 
+// The body of the CUDA kernel for plain numbers, number by number.
+template <class Type>
+void check_numbers(const char* name) {
+  constexpr int64_t kRows = 19, kColumns = 64;
+  std::mt19937 random(5);
+  std::vector<uint8_t> stored(kRows * kColumns * Type::kBytes);
+  for (uint8_t& byte : stored) byte = static_cast<uint8_t>(random());
+  std::vector<float> grid(5 * 8), wanted(kRows * kColumns);
+  for (float& number : grid) number = std::normal_distribution<float>()(random);
+  const Decoding decoding{&row_code(name), {grid.data(), 4, 8, 8}, Element::kFloat32, kColumns, {}};
+  CHECK(decode_rows(decoding, 0, kRows, reinterpret_cast<const std::byte*>(stored.data()),
+                    reinterpret_cast<std::byte*>(wanted.data())));
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t j = 0; j < kColumns; ++j) {
+      const float got = cuda::scaled<Type>(stored.data(), i, j, kColumns, {grid.data(), 4, 8, 8});
+      const float number = wanted[i * kColumns + j];
+      CHECK((std::isnan(got) && std::isnan(number)) || got == number);
+    }
+  }
+}
+
 void kept_as_it_is() {
   const std::vector<uint16_t> stored{0x8000, 0x3f80, 0x7fc1, 0x0001};  // -0, 1, NaN, subnormal
   std::vector<uint16_t> out(4);
@@ -90,4 +112,11 @@ int main() {
   small_numbers();
   scales_and_patches();
   kept_as_it_is();
+  check_numbers<cuda::PlainFloat32>("float32");
+  check_numbers<cuda::PlainFloat16>("float16");
+  check_numbers<cuda::PlainBFloat16>("bfloat16");
+  check_numbers<cuda::Float8E4M3FN>("float8_e4m3fn");
+  check_numbers<cuda::Float8E5M2>("float8_e5m2");
+  check_numbers<cuda::Int8>("int8");
+  check_numbers<cuda::UInt8>("uint8");
 }

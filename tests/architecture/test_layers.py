@@ -15,7 +15,8 @@ CSRC = {
     "core": ({"core"}, set()),
     "engine": ({"engine", "core"}, set()),
     # ATen for one operator only: copy_, the one way to copy on any device's streams.
-    "device": ({"device", "engine", "core"}, {"c10", "ATen"}),
+    # Of cuda, the table of its functions.
+    "device": ({"device", "engine", "core", "cuda"}, {"c10", "ATen"}),
     "hook": ({"hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "ops": ({"ops", "hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "bindings": (

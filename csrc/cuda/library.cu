@@ -1,0 +1,86 @@
+#include "cuda/library.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "core/blocks.h"
+#include "cuda/dequantise.cuh"
+#include "cuda/merge.cuh"
+#include "cuda/numbers.cuh"
+
+namespace distorch::cuda {
+namespace {
+
+// Rows as float32 or as what the weight is, before patches.
+int widen(const Decoding& decoding, int64_t begin, int64_t rows, const void* stored,
+          Element out_type, void* into, cudaStream_t stream) {
+  const int64_t columns = decoding.columns;
+  const std::string_view code = decoding.code->name;
+  if (decoding.code->elements == 1) {
+    return scale(code, stored, begin, rows, columns, decoding.scales, out_type, into, stream);
+  }
+  const auto type = block_type_named(code);
+  if (!type) return cudaErrorInvalidValue;
+  const int64_t blocks = rows * columns / decoding.code->elements;
+  const int error = dequantise(*type, stored, blocks, out_type, into, stream);
+  if (error != cudaSuccess || decoding.scales.data == nullptr) return error;
+  // REQUIRES: out_type is float32 (needs_panel).
+  return scale("float32", into, begin, rows, columns, decoding.scales, out_type, into, stream);
+}
+
+std::vector<LowRank> from_row(std::span<const LowRank> terms, int64_t begin) {
+  std::vector<LowRank> shifted(terms.begin(), terms.end());
+  for (LowRank& term : shifted) term.first_row -= begin;
+  return shifted;
+}
+
+int decode(const Decoding& decoding, int64_t begin, int64_t end, const void* stored, void* into,
+           float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream) {
+  const int64_t rows = end - begin, columns = decoding.columns;
+  if (decoding.in_place()) {
+    if (!decoding.terms.empty()) {
+      return merge(decoding.out, stored, decoding.out, into, rows, columns,
+                   from_row(decoding.terms, begin), finite, stream);
+    }
+    if (stored == into) return cudaSuccess;
+    const auto bytes = static_cast<size_t>(rows * decoding.stored_row());
+    return cudaMemcpyAsync(into, stored, bytes, cudaMemcpyDeviceToDevice, stream);
+  }
+  if (!needs_panel(decoding)) {
+    return widen(decoding, begin, rows, stored, decoding.out, into, stream);
+  }
+  const auto* from = static_cast<const std::byte*>(stored);
+  auto* to = static_cast<std::byte*>(into);
+  for (int64_t row = begin; row < end; row += panel_rows) {
+    const int64_t count = std::min(panel_rows, end - row);
+    int error = widen(decoding, row, count, from + (row - begin) * decoding.stored_row(),
+                      Element::kFloat32, panel, stream);
+    if (error != cudaSuccess) return error;
+    error =
+        merge(Element::kFloat32, panel, decoding.out, to + (row - begin) * decoding.decoded_row(),
+              count, columns, from_row(decoding.terms, row), finite, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+int allocate_pinned(void** memory, uint64_t bytes) {
+  return cudaHostAlloc(memory, bytes, cudaHostAllocPortable);
+}
+
+int free_pinned(void* memory) { return cudaFreeHost(memory); }
+
+const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace
+}  // namespace distorch::cuda
+
+extern "C" __attribute__((visibility("default"))) const distorch::cuda::Kernels*
+distorch_cuda_kernels() {
+  using namespace distorch::cuda;
+  static constexpr Kernels kernels{kLibraryVersion, &decode, &allocate_pinned, &free_pinned,
+                                   &describe};
+  return &kernels;
+}
