@@ -26,7 +26,7 @@ from .systems import SYSTEMS, Resident, System
 OK, FAILS, NOT_APPLICABLE = "ok", "fails", "not applicable"
 _STARTS = "starts"
 _SECONDS = 60  # one check of one system
-_MEMORY = 8 << 30  # address space of one process
+_MEMORY = 8 << 30  # address space that one process may add to what it starts with
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _work(
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    _limit_memory()
     folder = tempfile.mkdtemp(prefix="conformance-")
     tempfile.tempdir = folder
     os.environ["TMPDIR"] = folder
@@ -173,6 +173,12 @@ def _work(
     finally:
         out.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + _MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def run_all(

@@ -240,7 +240,8 @@ def autocast(subject: Subject) -> Any:
 def introspection(subject: Subject) -> Any:
     module = subject.distributed()
     found: list[Any] = [repr(module), sum(p.numel() for p in module.parameters())]
-    for name, parameter in list(module.named_parameters())[:_PRINTED]:
+    named = [(name, p) for name, p in module.named_parameters() if p.numel()]
+    for name, parameter in named[:_PRINTED]:
         values = parameter.detach()
         found += [name, type(parameter).__name__, tuple(parameter.shape), str(parameter.dtype)]
         found += [str(parameter.device), parameter.requires_grad, parameter.stride()]

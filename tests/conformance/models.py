@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -80,17 +81,33 @@ def table(cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(cases: Sequence[Case]) -> list[Case]:
+    """The cases of the architectures that every system ran."""
+    ran: dict[str, set[str]] = {}
+    for case in cases:
+        ran.setdefault(case.system, set()).add(case.architecture)
+    common = set.intersection(*ran.values()) if ran else set()
+    return [case for case in cases if case.architecture in common]
+
+
 def results(cases: Sequence[Case]) -> dict[str, Any]:
     """What is written to the JSON file."""
     reasons: dict[str, list[str]] = {}
     for case in cases:
-        if case.verdict == NOT_APPLICABLE and case.system == cases[0].system:
-            reasons.setdefault(f"{case.check}: {case.reason}", []).append(case.architecture)
+        if case.verdict == NOT_APPLICABLE:
+            names = reasons.setdefault(f"{case.check}: {case.reason}", [])
+            if case.architecture not in names:
+                names.append(case.architecture)
+    common = side_by_side(cases)
     return {
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "architectures": sorted({case.architecture for case in cases}),
         "rates": rates(cases),
+        "side_by_side": {
+            "architectures": len({case.architecture for case in common}),
+            "rates": rates(common),
+        },
         "failures": {
             system: [
                 [case.architecture, case.check, case.reason]
@@ -101,6 +118,12 @@ def results(cases: Sequence[Case]) -> dict[str, Any]:
         },
         "not_applicable": reasons,
     }
+
+
+def _compact(found: dict[str, Any]) -> str:
+    """JSON with one line for each thing that somebody looks up."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\n {3,}|\n {2,}(?=[\]}])", " ", text)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -134,10 +157,10 @@ def main(given: Sequence[str] | None = None) -> int:
     if not cases:
         print(f"no architecture is called {arguments.only!r}", file=sys.stderr)
         return 2
-    print(table(cases))
+    print(table(side_by_side(cases)))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results(cases), indent=1) + "\n")
+        arguments.json.write_text(_compact(results(cases)) + "\n")
     return 1 if any(map(_is_ours, cases)) else 0
 
 

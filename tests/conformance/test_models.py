@@ -19,7 +19,7 @@ TRANSFORMERS = """
     gemma3_text phi phi3 falcon stablelm starcoder2 olmo olmo2 cohere granite persimmon biogpt mpt
     xglm mamba gpt_neo bert roberta electra camembert albert mpnet roformer deberta deberta-v2
     xlm-roberta distilbert t5 bart mbart marian pegasus m2m_100 vit deit dinov2 beit convnext resnet
-    swin segformer whisper wav2vec2 clip afmoe jamba detr
+    swin segformer whisper wav2vec2 clip afmoe jamba
 """
 NAMES = [*PLAIN, *TRANSFORMERS.split(), *DIFFUSERS, "peft-LoraConfig", "peft-LoHaConfig"]
 

@@ -34,6 +34,7 @@ _NUMBERS: list[tuple[str, int | None]] = [
     (r".*codebook_size|num_embeddings", 32),
     (r".*(layers?|blocks?|depth|layer_num)", LAYERS),
     (r"num_frames|num_input_frames", 4),
+    (r"mask_(time|feature)_length", 2),
     (r"image_size|img_size|.*_image_size", IMAGE),
     (r"patch_size|.*_patch_size", PATCH),
     (r".*(intermediate|ffn|feed_?forward|mlp|inner|_ff|fc).*", 64),
