@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import re
@@ -25,6 +26,11 @@ from .systems import SYSTEMS, Resident, System
 
 OK, FAILS, NOT_APPLICABLE = "ok", "fails", "not applicable"
 _STARTS = "starts"
+# What the checks would otherwise import again in every process.
+_IMPORTED_ONCE = (
+    "accelerate", "diffusers.hooks", "peft", "safetensors.torch", "torch._dynamo", "transformers",
+    "transformers.generation", "transformers.modeling_utils",
+)  # fmt: skip
 _SECONDS = 60  # one check of one system
 _MEMORY = 8 << 30  # address space that one process may add to what it starts with
 
@@ -190,6 +196,9 @@ def run_all(
     done: Callable[[str, list[Case]], None] = lambda name, cases: None,
 ) -> list[Case]:
     """Every case, `jobs` architectures at a time."""
+
+    for library in _IMPORTED_ONCE:
+        importlib.import_module(library)
 
     def one(name: str) -> list[Case]:
         cases = run_architecture(name, zoo[name], checks, systems)

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -120,10 +119,15 @@ def results(cases: Sequence[Case]) -> dict[str, Any]:
     }
 
 
-def _compact(found: dict[str, Any]) -> str:
-    """JSON with one line for each thing that somebody looks up."""
-    text = json.dumps(found, indent=1)
-    return re.sub(r"\n {3,}|\n {2,}(?=[\]}])", " ", text)
+def _compact(found: Any, indent: str = "") -> str:
+    """JSON with a line for each thing that somebody looks up."""
+    inner = f"\n{indent} "
+    if isinstance(found, dict) and len(indent) <= 2:
+        parts = [f"{json.dumps(k)}: {_compact(v, indent + ' ')}" for k, v in found.items()]
+        return f"{{{inner}{f',{inner}'.join(parts)}\n{indent}}}"
+    if isinstance(found, list) and found and isinstance(found[0], list):
+        return f"[{inner}{f',{inner}'.join(map(json.dumps, found))}\n{indent}]"
+    return json.dumps(found)
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +33,7 @@ def build(kind: str, class_name: str) -> Built:
             raise RuntimeError(f"still {size:,} numbers")
         torch.manual_seed(0)
         module = model_class(config_class(**settings)).eval()
-        return Built(module, find(module))
+        return Built(module, find(copy.deepcopy(module)))
 
 
 def _listed() -> dict[str, Callable[[], Built]]:
