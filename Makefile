@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep test-cpp lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-cpp lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -50,6 +50,10 @@ sweep: dev ## every operator and module of PyTorch's own databases, with sharded
 
 test-cpp: dev ## the torch-free C++ under sanitizers
 	$(BIN)/python -m pytest tests/core
+
+JOBS ?= 2
+sweep-models: dev ## every architecture, every check, beside accelerate and diffusers: an hour or two
+	$(BIN)/python -m tests.conformance.models --system all -j $(JOBS) --json tests/conformance/results/models.json
 
 lint: dev ## style, formatting, types
 	$(BIN)/ruff check .

@@ -336,3 +336,35 @@ def test_peft_merges_a_tied_model():
     assert ours.config.tie_word_embeddings is True
     with pytest.raises(RuntimeError, match="materialize"):
         ours.lm_head.weight.data_ptr()
+
+
+def test_an_encoder_layer_by_itself_takes_its_fast_path():
+    """A hook on it would send it another way, which under autocast gives another dtype."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x)
+        distorch.distribute(layer, DISK, min_bytes=0)
+        got = layer(x)
+    assert got.dtype == wanted.dtype == torch.bfloat16
+    assert torch.equal(got, wanted)
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_a_weight_is_set_to_another_sharded_one():
+    """As a parametrisation does it, with the weight itself."""
+    module = nn.Linear(4, 4)
+    plain = copy.deepcopy(module)
+    distorch.distribute(module, DISK, min_bytes=0)
+    for each in (module, plain):
+        nn.utils.parametrize.register_parametrization(each, "weight", Halved())
+    x = torch.randn(2, 4)
+    assert torch.equal(module(x), plain(x))
+    assert distorch.is_sharded(module.parametrizations.weight.original)
+    one, other = distorch.shard(torch.zeros(4), "disk"), distorch.shard(torch.ones(2), "cpu")
+    one.set_(other)
+    assert one.shape == (2,) and torch.equal(one + 0, torch.ones(2))

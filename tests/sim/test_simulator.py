@@ -11,8 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from distorch.testing import sim
-from tests.models.test_same_bits import assert_same, run
-from tests.models.zoo import zoo
+from tests.conformance import evidence
+from tests.conformance.checks import Subject
+from tests.conformance.systems import Resident
+from tests.conformance.zoo import zoo
 
 MB = 1 << 20
 PER_CALL = 2e-6  # what the host pays to issue
@@ -198,16 +200,16 @@ def test_strides_dtypes_and_lazy_bits_travel():
     assert torch.equal(x.real.to("sim").to(torch.float16).cpu(), x.real.half())
 
 
-MODELS = ["linear", "conv", "bert", "llama", "vit", "FluxTransformer2DModel"]
+MODELS = ["linear", "conv", "gpt_neox", "llama", "vit", "FluxTransformer2DModel"]
 
 
 @pytest.mark.parametrize("mode", ["deferred", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_equal_the_cpu(name, mode):
     sim.configure(mode=mode)
-    module, call = zoo()[name]()
-    module.eval()
-    there = copy.deepcopy(module).to("sim:0")
+    built = zoo()[name]()
+    subject = Subject(built, Resident())
+    there = copy.deepcopy(built.module).to("sim:0")
     there.register_forward_pre_hook(
         lambda _, args, kwargs: tree_map(
             lambda t: t.to("sim:0") if isinstance(t, torch.Tensor) else t, (args, kwargs)
@@ -215,9 +217,10 @@ def test_models_equal_the_cpu(name, mode):
         with_kwargs=True,
     )
     with sdpa_kernel(SDPBackend.MATH):
-        wanted, got = run(module, call), run(there, call)
-    back = ([t.cpu() for t in got[0]], {name: t.cpu() for name, t in got[1].items()})
-    assert_same(back, wanted)
+        wanted, got = (
+            [subject.forward(module), subject.backward(module)] for module in (built.module, there)
+        )
+    assert evidence.difference(tree_map(lambda t: t.cpu(), got), wanted) is None
 
 
 def test_dry_runs_cost_no_memory():
