@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-cpp lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu test-cpp lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -47,6 +47,18 @@ test-long: dev ## PROGRAMS (10000) random programs on the simulated accelerator:
 sweep: dev ## every operator and module of PyTorch's own databases, with sharded tensors: about half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.modules
+
+QUICK := tests/hook tests/runtime tests/planner tests/sim tests/architecture/test_build.py
+test-quick: build ## what depends most on the torch that is there
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) pytest pytest-xdist hypothesis expecttest
+	$(BIN)/python -m pytest -n 2 $(QUICK)
+
+test-torch: ## the same in a clone with another torch: make test-torch TORCH_SPEC=torch==2.14.1
+	rm -rf "out/$(TORCH_SPEC)" && git clone --quiet . "out/$(TORCH_SPEC)"
+	$(MAKE) -C "out/$(TORCH_SPEC)" test-quick TORCH_SPEC="$(TORCH_SPEC)" VENV=.venv
+
+test-gpu: dev ## on a CUDA device, and no skips
+	DISTORCH_REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/gpu
 
 test-cpp: dev ## the torch-free C++ under sanitizers
 	$(BIN)/python -m pytest tests/core

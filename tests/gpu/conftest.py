@@ -1,0 +1,17 @@
+"""These tests need a CUDA device. DISTORCH_REQUIRE_CUDA=1: without one they fail, not skip."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() or os.environ.get("DISTORCH_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
