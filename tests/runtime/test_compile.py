@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
@@ -278,3 +279,30 @@ def test_dynamo_is_not_imported_before_it_is_needed():
         "assert type(module) is not nn.Embedding\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("mode", ["merge", "fetch"])
+def test_loras_change_below_a_graph(tmp_path, mode):
+    plain = Model()
+    save_file(
+        {k: v for k, v in plain.state_dict().items() if k != "head.weight"},
+        tmp_path / "m.safetensors",
+    )
+    lora = {
+        f"blocks.{i}.up.lora_{side}.weight": torch.randn(shape)
+        for i in range(3)
+        for side, shape in (("A", (4, 64)), ("B", (128, 4)))
+    }
+
+    def loaded(spec, strength):
+        loras = [(lora, strength)] if strength else []
+        options = {"min_bytes": 0, "loras": loras, "lora_mode": mode}
+        return distorch.load(Model(), tmp_path / "m.safetensors", spec, **options)
+
+    model = loaded("cpu,40%;disk,*", 0.5)
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), tokens(2, 16)
+    with torch.no_grad():
+        for strength in (0.5, 0.9, 0, 0.2):
+            distorch.set_loras(model, [(lora, strength)] if strength else [])
+            assert torch.equal(compiled(x), distorch.undistribute(loaded("cpu,*", strength))(x))
+            assert distorch.report(model).ok
