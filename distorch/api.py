@@ -49,6 +49,7 @@ def distribute(
     plan: Plan | None = None,
     virtual_vram: str | int | None = None,
     donor: str = "cpu",
+    progress: distribution.Progress | None = None,
     **options: Any,
 ) -> Module:
     """Places a module's weights as the spec (or a saved plan) says; returns the same module.
@@ -58,7 +59,8 @@ def distribute(
     (what is kept stays resident like small tensors do, even beyond the compute device's share:
     `plan.floor` says how much that is);
     `rules` [(pattern, device)]; `prefetch` bytes of look-ahead ("auto", 0 = none); `compress`
-    "auto" | "never". On a distributed module this is `redistribute`.
+    "auto" | "never". `progress` is called with the bytes of each weight that was moved. On a
+    distributed module this is `redistribute`.
     All or nothing: SpecError, PlacementError, FetchError leave the module as it was.
     """
     opts = Options(**options)
@@ -78,7 +80,7 @@ def distribute(
     origins = {}
     if distribution.is_distributed(module):
         origins = distribution.distribution_of(module).origins
-    return distribution.place(module, plan, opts, groups, origins)
+    return distribution.place(module, plan, opts, groups, origins, progress=progress)
 
 
 def redistribute(

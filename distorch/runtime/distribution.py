@@ -41,6 +41,7 @@ from distorch.runtime.staging import (
 
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[Callable[[], None]]
+Progress = Callable[[int], None]
 
 _KEY = "_distorch"
 _AUTO_RING_BYTES = 128 << 20
@@ -226,16 +227,25 @@ def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
 
 @torch.inference_mode(False)  # parameters made in it could never have a gradient
 def place(
-    module: Module, plan: Plan, options: Options, groups: list[Group], origins: dict[str, Origin]
+    module: Module,
+    plan: Plan,
+    options: Options,
+    groups: list[Group],
+    origins: dict[str, Origin],
+    *,
+    progress: Progress | None = None,
 ) -> Module:
-    """Makes the plan true. All or nothing: any exception leaves the module as it was."""
+    """Makes the plan true. All or nothing: any exception leaves the module as it was.
+
+    `progress` is told the bytes of each weight as it is staged.
+    """
     compute = torch.device(plan.compute)
     known = module.__dict__.get(_KEY)
     state = Distribution(plan, options, origins)
     if isinstance(known, Distribution):
         state.counters, state.patching = known.counters, known.patching
         state.compiled = known.compiled
-    staged = _stage_all(module, state, groups)
+    staged = _stage_all(module, state, groups, progress)
     buffers = {
         name: _donors.moved(buffer, compute)
         for name, _, _, buffer in unique_buffers(module)
@@ -262,7 +272,10 @@ def _place_for_graphs(module: nn.Module) -> None:
 
 
 def _stage_all(
-    module: nn.Module, state: Distribution, groups: list[Group]
+    module: nn.Module,
+    state: Distribution,
+    groups: list[Group],
+    progress: Progress | None,
 ) -> dict[int, torch.Tensor]:
     compute = torch.device(state.plan.compute)
     places = [_place_of(group, state.plan) for group in groups]
@@ -281,6 +294,8 @@ def _stage_all(
         staged[i] = stage(groups[i], places[i], compute, origin, packing)
         if sharded[i] and not _ops.is_sharded(staged[i]):
             staged[i] = in_place(staged[i], compute, groups[i].name)
+        if progress is not None:
+            progress(groups[i].nbytes)
     return staged
 
 

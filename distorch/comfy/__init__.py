@@ -1,0 +1,26 @@
+"""ComfyUI nodes: models whose weights live on donors, in saved workflows as they are.
+
+ComfyUI finds `NODE_CLASS_MAPPINGS` and `NODE_DISPLAY_NAME_MAPPINGS` here, through the folder
+`comfyui-distorch` in its `custom_nodes`. Importing this package needs ComfyUI.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distorch.comfy import advanced, clean, loaders
+
+NODE_CLASS_MAPPINGS: dict[str, Any] = {}
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+WEB_DIRECTORY = str(Path(__file__).with_name("web"))
+
+
+def _register() -> None:
+    for name, node in (*loaders.core_nodes(), *advanced.NODES.items(), *clean.NODES.items()):
+        NODE_CLASS_MAPPINGS[name], NODE_DISPLAY_NAME_MAPPINGS[name] = node, node.TITLE
+
+
+_register()
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -1,0 +1,151 @@
+"""Nodes of our own: Distribute Model, Distribution Report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distorch.comfy import host, outputs, report
+from distorch.comfy.patcher import is_ours
+from distorch.comfy.placement import Placement, spec_problem
+from distorch.errors import PlacementError
+from distorch.runtime.options import compute_device
+
+
+class AnyType(str):
+    """A type name that fits every other: the host compares with `!=`."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+ANYTHING = AnyType("*")
+_SPEC_TIP = (
+    "Where the weights live: cuda:0,5gb;cpu,* keeps 5 GB on the GPU and the rest in RAM; "
+    "cuda:0,25%;cpu,75% is a ratio; auto keeps as much as the host's free memory allows."
+)
+
+
+class DistributeModel:
+    """MODEL in, MODEL out, one placement string."""
+
+    RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
+    FUNCTION, CATEGORY = "distribute", "distorch"
+    TITLE = "Distribute Model"
+    DESCRIPTION = (
+        "Weights live where the placement says and arrive just in time; results are the same bits. "
+        "The model that comes in stays as it is for whoever else uses it."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "spec": ("STRING", {"default": "auto", "tooltip": _SPEC_TIP}),
+            },
+            "optional": {
+                "compute_device": (
+                    ["default", *host.computing_devices()],
+                    {"default": "default", "tooltip": "Where the model computes."},
+                ),
+                "order": (
+                    ["interleaved", "sequential"],
+                    {"tooltip": "Offloaded weights spread over a step, or the first bytes first."},
+                ),
+                "compression": (
+                    ["auto", "never"],
+                    {"tooltip": "Lossless compression of transfers where a link is slow."},
+                ),
+                "prefetch": (
+                    "STRING",
+                    {"default": "auto", "tooltip": "Bytes of look-ahead, such as 512mb; 0b: none."},
+                ),
+                "lora_precision": (
+                    ["as stored", "full"],
+                    {"tooltip": "Patched fp8 weights: rounded to fp8 as the host does, or bf16."},
+                ),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, spec: Any = "auto") -> bool | str:
+        """Checked before anything runs."""
+        if not isinstance(spec, str):
+            return True
+        return spec_problem(spec, host.devices()) or True
+
+    def distribute(
+        self,
+        model: Any,
+        spec: str,
+        compute_device: str = "default",
+        order: str = "interleaved",
+        compression: str = "auto",
+        prefetch: str = "auto",
+        lora_precision: str = "as stored",
+    ) -> tuple[Any, ...]:
+        """The placed model."""
+        device = device_of(model) if compute_device == "default" else compute_device
+        placement = Placement(
+            spec,
+            device,
+            order=order,
+            prefetch=prefetch,
+            compress=compression,
+            lora_precision=lora_precision,
+        )
+        return (outputs.own_copy(model, placement),)
+
+
+def device_of(model: Any) -> str:
+    """Where a patcher computes."""
+    return compute_device(model.load_device)
+
+
+class DistributionReport:
+    """What is where, measured; what travelled, and how fast."""
+
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE", "STRING"), ("picture", "table")
+    FUNCTION, CATEGORY = "report", "distorch"
+    TITLE = "Distribution Report"
+    DESCRIPTION = (
+        "Where the weights of a model, text encoder or VAE are, measured now, and what travelled "
+        "since the last report. Connect `after` to what should run first, such as the image."
+    )
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": (ANYTHING,)}, "optional": {"after": (ANYTHING,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: Any = None) -> bool:
+        """Outputs of every type may be connected."""
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        """What it says is never old."""
+        return float("nan")
+
+    def report(self, model: Any, after: Any = None) -> dict[str, Any]:
+        """A picture [1, height, width, 3] and a table."""
+        patcher = outputs.patcher_of(model)
+        if patcher is None or not is_ours(patcher):
+            raise PlacementError(
+                f"this {type(model).__name__} was not distributed: take a loader of ours or "
+                "Distribute Model before it"
+            )
+        found = report.measured(patcher)
+        return {
+            "ui": {"text": [found.text], "distorch": [found.to_dict()]},
+            "result": (report.picture(found), found.text),
+        }
+
+
+NODES: dict[str, Any] = {
+    "DistributeModel": DistributeModel,
+    "DistributionReport": DistributionReport,
+}

@@ -1,0 +1,340 @@
+"""The host's model patcher for models whose weights live on donors.
+
+Note [The host's contract]
+The host asks a patcher how large a model is on its device, loads, shrinks and unloads it, and puts
+patches on its weights. An instance of our subclass answers for one model; classes and functions of
+the host stay as they are. What is true of the weights is kept on the inner model (`Placed`), which
+clones share; what a clone wants is its own (`placement`, an attachment).
+
+Note [Rest]
+When the host takes a model off its device, weights in RAM and on disk stay where they are, those on
+accelerators come to RAM, the ring is given back, and patches are taken off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_management as management
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import nn
+
+import distorch
+from distorch.comfy import weights
+from distorch.comfy.placement import Placement
+from distorch.errors import PlacementError
+from distorch.planner import Plan
+from distorch.runtime import distribution
+from distorch.runtime.groups import group_members, has_bytes, unique_buffers
+from distorch.runtime.staging import current_place
+
+KEY = "distorch"  # of the attachment, and of wrappers
+_STATE = "_distorch_comfy"
+_log = logging.getLogger("distorch")
+
+
+@dataclass
+class Placed:
+    """What is true of an inner model: the placement it was given (None: at rest, or shrunk since),
+    and the patches that are on its weights.
+    """
+
+    placement: Placement | None = None
+    budget: int | None = None  # bytes for "auto", as the host gave them
+    applied: dict[str, Any] = field(default_factory=dict)
+
+
+def placed(model: nn.Module) -> Placed:
+    """The record of an inner model, made on first use."""
+    return model.__dict__.setdefault(_STATE, Placed())
+
+
+def is_ours(patcher: Any) -> bool:
+    """Whether this patcher keeps a placement."""
+    return isinstance(patcher, DistorchPatcher)
+
+
+class DistorchPatcher(ModelPatcher):
+    """A ModelPatcher whose model is placed by `placement`; see the notes above."""
+
+    @property
+    def placement(self) -> Placement:
+        """What this clone wants, on the device that it computes on."""
+        wanted: Placement = self.attachments[KEY]
+        return wanted.on(device_name(self.load_device))
+
+    # --- sizes, as the host counts: bytes on the load device ---
+
+    def is_dynamic(self) -> bool:
+        """Never: dynamic VRAM would move weights by itself."""
+        return False
+
+    def model_size(self) -> int:
+        """Bytes that the load device will hold, the ring included."""
+        plan, ring = self._planned()
+        return int(plan.bytes[plan.compute] + ring)
+
+    def loaded_size(self) -> int:
+        """Bytes that the load device holds now, measured, the ring included."""
+        return int(self.model.model_loaded_weight_memory)
+
+    def lowvram_patch_counter(self) -> int:
+        """No patch is put on at run time."""
+        return 0
+
+    def _planned(self) -> tuple[Plan, int]:
+        state, wanted = placed(self.model), self.placement
+        if distribution.is_distributed(self.model) and state.placement == wanted:
+            now = distribution.distribution_of(self.model)
+            return now.plan, now.ring_bytes
+        spec, options = self._request(state.budget)
+        plan = distorch.plan(self.model, spec, **options)
+        groups = group_members(self.model)
+        ring = distribution.ring_bytes(groups, plan, distribution.Options(**options))
+        return plan, ring
+
+    def _request(self, budget: int | None) -> tuple[str, dict[str, Any]]:
+        wanted = self.placement
+        spec = wanted.spec
+        if spec == "auto" and budget is not None and wanted.compute != "cpu":
+            spec = f"{wanted.compute},{budget}b;cpu,*"
+        return spec, wanted.options(management.module_size(self.model))
+
+    # --- loading ---
+
+    def partially_load(
+        self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Places the model as asked and patches what changed; bytes more on the load device."""
+        before = self.loaded_size()
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            try:
+                self._take_objects_back()
+                self.load(device_to, before + extra_memory, force_patch_weights)
+                self.patch_model(load_weights=False)
+                self._bring_strays()
+            except Exception:
+                self.detach()
+                raise
+        return self.loaded_size() - before
+
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        """The weights to their places, then patches on those where they changed."""
+        with self.use_ejected():
+            self.unpatch_hooks()
+            self._place(None if full_load else lowvram_model_memory)
+            self._patch()
+            self._set_modules(loaded=True)
+            self.model.device = self.load_device
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            self._measure()
+            for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def _place(self, memory: float | None) -> None:
+        state, wanted = placed(self.model), self.placement
+        if wanted.spec == "auto":
+            state.budget = None if memory is None or memory > 1e15 else max(0, int(memory))
+        if distribution.is_distributed(self.model) and state.placement == wanted:
+            return
+        spec, options = self._request(state.budget)
+        _refuse_unplaceable(self.model, spec, wanted.compute)
+        management.soft_empty_cache()
+        total = sum(group.nbytes for group in group_members(self.model))
+        try:
+            distorch.distribute(self.model, spec, progress=progress_bar(total), **options)
+        except (torch.OutOfMemoryError, PlacementError) as error:
+            raise advice(error, wanted) from error
+        state.placement = wanted
+
+    def _patch(self) -> None:
+        full = self.placement.lora_precision == "full"
+        total = sum(
+            comfy.utils.get_attr(self.model, key).nbytes
+            for key, found in self.patches.items()
+            if found
+        )
+        weights.repatch(
+            self.model, self.patches, self.backup, placed(self.model).applied,
+            offload=self.offload_device, full=full, progress=progress_bar(total),
+        )  # fmt: skip
+
+    def _measure(self) -> None:
+        report = distorch.report(self.model)
+        ring = distribution.distribution_of(self.model).ring_bytes
+        self.model.model_loaded_weight_memory = report.bytes[report.compute] + ring
+        self.model.model_offload_buffer_memory = ring
+        self.model.model_lowvram = False
+        where = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in report.bytes.items())
+        _log.info("%s: %s, ring %.1f MiB", type(self.model).__name__, where, ring / 2**20)
+
+    def _set_modules(self, *, loaded: bool) -> None:
+        """Flags and weight wrappers that the host's own layers look at."""
+        for name, module in self.model.named_modules():
+            if not hasattr(module, "comfy_cast_weights"):
+                continue
+            if hasattr(module, "prev_comfy_cast_weights"):
+                module.comfy_cast_weights = module.prev_comfy_cast_weights
+                del module.prev_comfy_cast_weights
+            module.weight_function = list(self.weight_wrapper_patches.get(f"{name}.weight", ()))
+            module.bias_function = list(self.weight_wrapper_patches.get(f"{name}.bias", ()))
+            module.comfy_force_cast_weights = self.force_cast_weights and loaded
+            if not loaded:
+                module.weight_function, module.bias_function = [], []
+                module.__dict__.pop("comfy_patched_weights", None)
+                continue
+            module.comfy_patched_weights = True
+            if self.force_cast_weights:
+                module.prev_comfy_cast_weights = module.comfy_cast_weights
+                module.comfy_cast_weights = True
+
+    def _bring_strays(self) -> None:
+        """What object patches brought along computes where the rest does."""
+        for _, owner, key, buffer in unique_buffers(self.model):
+            if buffer.device != self.load_device:
+                owner._buffers[key] = buffer.to(self.load_device)
+
+    # --- unloading ---
+
+    def partially_unload(
+        self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Moves resident weights to RAM until so many bytes are free; how many bytes that were."""
+        if self.load_device.type == "cpu" or not distribution.is_distributed(self.model):
+            return 0
+        before = self.loaded_size()
+        with self.use_ejected():
+            self.unpatch_hooks()
+            plan = demoted(self.model, int(memory_to_free))
+            distorch.redistribute(self.model, plan=plan)
+            placed(self.model).placement = None
+            self._measure()
+        return before - self.loaded_size()
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        """Takes patches off, and the model off its device when `device_to` names another."""
+        self.eject_model()
+        if unpatch_weights:
+            self.unpatch_hooks()
+            self._set_modules(loaded=False)
+            if distribution.is_distributed(self.model):
+                weights.restore_all(self.model, self.backup, placed(self.model).applied)
+                if device_to is not None:
+                    self._rest()
+                    self.model.device = device_to
+            self.model.current_weight_patches_uuid = None
+            self.model.model_loaded_weight_memory = 0
+            self.model.model_offload_buffer_memory = 0
+        self._take_objects_back()
+
+    def _take_objects_back(self) -> None:
+        super().unpatch_model(None, unpatch_weights=False)
+
+    def _rest(self) -> None:
+        """See Note [Rest]."""
+        state = distribution.distribution_of(self.model)
+        if state.plan.compute == "cpu":
+            return
+        distorch.redistribute(self.model, plan=demoted(self.model, None))
+        distribution.distribution_of(self.model).reserve(0)
+        placed(self.model).placement = None
+
+
+def device_name(device: torch.device) -> str:
+    """ "cuda:0"."""
+    return device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+
+
+def demoted(model: nn.Module, nbytes: int | None) -> Plan:
+    """The present plan with resident weights in RAM: the largest ones until they are `nbytes`.
+
+    None: every weight that is on any accelerator.
+    """
+    plan = distribution.distribution_of(model).plan
+    moves: dict[str, str] = {}
+    left = nbytes if nbytes is not None else None
+    for group in sorted(group_members(model), key=lambda group: -group.nbytes):
+        place = current_place(group.first)
+        if not has_bytes(group.first) or place in ("cpu", "disk"):
+            continue
+        if left is not None and (left <= 0 or place != plan.compute):
+            continue
+        moves.update((member.name, "cpu") for member in group.members)
+        left = left - group.nbytes if left is not None else None
+    return replace(plan, placement={**plan.placement, **moves})
+
+
+def _refuse_unplaceable(model: nn.Module, spec: str, compute: str) -> None:
+    """Weights that are several tensors in one can only stay; say so when they are most of it."""
+    groups = group_members(model)
+    fixed = [group for group in groups if not has_bytes(group.first)]
+    total = sum(group.nbytes for group in groups)
+    if fixed and 2 * sum(group.nbytes for group in fixed) > total:
+        kind = type(fixed[0].first.data).__name__
+        raise PlacementError(
+            f"{len(fixed)} weights of this model ({fixed[0].name!r} is the first) are {kind}, "
+            f"which cannot leave {compute} yet, so {spec!r} cannot be honoured; use the same model "
+            "as bf16, fp16, plain fp8 or GGUF"
+        )
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """Reports bytes done to the host's bar on the node."""
+    bar = comfy.utils.ProgressBar(max(total, 1))
+    return bar.update
+
+
+def advice(error: Exception, wanted: Placement) -> Exception:
+    """The error with what to change; the host shows it on the node."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    return PlacementError(
+        f"{wanted.compute} ran out of memory with placement {wanted.spec!r}. Give it less: a "
+        f"smaller share for {wanted.compute} (or more virtual VRAM), a smaller prefetch, or a "
+        f"smaller image or batch. ({str(error).splitlines()[0]})"
+    )
+
+
+def _sample_with_advice(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return executor(*args, **kwargs)
+    except torch.OutOfMemoryError as error:
+        patcher = getattr(executor.class_obj, "model_patcher", None)
+        if patcher is None or not is_ours(patcher):
+            raise
+        raise advice(error, patcher.placement) from error
+
+
+def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
+    """A patcher of ours with everything that the host's own patcher had. PlacementError."""
+    if not is_ours(patcher) and type(patcher) is not ModelPatcher:
+        raise PlacementError(
+            f"this model comes in a {type(patcher).__module__}.{type(patcher).__name__}, which "
+            "moves weights in its own way; load it with the host's loader or one of ours"
+        )
+    clone = patcher.clone()
+    clone.__class__ = DistorchPatcher
+    clone.attachments[KEY] = placement
+    clone.load_device = torch.device(placement.compute)
+    if clone.offload_device.type != "cpu":
+        clone.offload_device = torch.device("cpu")
+    clone.parent = patcher if is_ours(patcher) else None
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample_with_advice)
+    clone.model.model_loaded_weight_memory = (
+        clone.model.model_loaded_weight_memory if is_ours(patcher) else 0
+    )
+    return clone

@@ -1,0 +1,171 @@
+"""The host's patches on weights that live on donors: merged in float32, redone only on change.
+
+Note [Originals of the host]
+Originals of patched weights are kept in the patcher's `backup`, where the host looks for them: a
+handle where the weight is on a donor, a tensor on the offload device where it was resident. What
+is on a weight now is written down on the inner model, which all clones of a patcher share.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import nn
+
+from distorch import _donors, _ops
+from distorch._behaviour import attach_behaviour
+from distorch.runtime import distribution
+from distorch.runtime.groups import group_members
+from distorch.runtime.staging import current_place
+
+Backup = namedtuple("Backup", ["weight", "inplace_update"])
+_NARROW_BYTES = 1
+
+
+def signature(patches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """What a list of the host's patches says, for comparison: objects by identity, held."""
+    return [(patch[0], _parts(patch[1]), *patch[2:]) for patch in patches]
+
+
+def _parts(adapter: Any) -> Any:
+    """An adapter made anew from the same file is the same: its tensors are."""
+    weights = getattr(adapter, "weights", None)
+    return (type(adapter), *weights) if isinstance(weights, tuple | list) else adapter
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether two signatures say the same."""
+    if isinstance(old, tuple | list) and isinstance(new, tuple | list):
+        return len(old) == len(new) and all(map(same, old, new))
+    if isinstance(old, int | float | str) and isinstance(new, int | float | str):
+        return type(old) is type(new) and old == new
+    return old is new
+
+
+def owner_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The module that owns a weight, and its name there."""
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def set_weight(model: nn.Module, key: str, value: torch.Tensor) -> None:
+    """A new parameter under this name; others that shared it keep theirs, as in the host."""
+    owner, name = owner_of(model, key)
+    parameter = nn.Parameter(value.detach(), requires_grad=False)
+    if _ops.is_sharded(parameter):
+        attach_behaviour(parameter)
+    owner._parameters[name] = parameter
+
+
+def merged(
+    model: nn.Module, key: str, patches: list[Any], original: torch.Tensor, compute: torch.device,
+    full: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The patched weight, on `compute`: float32 until it is rounded once."""
+    _, set_function, convert = comfy.model_patcher.get_key_weight(model, key)
+    with torch.no_grad():
+        value = original.to(device=compute, dtype=torch.float32, copy=True)
+    if convert is not None:
+        value = convert(value, inplace=True)
+    value = comfy.lora.calculate_weight(patches, value, key, intermediate_dtype=torch.float32)
+    seed = comfy.utils.string_to_seed(key)
+    if set_function is not None:
+        return set_function(value, inplace_update=False, seed=seed, return_weight=True)
+    if full and original.element_size() == _NARROW_BYTES:
+        return value.to(torch.bfloat16)
+    return comfy.float.stochastic_rounding(value, original.dtype, seed=seed)
+
+
+def _put(
+    model: nn.Module, key: str, value: torch.Tensor, place: str, compute: torch.device
+) -> None:
+    if place == str(compute):
+        set_weight(model, key, value.to(compute))
+    else:
+        set_weight(model, key, _donors.shard_on(place, value.contiguous(), compute, key))
+
+
+def repatch(
+    model: nn.Module,
+    patches: dict[str, list[Any]],
+    backup: dict[str, Any],
+    applied: dict[str, Any],
+    *,
+    offload: torch.device,
+    full: bool,
+    progress: Callable[[int], None],
+) -> int:
+    """Gives every weight of a distributed model these patches and no others; how many changed."""
+    compute = torch.device(distribution.distribution_of(model).plan.compute)
+    wanted = {key: (signature(found), full) for key, found in patches.items() if found}
+    changed = [key for key in applied if not same(applied[key], wanted.get(key))]
+    changed += [key for key in wanted if key not in applied]
+    for key in changed:
+        weight = comfy.utils.get_attr(model, key)
+        place = current_place(weight)
+        if key not in backup:
+            backup[key] = Backup(_kept(weight, place, compute, offload), False)
+        original = backup[key].weight
+        if key in wanted:
+            value = merged(model, key, patches[key], original, compute, full)
+            _put(model, key, value, place, compute)
+            applied[key] = wanted[key]
+        else:
+            _restore(model, key, original, place, compute)
+            del backup[key], applied[key]
+        progress(weight.numel() * weight.element_size())
+    if changed:
+        settle(model)
+    return len(changed)
+
+
+def _kept(
+    weight: torch.Tensor, place: str, compute: torch.device, offload: torch.device
+) -> torch.Tensor:
+    """What restores a weight later: donors' own bytes, a copy of what is on an accelerator."""
+    if _ops.is_sharded(weight) and place in ("cpu", "disk"):
+        return weight.detach()
+    return weight.detach().to(offload) if offload != compute else weight.detach()
+
+
+def _restore(
+    model: nn.Module, key: str, original: torch.Tensor, place: str, compute: torch.device
+) -> None:
+    if current_place(original) == place and original.device == compute:
+        set_weight(model, key, original)
+    elif _ops.is_sharded(original):
+        with torch.no_grad():
+            _put(model, key, original.clone(), place, compute)
+    else:
+        _put(model, key, original, place, compute)
+
+
+def restore_all(model: nn.Module, backup: dict[str, Any], applied: dict[str, Any]) -> None:
+    """Takes every patch off."""
+    if not backup:
+        applied.clear()
+        return
+    compute = torch.device(distribution.distribution_of(model).plan.compute)
+    for key in list(backup):
+        place = current_place(comfy.utils.get_attr(model, key))
+        _restore(model, key, backup[key].weight, place, compute)
+        del backup[key]
+    applied.clear()
+    settle(model)
+
+
+def settle(model: nn.Module) -> None:
+    """Agents, counters, sizes and the ring for weights that took another form at their places."""
+    state = distribution.distribution_of(model)
+    groups = group_members(model)
+    sizes = {group.name: group.nbytes for group in groups}
+    if any(state.plan.sizes.get(name, size) != size for name, size in sizes.items()):
+        state.plan = state.plan.resized(sizes)
+    distribution.refresh(model, state, groups)

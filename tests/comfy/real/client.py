@@ -1,0 +1,123 @@
+"""A headless ComfyUI in a process of its own, asked over its HTTP API."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[2]
+Graph = dict[str, dict[str, Any]]
+
+
+class GraphError(Exception):
+    """The host refused a graph, or a node raised; `detail` is what it said."""
+
+    def __init__(self, detail: Any) -> None:
+        super().__init__(json.dumps(detail)[:4000])
+        self.detail = detail
+
+
+class Host:
+    """ComfyUI from `folder`, with models and custom nodes in `base`."""
+
+    def __init__(
+        self, folder: Path, base: Path, *, options: tuple[str, ...] = (), serve: Path | None = None
+    ) -> None:
+        self.base = base
+        self.port = _free_port()
+        self.log = base / f"log-{self.port}.txt"
+        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+        front = base / "front"
+        front.mkdir(exist_ok=True)
+        (front / "index.html").touch()
+        command = [
+            sys.executable, str(serve or HERE / "serve.py"), str(folder), "--cpu",
+            "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+            "--front-end-root", str(front), "--disable-auto-launch", *options,
+        ]  # fmt: skip
+        known = (folder / "comfy" / "cli_args.py").read_text()
+        if "--disable-api-nodes" in known:
+            command.append("--disable-api-nodes")
+        if "--database-url" in known:
+            command += ["--database-url", "sqlite:///:memory:"]
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=base,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+
+    def __enter__(self) -> Host:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                self.get("/system_stats")
+                return self
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        self.__exit__()
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    def get(self, path: str) -> Any:
+        """A GET request, JSON."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, data: Any) -> Any:
+        """A POST request, JSON both ways."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(data).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            body = answer.read()
+        return json.loads(body) if body else None
+
+    def run(self, graph: Graph, timeout: float = 300) -> dict[str, Any]:
+        """Runs a graph; node id -> what it showed. GraphError."""
+        try:
+            number = self.post("/prompt", {"prompt": graph})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise GraphError(json.loads(error.read())) from error
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            found = self.get(f"/history/{number}")
+            if number in found:
+                status = found[number]["status"]
+                if status["status_str"] != "success":
+                    raise GraphError(status["messages"])
+                return found[number]["outputs"]
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.05)
+        raise TimeoutError(f"no answer in {timeout} s:\n{self.log.read_text()[-2000:]}")
+
+    def free(self, *, cache: bool) -> None:
+        """What the button "free memory" does; asked twice, since the host may miss a request."""
+        for _ in range(2):
+            self.post("/free", {"unload_models": True, "free_memory": cache})
+            time.sleep(1.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,140 @@
+"""Nodes for the tests: conditioning without a text encoder, and outputs as hashes and figures."""
+
+import hashlib
+import json
+
+import comfy.model_management as management
+import torch
+
+
+class AnyType(str):
+    def __ne__(self, other):
+        return False
+
+
+ANY = AnyType("*")
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            yield from _tensors(value[key])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+class TestConditioning:
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        ints = ("INT", {"default": 0, "max": 1 << 30})
+        return {"required": {"seed": ints, "tokens": ints, "width": ints, "pooled": ints}}
+
+    def make(self, seed, tokens, width, pooled):
+        generator = torch.Generator().manual_seed(seed)
+        cross = torch.randn(1, tokens, width, generator=generator)
+        extra = {"pooled_output": torch.randn(1, pooled, generator=generator), "guidance": 3.5}
+        return ([[cross, extra]],)
+
+
+class TestImage:
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "seed": ("INT", {"default": 0}),
+                "size": ("INT", {"default": 64, "max": 4096}),
+            }
+        }
+
+    def make(self, seed, size):
+        return (torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(seed)),)
+
+
+class TestHash:
+    """SHA-256 of every tensor in a value; and whether they are finite and not constant."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "hash", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types=None):
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def hash(self, value):
+        digest, good = hashlib.sha256(), True
+        for tensor in _tensors(value):
+            plain = tensor.detach().contiguous().cpu()
+            digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+            if plain.is_floating_point() and plain.numel() > 16:
+                good = good and bool(plain.isfinite().all()) and float(plain.float().std()) > 0
+        return {"ui": {"hash": [digest.hexdigest()], "good": [good]}, "result": ()}
+
+
+class TestFigures:
+    """The placement of a patcher's model and the host's own figures, after `after`."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": (ANY,)}, "optional": {"after": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types=None):
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def tell(self, model, after=None):
+        patcher = model if hasattr(model, "add_patches") and hasattr(model, "load_device") else None
+        patcher = patcher or getattr(model, "patcher", None) or model.control_model_wrapped
+        found = {
+            "class": type(patcher).__name__,
+            "model_size": patcher.model_size(),
+            "loaded_size": patcher.loaded_size(),
+            "device": str(patcher.current_loaded_device()),
+            "loaded": [
+                [type(m.model.model).__name__, m.model_memory(), m.model_loaded_memory()]
+                for m in management.current_loaded_models
+                if m.model is not None
+            ],
+        }
+        try:
+            import distorch
+            from distorch.runtime.distribution import distribution_of, is_distributed
+        except ImportError:
+            distorch = None
+        if distorch is not None and is_distributed(patcher.model):
+            report = distorch.report(patcher.model)
+            plan = distribution_of(patcher.model).plan
+            found |= {
+                "measured": report.bytes,
+                "planned": plan.bytes,
+                "problems": report.problems,
+                "spec": plan.spec,
+                "fetches": distorch.stats(patcher.model).fetches,
+                "backups": len(patcher.backup),
+            }
+        return {"ui": {"figures": [json.dumps(found)]}, "result": ()}
+
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node for node in (TestConditioning, TestImage, TestHash, TestFigures)
+}
