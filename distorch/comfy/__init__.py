@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distorch.comfy import advanced, clean, loaders
+from distorch.comfy import advanced, clean, gguf_nodes, loaders
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
@@ -17,7 +17,12 @@ WEB_DIRECTORY = str(Path(__file__).with_name("web"))
 
 
 def _register() -> None:
-    for name, node in (*loaders.core_nodes(), *advanced.NODES.items(), *clean.NODES.items()):
+    for name, node in (
+        *loaders.core_nodes(),
+        *gguf_nodes.nodes(),
+        *advanced.NODES.items(),
+        *clean.NODES.items(),
+    ):
         NODE_CLASS_MAPPINGS[name], NODE_DISPLAY_NAME_MAPPINGS[name] = node, node.TITLE
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
+import folder_paths
 import nodes
 import torch
 
@@ -45,11 +47,16 @@ def first_choice() -> str:
 def computing_on(device: str) -> Iterator[None]:
     """The accelerator that the host finds to be the current one, until the end of the block."""
     target = torch.device(device)
-    if target.type == "cpu":
+    module = torch.get_device_module(target)
+    if target.type == "cpu" or not hasattr(module, "set_device"):
         yield
         return
-    with torch.get_device_module(target).device(target.index or 0):
+    before = module.current_device()
+    module.set_device(target.index or 0)
+    try:
         yield
+    finally:
+        module.set_device(before)
 
 
 def node_class(name: str) -> Any:
@@ -80,6 +87,19 @@ def call_node(name: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     if isinstance(result, dict):
         result = result.get("result", ())
     return tuple(result)
+
+
+def folder_of_pack(name: str) -> str | None:
+    """Where a custom node pack is installed, whatever its folder's spelling; None if it is not."""
+    for folder in folder_paths.get_folder_paths("custom_nodes"):
+        for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
+            if entry.is_dir() and _plain_name(entry.name) == _plain_name(name):
+                return str(entry)
+    return None
+
+
+def _plain_name(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def eject_models() -> None:

@@ -75,6 +75,27 @@ def boolean_input(default: bool, tip: str) -> tuple[Any, ...]:
     return "BOOLEAN", {"default": default, "tooltip": tip}
 
 
+def distorch2_inputs(device: str, eject: bool) -> dict[str, Any]:
+    """The inputs of DisTorch2 loaders, in their order."""
+    return {
+        device: device_input(),
+        "virtual_vram_gb": virtual_vram_input(),
+        "donor_device": donor_input(),
+        "expert_mode_allocations": expert_input(),
+        "eject_models": boolean_input(eject, EJECT_TIP),
+    }
+
+
+def legacy_inputs() -> dict[str, Any]:
+    """The inputs of the first version's loaders, in their order."""
+    return {
+        DEVICE: device_input(),
+        "virtual_vram_gb": virtual_vram_input(LEGACY_MOST_GB),
+        "use_other_vram": boolean_input(False, "Donors are the other accelerators, then RAM."),
+        "expert_mode_allocations": expert_input(),
+    }
+
+
 EJECT_TIP = "Take all other models off their devices before this one is loaded."
 
 
@@ -142,11 +163,7 @@ class _DisTorch2(_Placed):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         inputs = cls.host_inputs()
-        inputs["optional"][cls.family.device_input] = device_input()
-        inputs["optional"]["virtual_vram_gb"] = virtual_vram_input()
-        inputs["optional"]["donor_device"] = donor_input()
-        inputs["optional"]["expert_mode_allocations"] = expert_input()
-        inputs["optional"]["eject_models"] = boolean_input(cls.family.eject, EJECT_TIP)
+        inputs["optional"] |= distorch2_inputs(cls.family.device_input, cls.family.eject)
         return inputs
 
     def load(
@@ -165,55 +182,15 @@ class _DisTorch2(_Placed):
         return place_all(found, device, virtual_vram_gb, donor_device, expert_mode_allocations)
 
 
-class _Legacy(_Placed):
-    """`...DisTorchMultiGPU`: the first version's inputs."""
-
-    CATEGORY = "distorch/legacy"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        inputs = cls.host_inputs()
-        inputs["optional"][DEVICE] = device_input()
-        inputs["optional"]["virtual_vram_gb"] = virtual_vram_input(LEGACY_MOST_GB)
-        tip = "Donors are the other accelerators, then RAM."
-        inputs["optional"]["use_other_vram"] = boolean_input(False, tip)
-        inputs["optional"]["expert_mode_allocations"] = expert_input()
-        return inputs
-
-    def load(
-        self,
-        device: str | None = None,
-        virtual_vram_gb: float = 0.0,
-        use_other_vram: bool = False,
-        expert_mode_allocations: str = "",
-        **arguments: Any,
-    ) -> tuple[Any, ...]:
-        """Loads and places every output."""
-        target = device or host.default_device()
-        found = self.call_host(target, arguments)
-        return place_all(
-            found,
-            target,
-            virtual_vram_gb,
-            "cpu",
-            expert_mode_allocations,
-            other_vram=use_other_vram,
-        )
-
-
 def place_all(
     found: tuple[Any, ...],
     device: str,
     virtual_vram_gb: float,
     donor: str,
     expert: str,
-    *,
-    other_vram: bool = False,
 ) -> tuple[Any, ...]:
     """Every output of a loader where the old inputs want it."""
-    placement = old_placement(
-        device, virtual_vram_gb, donor, expert, host.devices(), other_vram=other_vram
-    )
+    placement = old_placement(device, virtual_vram_gb, donor, expert, host.devices())
     if placement is None:
         return tuple(outputs.on_device(value, device) for value in found)
     return tuple(outputs.distributed(value, placement) for value in found)

@@ -14,6 +14,7 @@ accelerators come to RAM, the ring is given back, and patches are taken off.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,12 +43,13 @@ _log = logging.getLogger("distorch")
 @dataclass
 class Placed:
     """What is true of an inner model: the placement it was given (None: at rest, or shrunk since),
-    and the patches that are on its weights.
+    the patches that are on its weights, and how long it sampled.
     """
 
     placement: Placement | None = None
     budget: int | None = None  # bytes for "auto", as the host gave them
     applied: dict[str, Any] = field(default_factory=dict)
+    sampling_seconds: float = 0.0  # since the last report
 
 
 def placed(model: nn.Module) -> Placed:
@@ -104,7 +106,7 @@ class DistorchPatcher(ModelPatcher):
         spec = wanted.spec
         if spec == "auto" and budget is not None and wanted.compute != "cpu":
             spec = f"{wanted.compute},{budget}b;cpu,*"
-        return spec, wanted.options(management.module_size(self.model))
+        return spec, wanted.options(sum(group.nbytes for group in group_members(self.model)))
 
     # --- loading ---
 
@@ -135,7 +137,8 @@ class DistorchPatcher(ModelPatcher):
         with self.use_ejected():
             self.unpatch_hooks()
             self._place(None if full_load else lowvram_model_memory)
-            self._patch()
+            if self._patch():
+                self._place_again()
             self._set_modules(loaded=True)
             self.model.device = self.load_device
             self.model.current_weight_patches_uuid = self.patches_uuid
@@ -160,7 +163,16 @@ class DistorchPatcher(ModelPatcher):
             raise advice(error, wanted) from error
         state.placement = wanted
 
-    def _patch(self) -> None:
+    def _place_again(self) -> None:
+        """Patched weights of 4 or 8 bits are wider now: the placement holds for what they are."""
+        state = distribution.distribution_of(self.model)
+        spec, options = self._request(placed(self.model).budget)
+        if distorch.plan(self.model, spec, **options).placement != state.plan.placement:
+            distorch.distribute(self.model, spec, **options)
+
+    def _patch(self) -> bool:
+        """Whether sizes changed."""
+        before = distribution.distribution_of(self.model).plan.total_bytes
         full = self.placement.lora_precision == "full"
         total = sum(
             comfy.utils.get_attr(self.model, key).nbytes
@@ -171,6 +183,7 @@ class DistorchPatcher(ModelPatcher):
             self.model, self.patches, self.backup, placed(self.model).applied,
             offload=self.offload_device, full=full, progress=progress_bar(total),
         )  # fmt: skip
+        return distribution.distribution_of(self.model).plan.total_bytes != before
 
     def _measure(self) -> None:
         report = distorch.report(self.model)
@@ -308,14 +321,18 @@ def advice(error: Exception, wanted: Placement) -> Exception:
     )
 
 
-def _sample_with_advice(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the host's sampling: its time, and what to change when memory ran out."""
+    patcher = getattr(executor.class_obj, "model_patcher", None)
+    if patcher is None or not is_ours(patcher):
+        return executor(*args, **kwargs)
+    begin = time.monotonic()
     try:
         return executor(*args, **kwargs)
     except torch.OutOfMemoryError as error:
-        patcher = getattr(executor.class_obj, "model_patcher", None)
-        if patcher is None or not is_ours(patcher):
-            raise
         raise advice(error, patcher.placement) from error
+    finally:
+        placed(patcher.model).sampling_seconds += time.monotonic() - begin
 
 
 def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
@@ -333,7 +350,7 @@ def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
         clone.offload_device = torch.device("cpu")
     clone.parent = patcher if is_ours(patcher) else None
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample_with_advice)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
     clone.model.model_loaded_weight_memory = (
         clone.model.model_loaded_weight_memory if is_ours(patcher) else 0
     )

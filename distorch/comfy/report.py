@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +11,18 @@ from PIL import Image, ImageDraw
 
 import distorch
 from distorch._tables import human_bytes
+from distorch.comfy.patcher import placed
 from distorch.runtime import distribution
 
 WIDTH, _BAR, _LINE, _EDGE = 960, 34, 16, 16  # pixels
 _COLOURS = ((64, 133, 244), (240, 160, 60), (120, 190, 90), (190, 90, 190), (230, 90, 90))
 _GREY = (90, 90, 90)
-_SINCE = "_distorch_reported"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A measured model: bytes per device (the compute device first), `rates` link -> GB/s since
-    the last report, and the layers in order with their bytes per device.
+    """A measured model: bytes per device (the compute device first), the layers in order with
+    theirs, what travelled since the last report and the `seconds` of sampling since.
     """
 
     title: str
@@ -38,7 +37,7 @@ class Found:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Link -> GB/s (10^9), over the time since the last report."""
+        """Link -> GB/s (10^9), over the time that was spent sampling."""
         return {k: n / self.seconds / 1e9 for k, n in self.stats.bytes.items() if self.seconds > 0}
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,11 +67,13 @@ def measured(patcher: Any) -> Found:
         return Found(type(model).__name__, patcher.placement.spec, {}, 0, [], [], empty, 0.0, text)
     report, stats = distorch.report(model), distorch.stats(model)
     ring = distribution.distribution_of(model).ring_bytes
-    now = time.monotonic()
-    seconds = now - model.__dict__.get(_SINCE, now)
-    model.__dict__[_SINCE] = now
+    state = placed(model)
+    seconds, state.sampling_seconds = state.sampling_seconds, 0.0
     distorch.reset_stats(model)
     lines = [str(report), "", f"ring: {human_bytes(ring)}", str(stats)]
+    if seconds:
+        rates = {link: nbytes / seconds / 1e9 for link, nbytes in stats.bytes.items()}
+        lines += [f"{link}: {rate:.2f} GB/s over {seconds:.1f} s of sampling" for link, rate in rates.items()]
     return Found(
         type(model).__name__,
         patcher.placement.spec,

@@ -70,8 +70,7 @@ def merged(
 ) -> torch.Tensor:  # fmt: skip
     """The patched weight, on `compute`: float32 until it is rounded once."""
     _, set_function, convert = comfy.model_patcher.get_key_weight(model, key)
-    with torch.no_grad():
-        value = original.to(device=compute, dtype=torch.float32, copy=True)
+    value = original.to(device=compute, dtype=torch.float32, copy=True)
     if convert is not None:
         value = convert(value, inplace=True)
     value = comfy.lora.calculate_weight(patches, value, key, intermediate_dtype=torch.float32)
@@ -92,6 +91,8 @@ def _put(
         set_weight(model, key, _donors.shard_on(place, value.contiguous(), compute, key))
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def repatch(
     model: nn.Module,
     patches: dict[str, list[Any]],
@@ -141,12 +142,13 @@ def _restore(
     if current_place(original) == place and original.device == compute:
         set_weight(model, key, original)
     elif _ops.is_sharded(original):
-        with torch.no_grad():
-            _put(model, key, original.clone(), place, compute)
+        _put(model, key, original.clone(), place, compute)
     else:
         _put(model, key, original, place, compute)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def restore_all(model: nn.Module, backup: dict[str, Any], applied: dict[str, Any]) -> None:
     """Takes every patch off."""
     if not backup:

@@ -328,12 +328,30 @@ def _swap_in(
         parameters = {id(member.parameter): member.parameter for member in group.members}
         values = {i: member_tensor(tensor, group, p) for i, p in parameters.items()}
         for identity, parameter in parameters.items():
+            if parameter.is_inference():
+                _replace_parameter(group, parameter, values[identity], undo)
+                continue
             undo.append(partial(replace_data, parameter, parameter.data))
             replace_data(parameter, values[identity])
     for name, owner, key, buffer in unique_buffers(module):
         if name in buffers:
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
             owner._buffers[key] = buffers[name]
+
+
+def _replace_parameter(
+    group: Group, parameter: nn.Parameter, value: torch.Tensor, undo: _Undo
+) -> None:
+    """A new object for a parameter that was made in inference mode: the old one has no version
+    counter, which the new data's dispatch would ask for.
+    """
+    fresh = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
+    replace_data(fresh, value)
+    for member in group.members:
+        if member.parameter is parameter:
+            undo.append(partial(member.owner._parameters.__setitem__, member.key, parameter))
+            member.owner._parameters[member.key] = fresh
+            member.parameter = fresh
 
 
 def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: _Undo) -> None:

@@ -23,6 +23,9 @@ from distorch.errors import PlacementError
 from distorch.runtime import compiled
 
 _KEY = "_distorch_agent"
+# Set in the __dict__ of a module whose state dict gives out decoded weights sharded, as they are:
+# for libraries that ask for a state dict when they mean names and shapes.
+KEEP_SHARDED = "_distorch_keep_sharded"
 
 # Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied, and
 # its version then: once somebody wrote to it, it is theirs and says nothing of the weight.
@@ -38,6 +41,7 @@ def agent_of(module: nn.Module) -> ModuleAgent | None:
     return found if isinstance(found, ModuleAgent) else None
 
 
+@torch.inference_mode(False)  # tensors made in it have no version to remember
 def saved_values(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor's values for a state dict: over the donor's bytes, nothing read yet."""
     key = _ops.state(tensor).id
@@ -58,8 +62,12 @@ def _save_hook(
         tensor = state_dict.get(prefix + key)
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, nn.Parameter):
             continue
-        if _ops.is_sharded(tensor):
+        if _ops.is_sharded(tensor) and not (KEEP_SHARDED in module.__dict__ and _is_decoded(tensor)):
             state_dict[prefix + key] = saved_values(tensor)
+
+
+def _is_decoded(tensor: torch.Tensor) -> bool:
+    return _ops.state(tensor).decoded
 
 
 def _load_hook(module: nn.Module, incompatible_keys: Any) -> None:
