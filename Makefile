@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu test-cpp lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu test-cpp test-comfy lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -66,6 +66,12 @@ test-cpp: dev ## the torch-free C++ under sanitizers
 JOBS ?= 2
 sweep-models: dev ## every architecture, every check, beside accelerate and diffusers: an hour or two
 	$(BIN)/python -m tests.conformance.models --system all -j $(JOBS) --json tests/conformance/results/models.json
+
+# A Python with torch, distorch's needs and ComfyUI's; the development one if that has them.
+COMFYUI_PYTHON ?= $(BIN)/python
+test-comfy: ## COMFYUI_DIR=...: the nodes in a real ComfyUI, headless on the CPU
+	@test -n "$(COMFYUI_DIR)" || { echo "give COMFYUI_DIR=, a ComfyUI checkout"; exit 2; }
+	COMFYUI_DIR="$(COMFYUI_DIR)" $(COMFYUI_PYTHON) -m pytest tests/comfy
 
 lint: dev ## style, formatting, types
 	$(BIN)/ruff check .

@@ -104,7 +104,9 @@ class _TakesSharded:
             )
         set_sharded(self, "weight", value)
         others = {name: tensor for name, tensor in state_dict.items() if name != key}
-        super()._load_from_state_dict(others, prefix, metadata, strict, missing, *rest)  # type: ignore[misc]
+        super()._load_from_state_dict(  # type: ignore[misc]
+            others, prefix, metadata, strict, missing, *rest
+        )
         if key in missing:
             missing.remove(key)
         return None
@@ -192,8 +194,8 @@ def _accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
 def load_model(path: str, device: str, dequant_dtype: str | None = None) -> Any:
     """A static patcher around the diffusion model of a GGUF file, computing on `device`.
 
-    `dequant_dtype` "float32" | "float16" | "bfloat16": what fetches decode to, before the host casts
-    it to what the model computes in; else that at once. FormatError.
+    `dequant_dtype` "float32" | "float16" | "bfloat16": what fetches decode to, before the host
+    casts it to what the model computes in; else that at once. FormatError.
     """
     checkpoint = open_checkpoint(path, quantised=True)
     reader = _Reader(_without_prefix(checkpoint.tensors, _MODEL_PREFIX), torch.device(device))
@@ -225,17 +227,17 @@ def _text_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     names = _TEXT_NAMES.get(architecture)
     if names is None:
         raise FormatError(
-            f"{checkpoint.path!r}: text encoders of architecture {architecture!r} cannot be read from "
-            f"GGUF; known: {', '.join(_TEXT_NAMES)}. Take the safetensors file"
+            f"{checkpoint.path!r}: text encoders of architecture {architecture!r} cannot be read "
+            f"from GGUF; known: {', '.join(_TEXT_NAMES)}. Take the safetensors file"
         )
     heads = [_count(checkpoint, architecture, key) for key in ("head_count", "head_count_kv")]
 
     def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = {}
         for name, tensor in tensors.items():
-            if architecture == "llama" and (match := re.search(r"\.attn_([qk])\.", name)):
-                tensor = _unpermuted(tensor, heads["qk".index(match[1])])
-            found[_renamed(name, names)] = tensor
+            match = re.search(r"\.attn_([qk])\.", name) if architecture == "llama" else None
+            rows = _unpermuted(tensor, heads["qk".index(match[1])]) if match else tensor
+            found[_renamed(name, names)] = rows
         return found
 
     return {name: traced.stored for name, traced in trace(checkpoint.tensors, convert)[0].items()}
@@ -252,7 +254,7 @@ def _count(checkpoint: Checkpoint, architecture: str, key: str) -> int:
 
 
 def _unpermuted(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp interleaves the rotated halves of each head; the host has them one after another."""
+    """llama.cpp interleaves the rotated halves of a head; the host has them one after another."""
     rows = tensor.shape[0]
     halves = tensor.reshape(heads, rows // heads // 2, 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)

@@ -231,8 +231,8 @@ class DistorchPatcher(ModelPatcher):
         before = self.loaded_size()
         with self.use_ejected():
             self.unpatch_hooks()
-            plan = demoted(self.model, int(memory_to_free))
-            distorch.redistribute(self.model, plan=plan)
+            plan, prefetch = shrunk(self.model, int(memory_to_free))
+            distorch.redistribute(self.model, plan=plan, prefetch=prefetch)
             placed(self.model).placement = None
             self._measure()
         return before - self.loaded_size()
@@ -262,7 +262,12 @@ class DistorchPatcher(ModelPatcher):
         if state.plan.compute == "cpu":
             return
         distorch.redistribute(self.model, plan=demoted(self.model, None))
-        distribution.distribution_of(self.model).reserve(0)
+        state = distribution.distribution_of(self.model)
+        state.reserve(0)
+        names = {name: "cpu" for name, _, _, _ in unique_buffers(self.model)}
+        for _, owner, key, buffer in unique_buffers(self.model):
+            owner._buffers[key] = buffer.to("cpu")
+        state.plan = replace(state.plan, placement={**state.plan.placement, **names})
         placed(self.model).placement = None
 
 
@@ -288,6 +293,28 @@ def demoted(model: nn.Module, nbytes: int | None) -> Plan:
         moves.update((member.name, "cpu") for member in group.members)
         left = left - group.nbytes if left is not None else None
     return replace(plan, placement={**plan.placement, **moves})
+
+
+def shrunk(model: nn.Module, nbytes: int) -> tuple[Plan, int | str]:
+    """A plan that takes so many bytes less of the compute device, ring included, and the look-ahead
+    for it: as it was if that is enough, else the least; if neither is enough, the smaller plan.
+    """
+    state, groups = distribution.distribution_of(model), group_members(model)
+    compute, before = state.plan.compute, state.plan.bytes[state.plan.compute] + state.ring_bytes
+    least = 2 * max((group.nbytes for group in groups if has_bytes(group.first)), default=0)
+    resident = state.plan.bytes[compute]
+    for prefetch in (state.options.prefetch, least):
+        options, wanted = replace(state.options, prefetch=prefetch), nbytes
+        while True:
+            plan = demoted(model, wanted)
+            ring = distribution.ring_bytes(groups, plan, options)
+            missing = nbytes - (before - plan.bytes[compute] - ring)
+            if missing <= 0:
+                return plan, prefetch
+            if wanted >= resident:
+                break
+            wanted += missing
+    return plan, least
 
 
 def _refuse_unplaceable(model: nn.Module, spec: str, compute: str) -> None:

@@ -73,7 +73,10 @@ def measured(patcher: Any) -> Found:
     lines = [str(report), "", f"ring: {human_bytes(ring)}", str(stats)]
     if seconds:
         rates = {link: nbytes / seconds / 1e9 for link, nbytes in stats.bytes.items()}
-        lines += [f"{link}: {rate:.2f} GB/s over {seconds:.1f} s of sampling" for link, rate in rates.items()]
+        lines += [
+            f"{link}: {rate:.2f} GB/s over {seconds:.1f} s of sampling"
+            for link, rate in rates.items()
+        ]
     return Found(
         type(model).__name__,
         patcher.placement.spec,

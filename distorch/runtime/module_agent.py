@@ -62,12 +62,9 @@ def _save_hook(
         tensor = state_dict.get(prefix + key)
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, nn.Parameter):
             continue
-        if _ops.is_sharded(tensor) and not (KEEP_SHARDED in module.__dict__ and _is_decoded(tensor)):
+        kept = KEEP_SHARDED in module.__dict__
+        if _ops.is_sharded(tensor) and not (kept and _ops.state(tensor).decoded):
             state_dict[prefix + key] = saved_values(tensor)
-
-
-def _is_decoded(tensor: torch.Tensor) -> bool:
-    return _ops.state(tensor).decoded
 
 
 def _load_hook(module: nn.Module, incompatible_keys: Any) -> None:

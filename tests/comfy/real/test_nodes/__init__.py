@@ -135,6 +135,31 @@ class TestFigures:
         return {"ui": {"figures": [json.dumps(found)]}, "result": ()}
 
 
+class TestNeed:
+    """Another model's need: so many bytes more than are free, asked of the host."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "ask", (ANY,), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"after": (ANY,), "nbytes": ("INT", {"default": 0, "max": 1 << 40})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types=None):
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def ask(self, after, nbytes):
+        device = management.get_torch_device()
+        before = management.get_free_memory(device)
+        management.free_memory(before + nbytes, device)
+        freed = management.get_free_memory(device) - before
+        return {"ui": {"freed": [freed]}, "result": (freed,)}
+
+
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (TestConditioning, TestImage, TestHash, TestFigures)
+    node.__name__: node for node in (TestConditioning, TestImage, TestHash, TestFigures, TestNeed)
 }

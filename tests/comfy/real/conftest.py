@@ -1,0 +1,59 @@
+"""A ComfyUI to test against: COMFYUI_DIR names it; without it these tests are skipped, and say so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.comfy.real.client import HERE, REPOSITORY, Host
+
+COMFYUI = os.environ.get("COMFYUI_DIR")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in Path(item.fspath).parents and not COMFYUI:
+            item.add_marker(pytest.mark.skip(reason="no ComfyUI: make test-comfy COMFYUI_DIR=..."))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Models and custom nodes. COMFYUI_TEST_BASE keeps the checkpoints from run to run."""
+    kept = os.environ.get("COMFYUI_TEST_BASE")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("comfy")
+    if not (folder / "models" / "loras" / "done").exists():
+        subprocess.run(
+            [sys.executable, str(HERE / "checkpoints.py"), COMFYUI, str(folder / "models")],
+            check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        subprocess.run(
+            [sys.executable, str(HERE / "quantise.py"), str(folder / "models")], check=True
+        )
+        (folder / "models" / "loras" / "done").touch()
+    nodes = folder / "custom_nodes"
+    nodes.mkdir(parents=True, exist_ok=True)
+    for name, target in (
+        ("comfyui-distorch", REPOSITORY / "comfyui-distorch"),
+        ("test_nodes", HERE / "test_nodes"),
+    ):
+        if not (nodes / name).exists():
+            (nodes / name).symlink_to(target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(base):
+    with Host(Path(COMFYUI), base) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def simulated(base):
+    """ComfyUI on two simulated devices of 256 MiB each."""
+    os.environ["DISTORCH_SIM_MEMORY"] = str(256 << 20)
+    with Host(Path(COMFYUI), base, serve=HERE / "serve_sim.py") as started:
+        yield started
