@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distorch.comfy import advanced, clean, gguf_nodes, loaders
+from distorch.comfy import advanced, clean, gguf_nodes, loaders, packs
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
@@ -20,6 +20,7 @@ def _register() -> None:
     for name, node in (
         *loaders.core_nodes(),
         *gguf_nodes.nodes(),
+        *packs.nodes(),
         *advanced.NODES.items(),
         *clean.NODES.items(),
     ):

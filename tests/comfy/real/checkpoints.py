@@ -71,7 +71,10 @@ def _flux() -> Weights:
     model = Flux(
         dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **config
     )
-    return model.state_dict()
+    # As published files have it, and every version of the host knows.
+    return {
+        name.replace("_norm.weight", "_norm.scale"): v for name, v in model.state_dict().items()
+    }
 
 
 def _sd15() -> tuple[Weights, Weights]:

@@ -56,6 +56,7 @@ def test_the_old_inputs_keep_their_names_and_order(host):
             assert names[-len(ours) :] == ours, name
 
 
+@pytest.mark.tiny_flux
 @pytest.mark.parametrize("loras", [(), (A,), (A, B)], ids=["plain", "one LoRA", "two LoRAs"])
 @pytest.mark.parametrize("spec", [SPEC, RATIO, ""], ids=["bytes", "ratio", "virtual VRAM"])
 def test_unet(host, spec, loras):
@@ -76,6 +77,7 @@ def test_unet(host, spec, loras):
         assert measured["cpu"] < 1 << 20
 
 
+@pytest.mark.tiny_flux
 def test_fp8_weights(host):
     for loras in ((), (A,)):
         stock = run(host, g.flux(fp8(stock_flux()), *loras))
@@ -84,12 +86,14 @@ def test_fp8_weights(host):
         assert ours.model["measured"]["cpu"] <= 2 << 20
 
 
+@pytest.mark.tiny_flux
 def test_a_changed_strength_patches_what_changed(host):
     for loras in ((A, B), (A, (B[0], 0.25)), ((A[0], 0.3), B), ()):
         stock = run(host, g.flux(stock_flux(), *loras))
         assert run(host, g.flux(our_flux(), *loras)).digest == stock.digest
 
 
+@pytest.mark.tiny_flux
 @pytest.mark.parametrize("cache", [False, True])
 def test_after_free_memory(host, cache):
     stock = run(host, g.flux(stock_flux(), A, seed=3))
@@ -122,6 +126,21 @@ def test_checkpoint_text_encoder_vae_and_control_net(host):
         for found in ours.figures.values():  # every output is placed, not the first alone
             measured = found["measured"]
             assert measured["disk"] == pytest.approx(0.6 * sum(measured.values()), rel=0.15)
+
+
+def test_checkpoint_twice_changed_and_freed(host):
+    stock = g.node("CheckpointLoaderSimple", **CHECKPOINT)
+    ours = g.old_inputs(
+        "CheckpointLoaderSimpleDisTorch2MultiGPU", **CHECKPOINT, expert_mode_allocations=RATIO
+    )
+    for lora, seed in ((0.7, 1), (0.7, 2), (0.25, 2), (None, 3)):
+        expected = run(host, g.checkpoint(stock, lora=lora, seed=seed)).digest
+        assert run(host, g.checkpoint(ours, lora=lora, seed=seed)).digest == expected
+    for cache in (False, True):
+        expected = run(host, g.checkpoint(stock, lora=0.7, seed=4 + cache)).digest
+        run(host, g.checkpoint(ours, lora=0.7, seed=9))
+        host.free(cache=cache)
+        assert run(host, g.checkpoint(ours, lora=0.7, seed=4 + cache)).digest == expected
 
 
 def test_separate_loaders(host):
@@ -169,6 +188,7 @@ def test_advanced_checkpoint_loaders(host):
     assert run(host, g.checkpoint(loader, lora=0.7)).digest == stock.digest
 
 
+@pytest.mark.tiny_flux
 def test_gguf(host):
     stock = g.node("UNETLoader", unet_name="flux-q.safetensors", weight_dtype="default")
     file = {"unet_name": "flux-q.gguf"}
@@ -197,6 +217,7 @@ def test_gguf(host):
                 assert sum(ours.model["measured"].values()) < 9 << 20
 
 
+@pytest.mark.tiny_flux
 def test_distribute_model_leaves_the_other_branch_alone(host):
     before = run(host, g.flux(stock_flux(), A))
     graph = g.flux(stock_flux(), A)
@@ -219,14 +240,15 @@ def test_stock_workflows_are_as_before(host):
     host.free(cache=True)
     before = run(host, g.checkpoint(loader, lora=0.7))
     host.free(cache=True)
-    run(host, g.flux(our_flux(), A))
-    run(host, g.checkpoint(g.old_inputs("CheckpointLoaderSimpleDisTorch2MultiGPU", **CHECKPOINT)))
+    ours = g.old_inputs("CheckpointLoaderSimpleDisTorch2MultiGPU", **CHECKPOINT)
+    run(host, g.checkpoint(ours, lora=0.7))
     host.free(cache=True)
     after = run(host, g.checkpoint(loader, lora=0.7))
     assert after.digest == before.digest
     assert after.figures == before.figures
 
 
+@pytest.mark.tiny_flux
 def test_two_models_keep_their_donors(host):
     graph = g.flux(our_flux(eject_models=False), A)
     second = our_flux("cpu,2mb;disk,*", eject_models=False)
@@ -256,6 +278,7 @@ def message(host, graph):
     return str(caught.value)
 
 
+@pytest.mark.tiny_flux
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -274,12 +297,14 @@ def test_a_wrong_placement_is_refused_on_the_node(host, spec, says):
     assert says in message(host, graph)
 
 
+@pytest.mark.tiny_flux
 def test_a_placement_that_does_not_fit_fails_before_sampling(host):
     found = message(host, g.flux(our_flux("cpu,9000gb;disk,*")))
     assert "9000gb" in found
     assert '"node_id": "load"' in found
 
 
+@pytest.mark.tiny_flux
 def test_report(host):
     graph = g.flux(our_flux(), seed=9)
     graph["report"] = g.node("DistributionReport", model=["load", 0], after=["sample", 0])

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.comfy.real import graphs as g
 from tests.comfy.real.test_host import A, run, stock_flux
 
+pytestmark = pytest.mark.tiny_flux
 MIB = 1 << 20
 
 
