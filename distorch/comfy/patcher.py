@@ -79,6 +79,8 @@ class DistorchPatcher(ModelPatcher):
 
     def model_size(self) -> int:
         """Bytes that the load device will hold, the ring included."""
+        if KEY not in getattr(self, "attachments", ()):  # some hosts ask while a clone is made
+            return int(super().model_size())
         plan, ring = self._planned()
         return int(plan.bytes[plan.compute] + ring)
 

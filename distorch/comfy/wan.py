@@ -6,25 +6,40 @@ blocks are sharded there instead, and their sampler is told of no swap at all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 import distorch
 from distorch.comfy import host
+from distorch.planner import Plan
 from distorch.runtime import distribution
+from distorch.runtime.groups import has_bytes
 
 _SAMPLER = "WanVideoSampler"
 
 
-def swapped_rules(arguments: dict[str, Any], donor: str) -> list[tuple[str, str]]:
-    """(pattern, donor) for the blocks that their arguments would swap."""
-    rules = [(f"blocks.{i}.*", donor) for i in range(int(arguments.get("blocks_to_swap", 0)))]
-    vace = int(arguments.get("vace_blocks_to_swap", 0) or 0)
-    rules += [(f"vace_blocks.{i}.*", donor) for i in range(vace)]
+def swapped(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """What the names of the weights that their arguments would swap begin with."""
+    found = [f"blocks.{i}." for i in range(int(arguments.get("blocks_to_swap", 0)))]
+    found += [f"vace_blocks.{i}." for i in range(int(arguments.get("vace_blocks_to_swap") or 0))]
     if arguments.get("offload_txt_emb"):
-        rules.append(("text_embedding.*", donor))
+        found.append("text_embedding.")
     if arguments.get("offload_img_emb"):
-        rules.append(("img_emb.*", donor))
-    return rules
+        found.append("img_emb.")
+    return tuple(found)
+
+
+def swap_plan(transformer: nn.Module, device: str, donor: str, beginnings: tuple[str, ...]) -> Plan:
+    """Those weights on the donor, all others on the device."""
+    plan = distorch.plan(transformer, f"{device},*", compute=device)
+    moves = {
+        name: donor
+        for name, parameter in transformer.named_parameters(remove_duplicate=False)
+        if name.startswith(beginnings) and has_bytes(parameter)
+    }
+    return replace(plan, placement={**plan.placement, **moves})
 
 
 def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
@@ -39,8 +54,8 @@ def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
     if distribution.is_distributed(transformer):  # an error left it so
         distorch.undistribute(transformer, "cpu")
     if donor != device:
-        rules = swapped_rules(swap, donor)
-        distorch.distribute(transformer, f"{device},*", compute=device, rules=rules)
+        plan = swap_plan(transformer, device, donor, swapped(swap))
+        distorch.distribute(transformer, plan=plan)
     options["block_swap_args"] = None
     try:
         return host.call_node(_SAMPLER, {**arguments, "force_offload": False})

@@ -74,7 +74,7 @@ def merged(
     if convert is not None:
         value = convert(value, inplace=True)
     value = comfy.lora.calculate_weight(patches, value, key, intermediate_dtype=torch.float32)
-    seed = comfy.utils.string_to_seed(key)
+    seed = comfy.model_patcher.string_to_seed(key)
     if set_function is not None:
         return set_function(value, inplace_update=False, seed=seed, return_weight=True)
     if full and original.element_size() == _NARROW_BYTES:

@@ -16,7 +16,7 @@ COMFYUI = os.environ.get("COMFYUI_DIR")
 
 def _knows_tiny_flux():
     detection = Path(COMFYUI, "comfy", "model_detection.py").read_text()
-    return 'dit_config["hidden_size"] = w.shape[0]' in detection
+    return 'dit_config["hidden_size"] // sum(dit_config["axes_dim"])' in detection
 
 
 def pytest_collection_modifyitems(items):

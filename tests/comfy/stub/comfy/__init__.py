@@ -1,0 +1,1 @@
+"""A stand-in for ComfyUI: the part of its contract that the node pack relies on, written anew."""

@@ -1,0 +1,55 @@
+"""Devices, and which models are on them."""
+
+import torch
+
+current_loaded_models = []
+default = torch.device("cpu")
+free = {}  # device -> bytes that the tests say are free
+
+
+class LoadedModel:
+    def __init__(self, patcher):
+        self.model, self.device = patcher, patcher.load_device
+
+    def unload(self, wanted):
+        if wanted < self.model.loaded_size():
+            freed = self.model.partially_unload(self.model.offload_device, wanted)
+            if freed >= wanted:
+                return False
+        self.model.detach()
+        return True
+
+
+def get_torch_device():
+    return default
+
+
+def get_free_memory(device):
+    return free.get(device, 1 << 40)
+
+
+def soft_empty_cache():
+    pass
+
+
+def free_memory(wanted, device):
+    """Takes models off the device, the last loaded first, until so much is free."""
+    missing = wanted - get_free_memory(device)
+    for loaded in list(current_loaded_models):
+        if loaded.device != device or missing <= 0:
+            continue
+        before = loaded.model.loaded_size()
+        if loaded.unload(missing):
+            current_loaded_models.remove(loaded)
+        missing -= before - loaded.model.loaded_size()
+
+
+def load_models_gpu(patchers):
+    """As the host does before sampling: other clones are let go of, then each is loaded."""
+    for patcher in patchers:
+        for loaded in list(current_loaded_models):
+            if loaded.model.is_clone(patcher):
+                current_loaded_models.remove(loaded)
+                loaded.model.detach(unpatch_all=False)
+        patcher.partially_load(patcher.load_device, 1e32)
+        current_loaded_models.insert(0, LoadedModel(patcher))

@@ -1,0 +1,9 @@
+"""Names of callbacks and wrappers."""
+
+
+class CallbacksMP:
+    ON_LOAD, ON_DETACH = "on_load", "on_detach"
+
+
+class WrappersMP:
+    OUTER_SAMPLE = "outer_sample"

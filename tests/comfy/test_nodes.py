@@ -1,0 +1,293 @@
+"""Nodes made from the host's loaders and from other packs' classes."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+import distorch
+from distorch.comfy import host as border
+
+
+@pytest.fixture
+def known(host):
+    from distorch.comfy import NODE_CLASS_MAPPINGS
+
+    return NODE_CLASS_MAPPINGS
+
+
+def run(node, **inputs):
+    made = node()
+    return getattr(made, node.FUNCTION)(**inputs)
+
+
+OLD = {"virtual_vram_gb": 4.0, "donor_device": "disk", "expert_mode_allocations": ""}
+
+
+def test_loaders_that_the_host_lacks_have_no_node(known):
+    assert "UNETLoaderDisTorch2MultiGPU" in known
+    assert "VAELoaderMultiGPU" not in known
+    assert not any(name.startswith("WanVideo") for name in known)
+
+
+def test_our_inputs_come_after_the_hosts_in_the_old_order(known):
+    inputs = known["UNETLoaderDisTorch2MultiGPU"].INPUT_TYPES()
+    assert list(inputs["required"]) == ["unet_name", "weight_dtype"]
+    assert list(inputs["optional"]) == [
+        "compute_device", "virtual_vram_gb", "donor_device", "expert_mode_allocations",
+        "eject_models",
+    ]  # fmt: skip
+    assert inputs["optional"]["eject_models"][1]["default"] is True
+    assert inputs["optional"]["virtual_vram_gb"][1]["max"] == 128.0
+    inputs = known["CLIPLoaderDisTorch2MultiGPU"].INPUT_TYPES()
+    assert next(iter(inputs["optional"])) == "device"
+    assert inputs["optional"]["eject_models"][1]["default"] is False
+
+
+def test_every_output_of_a_checkpoint_is_placed(known, host):
+    from distorch.comfy.patcher import is_ours
+
+    for name in (
+        "CheckpointLoaderSimpleDisTorch2MultiGPU", "CheckpointLoaderSimpleDistorch2MultiGPU",
+    ):  # fmt: skip
+        node = known[name]
+        assert node.RETURN_TYPES == ("MODEL", "CLIP", "VAE")
+        model, clip, vae = run(node, ckpt_name="a", compute_device="cpu", **OLD)
+        assert is_ours(model)
+        assert is_ours(clip.patcher)
+        assert is_ours(vae.patcher)
+        assert vae.first_stage_model is vae.patcher.model
+        host.load_models_gpu([model, clip.patcher, vae.patcher])
+        for patcher in (model, clip.patcher, vae.patcher):
+            assert distorch.report(patcher.model).bytes["disk"] > 100 << 10
+
+
+def test_control_nets_are_placed(known):
+    (net,) = run(
+        known["ControlNetLoaderDisTorch2MultiGPU"],
+        control_net_name="a",
+        compute_device="cpu",
+        **OLD,
+    )
+    assert type(net.control_model_wrapped).__name__ == "DistorchPatcher"
+    assert net.control_model is net.control_model_wrapped.model
+
+
+def test_nodes_of_the_new_interface(known):
+    (clip,) = run(known["TripleCLIPLoaderDisTorch2MultiGPU"], clip_name1="a", device="cpu", **OLD)
+    assert type(clip.patcher).__name__ == "DistorchPatcher"
+
+
+def test_without_virtual_vram_nothing_is_distributed(known):
+    inputs = {"unet_name": "a", "weight_dtype": "default", "compute_device": "cpu"}
+    node = known["UNETLoaderDisTorch2MultiGPU"]
+    (model,) = run(node, **inputs, virtual_vram_gb=0.0)
+    assert type(model).__name__ == "ModelPatcher"
+    (model,) = run(node, **inputs, virtual_vram_gb=4.0, donor_device="cpu")
+    assert type(model).__name__ == "ModelPatcher"
+
+
+def test_plain_nodes_choose_the_device(known, accelerators):
+    node = known["UNETLoaderMultiGPU"]
+    (model,) = run(node, unet_name="a", weight_dtype="default", device="sim:1")
+    assert model.load_device == torch.device("sim:1")
+    assert torch.sim.current_device() == 0
+
+
+def test_placement_strings_are_checked_before_anything_runs(known):
+    check = known["UNETLoaderDisTorch2MultiGPU"].VALIDATE_INPUTS
+    assert check(expert_mode_allocations="") is True
+    assert check(expert_mode_allocations="cpu,1gb;disk,*") is True
+    assert "unknown unit 'qb'" in check(expert_mode_allocations="cpu,2qb")
+    assert "no 'cuda:3'" in check(expert_mode_allocations="cuda:3,1gb;cpu,*")
+    assert "given" in known["DistributeModel"].VALIDATE_INPUTS(spec="cpu,1gb;cpu,2gb")
+    advanced = known["CheckpointLoaderAdvancedDisTorch2MultiGPU"].VALIDATE_INPUTS
+    assert "unknown unit" in advanced(clip_expert_mode_allocations="cpu,2qb")
+
+
+def test_eject_models(known, host):
+    import comfy.sd
+
+    node, inputs = (
+        known["UNETLoaderDisTorch2MultiGPU"],
+        {"unet_name": "a", "weight_dtype": "default"},
+    )
+    other = comfy.sd.patcher(5)
+    host.load_models_gpu([other])
+    run(node, **inputs, compute_device="cpu", eject_models=False, **OLD)
+    assert len(host.current_loaded_models) == 1
+    run(node, **inputs, compute_device="cpu", eject_models=True, **OLD)
+    assert host.current_loaded_models == []
+
+
+def test_the_report(known, host):
+    (model,) = run(
+        known["UNETLoaderDisTorch2MultiGPU"], unet_name="a", weight_dtype="default",
+        compute_device="cpu", **OLD,
+    )  # fmt: skip
+    node = known["DistributionReport"]
+    assert "not loaded yet" in run(node, model=model)["ui"]["text"][0]
+    host.load_models_gpu([model])
+    with torch.inference_mode():
+        model.model(torch.ones(2, 64))
+    shown = run(node, model=model)
+    picture, text = shown["result"]
+    assert picture.shape[0] == 1
+    assert picture.shape[2:] == (960, 3)
+    assert 0 < picture.mean() < 1
+    (found,) = shown["ui"]["distorch"]
+    assert found["bytes"] == distorch.report(model.model).bytes
+    assert found["fetches"] == 6
+    assert found["ok"]
+    assert "disk->cpu" in text
+    assert run(node, model=model)["ui"]["distorch"][0]["fetches"] == 0  # since the last report
+
+
+# --- other packs ---
+
+
+class Loader:
+    """A node of another pack."""
+
+    RETURN_TYPES, RETURN_NAMES, FUNCTION = ("THING",), ("thing",), "go"
+    seen = []
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model_name": (["a"],), "load_device": (["main_device"],)}}
+
+    def go(self, model_name, load_device):
+        Loader.seen.append((load_device, sys.modules[__name__].device))
+        if model_name == "bad":
+            raise ValueError("no such model")
+        return ("thing",)
+
+
+device = torch.device("cpu")  # what packs remember
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path, host):
+    import folder_paths
+    import nodes
+
+    def install(folder, **classes):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, "custom_nodes", ([str(tmp_path)], set())
+        )
+        for name, node in classes.items():
+            monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+        from distorch.comfy import packs
+
+        return dict(packs.nodes())
+
+    return install
+
+
+def test_nodes_for_an_installed_pack(installed, accelerators):
+    made = installed("comfyui_wanvideowrapper", LoadWanVideoT5TextEncoder=Loader)
+    node = made["LoadWanVideoT5TextEncoderMultiGPU"]
+    assert node.RETURN_TYPES == ("THING", "MULTIGPUDEVICE")
+    assert node.RETURN_NAMES == ("thing", "device")
+    inputs = node.INPUT_TYPES()
+    assert "load_device" not in inputs["required"]
+    Loader.seen.clear()
+    assert run(node, model_name="a", device="sim:1") == ("thing", "sim:1")
+    assert Loader.seen == [("main_device", torch.device("sim:1"))]
+    assert (device, torch.sim.current_device()) == (torch.device("cpu"), 0)
+
+
+def test_devices_are_put_back_after_an_error(installed, accelerators):
+    node = installed("ComfyUI-WanVideoWrapper", LoadWanVideoT5TextEncoder=Loader)[
+        "LoadWanVideoT5TextEncoderMultiGPU"
+    ]
+    with pytest.raises(ValueError, match="no such model"):
+        run(node, model_name="bad", device="sim:1")
+    assert (device, torch.sim.current_device()) == (torch.device("cpu"), 0)
+
+
+def test_packs_that_load_later(installed):
+    node = installed("ComfyUI-WanVideoWrapper")["WanVideoModelLoaderMultiGPU"]
+    assert node.RETURN_TYPES == ("MULTIGPUDEVICE",)
+    assert border.node_class("WanVideoModelLoader") is None
+
+
+def test_block_swap_shards_the_blocks_instead(installed, accelerators):
+    class Sampler:
+        RETURN_TYPES, FUNCTION = ("LATENT",), "process"
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {"model": ("M",), "force_offload": ("BOOLEAN",)}}
+
+        def process(self, model, force_offload):
+            options = model.model_options["transformer_options"]
+            transformer = model.model.diffusion_model.to("sim:0")
+            report = distorch.report(transformer)
+            with torch.inference_mode():
+                out = transformer(torch.ones(2, 64, device="sim:0")).cpu()
+            return out, options["block_swap_args"], force_offload, report.placement
+
+    class Swap:
+        RETURN_TYPES, FUNCTION = ("ARGS",), "go"
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {"blocks_to_swap": ("INT",)}, "optional": {}}
+
+    import comfy.sd
+
+    made = installed("ComfyUI-WanVideoWrapper", WanVideoSampler=Sampler, WanVideoBlockSwap=Swap)
+    (arguments,) = run(made["WanVideoBlockSwapMultiGPU"], blocks_to_swap=2, swap_device="sim:1")
+    transformer = torch.nn.Module()
+    transformer.blocks = comfy.sd.Model().diffusion_model
+    transformer.forward = transformer.blocks.forward
+    expected = transformer(torch.ones(2, 64))
+    model = types.SimpleNamespace(
+        model=types.SimpleNamespace(diffusion_model=transformer),
+        model_options={"transformer_options": {"block_swap_args": arguments}},
+    )
+    out, swap, offload, placement = run(
+        made["WanVideoSamplerMultiGPU"], model=model, compute_device="sim:0", force_offload=True
+    )
+    assert torch.equal(out, expected)
+    assert (swap, offload) == (None, False)
+    assert placement["blocks.1.up.weight"] == "sim:1"
+    assert placement["blocks.2.up.weight"] == "sim:0"
+    assert model.model_options["transformer_options"]["block_swap_args"] is arguments
+    assert {p.device.type for p in transformer.parameters()} == {"cpu"}
+
+
+# --- the host stays as it is ---
+
+
+def _members():
+
+    names = [n for n in sys.modules if n.split(".")[0] in ("comfy", "nodes", "folder_paths")]
+    found = {}
+    for name in names:
+        module = sys.modules[name]
+        for key, value in vars(module).items():
+            if callable(value) or isinstance(value, type):
+                found[name, key] = value
+                if isinstance(value, type):
+                    found |= {(name, key, k): v for k, v in vars(value).items() if callable(v)}
+    return found
+
+
+def test_nothing_of_the_host_is_replaced(known, host):
+    import importlib
+
+    import distorch.comfy
+
+    before = _members()
+    importlib.reload(distorch.comfy)
+    (model,) = run(
+        known["UNETLoaderDisTorch2MultiGPU"], unet_name="a", weight_dtype="default",
+        compute_device="cpu", **OLD,
+    )  # fmt: skip
+    host.load_models_gpu([model])
+    host.free_memory(1 << 50, torch.device("cpu"))
+    assert _members() == before
