@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management as management
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -230,6 +231,8 @@ def _text_tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
             f"{checkpoint.path!r}: text encoders of architecture {architecture!r} cannot be read "
             f"from GGUF; known: {', '.join(_TEXT_NAMES)}. Take the safetensors file"
         )
+    if names is _T5 and not any(".ffn_gate." in name for name in checkpoint.tensors):
+        names = {**_T5, r"\.ffn_up\.": ".layer.1.DenseReluDense.wi."}
     heads = [_count(checkpoint, architecture, key) for key in ("head_count", "head_count_kv")]
 
     def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -272,7 +275,7 @@ def load_clip(paths: Iterable[str], clip_type: str, device: str) -> Any:
             weights.append(comfy.utils.load_torch_file(path, safe_load=True))
     kinds = comfy.sd.CLIPType
     load = comfy.sd.load_text_encoder_state_dicts
-    return load(
+    clip = load(
         state_dicts=weights,
         clip_type=getattr(kinds, clip_type.upper(), kinds.STABLE_DIFFUSION),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -283,3 +286,6 @@ def load_clip(paths: Iterable[str], clip_type: str, device: str) -> Any:
         },
         **_accepted(load, disable_dynamic=True),
     )
+    for reader in readers:
+        reader.decode_to(clip.patcher.model, management.text_encoder_dtype(torch.device(device)))
+    return clip

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import distorch
 from distorch.comfy import host
 from distorch.comfy.patcher import DistorchPatcher, as_placed, is_ours
 from distorch.comfy.placement import Placement
@@ -105,6 +106,8 @@ def settle_dtypes(model: nn.Module) -> None:
         for name, parameter in list(module._parameters.items()):
             dtype = getattr(module, f"{name}_comfy_model_dtype", None)
             if parameter is None or dtype is None or parameter.dtype == dtype:
+                continue
+            if distorch.is_sharded(parameter):  # decoded to what it should be
                 continue
             if parameter.is_floating_point() and type(parameter.data) is torch.Tensor:
                 value = parameter.data.to(dtype)

@@ -8,6 +8,7 @@ import pytest
 from tests.comfy.real import graphs as g
 from tests.comfy.real.client import GraphError
 
+WORKFLOWS = Path(__file__).parents[3] / "examples" / "workflows"
 SPEC = "cpu,5mb;disk,*"
 RATIO = "cpu,40%;disk,60%"
 A, B = ("flux_a.safetensors", 0.8), ("flux_b.safetensors", -0.5)
@@ -217,6 +218,27 @@ def test_gguf(host):
                 assert sum(ours.model["measured"].values()) < 9 << 20
 
 
+def test_gguf_text_encoder(host):
+    def encoded(loader):
+        graph = {
+            "load": loader,
+            "text": g.node("CLIPTextEncode", clip=["load", 0], text="waves on a shore"),
+            "hash": g.node("TestHash", value=["text", 0]),
+            "figures": g.node("TestFigures", model=["load", 0], after=["text", 0]),
+        }
+        return run(host, graph)
+
+    kind = {"type": "stable_audio"}
+    stock = encoded(g.node("CLIPLoader", clip_name="t5-q.safetensors", **kind))
+    plain = encoded(g.node("CLIPLoaderGGUF", clip_name="t5-q.gguf", **kind))
+    ours = encoded(
+        g.old_inputs("CLIPLoaderGGUFDisTorch2MultiGPU", "device", clip_name="t5-q.gguf", **kind)
+    )
+    assert plain.digest == ours.digest == stock.digest
+    assert sum(ours.model["measured"].values()) < 90 << 20  # 4 to 8 bits a weight, not 32
+    assert ours.model["measured"]["disk"] > 60 << 20
+
+
 @pytest.mark.tiny_flux
 def test_distribute_model_leaves_the_other_branch_alone(host):
     before = run(host, g.flux(stock_flux(), A))
@@ -317,3 +339,37 @@ def test_report(host):
     assert found["fetches"] > 0
     assert found["gb_per_second"]["disk->cpu"] > 0
     assert "as planned" in shown["report"]["text"][0]
+
+
+def widgets(description):
+    """Inputs of a node that are widgets, in order."""
+    kinds = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+    inputs = {
+        **description["input"].get("required", {}),
+        **description["input"].get("optional", {}),
+    }
+    return {
+        name: kind for name, kind in inputs.items() if isinstance(kind[0], list) or kind[0] in kinds
+    }
+
+
+@pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.json")), ids=lambda file: file.stem)
+def test_example_workflows_fit_the_nodes(host, file):
+    known = host.get("/object_info")
+    ours = 0
+    for node in json.loads(file.read_text())["nodes"]:
+        assert node["type"] in known
+        if not known[node["type"]]["python_module"].endswith("comfyui-distorch"):
+            continue
+        ours += 1
+        values = node["widgets_values"]
+        expected = widgets(known[node["type"]])
+        assert len(values) == len(expected), node["type"]
+        for value, (name, kind) in zip(values, expected.items(), strict=True):
+            if kind[0] == "FLOAT":
+                assert kind[1]["min"] <= value <= kind[1]["max"], name
+            elif kind[0] == "BOOLEAN":
+                assert isinstance(value, bool), name
+            else:
+                assert isinstance(value, str), name
+    assert ours >= 2
