@@ -98,6 +98,7 @@ class DistorchPatcher(ModelPatcher):
             now = distribution.distribution_of(self.model)
             return now.plan, now.ring_bytes
         spec, options = self._request(state.budget)
+        _refuse_unplaceable(self.model, spec, wanted.compute)
         plan = distorch.plan(self.model, spec, **options)
         groups = group_members(self.model)
         ring = distribution.ring_bytes(groups, plan, distribution.Options(**options))

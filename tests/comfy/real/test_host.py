@@ -327,6 +327,20 @@ def test_a_placement_that_does_not_fit_fails_before_sampling(host):
 
 
 @pytest.mark.tiny_flux
+def test_scaled_fp8_is_refused_on_the_node(host):
+    loader = our_flux()
+    loader["inputs"]["unet_name"] = "flux-scaled.safetensors"
+    found = message(host, g.flux(loader))
+    assert "cannot leave cpu yet" in found
+    assert '"node_id": "load"' in found
+    loader = {
+        "class_type": "UNETLoader",
+        "inputs": {"unet_name": "flux-scaled.safetensors", "weight_dtype": "default"},
+    }
+    run(host, g.flux(loader))  # the host itself knows it
+
+
+@pytest.mark.tiny_flux
 def test_report(host):
     graph = g.flux(our_flux(), seed=9)
     graph["report"] = g.node("DistributionReport", model=["load", 0], after=["sample", 0])
