@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import distorch
 from distorch._tables import human_bytes
@@ -103,6 +103,8 @@ def picture(found: Found) -> torch.Tensor:
     height = 2 * _EDGE + _LINE * 2 + _BAR + 8 * len(layers) + _LINE * (len(lines) + 2)
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
+    # Every letter as wide as the next, for tables; newer versions have another default.
+    draw.font = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)()
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(found.bytes)}
     y = _EDGE
     draw.text((_EDGE, y), f"{found.title}   {found.spec}", fill="black")

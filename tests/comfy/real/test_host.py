@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.comfy.real import graphs as g
 from tests.comfy.real.client import GraphError
@@ -324,6 +326,43 @@ def test_a_placement_that_does_not_fit_fails_before_sampling(host):
     found = message(host, g.flux(our_flux("cpu,9000gb;disk,*")))
     assert "9000gb" in found
     assert '"node_id": "load"' in found
+
+
+@pytest.mark.tiny_flux
+def test_loras_hooked_into_a_part_of_the_sampling(host):
+    def hooked(loader, seed):
+        graph = g.flux(loader, B, seed=seed)
+        graph["hook"] = g.node(
+            "CreateHookLora", lora_name=A[0], strength_model=0.8, strength_clip=0.0
+        )
+        graph["part"] = g.node(
+            "ConditioningSetProperties", cond_NEW=["text", 0], strength=1.0,
+            set_cond_area="default", hooks=["hook", 0],
+        )  # fmt: skip
+        graph["sample"]["inputs"] |= {"positive": ["part", 0], "negative": ["text", 0], "cfg": 3.0}
+        return graph
+
+    for seed in (1, 2):
+        assert (
+            run(host, hooked(our_flux(), seed)).digest
+            == run(host, hooked(stock_flux(), seed)).digest
+        )
+    assert run(host, g.flux(our_flux(), B)).digest == run(host, g.flux(stock_flux(), B)).digest
+
+
+@pytest.mark.tiny_flux
+def test_a_saved_model_is_the_stock_one(host):
+    files = []
+    for name, loader in (("stock", stock_flux()), ("ours", our_flux())):
+        for old in (host.base / "output").glob(f"saved-{name}*"):
+            old.unlink()
+        graph = g.flux(loader, A, seed=11)
+        graph["save"] = g.node("ModelSave", model=["lora0", 0], filename_prefix=f"saved-{name}")
+        host.run(graph)
+        (file,) = (host.base / "output").glob(f"saved-{name}*")
+        files.append(load_file(file))
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
 @pytest.mark.tiny_flux
