@@ -64,6 +64,10 @@ def set_weight(model: nn.Module, key: str, value: torch.Tensor) -> None:
     owner._parameters[name] = parameter
 
 
+# It moved, and its old place warns.
+_seed_of = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+
+
 def merged(
     model: nn.Module, key: str, patches: list[Any], original: torch.Tensor, compute: torch.device,
     full: bool,
@@ -74,7 +78,7 @@ def merged(
     if convert is not None:
         value = convert(value, inplace=True)
     value = comfy.lora.calculate_weight(patches, value, key, intermediate_dtype=torch.float32)
-    seed = comfy.model_patcher.string_to_seed(key)
+    seed = _seed_of(key)
     if set_function is not None:
         return set_function(value, inplace_update=False, seed=seed, return_weight=True)
     if full and original.element_size() == _NARROW_BYTES:

@@ -32,7 +32,7 @@ class Host:
     def __init__(
         self, folder: Path, base: Path, *, options: tuple[str, ...] = (), serve: Path | None = None
     ) -> None:
-        self.base = base
+        self.folder, self.base = folder, base
         self.port = _free_port()
         self.log = base / f"log-{self.port}.txt"
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,9 @@ def test_virtual_vram(simulated):
 
 
 def test_partial_unload_shrinks_the_resident_part(simulated):
+    management = simulated.folder / "comfy" / "model_management.py"
+    if "is_dynamic() and (not DISABLE_SMART_MEMORY" in management.read_text():
+        pytest.skip("this ComfyUI unloads models of the static path whole, never partly")
     spec = "sim:0,30mb;cpu,*"
     simulated.free(cache=True)
     shown = simulated.run(needing(g.flux(loader(spec), A, seed=2), 12 * MIB))
