@@ -3,7 +3,7 @@
 Note [Fetches in graphs]
 A fetch gives out memory that others read, under the schema of an operator that makes a new tensor:
 functionalization knows no custom operators that give views. What follows from that is seen to here:
-* Inductor never takes the memory of a fetch for something else (`_Fetched`), nor runs a function
+* Inductor never takes the memory of a fetch for something else (`_fetched`), nor runs a function
   in place on it: fake fetches alias what they are fetched from.
 * Code that writes to a weight is refused before it is made functional (`refuse_writes`).
 * Uses of one weight are told apart, and backward fetches again instead of keeping weights alive
@@ -12,13 +12,14 @@ functionalization knows no custom operators that give views. What follows from t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.ir import MultiOutput
+from torch._inductor.ir import FallbackKernel, MultiOutput
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.virtualized import V
 from torch.utils.checkpoint import CheckpointPolicy
@@ -141,15 +142,19 @@ def set_passes() -> None:
             setattr(config, name, _Pass(run, known))
 
 
-class _Fetched(MultiOutput):
-    """A fetch's output: of its own lifetime, but with memory that is somebody else's.
+@functools.cache
+def _fetched(kind: type) -> type:
+    """The class of a fetch's output: of its own lifetime, with memory that is somebody else's.
 
     Code is generated when lifetimes are known. From then on it says that it aliases what it was
     fetched from, so that its memory is let go of and never taken for another buffer.
     """
 
-    def get_inputs_that_alias_output(self) -> Sequence[str]:
-        return [] if V.graph.scheduler is None else [self.input_name(0)]
+    def aliases(self: Any) -> Sequence[str]:
+        generating = getattr(V.graph.scheduler, "current_node", None) is not None
+        return [self.input_name(0)] if generating else []
+
+    return type("Fetched", (kind,), {"get_inputs_that_alias_output": aliases})
 
 
 _fallback: Any = fallback_handler(_ops.fetch_in_graph)  # type: ignore[no-untyped-call]
@@ -159,6 +164,6 @@ _fallback: Any = fallback_handler(_ops.fetch_in_graph)  # type: ignore[no-untype
 def _lower_fetch(weight: Any, site: int) -> Any:
     fetched = _fallback(weight, site)
     output = fetched.data.data
-    assert type(output) is MultiOutput
-    output.__class__ = _Fetched
+    assert isinstance(output, (MultiOutput, FallbackKernel))
+    output.__class__ = _fetched(type(output))
     return fetched

@@ -141,7 +141,7 @@ def test_raw_access_explains_itself(pair):
         with pytest.raises(RuntimeError, match=r"distorch\.materialize"):
             access()
     with pytest.raises(RuntimeError, match="undistribute"):
-        sharded.set_(torch.zeros(3))
+        sharded.set_(torch.zeros(3).untyped_storage())
 
 
 def test_strides_and_alignment_are_kept():

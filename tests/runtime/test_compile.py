@@ -258,14 +258,12 @@ def test_export(tmp_path):
         torch.export.save(exported, tmp_path / "m.pt2")
 
 
-def test_passes_of_others_stay(monkeypatch):
+def test_passes_of_others_stay():
     seen = []
-    monkeypatch.setattr(
-        torch._inductor.config, "joint_custom_pre_pass", lambda graph: seen.append(graph)
-    )
-    _, model = pair()
-    with torch.no_grad():
-        torch.compile(model)(tokens(2, 16))
+    with torch._inductor.config.patch(joint_custom_pre_pass=seen.append):
+        _, model = pair()
+        with torch.no_grad():
+            torch.compile(model)(tokens(2, 16))
     assert seen
 
 
