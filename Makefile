@@ -20,7 +20,7 @@ $(VENV)/torch-ready:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH_SPEC)"
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(CONSTRAINTS)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) "setuptools>=70" wheel ninja
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) "setuptools>=77" wheel ninja
 	touch $@
 
 $(VENV)/built: $(VENV)/torch-ready setup.py pyproject.toml $(CSRC)
