@@ -63,13 +63,26 @@ c10::Storage make_tagged_storage(Handle handle) {
   return storage;
 }
 
-void show_address(const at::Tensor& sharded, bool shown) {
-  c10::StorageImpl* storage = sharded.storage().unsafeGetStorageImpl();
-  if (shown) {
-    storage->clear_data_ptr_access_error_msg_();
-    storage->set_throw_on_mutable_data_ptr();
+// Older PyTorch cannot take the error back.
+template <class Storage>
+void allow_reading_address(Storage& storage) {
+  if constexpr (requires { storage.clear_data_ptr_access_error_msg_(); }) {
+    storage.clear_data_ptr_access_error_msg_();
+    storage.set_throw_on_mutable_data_ptr();
   } else {
-    storage->release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "profiling sharded weights with shapes or stacks needs a newer PyTorch (2.13 has "
+        "what it takes); profile without record_shapes and with_stack");
+  }
+}
+
+void show_address(const at::Tensor& sharded, bool shown) {
+  c10::StorageImpl& storage = *sharded.storage().unsafeGetStorageImpl();
+  if (shown) {
+    allow_reading_address(storage);
+  } else {
+    storage.release_data_and_set_meta_custom_data_ptr_error_msg_(kRawAccess);
   }
 }
 

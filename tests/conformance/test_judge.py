@@ -88,7 +88,7 @@ def test_a_process_that_dies_costs_its_case(monkeypatch):
         ("forward", "dies"): FAILS,
         ("repeat", "distorch"): OK,
         ("repeat", "dies"): FAILS,
-    }
+    }, found
 
 
 def test_a_model_that_cannot_be_built_is_told():

@@ -1,5 +1,6 @@
 """What others do with modules and tensors: functional transforms, profilers, parametrizations."""
 
+import contextlib
 import copy
 
 import pytest
@@ -95,6 +96,14 @@ def test_flop_counter(pair):
     assert counts[0] == counts[1] > 0
 
 
+def can_show_addresses(model):
+    try:
+        with distorch.profiling(model):
+            return True
+    except NotImplementedError:
+        return False
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,7 +115,10 @@ def test_flop_counter(pair):
 )
 def test_profiler(pair, options, capfd):
     _, model = pair
-    with distorch.profiling(model), profile(activities=[ProfilerActivity.CPU], **options) as result:
+    if options and not can_show_addresses(model):
+        pytest.skip("this torch cannot profile tensors without memory")
+    context = distorch.profiling(model) if options else contextlib.nullcontext()
+    with context, profile(activities=[ProfilerActivity.CPU], **options) as result:
         model(X).sum().backward()
     keys = {event.key for event in result.key_averages()}
     assert {"aten::linear", "distorch::fetch 0.weight", "distorch::fetch 3.weight"} <= keys
