@@ -113,7 +113,7 @@ def _fetching(key: str) -> property:
             if key in self._parameters:
                 return None
             raise AttributeError(key)
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():
             return _ops.fetch_in_graph(weight, 0)
         return weight
 
