@@ -228,3 +228,59 @@ def test_distributed_data_parallel(pair, process_group):
 
     both(pair, step)
     assert distorch.report(pair[1]).ok
+
+
+def test_hooks_of_accelerate(pair):
+    from accelerate import Accelerator, cpu_offload
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Doubled(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (args[0] * 2,), kwargs
+
+    def hooked(module):
+        add_hook_to_module(module[0], Doubled())
+        found = [module(X)]
+        remove_hook_from_module(module[0])
+        return [*found, module(X)]
+
+    def trained(module):
+        accelerator = Accelerator(cpu=True)
+        module, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters()))
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(module(X).square().mean())
+            accelerator.backward(losses[-1])
+            optimizer.step()
+        return losses
+
+    both(pair, hooked)
+    both(pair, trained)
+    plain, model = pair
+    assert torch.equal(cpu_offload(model, execution_device=torch.device("cpu"))(X), plain(X))
+
+
+def test_hooks_of_diffusers(pair):
+    from diffusers.hooks import HookRegistry, ModelHook, apply_layerwise_casting
+
+    class Tripled(ModelHook):
+        def new_forward(self, module, *args, **kwargs):
+            return self.fn_ref.original_forward(*args, **kwargs) * 3
+
+    def hooked(module):
+        registry = HookRegistry.check_if_exists_or_initialize(module[3])
+        registry.register_hook(Tripled(), "tripled")
+        found = [module(X)]
+        registry.remove_hook("tripled")
+        return [*found, module(X)]
+
+    def cast(module):
+        apply_layerwise_casting(
+            module, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+        )
+        with torch.no_grad():
+            return module(X)
+
+    both(pair, hooked)
+    both(pair, cast)
