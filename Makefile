@@ -49,8 +49,7 @@ sweep: dev ## every operator and module of PyTorch's own databases, with sharded
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.modules
 
 QUICK := tests/hook tests/runtime tests/planner tests/sim tests/architecture/test_build.py
-test-quick: build ## what depends most on the torch that is there
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) pytest pytest-xdist hypothesis expecttest
+test-quick: dev ## what depends most on the torch that is there
 	$(BIN)/python -m pytest -n 2 $(QUICK)
 
 test-torch: ## the same in a clone with another torch: make test-torch TORCH_SPEC=torch==2.14.1
