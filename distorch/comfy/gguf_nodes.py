@@ -177,8 +177,7 @@ class _DisTorch2Node(_CheckedNode):
         """Placed by the old inputs."""
         asked = [own.pop(name, None) for name in (loaders.COMPUTE, loaders.DEVICE)]
         target = next(filter(None, asked), None) or host.default_device()
-        if self.reader.eject if eject_models is None else eject_models:
-            host.eject_models()
+        loaders.eject_if_asked(eject_models, self.reader.eject)
         placement = old_placement(
             target, virtual_vram_gb, donor_device, expert_mode_allocations, host.devices()
         )

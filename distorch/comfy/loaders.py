@@ -176,10 +176,15 @@ class _DisTorch2(_Placed):
     ) -> tuple[Any, ...]:
         """Loads and places every output."""
         device = arguments.pop(self.family.device_input, None) or host.default_device()
-        if self.family.eject if eject_models is None else eject_models:
-            host.eject_models()
+        eject_if_asked(eject_models, self.family.eject)
         found = self.call_host(device, arguments)
         return place_all(found, device, virtual_vram_gb, donor_device, expert_mode_allocations)
+
+
+def eject_if_asked(asked: bool | None, default: bool) -> None:
+    """Frees what other models hold; `asked` is None where a saved workflow does not say."""
+    if default if asked is None else asked:
+        host.eject_models()
 
 
 def place_all(
