@@ -268,7 +268,11 @@ def _place_for_graphs(module: nn.Module) -> None:
     state = module.__dict__.get(_KEY)
     if isinstance(state, Distribution) and not state.compiled:
         state.compiled = True
-        place(module, state.plan, state.options, group_members(module), state.origins)
+        try:
+            place(module, state.plan, state.options, group_members(module), state.origins)
+        except BaseException:
+            state.compiled = False
+            raise
 
 
 def _stage_all(

@@ -48,17 +48,19 @@ def _name(node: torch.fx.Node) -> str:
 
 def refetch_in_backward(graph: torch.fx.Graph) -> None:
     """Gives each fetch a number of its own; marks it, and forms of it, to be computed again."""
-    again: list[torch.fx.Node] = []
+    again: set[torch.fx.Node] = set()
     sites = 0
     for node in graph.nodes:
         if node.target is _ops.fetch_in_graph:
             node.args = (node.args[0], sites)
             sites += 1
         elif not (
-            _name(node) in _FORMS and node.all_input_nodes and set(node.all_input_nodes) <= {*again}
+            _name(node) in _FORMS
+            and node.all_input_nodes
+            and again.issuperset(node.all_input_nodes)
         ):
             continue
-        again.append(node)
+        again.add(node)
         _refuse_kernels_that_write(node)
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         node.meta["ac_graph_id"] = 0
