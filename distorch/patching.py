@@ -318,7 +318,7 @@ class _Originals:
 
     def __init__(self, changes: list[_Change], known: Patching, options: PatchOptions) -> None:
         self._wanted = [_read_ahead(change, known, options) for change in changes]
-        room = max((stored.nbytes for stored in self._wanted if stored is not None), default=0)
+        room = max((stored.room for stored in self._wanted if stored is not None), default=0)
         self._buffers = [torch.empty(room, dtype=torch.uint8) for _ in range(2)] if room else []
         self._reads: list[Future[torch.Tensor] | None] = []
         self._taken = 0

@@ -1,13 +1,9 @@
 #include "core/bulk_read.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <mutex>
-#include <thread>
-#include <vector>
 
 #include "core/file.h"
+#include "core/parts.h"
 
 namespace distorch {
 namespace {
@@ -16,29 +12,15 @@ constexpr uint64_t kPartBytes = 4 << 20;
 
 }  // namespace
 
-void bulk_read(const File& file, uint64_t offset, uint64_t bytes, std::byte* into, size_t threads) {
-  const uint64_t parts = (bytes + kPartBytes - 1) / kPartBytes;
-  std::atomic<uint64_t> next{0};
-  std::mutex mutex;
-  std::exception_ptr failure;  // guarded by mutex
-  const auto work = [&] {
-    try {
-      for (uint64_t part; (part = next++) < parts;) {
-        const uint64_t begin = part * kPartBytes;
-        const uint64_t length = std::min(kPartBytes, bytes - begin);
-        file.read(offset + begin, length, into + begin, false);
-      }
-    } catch (...) {
-      next = parts;
-      std::lock_guard lock(mutex);
-      failure = std::current_exception();
-    }
-  };
-  std::vector<std::jthread> helpers;
-  for (size_t i = 1; i < std::min<uint64_t>(threads, parts); ++i) helpers.emplace_back(work);
-  work();
-  helpers.clear();
-  if (failure) std::rethrow_exception(failure);
+void bulk_read(const File& file, uint64_t offset, uint64_t bytes, std::byte* into, size_t threads,
+               bool slack) {
+  const uint64_t lead = offset % kPage;  // parts end at pages of the file, so that none share one
+  const uint64_t parts = (lead + bytes + kPartBytes - 1) / kPartBytes;
+  for_parts(parts, threads, [&](uint64_t part) {
+    const uint64_t begin = part == 0 ? 0 : part * kPartBytes - lead;
+    const uint64_t end = std::min((part + 1) * kPartBytes - lead, bytes);
+    file.read(offset + begin, end - begin, into + begin, slack);
+  });
 }
 
 }  // namespace distorch

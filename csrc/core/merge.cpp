@@ -22,6 +22,7 @@ namespace distorch {
 namespace {
 
 constexpr int kRows = 6;  // of one tile
+constexpr size_t kCacheLine = 64;
 
 // How an element is read, summed and written.
 template <class BaseElement, class OutElement, class SumElement>
@@ -124,6 +125,12 @@ struct Panel {
                                          int64_t count, int64_t columns,
                                          std::span<const LowRank> terms, const Sum* packed,
                                          Lane& checked) {
+    for (int i = 0; i < kHeight; ++i) {  // of the next tile: strides as long hide from hardware
+      const auto* next = reinterpret_cast<const char*>(base + (i + kHeight) * columns + first);
+      for (size_t at = 0; at < kColumns * sizeof(*base); at += kCacheLine) {
+        __builtin_prefetch(next + at);
+      }
+    }
     alignas(kBytes) Sum tile[kHeight * kColumns];
     for (int i = 0; i < kHeight; ++i) {
       const auto* from = base + i * columns + first;

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 
+#include "core/file.h"
 #include "device/cuda.h"
 
 namespace distorch {
@@ -46,6 +47,18 @@ at::DataPtr allocate_pinned(uint64_t bytes, c10::DeviceType device) {
 }
 
 }  // namespace
+
+c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset) {
+  c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CPU);
+  auto whole = std::make_unique<c10::DataPtr>(allocator->allocate(bytes + 3 * kPage));
+  const auto first_page = round_up(reinterpret_cast<uintptr_t>(whole->get()), kPage);
+  c10::DataPtr part(
+      reinterpret_cast<void*>(first_page + offset % kPage), whole.get(),
+      [](void* at) { delete static_cast<c10::DataPtr*>(at); }, at::kCPU);
+  whole.release();
+  return {c10::Storage::use_byte_size_t(), static_cast<int64_t>(bytes), std::move(part), allocator,
+          true};
+}
 
 at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device) {
   const auto count = static_cast<int64_t>(bytes);

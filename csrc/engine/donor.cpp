@@ -73,6 +73,10 @@ void FileDonor::read_range(uint64_t begin, uint64_t bytes, std::byte* into) cons
   bulk_read(*file_, offset_ + begin, bytes, into, kBulkThreads);
 }
 
+void FileDonor::read_whole(std::byte* into) const {
+  bulk_read(*file_, offset_, bytes_, into, kBulkThreads, true);
+}
+
 void FileDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
   file_->write(offset_ + begin, bytes, from);
 }

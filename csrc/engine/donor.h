@@ -109,6 +109,8 @@ class FileDonor : public Donor {
   std::shared_ptr<std::byte> map() override { return file_->map(offset_, bytes_); }
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   void read_range(uint64_t begin, uint64_t bytes, std::byte* into) const override;
+  // All of it; a page on either side of `into` may be overwritten.
+  void read_whole(std::byte* into) const;
   bool writable() const override { return file_->writable(); }
   bool is_checkpoint() const { return file_->is_checkpoint(); }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;

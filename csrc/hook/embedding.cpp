@@ -2,11 +2,12 @@
 // brought and decoded.
 #include "hook/call.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/embedding_ops.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "core/parts.h"
+#include "device/threads.h"
 #include "engine/reading.h"
 #include "engine/ring.h"
 #include "hook/errors.h"
@@ -16,7 +17,7 @@ namespace {
 
 // A table is brought as a whole when this share of its rows is asked for.
 constexpr int64_t kWholeShare = 4;
-constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kRowsPerPart = 64;
 
 bool takes_rows(const at::Tensor& table, const Source& source, const at::Tensor& indices) {
   if (source.decoder == nullptr || table.dim() != 2 || !table.is_contiguous()) return false;
@@ -38,7 +39,7 @@ at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tens
                                      at::TensorOptions().dtype(table.dtype()).device(at::kCPU));
   auto* into = static_cast<std::byte*>(found.mutable_data_ptr());
   const uint64_t row_bytes = source.decoder->decoded_row();
-  at::parallel_for(0, numbers.numel(), kRowsPerTask, [&](int64_t begin, int64_t end) {
+  for_ranges(numbers.numel(), kRowsPerPart, compute_threads(), [&](int64_t begin, int64_t end) {
     gather_rows(source, rows.subspan(begin, end - begin), into + begin * row_bytes);
   });
   Counters& counters = handle_of(table).weight->counters();

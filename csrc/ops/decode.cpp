@@ -1,5 +1,4 @@
 // The operator that decodes and patches a weight: at load, and in fetches.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -8,14 +7,16 @@
 #include <algorithm>
 #include <atomic>
 
+#include "core/parts.h"
 #include "device/cuda.h"
 #include "device/row_decoder.h"
+#include "device/threads.h"
 #include "hook/errors.h"
 
 namespace distorch {
 namespace {
 
-constexpr int64_t kRowsPerTask = 48;
+constexpr int64_t kNumbersPerPart = 1 << 18;
 constexpr int64_t kPanelBytes = 32 << 20;  // of float32 rows on a device, at one time
 
 // into [rows, columns] = round_once(float32(stored) * scales + sum of strength
@@ -83,7 +84,8 @@ void decode_on_host(at::Tensor into, const at::Tensor& stored, c10::string_view 
     const DecodeCall call(into, stored, code, scales, scale_block, ups, downs, strengths,
                           first_rows);
     std::atomic<bool> all_finite{true};
-    at::parallel_for(0, call.rows(), kRowsPerTask, [&](int64_t begin, int64_t end) {
+    const int64_t per_part = std::max<int64_t>(1, kNumbersPerPart / call.decoding().columns);
+    for_ranges(call.rows(), per_part, compute_threads(), [&](int64_t begin, int64_t end) {
       if (!decode_rows(call.decoding(), begin, end, call.from(begin), call.to(begin))) {
         all_finite = false;
       }

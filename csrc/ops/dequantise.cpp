@@ -1,16 +1,17 @@
 // The operators that decode the blocks of GGUF files.
 #include "core/dequantise.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "core/parts.h"
 #include "device/row_decoder.h"
+#include "device/threads.h"
 
 namespace distorch {
 namespace {
 
-constexpr int64_t kNumbersPerTask = 1 << 15;
+constexpr int64_t kNumbersPerPart = 1 << 18;
 
 BlockType type_of(const std::string& name) {
   const auto type = block_type_named(name);
@@ -41,10 +42,11 @@ void dequantise_into(at::Tensor into, const at::Tensor& blocks, const std::strin
   const auto* from = blocks.const_data_ptr<uint8_t>();
   auto* to = static_cast<std::byte*>(into.mutable_data_ptr());
   const auto block_size = static_cast<int64_t>(into.element_size()) * info.elements;
-  const int64_t grain = kNumbersPerTask / info.elements;
-  at::parallel_for(0, blocks.numel() / info.bytes, grain, [&](int64_t begin, int64_t end) {
-    dequantise(type, from + begin * info.bytes, end - begin, element, to + begin * block_size);
-  });
+  const int64_t per_part = kNumbersPerPart / info.elements;
+  for_ranges(
+      blocks.numel() / info.bytes, per_part, compute_threads(), [&](int64_t begin, int64_t end) {
+        dequantise(type, from + begin * info.bytes, end - begin, element, to + begin * block_size);
+      });
 }
 
 at::Tensor dequantise_meta(const at::Tensor& blocks, const std::string& name,

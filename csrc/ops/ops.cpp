@@ -16,6 +16,8 @@
 namespace distorch {
 namespace {
 
+constexpr uint64_t kInPhaseBytes = 256 << 10;  // below, a copy is cheaper than two pages
+
 std::shared_ptr<Counters> no_group() {
   static auto& counters = *new std::shared_ptr<Counters>(std::make_shared<Counters>());
   return counters;
@@ -342,6 +344,27 @@ void read_file(std::string path, int64_t offset, at::Tensor into) {
   });
 }
 
+// A tensor of its own with the bytes from the file, past the page cache.
+at::Tensor read_tensor(std::string path, int64_t offset, at::IntArrayRef sizes,
+                       at::ScalarType dtype) {
+  return at_border([&] {
+    const auto options = at::TensorOptions().dtype(dtype);
+    const auto bytes =
+        static_cast<uint64_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
+    const FileDonor range(File::open(path), offset, bytes);
+    if (bytes < kInPhaseBytes || static_cast<uint64_t>(offset) % alignment_of(dtype) != 0) {
+      at::Tensor read = at::empty(sizes, options);
+      range.read_range(0, bytes, static_cast<std::byte*>(read.mutable_data_ptr()));
+      return read;
+    }
+    at::Tensor read = at::empty({0}, options);
+    read.unsafeGetTensorImpl()->set_storage_keep_dtype(memory_in_phase(bytes, offset));
+    read.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    range.read_whole(static_cast<std::byte*>(read.mutable_data_ptr()));
+    return read;
+  });
+}
+
 // The donor's bytes from `begin` on, as many as `into` (contiguous, CPU) has.
 void read_donor(const at::Tensor& tensor, int64_t begin, at::Tensor into) {
   at_border([&] {
@@ -415,6 +438,8 @@ TORCH_LIBRARY(distorch, library) {
   library.def("share(Tensor tensor) -> Tensor", &share);
   library.def("donor_bytes(Tensor tensor) -> Tensor", &donor_bytes);
   library.def("read_file(str path, int offset, Tensor(a!) into) -> ()", &read_file);
+  library.def("read_tensor(str path, int offset, int[] sizes, ScalarType dtype) -> Tensor",
+              &read_tensor);
   library.def("read_donor(Tensor tensor, int begin, Tensor(a!) into) -> ()", &read_donor);
   library.def("suggest_order(Tensor[] sharded) -> ()", &suggest_order);
   library.def("count_in(Tensor tensor, int group) -> ()", &count_in);

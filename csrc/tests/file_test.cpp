@@ -113,6 +113,32 @@ void changed_files_are_noticed() {
   CHECK(into == data);
 }
 
+// Into memory that is in the file's phase and not, with neighbours that must
+// not change where they are not the reader's.
+void bulk_reads() {
+  const std::string path = "bulk.bin";
+  const auto data = pattern(21'000'000, 11);
+  forget_cached_pages(write_file(path, data));
+  const auto file = File::open(path);
+  std::vector<std::byte> memory(data.size() + 4 * kPage);
+  std::mt19937_64 random(12);
+  for (int i = 0; i < 24; ++i) {
+    const uint64_t offset = random() % 9'000'000 / 8 * 8;
+    const uint64_t bytes = i == 0 ? data.size() - offset : random() % 12'000'000;
+    const bool slack = i % 3 == 0;
+    std::byte* into = memory.data() + kPage;
+    if (i % 3 < 2) {
+      const uint64_t phase = offset % kPage;
+      into += (phase + kPage - reinterpret_cast<uintptr_t>(into) % kPage) % kPage;
+    }
+    into[-1] = into[bytes] = std::byte{77};
+    bulk_read(*file, offset, bytes, into, 3, slack);
+    CHECK(std::memcmp(into, data.data() + offset, bytes) == 0);
+    CHECK(slack || (into[-1] == std::byte{77} && into[bytes] == std::byte{77}));
+  }
+  CHECK_THROWS(kFetch, bulk_read(*file, 1, data.size(), memory.data(), 3));
+}
+
 void copies() {
   std::mt19937_64 random(8);
   const auto data = pattern(200'000, 9);
@@ -134,5 +160,6 @@ int main() {
   reads_of_any_alignment(false);
   scratch_file();
   changed_files_are_noticed();
+  bulk_reads();
   copies();
 }

@@ -23,6 +23,8 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 
+_PAGE = 4096  # bytes
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -51,14 +53,17 @@ class StoredTensor:
         return self.data is None and not self.pieces
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Its values, contiguous, in new memory or in `into` (uint8, large enough); of blocks, the
+        """Its values, contiguous, in new memory or in `into` (uint8, `room` bytes); of blocks, the
         bytes [nbytes]. FormatError, FetchError.
         """
         shape = (self.nbytes,) if self.block_type else self.shape
+        if into is None and self.in_one_range and self.nbytes:
+            return _ops.read_tensor(self.path, self.offset, shape, self.dtype)
         if into is None:
             target = torch.empty(shape, dtype=self.dtype)
         else:
-            target = into[: self.nbytes].view(self.dtype).view(shape)
+            start = self._start_in(into)
+            target = into[start : start + self.nbytes].view(self.dtype).view(shape)
         if self.data is not None:
             return target.copy_(self.data.detach())
         if self.pieces:
@@ -66,6 +71,17 @@ class StoredTensor:
         elif self.nbytes:
             _ops.read_file(self.path, self.offset, target)
         return target
+
+
+    @property
+    def room(self) -> int:
+        """Bytes of a buffer into which it can be read without a copy on the way."""
+        return self.nbytes + _PAGE
+
+    def _start_in(self, buffer: torch.Tensor) -> int:
+        """Where in a buffer its bytes lie as in the file, modulo a page."""
+        start = (self.offset - buffer.data_ptr()) % _PAGE if self.in_one_range else 0
+        return start if start % self.dtype.itemsize == 0 else 0
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -1,0 +1,35 @@
+#include "core/parts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace distorch {
+
+void for_parts(uint64_t parts, size_t threads, const std::function<void(uint64_t)>& work) {
+  std::atomic<uint64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;  // guarded by mutex
+  const auto take_parts = [&] {
+    try {
+      for (uint64_t part; (part = next++) < parts;) work(part);
+    } catch (...) {
+      next = parts;
+      std::lock_guard lock(mutex);
+      failure = std::current_exception();
+    }
+  };
+  {
+    std::vector<std::jthread> helpers;
+    for (size_t i = 1; i < std::min<uint64_t>(threads, parts); ++i) {
+      helpers.emplace_back(take_parts);
+    }
+    take_parts();
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace distorch
