@@ -245,9 +245,7 @@ def read_file(path: str, offset: int, into: torch.Tensor) -> None:
     _ops.read_file(path, offset, into)
 
 
-def read_tensor(
-    path: str, offset: int, sizes: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
+def read_tensor(path: str, offset: int, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A new CPU tensor with its bytes from a file, past the page cache. FormatError, FetchError."""
     return cast(torch.Tensor, _ops.read_tensor(path, offset, list(sizes), dtype))
 

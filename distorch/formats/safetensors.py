@@ -72,7 +72,6 @@ class StoredTensor:
             _ops.read_file(self.path, self.offset, target)
         return target
 
-
     @property
     def room(self) -> int:
         """Bytes of a buffer into which it can be read without a copy on the way."""
