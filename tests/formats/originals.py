@@ -7,6 +7,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -356,6 +357,25 @@ def lumina_inputs():
     }  # fmt: skip
 
 
+QWEN_IMAGE = {
+    "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+
+
+def qwen_image_original(weights):
+    return dict(weights)
+
+
+def qwen_image_inputs():
+    torch.manual_seed(7)
+    return {
+        "hidden_states": torch.randn(1, 4, 16), "encoder_hidden_states": torch.randn(1, 3, 32),
+        "encoder_hidden_states_mask": torch.ones(1, 3, dtype=torch.bool),
+        "timestep": torch.tensor([0.5]), "img_shapes": [[(1, 2, 2)]],
+    }  # fmt: skip
+
+
 ORIGINALS = {
     "flux": (FluxTransformer2DModel, FLUX, flux_original, flux_inputs),
     "wan": (WanTransformer3DModel, WAN, wan_original, wan_inputs),
@@ -363,6 +383,7 @@ ORIGINALS = {
     "z_image": (ZImageTransformer2DModel, Z_IMAGE, z_image_original, z_image_inputs),
     "hunyuan": (HunyuanVideoTransformer3DModel, HUNYUAN, hunyuan_original, hunyuan_inputs),
     "sd3": (SD3Transformer2DModel, SD3, sd3_original, sd3_inputs),
+    "qwen_image": (QwenImageTransformer2DModel, QWEN_IMAGE, qwen_image_original, qwen_image_inputs),
     "lumina2": (Lumina2Transformer2DModel, LUMINA, lumina_original, lumina_inputs),
 }
 

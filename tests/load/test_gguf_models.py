@@ -3,13 +3,26 @@ of the same model with the decoded values."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
 from gguf import GGMLQuantizationType as Q
+from gguf import GGUFWriter
+from gguf.quants import dequantize, quantize
+from safetensors.torch import save_file
 
 import distorch
-from tests.formats.originals import FLUX, empty, flux_inputs, flux_original, outputs, small
+from distorch import _ops
+from tests.formats.originals import (
+    FLUX,
+    ORIGINALS,
+    empty,
+    flux_inputs,
+    flux_original,
+    outputs,
+    small,
+)
 from tests.formats.test_naming_gguf import MODELS, after_storing, llama_cpp_tensors, write_gguf
 
 SPECS = ["cpu,*", "cpu,0b;disk,*"]
@@ -71,3 +84,59 @@ def test_the_outputs_of_diffusers_own_loader(tmp_path, small_widths, kind):
     torch.testing.assert_close(mine, other, rtol=0, atol=4e-3)
     exact = outputs(with_stored_values(model, kind), flux_inputs())
     assert torch.equal(mine, exact) and not torch.equal(other, exact)
+
+
+# Wide enough that rows are whole blocks.
+WIDER = {
+    "wan": {"attention_head_dim": 16, "text_dim": 32, "freq_dim": 32},
+    "ltx": {"attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 16},
+}
+DIFFUSION = [name for name in ORIGINALS if name != "lumina2"]
+
+
+def write_diffusion_gguf(path, tensors, kind):
+    """As converters of diffusion models do: blocks where rows allow it, weights of more than four
+    dimensions flattened; or (`kind` None) everything in float16 and as it is. The values in it come
+    back.
+    """
+    writer, found = GGUFWriter(path, "diffusion"), {}
+    for name, tensor in tensors.items():
+        value, data = tensor, tensor.numpy()
+        if tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and kind is not None:
+            blocks = quantize(data, kind)
+            value = torch.from_numpy(dequantize(blocks, kind))
+            writer.add_tensor(name, blocks, raw_dtype=kind)
+        elif tensor.dim() == 1:
+            writer.add_tensor(name, data)
+        else:
+            value = tensor.half().float()
+            if tensor.dim() > 4 and kind is not None:
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+                data = data.reshape(tensor.shape[0], -1)
+            writer.add_tensor(name, data.astype(np.float16))
+        found[name] = value.contiguous()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q5_1, None], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("which", DIFFUSION)
+def test_diffusion_models(tmp_path, small_widths, which, spec, kind):
+    cls, config, original, inputs = ORIGINALS[which]
+    config = config | WIDER.get(which, {})
+    if which in WIDER:
+        text = config.get("text_dim", config.get("caption_channels"))
+        inputs = lambda made=inputs: made() | {"encoder_hidden_states": torch.ones(1, 3, text)}  # noqa: E731
+    model, file = small(cls, config), tmp_path / "m.gguf"
+    values = write_diffusion_gguf(file, original(model.state_dict()), kind)
+    save_file(values, tmp_path / "values.safetensors")
+    plain = distorch.load(empty(cls, config), tmp_path / "values.safetensors", "cpu,*")
+    loaded = distorch.load(empty(cls, config), file, spec, min_bytes=0)
+    assert torch.equal(outputs(loaded, inputs()), outputs(plain, inputs()))
+    quantised = sum(_ops.state(p).decoded for p in loaded.parameters() if _ops.is_sharded(p))
+    assert (quantised > 10) == (kind is not None)
+    assert distorch.report(loaded).ok
