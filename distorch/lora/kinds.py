@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,9 +46,25 @@ class Kind:
         """Rows that it covers, where that is known without the weight."""
         return None
 
+    @property
+    def cuts(self) -> int:
+        """Rows come in groups of this many, each of which can be patched alone; 0: only all."""
+        return 0
+
     def some_rows(self, begin: int, end: int) -> Kind:
-        """The part of it for rows [begin, end): a fused patch on one of several weights."""
-        raise FormatError(f"a {self.name} of a fused weight cannot be cut into parts")
+        """The part of it for rows [begin, end): a fused patch on one of several weights, or some
+        of a big one. Both are multiples of `cuts`.
+        """
+        step = self.cuts
+        if step == 0 or begin % step or end % step:
+            raise FormatError(
+                f"a {self.name} cannot be cut at rows {begin} to {end}"
+                + (f", only at multiples of {step}" if step else "")
+            )
+        return self._rows_of(begin, end)
+
+    def _rows_of(self, begin: int, end: int) -> Kind:
+        raise NotImplementedError
 
 
 def _columns(shape: tuple[int, ...]) -> int:
@@ -92,7 +108,9 @@ class LowRankKind(Kind):
     def rows(self) -> int:
         return int(self.up.shape[0])
 
-    def some_rows(self, begin: int, end: int) -> LowRankKind:
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> LowRankKind:
         return LowRankKind(self.up[begin:end], self.down, self.scale)
 
 
@@ -123,6 +141,11 @@ class CoreKind(Kind):
 
     def rows(self) -> int:
         return int(self.up.shape[0])
+
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> CoreKind:
+        return replace(self, up=self.up[begin:end])
 
 
 @dataclass(eq=False)
@@ -160,6 +183,14 @@ class HadamardKind(Kind):
     def rows(self) -> int:
         return self._size()[0]
 
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> HadamardKind:
+        rows = slice(begin, end)
+        place = rows if self.cores is None else (slice(None), rows)
+        (a, b), (c, d) = self.first, self.second
+        return replace(self, first=(a[place], b), second=(c[place], d))
+
 
 def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """core [r, s, ...], up [r, out], down [s, in] -> [out, in, ...]."""
@@ -194,9 +225,16 @@ class KroneckerKind(Kind):
             else self.right[0].shape[1] * self.right[1].shape[1] * math.prod(self.core.shape[2:])
         )
 
+    @property
+    def cuts(self) -> int:
+        return int(self.right[0].shape[0 if self.core is None else 1])
+
+    def _rows_of(self, begin: int, end: int) -> KroneckerKind:
+        left = self.left[0][begin // self.cuts : end // self.cuts]
+        return replace(self, left=(left, *self.left[1:]))
+
     def rows(self) -> int:
-        right = self.right[0].shape[0 if self.core is None else 1]
-        return int(self.left[0].shape[0] * right)
+        return int(self.left[0].shape[0] * self.cuts)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and self.rows() == shape[0] and self._count() == math.prod(shape)
@@ -232,13 +270,19 @@ class DifferenceKind(Kind):
             self.value.numel() == math.prod(shape) and 1 in (len(shape), self.value.dim())
         )
 
+    def shaped(self, shape: tuple[int, ...]) -> DifferenceKind:
+        """The same in the shape of its weight, where it was flattened."""
+        return replace(self, value=self.value.reshape(shape)) if self.fits(shape) else self
+
     def shape(self) -> str:
         return str(list(self.value.shape))
 
     def rows(self) -> int:
         return int(self.value.shape[0])
 
-    def some_rows(self, begin: int, end: int) -> DifferenceKind:
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> DifferenceKind:
         return DifferenceKind(self.value[begin:end], self.scale)
 
 
@@ -257,6 +301,11 @@ class ReplacementKind(Kind):
 
     def shape(self) -> str:
         return str(list(self.value.shape))
+
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> ReplacementKind:
+        return ReplacementKind(self.value[begin:end])
 
 
 @dataclass(eq=False)
@@ -283,6 +332,11 @@ class GloraKind(Kind):
 
     def shape(self) -> str:
         return f"[{self.b[0].shape[0]}, {self.b[1].shape[1]}]"
+
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> GloraKind:
+        return replace(self, b=(self.b[0][begin:end], self.b[1]))
 
 
 def _skew(vectors: Tensor, size: int) -> Tensor:
@@ -385,6 +439,11 @@ class InputRotationKind(Kind):
     def shape(self) -> str:
         return f"{self.vectors.shape[0]} blocks of {self._block()} columns"
 
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> InputRotationKind:
+        return self  # the same for every row
+
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:
     """1 + 2 Q + 2 Q^2 + ... + Q^(terms - 1): the first terms of (1 + Q)(1 - Q)^-1."""
@@ -442,6 +501,11 @@ class InputButterflyKind(Kind):
     def shape(self) -> str:
         return f"[{self.scales.numel()}, {self.rotations.shape[1] * self.rotations.shape[2]}]"
 
+    cuts = 1
+
+    def _rows_of(self, begin: int, end: int) -> InputButterflyKind:
+        return replace(self, scales=self.scales.flatten()[begin:end])
+
 
 @dataclass(eq=False)
 class DecomposedKind(Kind):
@@ -479,11 +543,18 @@ class DecomposedKind(Kind):
             raise FormatError("a DoRA over anything but LoRA cannot be turned over")
         return DecomposedKind(self.inner.transposed(), self.magnitude.reshape(1, -1))
 
-    def some_rows(self, begin: int, end: int) -> DecomposedKind:
+    @property
+    def cuts(self) -> int:
+        shape, inner = self.magnitude.shape, self.inner
+        by_column = len(shape) > 1 and shape[0] == 1 < shape[1]
+        if by_column and isinstance(inner, LowRankKind):
+            by_column = inner.down.shape[1] % shape[1] == 0
+        by_row = self.magnitude.numel() == self.rows() and not by_column
+        return inner.cuts if by_row else 0
+
+    def _rows_of(self, begin: int, end: int) -> DecomposedKind:
         magnitude = self.magnitude.flatten()
-        if magnitude.numel() == self.rows():
-            return DecomposedKind(self.inner.some_rows(begin, end), magnitude[begin:end])
-        raise FormatError("a DoRA with one magnitude per column cannot be cut into rows")
+        return DecomposedKind(self.inner.some_rows(begin, end), magnitude[begin:end])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from distorch.lora.targets import Targets, component_of
 _SHOWN = 3
 # Of what is not low rank; a delta is then exact to the last bit of the sum in float32.
 _WIDE = torch.float64
+_WIDE_NUMBERS = 1 << 20  # of a weight, at one time
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,15 +161,41 @@ def _plain(stored: Tensor, rows: StoredRows, shape: Sequence[int]) -> Tensor:
 
 
 def _merge_wide(patches: Sequence[tuple[Patch, float]], base: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same where one of the patches is no product: some rows after the other, so that what is
+    wide is never the whole of a big weight, if all patches can be cut.
+    """
+    result = torch.empty(base.shape, dtype=dtype, device=base.device)
+    rows, into = (base.reshape(1), result.view(1)) if base.dim() == 0 else (base, result)
+    count = rows.shape[0]
+    step = math.lcm(*(patch.kind.cuts for patch, _ in patches)) or count
+    if rows.dim() < 2 or any(patch.first_row % step for patch, _ in patches):
+        step = count
+    at_once = max(step, _WIDE_NUMBERS // max(rows[:1].numel(), 1) // max(step, 1) * step)
+    for begin in range(0, count, max(at_once, 1)):
+        part = slice(begin, min(begin + at_once, count))
+        into[part] = _merge_rows(patches, rows[part], begin, count, dtype)
+    return result
+
+
+def _merge_rows(
+    patches: Sequence[tuple[Patch, float]], base: Tensor, begin: int, count: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a weight of `count` rows, from `begin` on, with their patches."""
     wide = torch.complex128 if base.is_complex() else _WIDE
     if base.device.type == "mps":  # has no float64
         wide = torch.float32
     weight = base.to(wide)
     result = weight.clone()
     for patch, strength in patches:
-        count = patch.kind.rows() if patch.part else None
-        part = slice(patch.first_row, None if count is None else patch.first_row + count)
-        delta = patch.kind.delta(weight[part])
+        first, kind = patch.first_row, patch.kind
+        own = (kind.rows() if patch.part else None) or count - first
+        low, high = max(first, begin), min(first + own, begin + base.shape[0])
+        if low >= high:
+            continue
+        if (low, high) != (first, first + own):
+            kind = kind.some_rows(low - first, high - first)
+        part = slice(low - begin, high - begin)
+        delta = kind.delta(weight[part])
         if not bool(torch.isfinite(delta).all()):
             raise patch.complaint("its delta has NaN or inf values")
         result[part] += strength * delta
@@ -338,6 +365,8 @@ def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[
     """The patch on the rows of a weight that `place` names. `source`: its stem and file."""
     if place.cut is not None:
         kind = kind.some_rows(*place.cut)
+    if isinstance(kind, DifferenceKind) and not place.part:
+        kind = kind.shaped(targets.shapes[weight])
     first, rows = 0, kind.rows()
     if place.step:
         if rows is None:

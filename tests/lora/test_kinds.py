@@ -1,6 +1,8 @@
 """Every kind of patch against the library that defines it (PEFT) or the formula in float64."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 
 import distorch
 from distorch import FormatError
+from distorch.lora import patches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -102,6 +105,13 @@ def trained(base, kind, folder):
         parameter.data = parameter.data.double()
     adapted.save_pretrained(folder)
     return dict(adapted.merge_and_unload().named_parameters())
+
+
+@pytest.fixture(autouse=True, params=["whole", "in parts"])
+def wide_numbers(request, monkeypatch):
+    """Patches that are no products are added to some rows after the other where it is many."""
+    if request.param == "in parts":
+        monkeypatch.setattr(patches, "_WIDE_NUMBERS", 200)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,3 +277,38 @@ def test_broken_patches(base, tmp_path, kind):
     with pytest.raises(FormatError, match=message):
         distorch.load(module, saved(tmp_path, base), "cpu,*", loras=[(state, 1.0)])
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+MEMORY = """
+import torch
+from distorch.lora import LoraReader, merge
+
+size = 4096
+shapes = {"w.weight": (size, size)}
+parts = {f"w.hada_w{i}_{side}": torch.ones((size, 4) if side == "a" else (4, size))
+         for i in (1, 2) for side in "ab"}
+patches, _ = LoraReader(shapes).read([(parts, 1e-3)], True)
+weight = torch.ones(size, size, dtype=torch.bfloat16)
+warm = torch.ones(256, 256, dtype=torch.float64)
+warm @ warm
+
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) << 10
+
+
+before = peak()
+merged = merge(patches.of(["w.weight"]), weight, torch.bfloat16)
+assert merged[5, 7] == torch.tensor(1 + 1e-3 * 16).bfloat16()
+print(peak() - before)
+"""
+
+
+def test_no_wide_copy_of_a_big_weight():
+    """In float64 it is 128 MiB; so would be each of its deltas."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    result = 2 * 4096**2
+    assert int(done.stdout) - result < 96 << 20
