@@ -36,6 +36,7 @@ from distorch.patching import (
     Patching,
     PatchOptions,
     base_name,
+    check_plain_numbers,
     merged_value,
     new_reader,
     with_rows,
@@ -196,6 +197,8 @@ def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
             continue
         job.patches = patches.of([base_name(name) for name in job.names])
         if job.patches:
+            if job.rows is None:
+                check_plain_numbers(job.members[0], job.stored.dtype)
             narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
             job.patched_dtype = options.dtype_of(narrow, _module_dtype(job))
             fits = job.rows is not None or job.dtype == job.stored.dtype

@@ -23,6 +23,7 @@ from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
 from distorch.errors import PlacementError, SpecError
 from distorch.formats.safetensors import StoredTensor
+from distorch.formats.scales import own_scales
 from distorch.lora import (
     LoraReader,
     LoraSource,
@@ -34,7 +35,7 @@ from distorch.lora import (
     merge,
 )
 from distorch.runtime import distribution
-from distorch.runtime.groups import Group, group_members, has_bytes, named_members
+from distorch.runtime.groups import Group, Member, group_members, has_bytes, named_members
 from distorch.runtime.staging import current_place
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -159,6 +160,21 @@ def new_reader(module: nn.Module) -> LoraReader:
     return LoraReader(shapes_of(module), transposed_weights(module))
 
 
+def check_plain_numbers(member: Member, dtype: torch.dtype) -> None:
+    """Numbers that mean something only with the module's own scales cannot be patched alone.
+
+    `dtype` of those numbers. Raises PlacementError.
+    """
+    scales = own_scales(member.owner, member.key) if dtype.itemsize == 1 else None
+    if scales is not None:
+        raise PlacementError(
+            f"{member.name!r} has {dtype} numbers whose scales ({scales!r}) belong to its "
+            f"{type(member.owner).__name__}: a LoRA added to the numbers alone would be wrong. "
+            "Put it on as an adapter (PEFT), or load the file into modules without scales of their "
+            "own, such as nn.Linear: distorch applies them then"
+        )
+
+
 def merged_value(
     patches: Applied, values: torch.Tensor, rows: StoredRows | None, dtype: torch.dtype,
     compute: torch.device, *, shape: Sequence[int] | None = None, into: torch.Tensor | None = None,
@@ -258,6 +274,9 @@ def _changes(
     for group in groups:
         old = known.applied.get(base_name(group.name), [])
         new = patches.of([base_name(member.name) for member in group.members])
+        original = known.originals.get(base_name(group.name))
+        if new and (original is None or original.rows is None):
+            check_plain_numbers(group.members[0], group.first.dtype)
         respelled = options != known.options and (old or new)
         if not _same(old, new) or respelled:
             changes.append(_Change(group, old, new, known.options))
@@ -511,6 +530,6 @@ def _settle(module: nn.Module, state: distribution.Distribution, groups: list[Gr
 
 
 __all__ = [
-    "Original", "PatchOptions", "Patching", "base_name", "merged_value", "new_reader", "set_loras",
-    "with_rows",
+    "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers", "merged_value",
+    "new_reader", "set_loras", "with_rows",
 ]  # fmt: skip

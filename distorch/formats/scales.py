@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from distorch.errors import FormatError
 from distorch.formats.safetensors import StoredTensor
@@ -27,6 +28,13 @@ def scale_keys(name: str) -> dict[str, str]:
     """Every key under which something of this weight's scales may stand, by its pattern."""
     stem = name.removesuffix(".weight")
     return {pattern: pattern.format(stem) for pattern in (*_FACTORS, *_LARGEST, *_OTHER)}
+
+
+def own_scales(owner: nn.Module, key: str) -> str | None:
+    """The name of the scales that a module keeps itself for its narrow weight `key`, if it does."""
+    names = (name.removeprefix(".") for name in scale_keys(f".{key}").values())
+    factors = {*owner._parameters, *owner._buffers}
+    return next((name for name in names if name in factors), None)
 
 
 @dataclass(frozen=True)

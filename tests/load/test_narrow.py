@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers.integrations import finegrained_fp8
 
 import distorch
 from distorch import FormatError, SpecError
@@ -254,3 +255,62 @@ def test_layerwise_casting_of_diffusers():
     assert any(
         p.dtype == torch.float8_e4m3fn and distorch.is_sharded(p) for p in model.parameters()
     )
+
+
+class Fp8Net(nn.Module):
+    """What transformers makes of linear layers and tables of fine-grained fp8 checkpoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = finegrained_fp8.FP8Embedding(50, 64)
+        self.blocks = finegrained_fp8.FP8Linear(64, 96, block_size=(32, 32), has_bias=True)
+        self.whole = finegrained_fp8.FP8Linear(96, 40)
+
+    def forward(self, ids):
+        return self.whole(torch.tanh(self.blocks(self.table(ids))))
+
+
+def test_fp8_modules_of_transformers(tmp_path, monkeypatch):
+    """Numbers and scales arrive as they are, forward and backward; the product itself stands in for
+    a kernel that only GPUs have.
+    """
+
+    def product(x, weight, scale, block_size=None, bias=None, *_):
+        wide = finegrained_fp8._dequantize_fp8_weight(weight, scale, block_size, x.dtype)
+        return nn.functional.linear(x, wide, bias)
+
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", product)
+    torch.manual_seed(0)
+    source = Fp8Net().requires_grad_(False)
+    for name, parameter in source.named_parameters():
+        values = (
+            torch.rand(parameter.shape) + 0.5 if "scale" in name else torch.randn(parameter.shape)
+        )
+        parameter.data = values.to(parameter.dtype)
+    save_file(source.state_dict(), tmp_path / "own.safetensors")
+
+    ids = torch.arange(6)
+    expected = source(ids)
+    for spec in SPECS:
+        with torch.device("meta"):
+            model = Fp8Net().requires_grad_(False)
+        distorch.load(model, tmp_path / "own.safetensors", spec, min_bytes=0)
+        assert model.blocks.weight.dtype == torch.float8_e4m3fn
+        assert torch.equal(model(ids), expected)
+        x, y = (torch.ones(2, 64, requires_grad=True) for _ in range(2))
+        source.blocks(x).sum().backward()
+        model.blocks(y).sum().backward()
+        assert torch.equal(x.grad, y.grad)
+
+    lora = {"whole.lora_up.weight": torch.ones(40, 2), "whole.lora_down.weight": torch.ones(2, 96)}
+    before = model(ids)
+    with pytest.raises(
+        distorch.PlacementError, match="'weight_scale_inv'.*belong to its FP8Linear"
+    ):
+        distorch.set_loras(model, [(lora, 1.0)])
+    assert torch.equal(model(ids), before)
+    with torch.device("meta"):
+        model = Fp8Net()
+    with pytest.raises(distorch.PlacementError, match="would be wrong"):
+        distorch.load(model, tmp_path / "own.safetensors", loras=[(lora, 1.0)])
+    assert model.whole.weight.is_meta
