@@ -24,6 +24,7 @@ from load_memory import model, status_bytes, write_checkpoint
 from torch import Tensor
 
 RANK = 64
+BANDWIDTH = 900e9  # of the simulated device's memory, bytes per second
 
 
 def lora_state(layers: int, width: int) -> dict[str, Tensor]:
@@ -130,6 +131,49 @@ def measure_peft(options: argparse.Namespace) -> dict[str, Any]:
     return clock.result()
 
 
+def zero_load() -> list[dict[str, float]]:
+    """Everything in RAM, LoRAs put on in fetches, on the simulated accelerator (virtual time, exact):
+    a step against max(compute + patching, bytes / link), and against the step without LoRAs.
+    """
+    import distorch
+    from distorch.testing import sim
+    from overlap import LATENCY, RATE, flops_for, largest_block, steps, uniform
+
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(*uniform())
+
+    found = []
+    for ratio in (0.25, 0.5, 1, 2, 4):
+        weights = list(make().named_parameters())
+        nbytes = sum(p.nbytes for _, p in weights)
+        flops = flops_for(make, (1,), ratio * nbytes / RATE)
+        sim.configure(
+            memory="2tb", flops=flops, memory_bandwidth=BANDWIDTH, mode="dry",
+            links={("cpu", "sim:0"): (RATE, LATENCY)},
+        )  # fmt: skip
+        compute = steps(distorch.distribute(make(), "sim:0,*"), (1,), 2, 1)
+        style, patching = {}, 0.0
+        for name, weight in weights:
+            rows, columns = weight.shape
+            stem = name.removesuffix(".weight")
+            style[f"{stem}.lora_up.weight"] = torch.zeros(rows, RANK)
+            style[f"{stem}.lora_down.weight"] = torch.zeros(RANK, columns)
+            moved = (2 * weight.nbytes + 4 * RANK * (rows + columns)) / BANDWIDTH
+            patching += max(2 * RANK * weight.numel() / flops, moved)
+        ring = 4 * largest_block(make())
+        module = distorch.distribute(make(), "sim:0,0b;cpu,*", min_bytes=0, prefetch=ring)
+        bare = steps(module, (1,), 6, 3)
+        distorch.set_loras(module, [(style, 1.0)], lora_mode="fetch")
+        step = steps(module, (1,), 6, 3)
+        found.append({
+            "compute_to_transfer": ratio, "compute_s": compute, "patching_s": patching,
+            "link_s": nbytes / RATE, "step_without_s": bare, "step_s": step,
+            "over_floor": step / max(compute + patching, nbytes / RATE),
+            "races": len(sim.races()),
+        })  # fmt: skip
+    return found
+
+
 MEASUREMENTS = {
     "raw read": measure_read,
     "merge alone": measure_merge,
@@ -194,6 +238,7 @@ def main() -> None:
         "load / first change": medians["distorch"]["load"]["seconds"]
         / medians["distorch"]["first change"]["seconds"],
         "medians": medians,
+        "zero-load with LoRAs at fetch, simulated": zero_load(),
         "runs": runs,
     }
     print(json.dumps({k: v for k, v in summary.items() if k != "runs"}, indent=1))
