@@ -132,12 +132,13 @@ def measure_peft(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def zero_load() -> list[dict[str, float]]:
-    """Everything in RAM, LoRAs put on in fetches, on the simulated accelerator (virtual time, exact):
+    """Everything in RAM, patched in fetches, on the simulated accelerator (virtual time, exact):
     a step against max(compute + patching, bytes / link), and against the step without LoRAs.
     """
+    from overlap import LATENCY, RATE, flops_for, largest_block, steps, uniform
+
     import distorch
     from distorch.testing import sim
-    from overlap import LATENCY, RATE, flops_for, largest_block, steps, uniform
 
     def make() -> torch.nn.Module:
         return torch.nn.Sequential(*uniform())
