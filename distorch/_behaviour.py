@@ -26,6 +26,10 @@ from distorch.errors import PlacementError
 # address must not get further than that: what launches kernels gets the error.
 _COMPARE_ADDRESSES = ("peft.",)
 
+# Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied, and
+# its version then: once somebody wrote to it, it is theirs and says nothing of the weight.
+_given_out: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+
 
 def alias_of_donor(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor with the sharded tensor's values, over the donor's own bytes where possible.
@@ -209,6 +213,19 @@ def detach_behaviour(parameter: torch.Tensor) -> None:
     """Gives the parameter the behaviour of its class back."""
     for name in _NAMES:
         parameter.__dict__.pop(name, None)
+
+
+@torch.inference_mode(False)  # tensors made in it have no version to remember
+def saved_values(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor's values for a state dict: over the donor's bytes, nothing read yet."""
+    key = _ops.state(tensor).id
+    ref, version = _given_out.get(key, (None, 0))
+    known = ref() if ref is not None else None
+    if known is not None and known._version == version:
+        return like_geometry(_ops.byte_view(known), tensor)
+    values = alias_of_donor(tensor)
+    _given_out[key] = weakref.ref(values, lambda _: _given_out.pop(key, None)), values._version
+    return values
 
 
 def replace_data(parameter: nn.Parameter, value: torch.Tensor) -> None:

@@ -238,7 +238,7 @@ def set_loras(
     if known.reader.shapes.keys() != shapes_of(module).keys():  # adapters came or went
         known.reader = new_reader(module)
     patches, found = known.reader.read(loras, strict_loras)
-    groups = [group for group in group_members(module) if has_bytes(group.first)]
+    groups = group_members(module)
     changes = _changes(groups, patches, known, options)
     _check_unchanged(changes, known)
     state.patching = known
@@ -274,6 +274,13 @@ def _changes(
     for group in groups:
         old = known.applied.get(base_name(group.name), [])
         new = patches.of([base_name(member.name) for member in group.members])
+        if not has_bytes(group.first):
+            if new:
+                raise PlacementError(
+                    f"{group.name!r} is a {type(group.first.data).__name__}, to which no LoRA can "
+                    "be added: put the LoRA on as an adapter (PEFT)"
+                )
+            continue
         original = known.originals.get(base_name(group.name))
         if new and (original is None or original.rows is None):
             check_plain_numbers(group.members[0], group.first.dtype)

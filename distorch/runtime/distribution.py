@@ -25,8 +25,15 @@ from distorch.planner import (
     parse_spec,
     virtual_vram_spec,
 )
-from distorch.runtime import compiled, machine
-from distorch.runtime.groups import Group, group_members, inventory_of, size_of, unique_buffers
+from distorch.runtime import compiled, machine, wrapped
+from distorch.runtime.groups import (
+    Group,
+    group_members,
+    has_bytes,
+    inventory_of,
+    size_of,
+    unique_buffers,
+)
 from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.options import Options, compute_device
 from distorch.runtime.staging import (
@@ -296,7 +303,7 @@ def _stage_all(
     for i in moving:
         origin = state.origins.get(groups[i].name)
         staged[i] = stage(groups[i], places[i], compute, origin, packing)
-        if sharded[i] and not _ops.is_sharded(staged[i]):
+        if sharded[i] and has_bytes(groups[i].first) and not _ops.is_sharded(staged[i]):
             staged[i] = in_place(staged[i], compute, groups[i].name)
         if progress is not None:
             progress(groups[i].nbytes)
@@ -308,6 +315,8 @@ def _is_there(group: Group, target: str, compute: torch.device, sharded: bool) -
     first = group.first
     if current_place(first) != target or first.device != compute or first.is_meta:
         return False
+    if not has_bytes(first):
+        return wrapped.is_on_donor(first) == (target != str(compute))
     if _ops.is_sharded(first) and _ops.state(first).decoded:
         return True
     whole = not _ops.is_sharded(first) or group.nbytes == first.untyped_storage().nbytes()
@@ -332,7 +341,7 @@ def _swap_in(
         parameters = {id(member.parameter): member.parameter for member in group.members}
         values = {i: member_tensor(tensor, group, p) for i, p in parameters.items()}
         for identity, parameter in parameters.items():
-            if parameter.is_inference():
+            if parameter.is_inference() or wrapped.is_wrapper(parameter):
                 _replace_parameter(group, parameter, values[identity], undo)
                 continue
             undo.append(partial(replace_data, parameter, parameter.data))
@@ -346,11 +355,15 @@ def _swap_in(
 def _replace_parameter(
     group: Group, parameter: nn.Parameter, value: torch.Tensor, undo: _Undo
 ) -> None:
-    """A new object for a parameter that was made in inference mode: the old one has no version
-    counter, which the new data's dispatch would ask for.
+    """A new object for a parameter that cannot get other data: one that was made in inference mode
+    has no version counter, which the new data's dispatch would ask for; a wrapper's parts are
+    attributes of the object.
     """
     fresh = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
-    replace_data(fresh, value)
+    if wrapped.is_wrapper(fresh):
+        wrapped.attach_to_parts(fresh)
+    else:
+        replace_data(fresh, value)
     for member in group.members:
         if member.parameter is parameter:
             undo.append(partial(member.owner._parameters.__setitem__, member.key, parameter))
@@ -362,15 +375,16 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
     """Agents on the owning modules, counters on the weights."""
     plan, compute = state.plan, torch.device(state.plan.compute)
     tiers: dict[int, dict[str, str]] = {}
+    fetched: dict[int, list[str]] = {}
     owners: dict[int, nn.Module] = {}
     for group in groups:
         for member in group.members:
             owners[id(member.owner)] = member.owner
             if _ops.is_sharded(member.parameter):
+                fetched.setdefault(id(member.owner), []).append(member.key)
+            if wrapped.is_on_donor(member.parameter):
                 tiers.setdefault(id(member.owner), {})[member.key] = _place_of(group, plan)
-        if _ops.is_sharded(group.first):
-            _ops.count_in(group.first, state.counters.id)
-    _ops.suggest_order([group.first for group in groups if _ops.is_sharded(group.first)])
+    _count_and_order(groups, state)
     if tiers and id(module) not in tiers:
         # The root refuses .to(device) before any of its parts has moved.
         owners[id(module)], tiers[id(module)] = module, {}
@@ -381,8 +395,8 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
             ModuleAgent.install(owner, compute, tiers[key])
         else:
             ModuleAgent.remove(owner)
-        if state.compiled and tiers.get(key):
-            compiled.start_fetching(owner, tiers[key])
+        if state.compiled and key in fetched:
+            compiled.start_fetching(owner, fetched[key])
         else:
             compiled.stop_fetching(owner)
     for part in module.modules():
@@ -391,6 +405,14 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
     compiled.watch(module)
     # Last, and in one step: from here on it is done.
     module.__dict__[_KEY] = state
+
+
+def _count_and_order(groups: list[Group], state: Distribution) -> None:
+    """Counters on what is fetched, and the order in which it is likely to be."""
+    streamed = [tensor for group in groups for tensor in wrapped.sharded_parts(group.first)]
+    for tensor in streamed:
+        _ops.count_in(tensor, state.counters.id)
+    _ops.suggest_order(streamed)
 
 
 def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None:
@@ -424,7 +446,7 @@ def unplace(module: Module, device: str | torch.device | None) -> Module:
     staged = {
         index: _plain(group, target)
         for index, group in enumerate(groups)
-        if _ops.is_sharded(group.first) or group.first.device != target
+        if wrapped.is_on_donor(group.first) or group.first.device != target
     }
     buffers = {name: buffer.to(target) for name, _, _, buffer in unique_buffers(module)}
     undo: _Undo = []

@@ -58,7 +58,7 @@ class Group:
             shape=shape_of(p),
             dtype=str(p.dtype).removeprefix("torch."),
             kind="parameter",
-            floating=has_bytes(p)
+            floating=can_leave_device(p)
             and (p.is_floating_point() or p.is_complex() or p.dtype in _QUANTISED),
             aliases=tuple(member.name for member in self.members[1:]),
         )
@@ -75,6 +75,13 @@ def has_bytes(tensor: torch.Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
     return not is_traceable_wrapper_subclass(tensor)
+
+
+def can_leave_device(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes can be on a donor: plain memory, or a wrapper around such."""
+    return has_bytes(tensor) or (
+        is_traceable_wrapper_subclass(tensor) and all(map(has_bytes, parts_of(tensor)))
+    )
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:

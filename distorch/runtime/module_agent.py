@@ -18,18 +18,15 @@ import torch
 from torch import nn
 
 from distorch import _donors, _ops
-from distorch._behaviour import alias_of_donor, like_geometry, replace_data
+from distorch._behaviour import replace_data, saved_values
 from distorch.errors import PlacementError
-from distorch.runtime import compiled
+from distorch.runtime import compiled, wrapped
+from distorch.runtime.wrapped import is_on_donor
 
 _KEY = "_distorch_agent"
 # Set in the __dict__ of a module whose state dict gives out decoded weights sharded, as they are:
 # for libraries that ask for a state dict when they mean names and shapes.
 KEEP_SHARDED = "_distorch_keep_sharded"
-
-# Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied, and
-# its version then: once somebody wrote to it, it is theirs and says nothing of the weight.
-_given_out: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
 
 # Set while an agent above has already converted the sharded weights of the whole tree.
 _converting: ContextVar[bool] = ContextVar("distorch_converting", default=False)
@@ -39,19 +36,6 @@ def agent_of(module: nn.Module) -> ModuleAgent | None:
     """The agent of a module, if it owns or owned sharded parameters."""
     found = module.__dict__.get(_KEY)
     return found if isinstance(found, ModuleAgent) else None
-
-
-@torch.inference_mode(False)  # tensors made in it have no version to remember
-def saved_values(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor's values for a state dict: over the donor's bytes, nothing read yet."""
-    key = _ops.state(tensor).id
-    ref, version = _given_out.get(key, (None, 0))
-    known = ref() if ref is not None else None
-    if known is not None and known._version == version:
-        return like_geometry(_ops.byte_view(known), tensor)
-    values = alias_of_donor(tensor)
-    _given_out[key] = weakref.ref(values, lambda _: _given_out.pop(key, None)), values._version
-    return values
 
 
 def _save_hook(
@@ -65,6 +49,8 @@ def _save_hook(
         kept = KEEP_SHARDED in module.__dict__
         if _ops.is_sharded(tensor) and not (kept and _ops.state(tensor).decoded):
             state_dict[prefix + key] = saved_values(tensor)
+        elif not _ops.is_sharded(tensor) and is_on_donor(tensor):
+            state_dict[prefix + key] = wrapped.saved(tensor)
 
 
 def _load_hook(module: nn.Module, incompatible_keys: Any) -> None:
@@ -135,7 +121,7 @@ class ModuleAgent:
         """
         module = self.module
         # The class's own way, with sharded parameters passed over: RNN modules look at them.
-        plain = partial(type(module)._apply, module, lambda t: t if _ops.is_sharded(t) else fn(t))
+        plain = partial(type(module)._apply, module, lambda t: t if is_on_donor(t) else fn(t))
         if not recurse:
             plain = partial(plain, recurse=False)
         if _converting.get():
@@ -161,8 +147,10 @@ class ModuleAgent:
         """Shards again what became plain, on the donor that the plan names."""
         for key, tier in self.tiers.items():
             parameter = self.module._parameters.get(key)
-            if parameter is None or _ops.is_sharded(parameter) or parameter.is_meta:
+            if parameter is None or is_on_donor(parameter) or parameter.is_meta:
                 continue
+            if wrapped.is_wrapper(parameter):
+                continue  # the next placement takes it apart
             with torch.no_grad():
                 replace_data(
                     parameter, _on_donor(parameter, parameter.detach(), tier, self.compute)
@@ -181,7 +169,7 @@ class ModuleAgent:
 def _refuse_other_devices(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Before anything moved: a sharded weight has one compute device."""
     for name, parameter in module.named_parameters():
-        if not _ops.is_sharded(parameter):
+        if not is_on_donor(parameter):
             continue
         probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         with torch.no_grad():

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
+from torch import nn
 
 from distorch import _donors, _ops
 from distorch._behaviour import geometry_over
 from distorch.errors import DistorchError, PlacementError
-from distorch.runtime import machine
-from distorch.runtime.groups import Group, has_bytes
+from distorch.runtime import machine, wrapped
+from distorch.runtime.groups import (
+    Group,
+    byte_extent,
+    can_leave_device,
+    has_bytes,
+    parts_of,
+)
 
 _COMPARE_BYTES = 32 << 20
 _SMALL_BYTES = 512 << 10  # weights up to this size are packed
@@ -32,6 +40,9 @@ def current_place(tensor: torch.Tensor) -> str:
     """The device or tier that holds a tensor's bytes: "cpu", "cuda:0", "disk"."""
     if _ops.is_sharded(tensor):
         return _ops.state(tensor).tier
+    if wrapped.is_wrapper(tensor):
+        parts = parts_of(tensor)
+        return current_place(max(parts, key=lambda part: part.numel() * part.element_size()))
     device = tensor.device
     if device.type != "cpu" and device.index is None:
         return f"{device.type}:0"
@@ -84,13 +95,29 @@ def _from_checkpoint(group: Group, origin: Origin, compute: torch.device) -> tor
 
 
 def _whole(group: Group, target: str, compute: torch.device) -> torch.Tensor:
-    if target == str(compute):
+    if target == str(compute) and not wrapped.is_on_donor(group.first):
         return group.first.detach().to(compute)
+    if can_leave_device(group.first):
+        return _stage_parts(group, target, compute)
     raise PlacementError(
         f"weight {group.name!r} should go to {target!r}, but a sparse, nested or quantised "
         f"tensor is not plain memory: it stays on the compute device ({compute}); take it out of "
         "the rules"
     )
+
+
+def _stage_parts(group: Group, target: str, compute: torch.device) -> torch.Tensor:
+    """See Note [Wrappers]."""
+    member = group.members[0]
+
+    def staged(name: str, part: torch.Tensor) -> torch.Tensor:
+        if part.numel() <= 1:
+            return part.detach().to(compute)
+        alone = replace(member, name=f"{group.name}.{name}", parameter=cast(nn.Parameter, part))
+        whole = Group(*byte_extent(part), [alone])
+        return member_tensor(stage(whole, target, compute), whole, part)
+
+    return wrapped.rebuilt(group.first, staged)
 
 
 class Packing:
@@ -133,7 +160,8 @@ def stage(
 ) -> torch.Tensor:
     """The group's bytes at `target` ("cpu", "disk" or a device): uint8 [nbytes].
 
-    A tensor that is not plain memory is given back as it is, on the compute device.
+    A tensor that is not plain memory is given back as it is, a wrapper around staged parts (see
+    Note [Wrappers]), others on the compute device.
     Sharded when `target` is a donor, plain when it is the compute device. A weight that fetches
     decode keeps the form that it has on a donor, on the compute device, too. The module is not
     changed. Raises PlacementError, FetchError.

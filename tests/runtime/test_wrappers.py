@@ -1,0 +1,182 @@
+"""Weights that are wrapper subclasses around several tensors, as quantised weights are."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+import distorch
+from distorch import PlacementError
+from distorch.runtime.wrapped import is_on_donor, sharded_parts
+from distorch.testing import sim
+
+aten = torch.ops.aten
+
+
+class Scaled(torch.Tensor):
+    """int8 numbers times a scale per row, times one for all."""
+
+    @staticmethod
+    def __new__(cls, numbers, rows, whole):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, numbers.shape, dtype=torch.float32, device=numbers.device
+        )
+
+    def __init__(self, numbers, rows, whole):
+        self.numbers, self.rows, self.whole = numbers, rows, whole
+
+    @classmethod
+    def of(cls, values):
+        rows = values.abs().amax(1, keepdim=True) / 127
+        return cls((values / rows).round().to(torch.int8), rows, torch.tensor(0.5))
+
+    def plain(self):
+        return self.numbers.float() * self.rows * self.whole
+
+    def __tensor_flatten__(self):
+        return ["numbers", "rows", "whole"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, context, size, stride):
+        return Scaled(parts["numbers"], parts["rows"], parts["whole"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (aten.detach.default, aten.clone.default, aten._to_copy.default):
+            kwargs.pop("dtype", None)
+            parts = (func(part, **kwargs) for part in _parts(args[0]))
+            return return_and_correct_aliasing(func, args, kwargs, Scaled(*parts))
+        if func is aten.copy_.default:
+            for into, value in zip(_parts(args[0]), _parts(args[1]), strict=True):
+                into.copy_(value)
+            return args[0]
+        args = [a.plain() if isinstance(a, Scaled) else a for a in args]
+        return func(*args, **kwargs)
+
+
+def _parts(tensor):
+    return tensor.numbers, tensor.rows, tensor.whole
+
+
+class Net(nn.Module):
+    def __init__(self, device="cpu"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.table = nn.Embedding(10, 64)
+        for layer in self.layers:
+            layer.weight = nn.Parameter(Scaled.of(layer.weight.detach()), requires_grad=False)
+        self.requires_grad_(False).to(device)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+IDS = torch.arange(6)
+WIDE = 4 * (64 * 64 + 64 * 4)  # bytes of parts that can leave
+
+
+@pytest.mark.parametrize("spec", ["cpu,0b;disk,*", "cpu,5000b;disk,*"])
+def test_parts_leave_and_come_back(spec):
+    expected = Net()(IDS)
+    net = distorch.distribute(Net(), spec, min_bytes=0)
+    assert torch.equal(net(IDS), expected)
+    report = distorch.report(net)
+    assert report.ok, report
+    assert report.bytes["disk"] >= WIDE // 4
+    weight = net.layers[3].weight
+    assert type(weight) is Scaled and isinstance(weight, nn.Parameter)
+    assert len(sharded_parts(weight)) == 2 and weight.whole.device.type == "cpu"
+    assert distorch.stats(net).bytes["disk->cpu"] > 0
+    distorch.redistribute(net, "cpu,*")
+    assert not any(is_on_donor(p) for p in net.parameters())
+    assert torch.equal(net(IDS), expected)
+    distorch.redistribute(net, "cpu,0b;disk,*")
+    distorch.undistribute(net)
+    assert not any(is_on_donor(p) for p in net.parameters())
+    assert torch.equal(net(IDS), expected)
+
+
+def test_on_an_accelerator():
+    sim.configure(memory="1gb")
+    expected = Net()(IDS)
+    net = distorch.distribute(Net(), "sim:0,0b;cpu,*", min_bytes=0)
+    assert net.layers[0].weight.device.type == "sim"
+    for _ in range(3):
+        assert torch.equal(net(IDS.to("sim")).cpu(), expected)
+    assert not sim.races()
+    held = torch.get_device_module("sim").memory_allocated()
+    ring = distorch.runtime.distribution.distribution_of(net).ring_bytes
+    assert held - ring < 4096 * 6  # biases, single scales
+    distorch.undistribute(net)
+    assert all(p.device.type == "sim" for p in net.parameters())
+    assert torch.equal(net(IDS.to("sim")).cpu(), expected)
+
+
+def test_state_dicts_copies_and_files():
+    net = distorch.distribute(Net(), "cpu,0b;disk,*", min_bytes=0)
+    expected = net(IDS)
+    saved = net.state_dict()
+    assert not any(is_on_donor(value) for value in saved.values())
+    assert isinstance(saved["layers.1.weight"], Scaled)
+    fresh = Net()
+    for layer in fresh.layers:
+        layer.weight.numbers.zero_()
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh(IDS), expected)
+
+    copied = copy.deepcopy(net)
+    assert all(is_on_donor(layer.weight) for layer in copied.layers)
+    assert torch.equal(copied(IDS), expected)
+
+    file = io.BytesIO()
+    torch.save(saved["layers.1.weight"].plain(), file)
+    assert torch.equal(torch.load(io.BytesIO(file.getvalue())), fresh.layers[1].weight.plain())
+
+
+def test_conversions_leave_the_parts_where_they_are():
+    net = distorch.distribute(Net(), "cpu,0b;disk,*", min_bytes=0)
+    expected = net(IDS)
+    net.to("cpu").float()
+    assert all(is_on_donor(layer.weight) for layer in net.layers)
+    assert torch.equal(net(IDS), expected)
+    with pytest.raises(PlacementError, match="cannot move"):
+        net.to("meta")
+
+
+def test_what_cannot_be():
+    net = distorch.distribute(Net(), "cpu,0b;disk,*", min_bytes=0)
+    expected = net(IDS)
+    lora = {
+        "layers.1.lora_up.weight": torch.ones(64, 2),
+        "layers.1.lora_down.weight": torch.ones(2, 64),
+    }
+    with pytest.raises(PlacementError, match=r"'layers.1.weight' is a Scaled.*adapter"):
+        distorch.set_loras(net, [(lora, 1.0)])
+    assert torch.equal(net(IDS), expected)
+
+
+def test_a_failure_leaves_the_module_as_it_was(monkeypatch):
+    net, count = Net(), 0
+    expected, weights = net(IDS), list(net.parameters())
+    put = distorch._donors.shard_on
+
+    def fails(*args):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise PlacementError("no room for the sixth")
+        return put(*args)
+
+    monkeypatch.setattr(distorch._donors, "shard_on", fails)
+    with pytest.raises(PlacementError, match="sixth"):
+        distorch.distribute(net, "cpu,0b;disk,*", min_bytes=0)
+    assert all(a is b for a, b in zip(net.parameters(), weights, strict=True))
+    assert torch.equal(net(IDS), expected)
