@@ -109,7 +109,11 @@ class DistorchPatcher(ModelPatcher):
         spec = wanted.spec
         if spec == "auto" and budget is not None and wanted.compute != "cpu":
             spec = f"{wanted.compute},{budget}b;cpu,*"
-        return spec, wanted.options(sum(group.nbytes for group in group_members(self.model)))
+        groups = group_members(self.model)
+        options = wanted.options(sum(group.nbytes for group in groups))
+        # The host's patches on its quantised weights need them whole.
+        options["keep"] = [group.name for group in groups if not has_bytes(group.first)]
+        return spec, options
 
     # --- loading ---
 
