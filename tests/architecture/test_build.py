@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler import COMPILER
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -38,7 +40,7 @@ def test_core_compiles_and_links_without_torch(tmp_path):
     """Every object of csrc/core into one shared library, with no name left open but libc's."""
     sources = sorted(map(str, (ROOT / "csrc" / "core").glob("*.cpp")))
     library = tmp_path / "libcore.so"
-    compiler = os.environ.get("CXX", "c++")
+    compiler = COMPILER
     subprocess.run(
         [compiler, "-std=c++20", "-O0", "-fPIC", "-shared", "-Wl,--no-undefined", "-pthread",
          f"-I{ROOT / 'csrc'}", *sources, "-o", str(library)],

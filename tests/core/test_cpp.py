@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler import COMPILER
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = sorted(path.stem for path in (CSRC / "tests").glob("*_test.cpp"))
@@ -18,7 +20,7 @@ def library(request, tmp_path_factory):
     """Core and engine as an archive, built with one sanitizer; and the flags for it."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = [
-        os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}",
+        COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}",
         f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all",
     ]  # fmt: skip
     jobs = [

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler import COMPILER
+
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(set((CSRC / "cuda").glob("*.cu")) - {CSRC / "cuda" / "library.cu"})
 GPUS = ["75", "80", "86", "89", "90", "100", "120"]
@@ -62,7 +64,7 @@ def host_kernels(folder, version):
     target = folder / f"kernels_{version}.so"
     sources = [CSRC / "tests" / "host_kernels.cpp", *sorted((CSRC / "core").glob("*.cpp"))]
     subprocess.run(
-        [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-fPIC", "-shared", "-pthread",
+        [COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", "-pthread",
          f"-I{CSRC}", f"-DVERSION={version}", *map(str, sources), "-o", str(target)],
         check=True,
     )  # fmt: skip
