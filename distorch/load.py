@@ -418,7 +418,7 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
     """Every job's weight at its place, in the order of the jobs."""
     compute = torch.device(plan.compute)
     show = sys.stderr.isatty() if progress is None else progress
-    largest = max((max(job.stored.nbytes, job.nbytes) for job in jobs), default=0)
+    largest = max((_room(job) for job in jobs), default=0)
     budget = _Budget(2 * largest)
     total = sum(job.stored.nbytes for job in jobs)
     values: list[Future[torch.Tensor]] = []
@@ -444,13 +444,8 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
         return [value.result() for value in values]
 
 
-def _room(job: _Job, plan: Plan) -> int:
-    """What a tensor on its way takes of the budget, in bytes.
-
-    What will be its place already is none that it takes for a while: half, to bound their number.
-    """
-    stays = plan.placement[job.name] == plan.compute == "cpu" and job.stored.nbytes == job.nbytes
-    return max(job.stored.nbytes, job.nbytes) // (2 if stays else 1)
+def _room(job: _Job) -> int:
+    return max(job.stored.nbytes, job.nbytes)
 
 
 def _stays_in_file(job: _Job, plan: Plan) -> bool:
@@ -462,7 +457,7 @@ def _stays_in_file(job: _Job, plan: Plan) -> bool:
 def _read(job: _Job, plan: Plan, budget: _Budget) -> torch.Tensor | None:
     if _stays_in_file(job, plan):
         return None
-    if not budget.take(_room(job, plan)):
+    if not budget.take(_room(job)):
         raise RuntimeError("loading has ended")
     return job.stored.read()
 
@@ -493,7 +488,7 @@ def _place(job: _Job, value: torch.Tensor | None, plan: Plan, budget: _Budget) -
             return value.to(compute)
         return _decoded(job, _donors.shard_on(target, value, compute, job.name))
     finally:
-        budget.give(_room(job, plan))
+        budget.give(_room(job))
 
 
 def _decoded(job: _Job, placed: torch.Tensor) -> torch.Tensor:

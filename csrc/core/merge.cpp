@@ -125,7 +125,9 @@ struct Panel {
                                          int64_t count, int64_t columns,
                                          std::span<const LowRank> terms, const Sum* packed,
                                          Lane& checked) {
-    for (int i = 0; i < kHeight; ++i) {  // of the next tile: strides as long hide from hardware
+    // Of the next tile, whose rows lie too far apart for the processor to expect
+    // them; behind the last one nothing is read either.
+    for (int i = 0; i < kHeight; ++i) {
       const auto* next = reinterpret_cast<const char*>(base + (i + kHeight) * columns + first);
       for (size_t at = 0; at < kColumns * sizeof(*base); at += kCacheLine) {
         __builtin_prefetch(next + at);

@@ -17,6 +17,7 @@ namespace distorch {
 namespace {
 
 constexpr int64_t kNumbersPerPart = 1 << 18;
+constexpr int64_t kRowStep = 48;  // rows of whole tiles, and of a panel: see core/merge, core/decode
 constexpr int64_t kPanelBytes = 32 << 20;  // of float32 rows on a device, at one time
 
 // into [rows, columns] = round_once(float32(stored) * scales + sum of strength
@@ -84,8 +85,9 @@ void decode_on_host(at::Tensor into, const at::Tensor& stored, c10::string_view 
     const DecodeCall call(into, stored, code, scales, scale_block, ups, downs, strengths,
                           first_rows);
     std::atomic<bool> all_finite{true};
-    const int64_t per_part = std::max<int64_t>(1, kNumbersPerPart / call.decoding().columns);
-    for_ranges(call.rows(), per_part, compute_threads(), [&](int64_t begin, int64_t end) {
+    const int64_t columns = std::max<int64_t>(call.decoding().columns, 1);
+    const int64_t steps = std::max<int64_t>(kNumbersPerPart / columns / kRowStep, 1);
+    for_ranges(call.rows(), steps * kRowStep, compute_threads(), [&](int64_t begin, int64_t end) {
       if (!decode_rows(call.decoding(), begin, end, call.from(begin), call.to(begin))) {
         all_finite = false;
       }

@@ -32,9 +32,10 @@ def scale_keys(name: str) -> dict[str, str]:
 
 def own_scales(owner: nn.Module, key: str) -> str | None:
     """The name of the scales that a module keeps itself for its narrow weight `key`, if it does."""
-    names = (name.removeprefix(".") for name in scale_keys(f".{key}").values())
-    factors = {*owner._parameters, *owner._buffers}
-    return next((name for name in names if name in factors), None)
+    stem = f".{key}".removesuffix(".weight")
+    names = (pattern.format(stem).removeprefix(".") for pattern in (*_FACTORS, *_LARGEST))
+    kept = {*owner._parameters, *owner._buffers}
+    return next((name for name in names if name in kept), None)
 
 
 @dataclass(frozen=True)

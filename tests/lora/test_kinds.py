@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distorch
-from distorch import FormatError
+from distorch import FormatError, _ops
 from distorch.lora import patches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -312,3 +312,14 @@ def test_no_wide_copy_of_a_big_weight():
     )
     result = 2 * 4096**2
     assert int(done.stdout) - result < 96 << 20
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (1, 1), (48, 3), (97, 5000)])
+def test_products_on_weights_of_any_size(shape):
+    rows, columns = shape
+    up, down, terms = rand(rows, 2), rand(2, columns), _ops.Terms()
+    terms.add(up, down, 0.5, 0)
+    weight = rand(rows, columns).bfloat16()
+    into = torch.empty_like(weight)
+    _ops.decode(into, weight, "bfloat16", terms=terms)
+    assert_close(into, weight.double() + 0.5 * up.double() @ down.double())
