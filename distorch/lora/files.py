@@ -15,7 +15,7 @@ from torch import Tensor
 from distorch.errors import FormatError
 from distorch.formats.safetensors import read_header
 from distorch.formats.torch_file import TORCH_SUFFIXES, read_torch_file
-from distorch.lora.kinds import Scaling
+from distorch.lora.assemble import Scaling
 
 LoraSource = str | os.PathLike[str] | Mapping[str, Tensor]
 

@@ -16,16 +16,10 @@ from torch import Tensor
 
 from distorch import _ops
 from distorch.errors import FormatError, SpecError
+from distorch.lora.assemble import Scaling, make_kind
 from distorch.lora.families import Place, Shapes
 from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
-from distorch.lora.kinds import (
-    DecomposedKind,
-    DifferenceKind,
-    Kind,
-    LowRankKind,
-    Scaling,
-    make_kind,
-)
+from distorch.lora.kinds import DecomposedKind, DifferenceKind, Kind, LowRankKind
 from distorch.lora.spellings import Group, group_keys
 from distorch.lora.targets import Targets, component_of
 

@@ -1,0 +1,125 @@
+"""Which kind of patch the parts of one target make up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distorch.errors import FormatError
+from distorch.lora.kinds import (
+    CoreKind,
+    DecomposedKind,
+    DifferenceKind,
+    GloraKind,
+    HadamardKind,
+    Kind,
+    KroneckerKind,
+    LowRankKind,
+    ReplacementKind,
+)
+from distorch.lora.rotations import InputButterflyKind, InputRotationKind, RotationKind
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How strong a patch is at strength 1: alpha / rank, or alpha / sqrt(rank).
+
+    `alpha` None: the factors have their scale in them. `rank` is the configured one, for kinds
+    whose factors do not show it. `terms` of the series that PEFT's OFT uses (0: exact).
+    """
+
+    alpha: float | None = None
+    rank: int | None = None
+    rank_root: bool = False
+    terms: int = 0
+
+    def of(self, rank: int | None) -> float:
+        """The factor for factors of that rank (None: they do not show it)."""
+        known = self.rank if rank is None else rank
+        if self.alpha is None or known is None:
+            return 1.0
+        return self.alpha / math.sqrt(known) if self.rank_root else self.alpha / known
+
+
+def make_kind(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind:
+    """The kind that these parts of one target make up. FormatError when one is missing."""
+    kind = _additive(parts, scaling)
+    if kind is None and ("up" in parts) != ("down" in parts):
+        raise FormatError("it has no second factor: a LoRA is a product of two")
+    if kind is None:
+        raise FormatError(f"its parts {sorted(parts)} make up no patch that is known")
+    if "magnitude" in parts:
+        return DecomposedKind(kind, parts["magnitude"])
+    return kind
+
+
+def _additive(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind | None:
+    for needed, make in _MAKERS:
+        if all(part in parts for part in needed):
+            return make(parts, scaling)
+    if any(part.startswith("lokr_") for part in parts):
+        return _kronecker(parts, scaling)
+    return None
+
+
+def _hadamard(parts: Mapping[str, Tensor], scaling: Scaling) -> HadamardKind:
+    cores = None
+    if "hada_t1" in parts and "hada_t2" in parts:
+        cores = parts["hada_t1"], parts["hada_t2"]
+    first, second = ((parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]) for i in (1, 2))
+    return HadamardKind(first, second, cores, scaling.of(first[1].shape[0]))
+
+
+def _low_rank(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind:
+    up, down = parts["up"], parts["down"]
+    if up.dim() < 2 or down.dim() < 2 or up.shape[1] != down.shape[0]:
+        raise FormatError(
+            f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a product"
+        )
+    scale = scaling.of(down.shape[0])
+    if "mid" in parts:
+        return CoreKind(parts["mid"], up, down, scale)
+    return LowRankKind(up, down, scale)
+
+
+def _kronecker(parts: Mapping[str, Tensor], scaling: Scaling) -> KroneckerKind:
+    sides: list[tuple[Tensor, ...]] = []
+    rank: int | None = None
+    for side in ("lokr_w1", "lokr_w2"):
+        if side in parts:
+            sides.append((parts[side],))
+        elif f"{side}_a" in parts and f"{side}_b" in parts:
+            sides.append((parts[f"{side}_a"], parts[f"{side}_b"]))
+            rank = int(parts[f"{side}_b"].shape[0])
+        else:
+            raise FormatError(f"a LoKr without {side}, or one of its two factors")
+    return KroneckerKind(sides[0], sides[1], parts.get("lokr_t2"), scaling.of(rank))
+
+
+def _glora(parts: Mapping[str, Tensor], scaling: Scaling) -> GloraKind:
+    a1, a2, b1, b2 = (parts[name].detach().flatten(1) for name in ("a1", "a2", "b1", "b2"))
+    # LyCORIS applies a2 and b2 first; older files have it the other way round.
+    if a1.shape[0] < a1.shape[1]:
+        a1, a2, b1, b2 = a2, a1, b2, b1
+    return GloraKind((a1, a2), (b1, b2), scaling.of(a1.shape[1]))
+
+
+_MAKERS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Tensor], Scaling], Kind]], ...] = (
+    (("down", "up"), _low_rank),
+    (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _hadamard),
+    (("a1", "a2", "b1", "b2"), _glora),
+    (
+        ("oft_blocks",),
+        lambda parts, s: RotationKind(parts["oft_blocks"], parts.get("rescale"), s.alpha or 0.0),
+    ),
+    (("oft_r",), lambda parts, scaling: InputRotationKind(parts["oft_r"], scaling.terms)),
+    (
+        ("boft_r", "boft_s"),
+        lambda parts, scaling: InputButterflyKind(parts["boft_r"], parts["boft_s"]),
+    ),
+    (("set_weight",), lambda parts, scaling: ReplacementKind(parts["set_weight"])),
+    (("diff",), lambda parts, scaling: DifferenceKind(parts["diff"])),
+)
