@@ -4,7 +4,7 @@ Note [Wrappers]
 A wrapper subclass (a quantised weight of torchao, say) takes operators in Python and calls others
 on its parts. So its parts are sharded one by one, and the wrapper around them stays what it is: it
 is flattened and put together again, the way torch.compile does it. A part of one element, such as a
-scale, stays on the compute device.
+scale, stays on the compute device; plans and reports count it with the others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A wrapper's parts by their names in it."""
+def _named_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     wrapper: Any = tensor
     names, _ = wrapper.__tensor_flatten__()
     return {name: getattr(wrapper, name) for name in names}
@@ -39,7 +38,7 @@ def sharded_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
     if not is_wrapper(tensor):
         return []
-    return [found for part in parts_of(tensor).values() for found in sharded_parts(part)]
+    return [found for part in _named_parts(tensor).values() for found in sharded_parts(part)]
 
 
 def is_on_donor(tensor: torch.Tensor) -> bool:
@@ -55,7 +54,7 @@ def rebuilt(tensor: torch.Tensor, change: Change, name: str = "") -> torch.Tenso
     _, context = wrapper.__tensor_flatten__()
     parts = {
         key: rebuilt(part, change, f"{name}.{key}".removeprefix("."))
-        for key, part in parts_of(tensor).items()
+        for key, part in _named_parts(tensor).items()
     }
     made: torch.Tensor = type(wrapper).__tensor_unflatten__(
         parts, context, tensor.shape, tensor.stride()

@@ -127,16 +127,16 @@ def write_diffusion_gguf(path, tensors, kind):
 @pytest.mark.parametrize("which", DIFFUSION)
 def test_diffusion_models(tmp_path, small_widths, which, spec, kind):
     cls, config, original, inputs = ORIGINALS[which]
-    config = config | WIDER.get(which, {})
+    config, given = config | WIDER.get(which, {}), inputs()
     if which in WIDER:
         text = config.get("text_dim", config.get("caption_channels"))
-        inputs = lambda made=inputs: made() | {"encoder_hidden_states": torch.ones(1, 3, text)}  # noqa: E731
+        given["encoder_hidden_states"] = torch.ones(1, 3, text)
     model, file = small(cls, config), tmp_path / "m.gguf"
     values = write_diffusion_gguf(file, original(model.state_dict()), kind)
     save_file(values, tmp_path / "values.safetensors")
     plain = distorch.load(empty(cls, config), tmp_path / "values.safetensors", "cpu,*")
     loaded = distorch.load(empty(cls, config), file, spec, min_bytes=0)
-    assert torch.equal(outputs(loaded, inputs()), outputs(plain, inputs()))
+    assert torch.equal(outputs(loaded, given), outputs(plain, given))
     quantised = sum(_ops.state(p).decoded for p in loaded.parameters() if _ops.is_sharded(p))
     assert (quantised > 10) == (kind is not None)
     assert distorch.report(loaded).ok
