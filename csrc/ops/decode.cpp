@@ -17,7 +17,8 @@ namespace distorch {
 namespace {
 
 constexpr int64_t kNumbersPerPart = 1 << 18;
-constexpr int64_t kRowStep = 48;  // rows of whole tiles, and of a panel: see core/merge, core/decode
+constexpr int64_t kRowStep =
+    48;  // rows of whole tiles, and of a panel: see core/merge, core/decode
 constexpr int64_t kPanelBytes = 32 << 20;  // of float32 rows on a device, at one time
 
 // into [rows, columns] = round_once(float32(stored) * scales + sum of strength
