@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,19 @@ def side_by_side(cases: Sequence[Case]) -> list[Case]:
     return [case for case in cases if case.architecture in common]
 
 
-def results(cases: Sequence[Case]) -> dict[str, Any]:
-    """What is written to the JSON file."""
-    reasons: dict[str, list[str]] = {}
+def _reasons(cases: Iterable[Case], verdict: str) -> dict[str, list[str]]:
+    """ "check: reason" -> the architectures of which it is said."""
+    found: dict[str, list[str]] = {}
     for case in cases:
-        if case.verdict == NOT_APPLICABLE:
-            names = reasons.setdefault(f"{case.check}: {case.reason}", [])
+        if case.verdict == verdict:
+            names = found.setdefault(f"{case.check}: {case.reason}", [])
             if case.architecture not in names:
                 names.append(case.architecture)
+    return found
+
+
+def results(cases: Sequence[Case]) -> dict[str, Any]:
+    """What is written to the JSON file."""
     common = side_by_side(cases)
     return {
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -108,14 +113,10 @@ def results(cases: Sequence[Case]) -> dict[str, Any]:
             "rates": rates(common),
         },
         "failures": {
-            system: [
-                [case.architecture, case.check, case.reason]
-                for case in cases
-                if case.verdict == FAILS and case.system == system
-            ]
+            system: _reasons((case for case in cases if case.system == system), FAILS)
             for system in dict.fromkeys(case.system for case in cases)
         },
-        "not_applicable": reasons,
+        "not_applicable": _reasons(cases, NOT_APPLICABLE),
     }
 
 
@@ -125,8 +126,6 @@ def _compact(found: Any, indent: str = "") -> str:
     if isinstance(found, dict) and len(indent) <= 2:
         parts = [f"{json.dumps(k)}: {_compact(v, indent + ' ')}" for k, v in found.items()]
         return f"{{{inner}{f',{inner}'.join(parts)}\n{indent}}}"
-    if isinstance(found, list) and found and isinstance(found[0], list):
-        return f"[{inner}{f',{inner}'.join(map(json.dumps, found))}\n{indent}]"
     return json.dumps(found)
 
 
