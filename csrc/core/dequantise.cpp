@@ -31,23 +31,49 @@ namespace {
 // float32 numbers on the way to 16 bits: they stay in the first cache.
 constexpr int64_t kTile = 2048;
 
+// Where vectors of numbers go. Streamed: past the caches, whole aligned vectors.
+template <bool kStreamed, class Vector>
+DISTORCH_INLINE void store(const Vector& numbers, float* into) {
+#if defined(DISTORCH_WIDTHS) && defined(__clang__)
+  if constexpr (kStreamed) {
+    __builtin_nontemporal_store(numbers, reinterpret_cast<Vector*>(into));
+    return;
+  }
+#elif defined(DISTORCH_WIDTHS)
+  if constexpr (kStreamed) {
+    // GCC has this only as intrinsics, which cannot be inlined into a template.
+    struct Bytes {
+      std::byte bytes[sizeof(Vector)];
+    };
+    asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Bytes*>(into)) : "v"(numbers));
+    return;
+  }
+#endif
+  std::memcpy(into, &numbers, sizeof(numbers));
+}
+
 // kLanes numbers at once; 1: the description as it is.
-template <class Type, int kLanes>
+template <class Type, int kLanes, bool kStreamed>
 DISTORCH_INLINE void decode_group(const uint8_t* block, int g, float* __restrict into) {
   const auto group = Type::open(block, g);
   constexpr int kStep = std::min(kLanes, Type::kGroup);
+  if constexpr (kLanes == 1) {
+    for (int i = 0; i < Type::kGroup; ++i) into[g * Type::kGroup + i] = Type::number(group, i);
+  } else {
+    using Vector = typename VectorOf<float, kStep>::Type;
+    Vector numbers[Type::kGroup / kStep];
 #pragma GCC unroll 8
-  for (int i = 0; i < Type::kGroup; i += kStep) {
-    if constexpr (kLanes == 1) {
-      into[g * Type::kGroup + i] = Type::number(group, i);
-    } else {
-      const auto numbers = Type::number(group, Places<kStep>{i});
-      std::memcpy(into + g * Type::kGroup + i, &numbers, sizeof(numbers));
+    for (int i = 0; i < Type::kGroup; i += kStep) {
+      numbers[i / kStep] = Type::number(group, Places<kStep>{i});
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Type::kGroup; i += kStep) {
+      store<kStreamed>(numbers[i / kStep], into + g * Type::kGroup + i);
     }
   }
 }
 
-template <class Type, int kLanes>
+template <class Type, int kLanes, bool kStreamed>
 DISTORCH_INLINE void decode(const uint8_t* __restrict from, int64_t blocks,
                             float* __restrict into) {
   // A copy, which the numbers written cannot be: what groups share is computed once.
@@ -56,7 +82,7 @@ DISTORCH_INLINE void decode(const uint8_t* __restrict from, int64_t blocks,
     std::memcpy(bytes, from, Type::kBytes);
 #pragma GCC unroll 16
     for (int g = 0; g < Type::kElements / Type::kGroup; ++g) {
-      decode_group<Type, kLanes>(bytes, g, into);
+      decode_group<Type, kLanes, kStreamed>(bytes, g, into);
     }
     from += Type::kBytes;
     into += Type::kElements;
@@ -68,12 +94,22 @@ DISTORCH_INLINE void decode_float16(const uint8_t* __restrict from, int64_t coun
   for (int64_t i = 0; i < count; ++i) into[i] = half_at(from + 2 * i);
 }
 
+template <int kLanes, bool kStreamed>
 DISTORCH_INLINE void decode_bfloat16(const uint8_t* __restrict from, int64_t count,
                                      float* __restrict into) {
-  for (int64_t i = 0; i < count; ++i) into[i] = as_float(load16(from + 2 * i) << 16);
+  int64_t i = 0;
+  if constexpr (kStreamed) {
+    for (; i + kLanes <= count; i += kLanes) {
+      typename VectorOf<uint16_t, kLanes>::Type halves;
+      std::memcpy(&halves, from + 2 * i, sizeof(halves));
+      const auto bits = __builtin_convertvector(halves, Ints<kLanes>) << 16;
+      store<kStreamed>(bits, into + i);
+    }
+  }
+  for (; i < count; ++i) into[i] = as_float(load16(from + 2 * i) << 16);
 }
 
-template <int kLanes>
+template <int kLanes, bool kStreamed = false>
 DISTORCH_INLINE void decode_any(BlockType type, const uint8_t* from, int64_t blocks, float* into) {
   switch (type) {
     case BlockType::kF32:
@@ -82,10 +118,10 @@ DISTORCH_INLINE void decode_any(BlockType type, const uint8_t* from, int64_t blo
     case BlockType::kF16:
       return decode_float16(from, blocks, into);
     case BlockType::kBF16:
-      return decode_bfloat16(from, blocks, into);
+      return decode_bfloat16<kLanes, kStreamed>(from, blocks, into);
 #define DISTORCH_DECODE(name) \
   case BlockType::k##name:    \
-    return decode<blocks::name, kLanes>(from, blocks, into);
+    return decode<blocks::name, kLanes, kStreamed>(from, blocks, into);
       DISTORCH_BLOCK_TYPES(DISTORCH_DECODE)
 #undef DISTORCH_DECODE
   }
@@ -100,6 +136,12 @@ DISTORCH_INLINE void round_plain(const float* __restrict from, int64_t count, El
   } else {
     for (int64_t i = 0; i < count; ++i) into[i] = to_bfloat16(from[i]);
   }
+}
+
+void stream_fence() {
+#ifdef DISTORCH_WIDTHS
+  _mm_sfence();
+#endif
 }
 
 #ifdef DISTORCH_WIDTHS
@@ -144,19 +186,28 @@ bool is_copy(BlockType type, Element out_type) {
          (type == BlockType::kBF16 && out_type == Element::kBFloat16);
 }
 
+bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 64 == 0; }
+
 using Round = void (*)(const float*, int64_t, Element, uint16_t*);
 
 template <int kLanes>
 DISTORCH_INLINE void dequantise_tiles(Round round, BlockType type, const void* from, int64_t blocks,
-                                      Element out_type, void* into) {
+                                      Element out_type, void* into, Stores stores) {
   const BlockInfo& info = block_info(type);
   const auto* bytes = static_cast<const uint8_t*>(from);
   if (is_copy(type, out_type)) {
     if (blocks > 0) std::memcpy(into, from, static_cast<size_t>(blocks * info.bytes));
     return;
   }
-  if (out_type == Element::kFloat32)
-    return decode_any<kLanes>(type, bytes, blocks, static_cast<float*>(into));
+  if (out_type == Element::kFloat32) {
+    auto* numbers = static_cast<float*>(into);
+    if (kLanes > 1 && stores == Stores::kStreamed && is_aligned(into)) {
+      decode_any<kLanes, (kLanes > 1)>(type, bytes, blocks, numbers);
+      stream_fence();
+      return;
+    }
+    return decode_any<kLanes>(type, bytes, blocks, numbers);
+  }
   alignas(64) float tile[kTile];
   const int64_t step = kTile / info.elements;
   auto* halves = static_cast<uint16_t*>(into);
@@ -169,13 +220,13 @@ DISTORCH_INLINE void dequantise_tiles(Round round, BlockType type, const void* f
 
 #ifdef DISTORCH_WIDTHS
 DISTORCH_AVX512 void dequantise_avx512(BlockType type, const void* from, int64_t blocks,
-                                       Element out_type, void* into) {
-  dequantise_tiles<16>(round_avx512, type, from, blocks, out_type, into);
+                                       Element out_type, void* into, Stores stores) {
+  dequantise_tiles<16>(round_avx512, type, from, blocks, out_type, into, stores);
 }
 
 DISTORCH_AVX2 void dequantise_avx2(BlockType type, const void* from, int64_t blocks,
-                                   Element out_type, void* into) {
-  dequantise_tiles<8>(round_avx2, type, from, blocks, out_type, into);
+                                   Element out_type, void* into, Stores stores) {
+  dequantise_tiles<8>(round_avx2, type, from, blocks, out_type, into, stores);
 }
 
 bool has_avx512() {
@@ -188,8 +239,8 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 #endif
 
 void dequantise_plain(BlockType type, const void* from, int64_t blocks, Element out_type,
-                      void* into) {
-  dequantise_tiles<1>(round_plain, type, from, blocks, out_type, into);
+                      void* into, Stores stores) {
+  dequantise_tiles<1>(round_plain, type, from, blocks, out_type, into, stores);
 }
 
 }  // namespace
@@ -203,9 +254,10 @@ std::vector<DequantisePath> dequantise_paths() {
   return found;
 }
 
-void dequantise(BlockType type, const void* from, int64_t blocks, Element out_type, void* into) {
+void dequantise(BlockType type, const void* from, int64_t blocks, Element out_type, void* into,
+                Stores stores) {
   static const auto chosen = dequantise_paths().back().run;
-  chosen(type, from, blocks, out_type, into);
+  chosen(type, from, blocks, out_type, into, stores);
 }
 
 }  // namespace distorch

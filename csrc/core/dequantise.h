@@ -14,9 +14,14 @@ namespace distorch {
 // Note [A block's description]), then rounded once, to nearest even, to the
 // type asked for. Every path gives the same bits. NaN stays NaN.
 
+// Whether what is written goes to the caches or past them: past them is faster
+// for results that no cache holds.
+enum class Stores { kCached, kStreamed };
+
 // `blocks` blocks from `from` (any address) to `into`, blocks * elements numbers
 // of `out_type`. REQUIRES: `into` is aligned to its numbers; the two do not overlap.
-void dequantise(BlockType type, const void* from, int64_t blocks, Element out_type, void* into);
+void dequantise(BlockType type, const void* from, int64_t blocks, Element out_type, void* into,
+                Stores stores = Stores::kCached);
 
 // The same for each width of vectors that this processor has, for tests.
 struct DequantisePath {

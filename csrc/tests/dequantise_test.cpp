@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -45,19 +46,31 @@ bool same(float a, float b) {
          std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
 }
 
-void check_path(const DequantisePath& path, BlockType type, int64_t blocks,
+// Memory that starts a cache line: vectors are streamed to no other.
+template <class Number>
+struct OnALine {
+  using value_type = Number;
+  static constexpr std::align_val_t kLine{64};
+  Number* allocate(size_t count) {
+    return static_cast<Number*>(::operator new(count * sizeof(Number), kLine));
+  }
+  void deallocate(Number* at, size_t) { ::operator delete(at, kLine); }
+  bool operator==(const OnALine&) const = default;
+};
+
+void check_path(const DequantisePath& path, BlockType type, int64_t blocks, Stores stores,
                 std::mt19937_64& random) {
   const BlockInfo& info = block_info(type);
   // Of exactly the size, so that the sanitizers see a step too far.
   std::vector<uint8_t> bytes(static_cast<size_t>(blocks * info.bytes + 1));
   for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
   const auto count = static_cast<size_t>(blocks * info.elements);
-  std::vector<float> full(count);
+  std::vector<float, OnALine<float>> full(count);
   std::vector<uint16_t> half(count), brain(count);
   const uint8_t* from = bytes.data() + 1;
-  path.run(type, from, blocks, Element::kFloat32, full.data());
-  path.run(type, from, blocks, Element::kFloat16, half.data());
-  path.run(type, from, blocks, Element::kBFloat16, brain.data());
+  path.run(type, from, blocks, Element::kFloat32, full.data(), stores);
+  path.run(type, from, blocks, Element::kFloat16, half.data(), stores);
+  path.run(type, from, blocks, Element::kBFloat16, brain.data(), stores);
   for (size_t i = 0; i < count; ++i) {
     const float wanted = described(type, from, static_cast<int64_t>(i));
     CHECK(same(full[i], wanted));
@@ -102,7 +115,11 @@ int main() {
 #undef DISTORCH_CHECK
   for (const DequantisePath& path : dequantise_paths()) {
     for (const BlockType type : block_types()) {
-      for (const int64_t blocks : {0, 1, 3, 70}) check_path(path, type, blocks, random);
+      for (const int64_t blocks : {0, 1, 3, 70}) {
+        for (const Stores stores : {Stores::kCached, Stores::kStreamed}) {
+          check_path(path, type, blocks, stores, random);
+        }
+      }
     }
   }
 }

@@ -56,6 +56,16 @@ def test_random_bytes(kind, dtype):
     assert_same_bits(got, reference(data, kind).to(dtype))
 
 
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K])
+def test_results_that_no_cache_holds_have_the_same_bits(kind):
+    rows, elements = 9, 1 << 20  # 36 MB: written past the caches
+    data = random_bytes(kind, rows, elements // GGML_QUANT_SIZES[kind][0])
+    blocks = torch.from_numpy(data)
+    whole = _ops.dequantise(blocks, kind.name, torch.float32)
+    alone = [_ops.dequantise(row, kind.name, torch.float32) for row in blocks]
+    assert_same_bits(whole, torch.stack(alone))
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=NAMES)
 def test_hostile_scales(kind):
     data = with_halves(kind, [0.0, -0.0, 6e-8, -6e-5, 65504, np.inf, -np.inf, np.nan, 1e-4])
