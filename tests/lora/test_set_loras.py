@@ -118,7 +118,7 @@ def test_only_touched_weights_are_computed_again(path, monkeypatch):
     merged = []
     real = lora_patches.merge
     monkeypatch.setattr(
-        "distorch.patching.merge",
+        "distorch.patching.forms.merge",
         lambda p, *a, **k: merged.append(p[0][0].weight) or real(p, *a, **k),
     )
     distorch.set_loras(model, [(one, 0.5), (two, 0.9)])
@@ -150,7 +150,7 @@ def test_an_interrupt_leaves_the_loras_that_were_there(path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("distorch.patching.merge", interrupted)
+    monkeypatch.setattr("distorch.patching.forms.merge", interrupted)
     with pytest.raises(KeyboardInterrupt):
         distorch.set_loras(model, [(one, 0.9)])
     monkeypatch.undo()

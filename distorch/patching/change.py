@@ -1,0 +1,211 @@
+"""set_loras: another set of LoRAs, or other strengths, on a distributed module."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from distorch.errors import PlacementError
+from distorch.formats.safetensors import StoredTensor
+from distorch.lora import LoraSource, Patches
+from distorch.patching.forms import Work, redo
+from distorch.patching.state import (
+    Applied,
+    Patching,
+    PatchOptions,
+    base_name,
+    check_plain_numbers,
+    new_reader,
+    shapes_of,
+)
+from distorch.runtime import distribution
+from distorch.runtime.groups import Group, group_members, has_bytes
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def set_loras(
+    module: Module,
+    loras: Sequence[tuple[LoraSource, float]],
+    *,
+    strict_loras: bool = True,
+    lora_mode: str | None = None,
+    patched_dtype: torch.dtype | str | None = None,
+    progress: bool | None = None,
+) -> Module:
+    """Puts these LoRAs, and no others, on a distributed module; returns the module.
+
+    `loras` are (file or state dict, strength) pairs, in the order in which they are added. Only
+    weights for which something changes are computed again, from their original bytes; with `[]`
+    they are those bytes again. `lora_mode` "merge" writes the results to where the weights are;
+    "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no bytes, the
+    results are the same. `lora_mode` and `patched_dtype` stay as they were unless given. A patched
+    weight of 8 bits takes 16 in "merge" mode: plan and report count it so, even where that is more
+    than the spec gave its device; `redistribute` then places anew.
+    Raises FormatError, SpecError, PlacementError, FetchError; an error or an interrupt leaves the
+    module with the LoRAs that it had.
+    """
+    state = distribution.distribution_of(module)
+    known = state.patching
+    if known is None:
+        known = Patching(new_reader(module), PatchOptions())
+    before = known.options
+    options = PatchOptions.checked(
+        before.mode if lora_mode is None else lora_mode,
+        before.dtype if patched_dtype is None else patched_dtype,
+    )
+    if known.reader.shapes.keys() != shapes_of(module).keys():  # adapters came or went
+        known.reader = new_reader(module)
+    patches, found = known.reader.read(loras, strict_loras)
+    groups = group_members(module)
+    changes = _changes(groups, patches, known, options)
+    _check_unchanged(changes, known)
+    state.patching = known
+    with torch.no_grad():
+        _apply(changes, known, options, state.plan.compute, progress)
+    known.options, known.loras = options, found
+    _settle(module, state, groups)
+    return module
+
+
+@dataclass
+class _Change:
+    group: Group
+    old: Applied
+    new: Applied
+    old_options: PatchOptions
+
+
+def _same(old: Applied, new: Applied) -> bool:
+    return [(id(p), s) for p, s in old] == [(id(p), s) for p, s in new]
+
+
+def _changes(
+    groups: Iterable[Group], patches: Patches, known: Patching, options: PatchOptions
+) -> list[_Change]:
+    changes = []
+    for group in groups:
+        old = known.applied.get(base_name(group.name), [])
+        new = patches.of([base_name(member.name) for member in group.members])
+        if not has_bytes(group.first):
+            if new:
+                raise PlacementError(
+                    f"{group.name!r} is a {type(group.first.data).__name__}, to which no LoRA can "
+                    "be added: put the LoRA on as an adapter (PEFT)"
+                )
+            continue
+        original = known.originals.get(base_name(group.name))
+        if new and (original is None or original.rows is None):
+            check_plain_numbers(group.members[0], group.first.dtype)
+        respelled = options != known.options and (old or new)
+        if not _same(old, new) or respelled:
+            changes.append(_Change(group, old, new, known.options))
+    return changes
+
+
+def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
+    """Somebody's own writes to a patched weight would be lost."""
+    for change in changes:
+        group = change.group
+        original = known.originals.get(base_name(group.name))
+        if len({(m.parameter.dtype, tuple(m.parameter.shape)) for m in group.members}) > 1:
+            raise PlacementError(
+                f"{group.name!r} shares its bytes with weights of another shape: patch them as "
+                "plain tensors, after distorch.undistribute(model)"
+            )
+        if original is None or original.version == group.first._version:
+            continue
+        if change.old:
+            raise PlacementError(
+                f"{group.name!r} was written to after its LoRAs were put on: set_loras computes "
+                "weights from their originals, which would undo that. Save the model's "
+                "state_dict(), and load it as a checkpoint"
+            )
+        known.originals.pop(base_name(group.name))  # unpatched: its values now are the original
+
+
+def _apply(
+    changes: list[_Change],
+    known: Patching,
+    options: PatchOptions,
+    compute: str,
+    progress: bool | None,
+) -> None:
+    """All changes, or none: what was done is taken back on an error or an interrupt."""
+    show = sys.stderr.isatty() if progress is None else progress
+    total = sum(change.group.nbytes for change in changes)
+    begun: list[_Change] = []
+    device = torch.device(compute)
+    try:
+        with (
+            tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar,
+            _Originals(changes, known, options) as originals,
+        ):
+            for change in changes:
+                values = originals.next()
+                begun.append(change)
+                redo(change.group, change.new, known, Work(options, device), values)
+                bar.update(change.group.nbytes)
+    except BaseException:
+        for change in reversed(begun):
+            redo(change.group, change.old, known, Work(change.old_options, device))
+        raise
+
+
+class _Originals:
+    """The originals of weights that are merged anew, each read while the one before is merged."""
+
+    def __init__(self, changes: list[_Change], known: Patching, options: PatchOptions) -> None:
+        self._wanted = [_read_ahead(change, known, options) for change in changes]
+        room = max((stored.room for stored in self._wanted if stored is not None), default=0)
+        self._buffers = [torch.empty(room, dtype=torch.uint8) for _ in range(2)] if room else []
+        self._reads: list[Future[torch.Tensor] | None] = []
+        self._taken = 0
+
+    def __enter__(self) -> _Originals:
+        self._thread = ThreadPoolExecutor(1, "distorch-read")
+        self._start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _start(self) -> None:
+        index = len(self._reads)
+        if index >= len(self._wanted):
+            return
+        stored = self._wanted[index]
+        buffer = self._buffers[index % 2] if self._buffers else None
+        self._reads.append(None if stored is None else self._thread.submit(stored.read, buffer))
+
+    def next(self) -> torch.Tensor | None:
+        """The next change's original, valid until the one after it is asked for; None: not read."""
+        read = self._reads[self._taken]
+        self._taken += 1
+        self._start()
+        return None if read is None else read.result()
+
+
+def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> StoredTensor | None:
+    """What a merge of this change reads from a file, if it does."""
+    original = known.originals.get(base_name(change.group.name))
+    if original is None or original.stored is None or options.mode == "fetch" or not change.new:
+        return None
+    return original.stored
+
+
+def _settle(module: nn.Module, state: distribution.Distribution, groups: list[Group]) -> None:
+    """Counters, agents and the ring for weights that have another form now."""
+    plan = state.plan
+    fresh = group_members(module)
+    sizes = {group.name: group.nbytes for group in fresh}
+    if any(plan.sizes.get(name, size) != size for name, size in sizes.items()):
+        state.plan = plan.resized(sizes)
+    distribution.refresh(module, state, fresh)

@@ -1,0 +1,198 @@
+"""One weight with patches on it: merged into its bytes, or put on when it is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distorch import _donors, _ops
+from distorch._behaviour import alias_of_donor, replace_data
+from distorch.lora import StoredRows, low_rank_terms, merge
+from distorch.patching.state import INTEGERS, Applied, Original, Patching, PatchOptions, base_name
+from distorch.runtime.groups import Group
+from distorch.runtime.staging import current_place
+
+
+@dataclass(frozen=True)
+class Work:
+    """How, and for which device, weights are patched."""
+
+    options: PatchOptions
+    compute: torch.device
+
+
+def redo(
+    group: Group, patches: Applied, known: Patching, work: Work, values: torch.Tensor | None = None
+) -> None:
+    """Gives one weight these patches, and notes that it has them. `values`: its original."""
+    name = base_name(group.name)
+    original = known.originals.get(name)
+    if original is None:
+        original = known.originals[name] = Original(None, None, group.first.dtype)
+    terms = low_rank_terms(patches) if work.options.mode == "fetch" else None
+    if terms is not None and _can_fetch(original, tuple(group.first.shape)):
+        _redo_at_fetch(group, terms, original, work)
+    else:
+        _redo_merged(group, patches, original, work, values)
+    known.applied[name] = list(patches)
+    original.version = group.first._version
+
+
+def _can_fetch(original: Original, shape: tuple[int, ...]) -> bool:
+    """Whether fetches can patch a weight of this kind."""
+    if original.rows is not None and not original.rows.whole_rows(shape):
+        return False
+    narrow = original.dtype.itemsize == 1 and original.dtype.is_floating_point
+    return original.rows is not None or narrow or original.dtype in _ops.DECODED_DTYPES
+
+
+def _is_decoded(tensor: torch.Tensor) -> bool:
+    return _ops.is_sharded(tensor) and _ops.state(tensor).decoded
+
+
+def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: Work) -> None:
+    compute, options = work.compute, work.options
+    parameter = group.first
+    if _is_decoded(parameter) and (len(terms) or original.rows is not None):
+        return _ops.set_patches(parameter, terms)
+    base = _restored(group, original, compute)
+    if not len(terms):
+        return _put(group, base)
+    if original.rows is None:
+        original.kept = base
+        if not _ops.is_sharded(base):
+            base = _donors.shard_on(current_place(base), base, compute, group.name)
+        if base.dtype in _ops.DECODED_DTYPES:
+            return _put(group, _ops.patched(base, terms))
+        code, dtype = _ops.code_of(base.dtype), options.dtype_of(base.dtype, original.dtype)
+        base = _ops.decoded(base, code, dtype, base.shape, name=group.name)
+    _ops.set_patches(base, terms)
+    return _put(group, base)
+
+
+def _restored(group: Group, original: Original, compute: torch.device) -> torch.Tensor:
+    """The unpatched weight, at the place where it is now."""
+    if original.kept is not None:
+        return original.kept
+    parameter = group.first.detach()
+    place, stored, rows = current_place(parameter), original.stored, original.rows
+    if stored is None:
+        return parameter
+    if place == "disk" and stored.in_one_range:
+        shape = (stored.nbytes,) if stored.block_type else stored.shape
+        dtype = stored.dtype
+        data = _ops.shard_file(
+            stored.path, stored.offset, shape, dtype, compute=compute, name=group.name
+        )
+    else:
+        value = original.values() if rows is not None else original.values().to(original.dtype)
+        if rows is None and place == str(compute) and not _is_file_donor(parameter):
+            return value.to(compute)
+        data = _donors.shard_on(place, value, compute, group.name)
+    return data if rows is None else with_rows(data, rows, original.dtype, stored.shape, group.name)
+
+
+def _is_file_donor(tensor: torch.Tensor) -> bool:
+    return _ops.is_sharded(tensor) and not _ops.state(tensor).decoded
+
+
+def with_rows(
+    stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, shape: Sequence[int], name: str
+) -> torch.Tensor:
+    """A sharded tensor `dtype` [shape] that is decoded from the bytes of `stored` (sharded)."""
+    return _ops.decoded(
+        stored, rows.code, dtype, shape, scales=rows.scales, block=rows.block, name=name
+    )
+
+
+def _redo_merged(
+    group: Group,
+    patches: Applied,
+    original: Original,
+    work: Work,
+    values: torch.Tensor | None,
+) -> None:
+    compute, options = work.compute, work.options
+    if original.stored is not None:
+        original.kept = None  # of a patch at fetch
+    elif original.kept is None:
+        original.kept = group.first.detach()
+    if not patches and (original.kept is not None or not _takes(group.first, original)):
+        return _put(group, _restored(group, original, compute))
+    parameter = group.first
+    value = original.values() if values is None else values
+    if patches:
+        dtype = options.dtype_of(value.dtype, original.dtype)
+        shape = tuple(parameter.shape)
+        into = _memory_of(parameter, dtype) if original.kept is None else None
+        value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
+        if into is not None and value.data_ptr() == into.data_ptr():
+            return None
+    if original.kept is None and _takes(parameter, value):
+        parameter.data.copy_(value)
+        return None
+    place = current_place(parameter)
+    value = value.clone() if values is not None and value.device.type == "cpu" else value
+    if place == str(compute) and not _ops.is_sharded(parameter):
+        return _put(group, value.to(compute))
+    return _put(group, _donors.shard_on(place, value, compute, group.name))
+
+
+def _memory_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The memory of a weight that operators use in place, as a plain tensor; else None."""
+    if parameter.dtype != dtype or not parameter.is_contiguous():
+        return None
+    if not _ops.is_sharded(parameter):
+        return parameter.detach()
+    state = _ops.state(parameter)
+    if state.decoded or state.tier != "cpu" or parameter.device.type != "cpu":
+        return None
+    return alias_of_donor(parameter.detach())
+
+
+def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
+    """Whether such values can be written to where the weight is."""
+    if parameter.dtype != value.dtype or (isinstance(value, Original) and value.rows is not None):
+        return False
+    if not _ops.is_sharded(parameter):
+        return True
+    state = _ops.state(parameter)
+    return not state.decoded and not state.read_only
+
+
+def _put(group: Group, value: torch.Tensor) -> None:
+    """Makes `value` the data of every parameter of the group."""
+    for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
+        replace_data(parameter, value)
+
+
+def merged_value(
+    patches: Applied, values: torch.Tensor, rows: StoredRows | None, dtype: torch.dtype,
+    compute: torch.device, *, shape: Sequence[int] | None = None, into: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The patched weight, computed on `compute` where it has the kernel. `values` may be reused.
+
+    `shape` of the weight, where the values are blocks; `into`: where the result may be written.
+    """
+    device = compute if _ops.can_decode(compute) else torch.device("cpu")
+    narrow = dtype.itemsize == 1
+    target = torch.float32 if narrow else dtype
+    value = merge(patches, values.to(device), target, rows, shape=shape, into=into, in_place=True)
+    if narrow and rows is not None and rows.scales is not None:
+        value = _unscaled(value, rows)
+    if dtype in INTEGERS:
+        limits = torch.iinfo(dtype)
+        value = value.round().clamp(limits.min, limits.max)
+    return value.to(dtype)
+
+
+def _unscaled(value: torch.Tensor, rows: StoredRows) -> torch.Tensor:
+    """The numbers that the scales make `value` of (float32), for rounding back to them."""
+    assert rows.scales is not None
+    matrix = value.view(_ops.as_matrix(value.shape))
+    grid = rows.scales.to(value.device)
+    grid = grid.repeat_interleave(rows.block[0], 0)[: matrix.shape[0]]
+    grid = grid.repeat_interleave(rows.block[1], 1)[:, : matrix.shape[1]]
+    return (matrix / grid).view(value.shape)

@@ -1,0 +1,158 @@
+"""What is known of a distributed module's LoRAs: its originals, and what is on them.
+
+Note [Originals]
+The result of a merge is always computed from a weight's original, never by taking a delta back. A
+module that was loaded has its originals in the checkpoint; of one that was distributed, those that
+get patched are kept where they were. What a weight has on it now is written down weight by weight
+as soon as it is there, so that an interrupt between two of them leaves nothing unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from distorch import _ops
+from distorch.errors import PlacementError, SpecError
+from distorch.formats.safetensors import StoredTensor
+from distorch.formats.scales import own_scales
+from distorch.lora import LoraReader, Patch, ResolvedLora, StoredRows
+from distorch.runtime.groups import Member, named_members
+
+Applied = list[tuple[Patch, float]]
+
+_MODES = ("merge", "fetch")
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How patches are put on: `mode` "merge" | "fetch"; `dtype` of patched weights whose base is
+    narrower than 16 bits (None: the module's own, else bfloat16; "base": rounded back).
+    """
+
+    mode: str = "merge"
+    dtype: torch.dtype | str | None = None
+
+    @staticmethod
+    def checked(mode: str, dtype: torch.dtype | str | None) -> PatchOptions:
+        """Raises SpecError on values that mean nothing."""
+        if mode not in _MODES:
+            raise SpecError(f"lora_mode={mode!r}: expected 'merge' or 'fetch'")
+        if isinstance(dtype, str) and dtype != "base":
+            if dtype not in _HALVES:
+                raise SpecError(
+                    f"patched_dtype={dtype!r}: expected 'bfloat16', 'float16', 'float32' or 'base'"
+                )
+            dtype = _HALVES[dtype]
+        if isinstance(dtype, torch.dtype) and dtype not in _ops.DECODED_DTYPES:
+            raise SpecError(f"patched_dtype={dtype}: expected a floating dtype of 16 or 32 bits")
+        if mode == "fetch" and dtype == "base":
+            raise SpecError("patched_dtype='base' needs lora_mode='merge'")
+        return PatchOptions(mode, dtype)
+
+    def dtype_of(self, stored: torch.dtype, module_dtype: torch.dtype) -> torch.dtype:
+        """What a patched weight is kept in."""
+        if stored.itemsize > 1 or not (stored.is_floating_point or stored in INTEGERS):
+            return stored
+        if self.dtype == "base":
+            return stored
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        return module_dtype if module_dtype in _ops.DECODED_DTYPES else torch.bfloat16
+
+
+INTEGERS = (torch.int8, torch.uint8)
+
+
+@dataclass
+class Original:
+    """A weight's values before any patch: in a file, or kept. `dtype` what it is unpatched."""
+
+    stored: StoredTensor | None
+    rows: StoredRows | None
+    dtype: torch.dtype
+    kept: torch.Tensor | None = None
+    version: int = 0  # of the parameter, when its present values were put there
+
+    def values(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The stored numbers on the host, in new memory or in `into` (uint8); as StoredTensor.read
+        gives them.
+        """
+        if self.kept is not None:
+            with torch.no_grad():
+                return self.kept.detach().clone(memory_format=torch.contiguous_format).cpu()
+        assert self.stored is not None
+        return self.stored.read(into)
+
+
+@dataclass
+class Patching:
+    """What a distributed module knows of its LoRAs."""
+
+    reader: LoraReader
+    options: PatchOptions
+    originals: dict[str, Original] = field(default_factory=dict)
+    applied: dict[str, Applied] = field(default_factory=dict)
+    loras: list[tuple[ResolvedLora, float]] = field(default_factory=list)
+
+    def copy(self) -> Patching:
+        """For a copy of the module."""
+        originals = {name: Original(**vars(known)) for name, known in self.originals.items()}
+        applied = {name: list(entries) for name, entries in self.applied.items()}
+        return Patching(self.reader, self.options, originals, applied, list(self.loras))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One entry per LoRA, for reports."""
+        return [
+            {
+                "lora": lora.label,
+                "strength": strength,
+                "weights": len({patch.weight for patch in lora.patches}),
+                "unmatched": list(lora.unmatched),
+                "for other models": len(lora.elsewhere),
+            }
+            for lora, strength in self.loras
+        ]
+
+
+def base_name(name: str) -> str:
+    """The name of a weight before PEFT put it under an adapter."""
+    return name.replace(".base_layer.", ".")
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, tied ones under each of their names."""
+    return {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
+
+
+def transposed_weights(module: nn.Module) -> set[str]:
+    """Weights that their modules keep as [in, out]."""
+    return {
+        base_name(m.name)
+        for m in named_members(module)
+        if type(m.owner).__name__ == "Conv1D" and m.parameter.dim() == 2
+    }
+
+
+def new_reader(module: nn.Module) -> LoraReader:
+    """A reader of LoRAs for this module."""
+    return LoraReader(shapes_of(module), transposed_weights(module))
+
+
+def check_plain_numbers(member: Member, dtype: torch.dtype) -> None:
+    """Numbers that mean something only with the module's own scales cannot be patched alone.
+
+    `dtype` of those numbers. Raises PlacementError.
+    """
+    scales = own_scales(member.owner, member.key) if dtype.itemsize == 1 else None
+    if scales is not None:
+        raise PlacementError(
+            f"{member.name!r} has {dtype} numbers whose scales ({scales!r}) belong to its "
+            f"{type(member.owner).__name__}: a LoRA added to the numbers alone would be wrong. "
+            "Put it on as an adapter (PEFT), or load the file into modules without scales of their "
+            "own, such as nn.Linear: distorch applies them then"
+        )
