@@ -7,7 +7,7 @@ same output bits.
 from distorch.api import distribute, plan, redistribute, undistribute
 from distorch.errors import DistorchError, FetchError, FormatError, PlacementError, SpecError
 from distorch.load import load
-from distorch.patching import set_loras
+from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
 from distorch.report import Report, Stats, report, reset_stats, stats
 from distorch.runtime.links import Calibration, calibrate, devices
@@ -31,6 +31,7 @@ __all__ = [
     "devices",
     "distribute",
     "fetch_count",
+    "finish_merging",
     "is_sharded",
     "load",
     "materialize",

@@ -150,6 +150,18 @@ def set_patches(weight: torch.Tensor, terms: Terms) -> None:
     _ops.set_patches(weight, terms.ups, terms.downs, terms.strengths, terms.first_rows)
 
 
+def moves(weight: torch.Tensor) -> int:
+    """How often a sharded weight was given another source: for `adopt`."""
+    return cast(int, _ops.moves(weight))
+
+
+def adopt(weight: torch.Tensor, same: torch.Tensor, moves: int) -> bool:
+    """Makes `weight` of what `same` (sharded) is made of, which has the same bits, while operators
+    run. False if `weight` was written to or patched anew since `moves(weight)` gave `moves`.
+    """
+    return cast(bool, _ops.adopt(weight, same, moves))
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether the tensor's bytes live on a donor."""
     return cast(bool, _ops.is_sharded(tensor))

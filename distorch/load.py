@@ -32,6 +32,7 @@ from distorch.formats.scales import attach_scales
 from distorch.lora import LoraSource, Patches, StoredRows, low_rank_terms
 from distorch.patching import (
     Applied,
+    Merging,
     Original,
     Patching,
     PatchOptions,
@@ -137,7 +138,8 @@ def load(
     very file.
 
     `loras` are (file or state dict, strength) pairs, added in float32 and rounded once; `lora_mode`
-    "merge" (now) or "fetch" (each time: strengths can be changed at once, same bits);
+    "merge" (now), "fetch" (each time: strengths can be changed at once, same bits) or "background"
+    (as "fetch" at first, and merged while the model is used: see `finish_merging`);
     `patched_dtype` for patched weights of 8 bits ("bfloat16", "float16", "float32", "base"). Other
     options are those of `distribute`. Peak host memory: what stays there, the ring, two of the
     largest tensors, factors of LoRAs.
@@ -168,6 +170,9 @@ def load(
     _fill(module, jobs, plan, opts, progress=progress)
     known = Patching(reader, patching, loras=found)
     _remember(module, jobs, known)
+    if patching.mode == "background":
+        known.merging = Merging(module)
+        known.merging.start()
     return module
 
 
@@ -205,7 +210,7 @@ def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
             known = job.patched_dtype in _ops.DECODED_DTYPES
             low_rank = low_rank_terms(job.patches) is not None
             whole = job.rows is None or job.rows.whole_rows(job.stored.shape)
-            job.at_fetch = options.mode == "fetch" and fits and known and low_rank and whole
+            job.at_fetch = options.at_fetch and fits and known and low_rank and whole
 
 
 def _module_dtype(job: _Job) -> torch.dtype:

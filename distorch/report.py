@@ -18,7 +18,8 @@ from distorch.runtime.staging import current_place
 class Report:
     """Measured placement: `bytes` device -> bytes, `placement` name -> device, `layers` top-level
     part -> device -> bytes; `problems` says where it differs from the plan; `loras` what is
-    patched: each LoRA with its strength, weights touched, and keys that fit nothing.
+    patched: each LoRA with its strength, weights touched, and keys that fit nothing; `merging` how
+    many weights are still to be merged in the background, and `merge_error` what ended that.
     """
 
     compute: str
@@ -28,6 +29,8 @@ class Report:
     layers: dict[str, dict[str, int]]
     problems: list[str] = field(default_factory=list)
     loras: list[dict[str, Any]] = field(default_factory=list)
+    merging: int = 0
+    merge_error: str = ""
 
     @property
     def ok(self) -> bool:
@@ -74,8 +77,7 @@ class Report:
             text_table(_HEADER, self._rows(), self._title()),
             "",
             text_table(("part", *self._devices()), self._layer_rows()),
-            *_lora_lines(self.loras),
-            *self.problems,
+            *self._notes(),
         ]
         return "\n".join(parts)
 
@@ -83,10 +85,21 @@ class Report:
         return (
             html_table(_HEADER, self._rows(), self._title())
             + html_table(("part", *self._devices()), self._layer_rows())
-            + "".join(
-                f"<p>{html.escape(line)}</p>" for line in (*_lora_lines(self.loras), *self.problems)
-            )
+            + "".join(f"<p>{html.escape(line)}</p>" for line in self._notes())
         )
+
+    def _notes(self) -> list[str]:
+        lines = _lora_lines(self.loras)
+        if self.merge_error:
+            lines.append(
+                f"merging ended with {self.merging} weights left, which are patched when fetched: "
+                f"{self.merge_error}"
+            )
+        elif self.merging:
+            lines.append(
+                f"{self.merging} weights are being merged; until then they are patched when fetched"
+            )
+        return [*lines, *self.problems]
 
     def plot(self, path: str | None = None) -> Any:
         """A bar per part, coloured by device (needs matplotlib); saved to `path` if given."""
@@ -141,6 +154,8 @@ def report(module: nn.Module) -> Report:
         placement.update(dict.fromkeys(names, device))
 
     sizes: dict[str, int] = {}
+    merging = state.patching.merging if state.patching is not None else None
+    pending = set(merging.left) if merging is not None else set()
     for group in group_members(module):
         count([m.name for m in group.members], current_place(group.first), group.nbytes)
         sizes[group.name] = group.nbytes
@@ -151,7 +166,7 @@ def report(module: nn.Module) -> Report:
     problems = [
         f"{name}: planned on {plan.placement[name]}, found on {device}"
         for name, device in placement.items()
-        if name in plan.placement and plan.placement[name] != device
+        if name in plan.placement and plan.placement[name] != device and name not in pending
     ]
     problems += [
         f"{name}: planned {plan.sizes[name]} bytes, found {nbytes} (converted since?); "
@@ -162,7 +177,10 @@ def report(module: nn.Module) -> Report:
     problems += [f"{name}: not in the plan" for name in placement if name not in plan.placement]
     problems += [f"{name}: in the plan, gone" for name in plan.placement if name not in placement]
     loras = state.patching.rows() if state.patching is not None else []
-    return Report(plan.compute, measured, plan.bytes, placement, layers, problems, loras)
+    error = str(merging.error) if merging is not None and merging.error is not None else ""
+    return Report(
+        plan.compute, measured, plan.bytes, placement, layers, problems, loras, len(pending), error
+    )
 
 
 def _part(name: str) -> str:

@@ -115,6 +115,20 @@ void Weight::count_in(std::shared_ptr<Counters> counters) {
 void Weight::move_to(Source source) {
   std::lock_guard lock(mutex_);
   source_ = std::move(source);
+  ++moves_;
+}
+
+uint64_t Weight::moves() const {
+  std::lock_guard lock(mutex_);
+  return moves_;
+}
+
+bool Weight::move_to(Source source, uint64_t moves) {
+  std::lock_guard lock(mutex_);
+  if (moves_ != moves) return false;
+  source_ = std::move(source);
+  ++moves_;
+  return true;
 }
 
 void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,

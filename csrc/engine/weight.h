@@ -91,6 +91,10 @@ class Weight {
   void count_in(std::shared_ptr<Counters> counters);
   // From now on made of something else. What the ring holds is not touched.
   void move_to(Source source);
+  // How often it was.
+  uint64_t moves() const;
+  // move_to(), unless it moved since moves() was asked. False: it did.
+  bool move_to(Source source, uint64_t moves);
 
   // Brings [begin, begin + bytes) of `whole` (all bytes of the weight) to the
   // donor. A checkpoint is never written: the weight moves to a scratch file
@@ -113,8 +117,9 @@ class Weight {
   const uint64_t alignment_;
   const std::shared_ptr<Ring> ring_;
   mutable std::mutex mutex_;
-  std::string name_;  // guarded by mutex_
-  Source source_;     // guarded by mutex_
+  std::string name_;    // guarded by mutex_
+  Source source_;       // guarded by mutex_
+  uint64_t moves_ = 0;  // guarded by mutex_
   std::atomic<Counters*> counters_;
   std::vector<std::shared_ptr<Counters>> counter_owners_;  // guarded by mutex_
 };

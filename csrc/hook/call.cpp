@@ -96,8 +96,10 @@ c10::Storage Call::memory_of(Handle& handle) {
 
 at::Tensor Call::real(const at::Tensor& tensor, bool writes) {
   if (!is_sharded(tensor)) return tensor;
-  at::Tensor real = make_real(tensor, memory_of(handle_of(tensor)), Likeness::kExact);
-  swapped_.push_back({tensor, real, writes, false});
+  Handle& handle = handle_of(tensor);
+  const bool in_place = bool(handle.in_place);
+  at::Tensor real = make_real(tensor, memory_of(handle), Likeness::kExact);
+  swapped_.push_back({tensor, real, writes, in_place, false});
   return real;
 }
 
@@ -141,7 +143,7 @@ void Call::commit(Swapped& argument) {
   Handle& handle = handle_of(argument.sharded);
   const c10::Storage& memory = argument.real.storage();
   const uint64_t total = memory.nbytes();
-  if (!handle.in_place) {
+  if (!argument.in_place) {
     const at::Tensor host = whole_on_host(memory);
     const auto* bytes = static_cast<const std::byte*>(host.storage().data());
     const auto [begin, length] = extent(argument.real);
@@ -152,7 +154,7 @@ void Call::commit(Swapped& argument) {
     auto owner = std::make_shared<c10::Storage>(memory);
     auto* data = static_cast<std::byte*>(owner->mutable_data());
     handle.weight->move_to({std::make_shared<HostDonor>(owner, data, total), nullptr});
-    handle.in_place = memory;
+    handle.in_place.publish(memory);
   }
   argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));
   if (!same_geometry(argument.sharded, argument.real)) {

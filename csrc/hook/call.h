@@ -47,6 +47,7 @@ class Call {
     at::Tensor sharded;
     at::Tensor real;
     bool writes;
+    bool in_place;  // was when its memory was asked for
     bool committed;
   };
 

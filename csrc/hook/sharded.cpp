@@ -117,7 +117,7 @@ c10::Storage fetch(Handle& handle) {
   process_fetches.fetch_add(1, std::memory_order_relaxed);
   if (handle.in_place) {
     handle.weight->counters().hits.fetch_add(1, std::memory_order_relaxed);
-    return handle.in_place;
+    return handle.in_place.memory();
   }
   const std::shared_ptr<void> slot = handle.weight->ring().acquire(*handle.weight);
   return *static_cast<c10::Storage*>(slot.get());

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <memory>
 
 #include "engine/weight.h"
@@ -18,11 +19,35 @@ namespace distorch {
 // a tensor what it is gets the answer of an ordinary tensor of that device.
 inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
 
+// A donor's own memory, where operators may use it. It may come while operators
+// run (see adopt in ops/ops.cpp), and does not go.
+class InPlace {
+ public:
+  InPlace() = default;
+  // Of a handle that no other thread knows yet.
+  InPlace(c10::Storage memory) : memory_(std::move(memory)), there_(bool(memory_)) {}
+  InPlace(InPlace&& other) noexcept
+      : memory_(std::move(other.memory_)), there_(other.there_.load()) {}
+
+  explicit operator bool() const { return there_.load(std::memory_order_acquire); }
+  // REQUIRES: bool(*this).
+  const c10::Storage& memory() const { return memory_; }
+  // Other memory, if there was some, must not be in use.
+  void publish(c10::Storage memory) {
+    memory_ = std::move(memory);
+    there_.store(true, std::memory_order_release);
+  }
+
+ private:
+  c10::Storage memory_;
+  std::atomic<bool> there_{false};
+};
+
 // What the tag on a storage says.
 struct Handle {
   std::shared_ptr<Weight> weight;
   c10::Device compute;
-  c10::Storage in_place;  // the donor's own memory where ops may use it, else empty
+  InPlace in_place;
 };
 
 inline bool is_sharded(const at::Tensor& tensor) {

@@ -292,6 +292,26 @@ void set_patches(const at::Tensor& weight, at::TensorList ups, at::TensorList do
   });
 }
 
+int64_t moves(const at::Tensor& weight) {
+  return static_cast<int64_t>(handle_of(weight).weight->moves());
+}
+
+// The weight is from now on what `same` is made of, which has the same bits, if
+// it did not move since moves() gave `moves`; whether it did so. Operators that
+// run meanwhile see the one or the other.
+bool adopt(const at::Tensor& weight, const at::Tensor& same, int64_t moves) {
+  return at_border([&] {
+    Handle& handle = handle_of(weight);
+    const Handle& other = handle_of(same);
+    Source source = other.weight->source();
+    TORCH_CHECK_VALUE(source.size() == weight.storage().nbytes() && handle.compute == other.compute,
+                      "adopt takes a weight of as many bytes for the same device");
+    if (!handle.weight->move_to(std::move(source), static_cast<uint64_t>(moves))) return false;
+    if (other.in_place) handle.in_place.publish(other.in_place.memory());
+    return true;
+  });
+}
+
 // (path, offset in bytes) of a weight that is read from a checkpoint, else ("", 0).
 std::tuple<std::string, int64_t> file_range(const at::Tensor& tensor) {
   const auto donor = std::dynamic_pointer_cast<FileDonor>(handle_of(tensor).weight->donor());
@@ -434,6 +454,8 @@ TORCH_LIBRARY(distorch, library) {
       "decode_(Tensor(a!) into, Tensor stored, str code, Tensor? scales, int[] scale_block, "
       "Tensor[] ups, Tensor[] downs, float[] strengths, int[] first_rows, Tensor(b!)? finite) "
       "-> ()");
+  library.def("moves(Tensor weight) -> int", &moves);
+  library.def("adopt(Tensor weight, Tensor same, int moves) -> bool", &adopt);
   library.def("file_range(Tensor tensor) -> (str, int)", &file_range);
   library.def("share(Tensor tensor) -> Tensor", &share);
   library.def("donor_bytes(Tensor tensor) -> Tensor", &donor_bytes);

@@ -1,5 +1,6 @@
 """LoRAs on a distributed module: where the originals are, what is on them, and how that changes."""
 
+from distorch.patching.background import Merging, finish_merging
 from distorch.patching.change import set_loras
 from distorch.patching.forms import merged_value, with_rows
 from distorch.patching.state import (
@@ -13,6 +14,6 @@ from distorch.patching.state import (
 )
 
 __all__ = [
-    "Applied", "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers",
-    "merged_value", "new_reader", "set_loras", "with_rows",
+    "Applied", "Merging", "Original", "PatchOptions", "Patching", "base_name",
+    "check_plain_numbers", "finish_merging", "merged_value", "new_reader", "set_loras", "with_rows",
 ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +14,9 @@ from tqdm import tqdm
 from distorch.errors import PlacementError
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import LoraSource, Patches
+from distorch.patching.background import Merging
 from distorch.patching.forms import Work, redo
+from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
     Applied,
     Patching,
@@ -25,6 +26,7 @@ from distorch.patching.state import (
     new_reader,
     shapes_of,
 )
+from distorch.planner import Plan
 from distorch.runtime import distribution
 from distorch.runtime.groups import Group, group_members, has_bytes
 
@@ -46,9 +48,11 @@ def set_loras(
     weights for which something changes are computed again, from their original bytes; with `[]`
     they are those bytes again. `lora_mode` "merge" writes the results to where the weights are;
     "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no bytes, the
-    results are the same. `lora_mode` and `patched_dtype` stay as they were unless given. A patched
-    weight of 8 bits takes 16 in "merge" mode: plan and report count it so, even where that is more
-    than the spec gave its device; `redistribute` then places anew.
+    results are the same; "background" begins like that and merges while the model is used, all but
+    8-bit and quantised weights and what is on disk (see `finish_merging`). `lora_mode` and
+    `patched_dtype` stay as they were unless given. A patched weight of 8 bits takes 16 in "merge"
+    mode: plan and report count it so, even where that is more than the spec gave its device;
+    `redistribute` then places anew.
     Raises FormatError, SpecError, PlacementError, FetchError; an error or an interrupt leaves the
     module with the LoRAs that it had.
     """
@@ -65,13 +69,17 @@ def set_loras(
         known.reader = new_reader(module)
     patches, found = known.reader.read(loras, strict_loras)
     groups = group_members(module)
-    changes = _changes(groups, patches, known, options)
-    _check_unchanged(changes, known)
-    state.patching = known
-    with torch.no_grad():
-        _apply(changes, known, options, state.plan.compute, progress)
-    known.options, known.loras = options, found
-    _settle(module, state, groups)
+    with distribution.nothing_merging(module):
+        changes = _changes(groups, patches, known, options)
+        _check_unchanged(changes, known)
+        state.patching = known
+        with torch.no_grad():
+            _apply(changes, known, options, state.plan, progress)
+        known.options, known.loras = options, found
+        _settle(module, state, groups)
+    if options.mode == "background" and known.merging is None:
+        known.merging = Merging(module)
+        known.merging.start()
     return module
 
 
@@ -135,68 +143,33 @@ def _apply(
     changes: list[_Change],
     known: Patching,
     options: PatchOptions,
-    compute: str,
+    plan: Plan,
     progress: bool | None,
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
     show = sys.stderr.isatty() if progress is None else progress
     total = sum(change.group.nbytes for change in changes)
     begun: list[_Change] = []
-    device = torch.device(compute)
     try:
         with (
             tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar,
-            _Originals(changes, known, options) as originals,
+            ReadAhead([_read_ahead(change, known, options) for change in changes]) as originals,
         ):
             for change in changes:
                 values = originals.next()
                 begun.append(change)
-                redo(change.group, change.new, known, Work(options, device), values)
+                redo(change.group, change.new, known, Work(options, plan), values)
                 bar.update(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
-            redo(change.group, change.old, known, Work(change.old_options, device))
+            redo(change.group, change.old, known, Work(change.old_options, plan))
         raise
-
-
-class _Originals:
-    """The originals of weights that are merged anew, each read while the one before is merged."""
-
-    def __init__(self, changes: list[_Change], known: Patching, options: PatchOptions) -> None:
-        self._wanted = [_read_ahead(change, known, options) for change in changes]
-        room = max((stored.room for stored in self._wanted if stored is not None), default=0)
-        self._buffers = [torch.empty(room, dtype=torch.uint8) for _ in range(2)] if room else []
-        self._reads: list[Future[torch.Tensor] | None] = []
-        self._taken = 0
-
-    def __enter__(self) -> _Originals:
-        self._thread = ThreadPoolExecutor(1, "distorch-read")
-        self._start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def _start(self) -> None:
-        index = len(self._reads)
-        if index >= len(self._wanted):
-            return
-        stored = self._wanted[index]
-        buffer = self._buffers[index % 2] if self._buffers else None
-        self._reads.append(None if stored is None else self._thread.submit(stored.read, buffer))
-
-    def next(self) -> torch.Tensor | None:
-        """The next change's original, valid until the one after it is asked for; None: not read."""
-        read = self._reads[self._taken]
-        self._taken += 1
-        self._start()
-        return None if read is None else read.result()
 
 
 def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> StoredTensor | None:
     """What a merge of this change reads from a file, if it does."""
     original = known.originals.get(base_name(change.group.name))
-    if original is None or original.stored is None or options.mode == "fetch" or not change.new:
+    if original is None or original.stored is None or options.at_fetch or not change.new:
         return None
     return original.stored
 

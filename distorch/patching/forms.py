@@ -11,6 +11,7 @@ from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
 from distorch.lora import StoredRows, low_rank_terms, merge
 from distorch.patching.state import INTEGERS, Applied, Original, Patching, PatchOptions, base_name
+from distorch.planner import Plan
 from distorch.runtime.groups import Group
 from distorch.runtime.staging import current_place
 
@@ -20,7 +21,17 @@ class Work:
     """How, and for which device, weights are patched."""
 
     options: PatchOptions
-    compute: torch.device
+    plan: Plan
+
+    @property
+    def compute(self) -> torch.device:
+        """The device that operators use the weights on."""
+        return torch.device(self.plan.compute)
+
+    def place_of(self, group: Group) -> str:
+        """Where a weight belongs. Until its merge is done, its bytes may still be in its file."""
+        place = current_place(group.first)
+        return self.plan.placement.get(group.name, place) if place == "disk" else place
 
 
 def redo(
@@ -31,7 +42,7 @@ def redo(
     original = known.originals.get(name)
     if original is None:
         original = known.originals[name] = Original(None, None, group.first.dtype)
-    terms = low_rank_terms(patches) if work.options.mode == "fetch" else None
+    terms = low_rank_terms(patches) if work.options.at_fetch else None
     if terms is not None and _can_fetch(original, tuple(group.first.shape)):
         _redo_at_fetch(group, terms, original, work)
     else:
@@ -53,34 +64,35 @@ def _is_decoded(tensor: torch.Tensor) -> bool:
 
 
 def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: Work) -> None:
-    compute, options = work.compute, work.options
     parameter = group.first
     if _is_decoded(parameter) and (len(terms) or original.rows is not None):
         return _ops.set_patches(parameter, terms)
-    base = _restored(group, original, compute)
+    base = _restored(group, original, work)
     if not len(terms):
         return _put(group, base)
     if original.rows is None:
         original.kept = base
         if not _ops.is_sharded(base):
-            base = _donors.shard_on(current_place(base), base, compute, group.name)
+            base = _donors.shard_on(current_place(base), base, work.compute, group.name)
         if base.dtype in _ops.DECODED_DTYPES:
             return _put(group, _ops.patched(base, terms))
-        code, dtype = _ops.code_of(base.dtype), options.dtype_of(base.dtype, original.dtype)
+        code, dtype = _ops.code_of(base.dtype), work.options.dtype_of(base.dtype, original.dtype)
         base = _ops.decoded(base, code, dtype, base.shape, name=group.name)
     _ops.set_patches(base, terms)
     return _put(group, base)
 
 
-def _restored(group: Group, original: Original, compute: torch.device) -> torch.Tensor:
-    """The unpatched weight, at the place where it is now."""
+def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
+    """The unpatched weight, where it belongs or, if it is merged in the background, in its file."""
     if original.kept is not None:
         return original.kept
-    parameter = group.first.detach()
-    place, stored, rows = current_place(parameter), original.stored, original.rows
+    parameter, compute = group.first.detach(), work.compute
+    place, stored, rows = work.place_of(group), original.stored, original.rows
     if stored is None:
         return parameter
-    if place == "disk" and stored.in_one_range:
+    in_file = place == "disk" or original.merges_later(work.options)
+    as_stored = rows is not None or stored.dtype == original.dtype
+    if in_file and as_stored and stored.in_one_range:
         shape = (stored.nbytes,) if stored.block_type else stored.shape
         dtype = stored.dtype
         data = _ops.shard_file(
@@ -114,17 +126,17 @@ def _redo_merged(
     work: Work,
     values: torch.Tensor | None,
 ) -> None:
-    compute, options = work.compute, work.options
+    compute = work.compute
     if original.stored is not None:
         original.kept = None  # of a patch at fetch
     elif original.kept is None:
         original.kept = group.first.detach()
     if not patches and (original.kept is not None or not _takes(group.first, original)):
-        return _put(group, _restored(group, original, compute))
+        return _put(group, _restored(group, original, work))
     parameter = group.first
     value = original.values() if values is None else values
     if patches:
-        dtype = options.dtype_of(value.dtype, original.dtype)
+        dtype = work.options.dtype_of(value.dtype, original.dtype)
         shape = tuple(parameter.shape)
         into = _memory_of(parameter, dtype) if original.kept is None else None
         value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
@@ -133,7 +145,7 @@ def _redo_merged(
     if original.kept is None and _takes(parameter, value):
         parameter.data.copy_(value)
         return None
-    place = current_place(parameter)
+    place = work.place_of(group)
     value = value.clone() if values is not None and value.device.type == "cpu" else value
     if place == str(compute) and not _ops.is_sharded(parameter):
         return _put(group, value.to(compute))

@@ -10,7 +10,7 @@ as soon as it is there, so that an interrupt between two of them leaves nothing 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,16 +22,20 @@ from distorch.formats.scales import own_scales
 from distorch.lora import LoraReader, Patch, ResolvedLora, StoredRows
 from distorch.runtime.groups import Member, named_members
 
+if TYPE_CHECKING:
+    from distorch.patching.background import Merging
+
 Applied = list[tuple[Patch, float]]
 
-_MODES = ("merge", "fetch")
+_MODES = ("merge", "fetch", "background")
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """How patches are put on: `mode` "merge" | "fetch"; `dtype` of patched weights whose base is
-    narrower than 16 bits (None: the module's own, else bfloat16; "base": rounded back).
+    """How patches are put on: `mode` "merge" | "fetch" | "background"; `dtype` of patched weights
+    whose base is narrower than 16 bits (None: the module's own, else bfloat16; "base": rounded
+    back).
     """
 
     mode: str = "merge"
@@ -41,7 +45,7 @@ class PatchOptions:
     def checked(mode: str, dtype: torch.dtype | str | None) -> PatchOptions:
         """Raises SpecError on values that mean nothing."""
         if mode not in _MODES:
-            raise SpecError(f"lora_mode={mode!r}: expected 'merge' or 'fetch'")
+            raise SpecError(f"lora_mode={mode!r}: expected 'merge', 'fetch' or 'background'")
         if isinstance(dtype, str) and dtype != "base":
             if dtype not in _HALVES:
                 raise SpecError(
@@ -50,9 +54,14 @@ class PatchOptions:
             dtype = _HALVES[dtype]
         if isinstance(dtype, torch.dtype) and dtype not in _ops.DECODED_DTYPES:
             raise SpecError(f"patched_dtype={dtype}: expected a floating dtype of 16 or 32 bits")
-        if mode == "fetch" and dtype == "base":
+        if mode != "merge" and dtype == "base":
             raise SpecError("patched_dtype='base' needs lora_mode='merge'")
         return PatchOptions(mode, dtype)
+
+    @property
+    def at_fetch(self) -> bool:
+        """Whether fetches patch what they can, for the time being or for good."""
+        return self.mode != "merge"
 
     def dtype_of(self, stored: torch.dtype, module_dtype: torch.dtype) -> torch.dtype:
         """What a patched weight is kept in."""
@@ -78,6 +87,11 @@ class Original:
     kept: torch.Tensor | None = None
     version: int = 0  # of the parameter, when its present values were put there
 
+    def merges_later(self, options: PatchOptions) -> bool:
+        """Whether a patch that fetches put on now will be merged: not where that would widen."""
+        plain = self.rows is None and self.dtype in _ops.DECODED_DTYPES
+        return options.mode == "background" and plain
+
     def values(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """The stored numbers on the host, in new memory or in `into` (uint8); as StoredTensor.read
         gives them.
@@ -98,6 +112,7 @@ class Patching:
     originals: dict[str, Original] = field(default_factory=dict)
     applied: dict[str, Applied] = field(default_factory=dict)
     loras: list[tuple[ResolvedLora, float]] = field(default_factory=list)
+    merging: Merging | None = None  # while the mode is "background"
 
     def copy(self) -> Patching:
         """For a copy of the module."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -107,6 +108,15 @@ def distribution_of(module: nn.Module) -> Distribution:
 def is_distributed(module: nn.Module) -> bool:
     """Whether `distribute` or `load` has placed this module."""
     return isinstance(module.__dict__.get(_KEY), Distribution)
+
+
+@contextmanager
+def nothing_merging(module: nn.Module) -> Iterator[None]:
+    """No thread merges LoRAs into the module's weights meanwhile."""
+    state = module.__dict__.get(_KEY)
+    merging = state.patching.merging if isinstance(state, Distribution) and state.patching else None
+    with merging.held() if merging is not None else nullcontext():
+        yield
 
 
 def _place_of(group: Group, plan: Plan) -> str:
@@ -246,9 +256,17 @@ def place(
 
     `progress` is told the bytes of each weight as it is staged.
     """
-    compute = torch.device(plan.compute)
-    known = module.__dict__.get(_KEY)
     state = Distribution(plan, options, origins)
+    with nothing_merging(module):
+        return _place(module, state, groups, progress)
+
+
+def _place(
+    module: Module, state: Distribution, groups: list[Group], progress: Progress | None
+) -> Module:
+    """`state` is the new one; what goes on from the old one is taken over."""
+    plan, compute = state.plan, torch.device(state.plan.compute)
+    known = module.__dict__.get(_KEY)
     if isinstance(known, Distribution):
         state.counters, state.patching = known.counters, known.patching
         state.compiled = known.compiled
@@ -258,7 +276,7 @@ def place(
         for name, _, _, buffer in unique_buffers(module)
         if not buffer.is_meta or not machine.needs_values(compute)
     }
-    state.reserve(ring_bytes(groups, plan, options))
+    state.reserve(ring_bytes(groups, plan, state.options))
     undo: _Undo = []
     try:
         _swap_in(module, groups, staged, buffers, undo)
@@ -421,6 +439,12 @@ def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None
     _install(module, state, groups, [])
 
 
+def fit_ring(module: nn.Module) -> None:
+    """Gives back room in the ring that the module's weights do not need any more."""
+    state = distribution_of(module)
+    state.reserve(ring_bytes(group_members(module), state.plan, state.options))
+
+
 def _forget(module: nn.Module, undo: _Undo) -> None:
     """Takes a module's own distribution away, if it has one."""
     if is_distributed(module):
@@ -437,6 +461,11 @@ def _plain(group: Group, target: torch.device) -> torch.Tensor:
 @torch.inference_mode(False)
 def unplace(module: Module, device: str | torch.device | None) -> Module:
     """A plain module on `device` (default: where it computed). All or nothing."""
+    with nothing_merging(module):
+        return _unplace(module, device)
+
+
+def _unplace(module: Module, device: str | torch.device | None) -> Module:
     state = distribution_of(module)
     name = state.plan.compute if device is None else compute_device(device, "device")
     if name not in (there := machine.devices()):
@@ -478,6 +507,6 @@ def check_has_values(module: nn.Module, compute: str) -> None:
 
 __all__ = [
     "Distribution", "Options", "check_has_values", "check_plan_fits", "devices_for",
-    "distribution_of", "group_members", "inventory_of", "is_distributed", "place",
-    "plan_inventory", "refresh", "unplace",
+    "distribution_of", "fit_ring", "group_members", "inventory_of", "is_distributed",
+    "nothing_merging", "place", "plan_inventory", "refresh", "unplace",
 ]  # fmt: skip

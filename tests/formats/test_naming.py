@@ -67,7 +67,7 @@ def test_split_rows_stay_in_the_file_and_swapped_ones_do_not(tmp_path, small_wid
     assert [(p.begin, p.nbytes) for p in swapped.pieces] == [(half, half), (0, half)]
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 def test_loras_come_off_split_and_swapped_weights(tmp_path, small_widths, mode):
     model = small(FluxTransformer2DModel, FLUX)
     file = tmp_path / "m.safetensors"

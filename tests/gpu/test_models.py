@@ -81,7 +81,7 @@ def test_memory_is_given_back():
     assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 def test_loras(tmp_path, mode):
     save_file(net().state_dict(), tmp_path / "m.safetensors")
     generator = torch.Generator().manual_seed(4)

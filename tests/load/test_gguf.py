@@ -167,7 +167,7 @@ def test_only_the_rows_asked_for(tmp_path):
         model.table(torch.tensor([300]))
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_loras_on_blocks(tmp_path, spec, mode):
     values = written(tmp_path / "x.gguf", "Q4_K", Net())

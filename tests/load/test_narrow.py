@@ -43,7 +43,7 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_delta_far_below_a_step_survives(tmp_path, spec, dtype, mode):
@@ -95,7 +95,7 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("kind", SCALES)
 def test_scales_beside_fp8(tmp_path, kind, spec, mode):

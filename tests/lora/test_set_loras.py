@@ -13,7 +13,7 @@ from distorch import FormatError, PlacementError, SpecError
 from distorch.lora import patches as lora_patches
 
 SPECS = ["cpu,*", "cpu,0b;disk,*", "cpu,6kb;disk,*"]
-MODES = ["merge", "fetch"]
+MODES = ["merge", "fetch", "background"]
 
 
 class Net(nn.Module):
@@ -107,7 +107,7 @@ def test_a_module_that_has_no_file(path, spec, mode):
 def test_modes_can_be_changed(path):
     expected = load(path, "cpu,*", [(lora(), 0.5)])
     model = load(path, "cpu,6kb;disk,*", [(lora(), 0.5)], lora_mode="merge")
-    for mode in ("fetch", "merge", "fetch"):
+    for mode in ("fetch", "merge", "background", "fetch", "background", "merge"):
         distorch.set_loras(model, [(lora(), 0.5)], lora_mode=mode)
         assert_same(model, expected)
 

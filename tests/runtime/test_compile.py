@@ -279,7 +279,7 @@ def test_dynamo_is_not_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 def test_loras_change_below_a_graph(tmp_path, mode):
     plain = Model()
     save_file(

@@ -37,7 +37,7 @@ def path(tmp_path):
     return tmp_path / "base.safetensors"
 
 
-@pytest.mark.parametrize("mode", ["merge", "fetch"])
+@pytest.mark.parametrize("mode", ["merge", "fetch", "background"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_same_bits_as_on_the_cpu(path, spec, mode):
     sim.configure(devices=2, links={("sim:1", "sim:0"): (50e9, 5e-6)})

@@ -1,0 +1,289 @@
+"""lora_mode="background": right at once, merged while the model is used, and nobody is disturbed."""
+
+import copy
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import distorch
+from distorch import FetchError
+from distorch.patching import background
+from distorch.testing import sim
+
+SIZE = 64
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(SIZE, SIZE, dtype=torch.bfloat16) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def lora(seed=0, layers=(0, 1, 2, 3)):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layers.{i}.lora_{side}.weight": torch.randn(shape, generator=generator) * 0.1
+        for i in layers
+        for side, shape in (("A", (4, SIZE)), ("B", (SIZE, 4)))
+    }
+
+
+@pytest.fixture
+def path(tmp_path):
+    torch.manual_seed(0)
+    save_file(Net().state_dict(), tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+def load(path, spec="cpu,*", loras=(), **options):
+    options = {"min_bytes": 0, "prefetch": "64kb", "lora_mode": "background", **options}
+    return distorch.load(Net(), path, spec, loras=loras, **options)
+
+
+def values(model):
+    return {name: distorch.materialize(p).cpu() for name, p in model.named_parameters()}
+
+
+def assert_same(model, other):
+    mine, others = values(model), values(other)
+    for name, value in mine.items():
+        assert torch.equal(value.view(torch.int16), others[name].view(torch.int16)), name
+
+
+class Gate:
+    """Lets merges through one by one."""
+
+    def __init__(self, monkeypatch):
+        self.passes = threading.Semaphore(0)
+        self.reached = threading.Event()
+        merge = background._merge
+
+        def gated(*arguments):
+            self.reached.set()
+            self.passes.acquire()
+            merge(*arguments)
+
+        monkeypatch.setattr(background, "_merge", gated)
+
+    def open(self, count=1000):
+        self.passes.release(count)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    made = Gate(monkeypatch)
+    yield made
+    made.open()
+
+
+def pending(model):
+    return distorch.report(model).merging
+
+
+def wait_for(model, count):
+    while pending(model) > count:
+        threading.Event().wait(0.01)
+
+
+@pytest.mark.parametrize("spec", ["cpu,*", "cpu,20kb;disk,*"])
+def test_the_same_bits_before_between_and_after(path, gate, spec):
+    model, loras = load(path, spec, [(lora(), 0.5)]), [(lora(), 0.5)]
+    merged = load(path, "cpu,*", loras, lora_mode="merge")
+    x = torch.randn(3, SIZE).bfloat16()
+    total = pending(model)
+    assert total == (4 if spec == "cpu,*" else 2)
+    for left in reversed(range(total)):
+        assert torch.equal(model(x), merged(x))
+        assert_same(model, merged)
+        assert distorch.report(model).ok
+        gate.open(1)
+        wait_for(model, left)
+    distorch.finish_merging(model)
+    assert_same(model, merged)
+    assert torch.equal(model(x), merged(x))
+
+
+def test_nothing_is_fetched_any_more_after_it(path):
+    model = load(path, loras=[(lora(), 0.5)])
+    distorch.finish_merging(model)
+    x = torch.randn(3, SIZE).bfloat16()
+    model(x)
+    distorch.reset_stats(model)
+    model(x)
+    stats = distorch.stats(model)
+    assert stats.fetches == stats.hits == 4
+    assert stats.bytes == {}
+    report = distorch.report(model)
+    assert report.ok
+    assert report.bytes == report.planned
+
+
+def test_another_change_meanwhile(path, gate):
+    model = load(path, loras=[(lora(), 0.5)])
+    gate.open(2)
+    wait_for(model, 2)
+    gate.open()  # one is being merged with strengths that are old soon
+    for strength in (0.1, 0.2, 0.3):
+        distorch.set_loras(model, [(lora(), strength), (lora(1, (1,)), 1.0)])
+    expected = load(path, loras=[(lora(), 0.3), (lora(1, (1,)), 1.0)], lora_mode="merge")
+    assert_same(model, expected)
+    distorch.finish_merging(model)
+    assert_same(model, expected)
+    distorch.set_loras(model, [])
+    assert_same(model, load(path))
+    distorch.finish_merging(model)
+    assert_same(model, load(path))
+    assert distorch.report(model).bytes == distorch.report(model).planned
+
+
+def test_what_is_written_meanwhile_stays(path, gate):
+    model = load(path, loras=[(lora(), 0.5)])
+    gate.reached.wait()
+    expected = values(model)["layers.0.weight"] + 1
+    started = threading.Event()
+    merged_value = background.merged_value
+
+    def slow(*arguments, **options):
+        result = merged_value(*arguments, **options)
+        started.set()
+        written.wait()
+        return result
+
+    written = threading.Event()
+    background.merged_value = slow
+    try:
+        gate.open()
+        started.wait()
+        with torch.no_grad():
+            model.layers[0].weight.add_(1)
+        written.set()
+        distorch.finish_merging(model)
+    finally:
+        background.merged_value = merged_value
+    assert torch.equal(values(model)["layers.0.weight"], expected)
+
+
+@pytest.mark.parametrize("target", ["cpu,20kb;disk,*", "cpu,0b;disk,*", None])
+def test_a_new_placement_meanwhile(path, gate, target):
+    model = load(path, loras=[(lora(), 0.5)])
+    expected = load(path, loras=[(lora(), 0.5)], lora_mode="merge")
+    gate.open(2)
+    wait_for(model, 2)
+    gate.open()
+    if target is None:
+        distorch.undistribute(model)
+        assert not any(distorch.is_sharded(p) for p in model.parameters())
+    else:
+        distorch.redistribute(model, target)
+        distorch.finish_merging(model)
+        assert distorch.report(model).ok
+    assert_same(model, expected)
+
+
+def test_copies_and_state_dicts_meanwhile(path, gate):
+    model = load(path, loras=[(lora(), 0.5)])
+    expected = load(path, loras=[(lora(), 0.5)], lora_mode="merge")
+    gate.open(2)
+    wait_for(model, 2)
+    other = copy.deepcopy(model)
+    state = model.state_dict()
+    gate.open()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(distorch.materialize(state[name]), value)
+    assert_same(other, expected)
+    distorch.finish_merging(other)
+    assert_same(other, expected)
+    assert distorch.report(other).bytes == distorch.report(other).planned
+
+
+def test_an_error_is_told_and_the_model_is_right(path, monkeypatch):
+    def fails(*arguments, **options):
+        raise FetchError("no such luck")
+
+    monkeypatch.setattr(background, "merged_value", fails)
+    model = load(path, loras=[(lora(), 0.5)])
+    with pytest.raises(FetchError, match="no such luck"):
+        distorch.finish_merging(model)
+    report = distorch.report(model)
+    assert report.merge_error == "no such luck"
+    assert "4 weights left" in str(report)
+    assert_same(model, load(path, loras=[(lora(), 0.5)], lora_mode="merge"))
+    monkeypatch.undo()
+    distorch.set_loras(model, [(lora(), 0.6)])
+    distorch.finish_merging(model)
+    assert_same(model, load(path, loras=[(lora(), 0.6)], lora_mode="merge"))
+
+
+def test_a_module_that_nobody_wants_is_let_go(path, gate):
+    model = load(path, loras=[(lora(), 0.5)])
+    gate.reached.wait()
+    known = weakref.ref(model)
+    threads = [t for t in threading.enumerate() if t.name == "distorch-merge"]
+    del model
+    gc.collect()
+    gate.open()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    gc.collect()
+    assert known() is None
+
+
+def test_a_program_may_end_meanwhile(path):
+    program = textwrap.dedent(f"""
+        import threading, torch
+        from tests.lora import test_background as t
+        from distorch.patching import background
+        merge = background._merge
+        def slow(*arguments):
+            threading.Event().wait(0.5)
+            merge(*arguments)
+        background._merge = slow
+        model = t.load({str(path)!r}, loras=[(t.lora(), 0.5)])
+        print(t.pending(model))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "4"
+    assert "Traceback" not in done.stderr
+
+
+def test_on_a_simulated_accelerator(path):
+    sim.configure(devices=2)
+    loras = [(lora(), 0.5)]
+    expected = load(path, "cpu,*", loras, lora_mode="merge")
+    x = torch.randn(3, SIZE).bfloat16()
+    for spec in ("sim:0,0b;cpu,*", "sim:0,50%;cpu,50%", "sim:0,20kb;sim:1,10kb;disk,*"):
+        model = load(path, spec, loras)
+        while pending(model):
+            assert torch.equal(model(x.to("sim")).cpu(), expected(x))
+        distorch.finish_merging(model)
+        for _ in range(3):
+            assert torch.equal(model(x.to("sim")).cpu(), expected(x))
+        assert_same(model, expected)
+        report = distorch.report(model)
+        assert report.ok
+        assert report.bytes == report.planned
+    assert sim.races() == []
+
+
+def test_there_may_be_nothing_to_wait_for(path):
+    model = load(path, loras=[(lora(), 0.5)], lora_mode="merge")
+    assert distorch.finish_merging(model) is model
+    with pytest.raises(distorch.PlacementError, match="not distributed"):
+        distorch.finish_merging(Net())
