@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,41 @@ def measure_fetch(options: argparse.Namespace) -> dict[str, Any]:
     return measure_load(options, "fetch")
 
 
+def measure_background(options: argparse.Namespace) -> dict[str, Any]:
+    """The same, merged while the model is used: `first step` begins at once,
+    `merged` is from the start of the load or change until nothing is left to merge.
+    """
+    import distorch
+
+    style = lora_state(options.layers, options.width)
+    module = model(options.layers, options.width)
+    x = torch.ones(1, options.width, dtype=torch.bfloat16)
+    arguments = {"lora_mode": "background", "progress": False, "prefetch": "128mb"}
+    changes: dict[str, Callable[[], object]] = {
+        "load": lambda: distorch.load(
+            module, options.checkpoint, options.spec, loras=[(style, 0.5)], **arguments
+        ),
+        "first change": lambda: distorch.set_loras(module, [(style, 0.7)], progress=False),
+        "second change": lambda: distorch.set_loras(module, [(style, 0.3)], progress=False),
+    }
+    found = {}
+    for name, change in changes.items():
+        with Clock() as merged:
+            with Clock() as clock:
+                change()
+            found[name] = clock.result()
+            if name == "second change":
+                with torch.no_grad(), Clock() as clock:
+                    module(x)
+                found["first step"] = clock.result()
+            distorch.finish_merging(module, progress=False)
+        found[f"{name}, merged"] = merged.result()
+    with torch.no_grad(), Clock() as clock:
+        module(x)
+    found["step"] = clock.result()
+    return found
+
+
 def measure_peft(options: argparse.Namespace) -> dict[str, Any]:
     """accelerate's loader into RAM, PEFT's adapters, merge_and_unload."""
     from accelerate import load_checkpoint_in_model
@@ -180,6 +216,7 @@ MEASUREMENTS = {
     "merge alone": measure_merge,
     "distorch": measure_load,
     "distorch, at fetch": measure_fetch,
+    "distorch, in the background": measure_background,
     "accelerate + PEFT": measure_peft,
 }
 

@@ -1,11 +1,12 @@
 """LoRAs merged while the model is used: `lora_mode="background"`.
 
 Note [Merging in the background]
-A weight that is patched when it is fetched is right at once. One after the other, a thread computes
-what fetches compute, brings it to where the weight belongs, and lets the weight adopt it: operators
-see the one source or the other, whose bits are the same. A weight that was written to or patched
-anew meanwhile does not. Which weights are pending is seen on the weights themselves. Who changes a
-module as a whole holds the thread meanwhile (`distribution.nothing_merging`).
+A weight that is patched when it is fetched is right at once. One after the other, a thread fetches
+each (a step that runs meanwhile shares these fetches), brings a copy to where the weight belongs,
+and lets the weight adopt it: operators see the one source or the other, whose bits are the same. A
+weight that was written to or patched anew meanwhile does not. Which weights are pending is seen on
+the weights themselves. Who changes a module as a whole holds the thread meanwhile
+(`distribution.nothing_merging`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distorch import _donors, _ops
-from distorch.formats.safetensors import StoredTensor
-from distorch.patching.forms import merged_value
-from distorch.patching.reading import ReadAhead
-from distorch.patching.state import Original, Patching, base_name
+from distorch.patching.state import Patching, base_name
 from distorch.planner import Plan
 from distorch.runtime import distribution
 from distorch.runtime.groups import Group, group_members
@@ -60,7 +58,7 @@ class Merging:
         self._stopped.clear()
         if groups:
             self._thread = threading.Thread(
-                target=self._run, args=(groups, known, plan), name="distorch-merge"
+                target=self._run, args=(groups, plan), name="distorch-merge"
             )
             self._thread.start()
 
@@ -93,13 +91,11 @@ class Merging:
         return here and not self._stopped.is_set()
 
     @torch.no_grad()
-    def _run(self, groups: list[Group], known: Patching, plan: Plan) -> None:
+    def _run(self, groups: list[Group], plan: Plan) -> None:
         try:
-            with ReadAhead([_stored(group, known) for group in groups]) as originals:
-                while groups and self._wanted():
-                    values = originals.next()
-                    _merge(groups[0], known, plan, values)
-                    del self.left[groups.pop(0).name]
+            while groups and self._wanted():
+                _merge(groups[0], plan)
+                del self.left[groups.pop(0).name]
         except BaseException as error:  # told by finish(), and in the report
             self.error = error
             return
@@ -118,37 +114,16 @@ def _is_pending(group: Group, known: Patching, plan: Plan) -> bool:
     return state.decoded or state.tier == "disk"
 
 
-def _stored(group: Group, known: Patching) -> StoredTensor | None:
-    """The original, where it is read from a file."""
-    stored = known.originals[base_name(group.name)].stored
-    return stored if _ops.state(group.first).tier == "disk" else None
-
-
-def _merge(group: Group, known: Patching, plan: Plan, values: torch.Tensor | None) -> None:
-    """One weight; `values` its original, or None where the donor has it."""
-    weight, name = group.first.detach(), base_name(group.name)
+def _merge(group: Group, plan: Plan) -> None:
+    weight, compute = group.first.detach(), torch.device(plan.compute)
     moves = _ops.moves(weight)
-    original, patches = known.originals[name], known.applied.get(name, [])
-    compute = torch.device(plan.compute)
-    if values is None:
-        values = _on_donor(weight, original)
-    merged = merged_value(
-        patches, values.to(original.dtype), None, original.dtype, compute,
-        into=torch.empty(weight.shape, dtype=original.dtype),
-    )  # fmt: skip
+    merged = weight.clone(memory_format=torch.contiguous_format)
     same = _donors.shard_on(plan.placement[group.name], merged, compute, group.name)
     if compute.type != "cpu":
         done = torch.Event(compute)
         done.record()
         done.synchronize()
     _ops.adopt(weight, same, moves)
-
-
-def _on_donor(weight: torch.Tensor, original: Original) -> torch.Tensor:
-    """The numbers that a patched weight has on its donor: not to be written to, if in memory."""
-    if _ops.state(weight).tier != "cpu":
-        return original.values()
-    return _ops.donor_bytes(weight).view(original.dtype).view(weight.shape)
 
 
 def finish_merging(module: Module, *, progress: bool | None = None) -> Module:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distorch
-from distorch import FetchError
+from distorch import FetchError, _ops
 from distorch.patching import background
 from distorch.testing import sim
 
@@ -149,30 +149,25 @@ def test_another_change_meanwhile(path, gate):
     assert distorch.report(model).bytes == distorch.report(model).planned
 
 
-def test_what_is_written_meanwhile_stays(path, gate):
+def test_what_is_written_meanwhile_stays(path, gate, monkeypatch):
     model = load(path, loras=[(lora(), 0.5)])
     gate.reached.wait()
     expected = values(model)["layers.0.weight"] + 1
-    started = threading.Event()
-    merged_value = background.merged_value
+    started, written, adopt = threading.Event(), threading.Event(), _ops.adopt
 
-    def slow(*arguments, **options):
-        result = merged_value(*arguments, **options)
+    def late(*arguments):
         started.set()
         written.wait()
-        return result
+        return adopt(*arguments)
 
-    written = threading.Event()
-    background.merged_value = slow
-    try:
-        gate.open()
-        started.wait()
-        with torch.no_grad():
-            model.layers[0].weight.add_(1)
-        written.set()
-        distorch.finish_merging(model)
-    finally:
-        background.merged_value = merged_value
+    monkeypatch.setattr(_ops, "adopt", late)
+    gate.open()
+    started.wait()
+    with torch.no_grad():
+        model.layers[0].weight.add_(1)
+    written.set()
+    distorch.finish_merging(model)
+    assert pending(model) == 0
     assert torch.equal(values(model)["layers.0.weight"], expected)
 
 
@@ -213,7 +208,7 @@ def test_an_error_is_told_and_the_model_is_right(path, monkeypatch):
     def fails(*arguments, **options):
         raise FetchError("no such luck")
 
-    monkeypatch.setattr(background, "merged_value", fails)
+    monkeypatch.setattr(_ops, "adopt", fails)
     model = load(path, loras=[(lora(), 0.5)])
     with pytest.raises(FetchError, match="no such luck"):
         distorch.finish_merging(model)
