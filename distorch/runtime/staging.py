@@ -111,7 +111,7 @@ def _stage_parts(group: Group, target: str, compute: torch.device) -> torch.Tens
     member = group.members[0]
 
     def staged(name: str, part: torch.Tensor) -> torch.Tensor:
-        if part.numel() <= 1:
+        if wrapped.stays(part):
             return part.detach().to(compute)
         alone = replace(member, name=f"{group.name}.{name}", parameter=cast(nn.Parameter, part))
         whole = Group(*byte_extent(part), [alone])
