@@ -15,7 +15,7 @@ import distorch
 from distorch.comfy import host
 from distorch.planner import Plan
 from distorch.runtime import distribution
-from distorch.runtime.groups import has_bytes
+from distorch.runtime.groups import can_leave_device
 
 _SAMPLER = "WanVideoSampler"
 
@@ -37,7 +37,7 @@ def swap_plan(transformer: nn.Module, device: str, donor: str, beginnings: tuple
     moves = {
         name: donor
         for name, parameter in transformer.named_parameters(remove_duplicate=False)
-        if name.startswith(beginnings) and has_bytes(parameter)
+        if name.startswith(beginnings) and can_leave_device(parameter)
     }
     return replace(plan, placement={**plan.placement, **moves})
 

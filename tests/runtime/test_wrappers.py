@@ -135,6 +135,16 @@ def test_parts_that_are_copied_when_they_are_detached():
     assert torch.equal(net(IDS), expected)
 
 
+def test_a_wrapper_around_what_is_no_memory_stays():
+    net = Net()
+    for layer in net.layers:
+        layer.weight.rows = layer.weight.rows.to_sparse()
+    distorch.distribute(net, "cpu,0b;disk,*", min_bytes=0)
+    assert not any(is_on_donor(layer.weight) for layer in net.layers)
+    with pytest.raises(PlacementError, match=r"'layers.0.weight' should go to 'disk'"):
+        distorch.redistribute(net, "cpu,*;disk,1mb", rules=[("layers.*", "disk")], min_bytes=0)
+
+
 def test_a_part_that_strayed_is_reported():
     net = distorch.distribute(Net(), "cpu,0b;disk,*", min_bytes=0)
     weight, before = net.layers[2].weight, distorch.report(net).bytes["disk"]
