@@ -103,6 +103,8 @@ def _put(
     model: nn.Module, key: str, value: torch.Tensor, place: str, compute: torch.device
 ) -> None:
     def put(name: str, part: torch.Tensor) -> torch.Tensor:
+        if _ops.is_sharded(part):  # an original's, or one that the host took over as it was
+            part = part.clone()
         if place == str(compute) or (name and wrapped.stays(part)):
             return part.to(compute)
         whole = f"{key}.{name}" if name else key
@@ -160,8 +162,6 @@ def _restore(
 ) -> None:
     if current_place(original) == place and original.device == compute:
         set_weight(model, key, original)
-    elif wrapped.is_on_donor(original):
-        _put(model, key, wrapped.rebuilt(original, lambda _, p: p.clone()), place, compute)
     else:
         _put(model, key, original, place, compute)
 

@@ -43,6 +43,11 @@ def base(tmp_path_factory):
             [sys.executable, str(HERE / "quantise.py"), str(folder / "models")], check=True
         )
         (folder / "models" / "loras" / "done").touch()
+    if not (folder / "models" / "loras" / "quantised").exists():
+        subprocess.run(
+            [sys.executable, str(HERE / "kitchen.py"), str(folder / "models")], check=True
+        )
+        (folder / "models" / "loras" / "quantised").touch()
     nodes = folder / "custom_nodes"
     nodes.mkdir(parents=True, exist_ok=True)
     for name, target in (

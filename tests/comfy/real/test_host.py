@@ -366,20 +366,6 @@ def test_a_saved_model_is_the_stock_one(host):
 
 
 @pytest.mark.tiny_flux
-def test_scaled_fp8_is_refused_on_the_node(host):
-    loader = our_flux()
-    loader["inputs"]["unet_name"] = "flux-scaled.safetensors"
-    found = message(host, g.flux(loader))
-    assert "cannot leave cpu yet" in found
-    assert '"node_id": "load"' in found
-    loader = {
-        "class_type": "UNETLoader",
-        "inputs": {"unet_name": "flux-scaled.safetensors", "weight_dtype": "default"},
-    }
-    run(host, g.flux(loader))  # the host itself knows it
-
-
-@pytest.mark.tiny_flux
 def test_report(host):
     graph = g.flux(our_flux(), seed=9)
     graph["report"] = g.node("DistributionReport", model=["load", 0], after=["sample", 0])

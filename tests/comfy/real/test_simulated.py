@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.comfy.real import graphs as g
+from tests.comfy.real import test_quantised as q
 from tests.comfy.real.test_host import A, run, stock_flux
 
 pytestmark = pytest.mark.tiny_flux
@@ -46,6 +47,33 @@ def test_donors_on_another_device(simulated):
         ring = ours.model["loaded_size"] - measured["sim:0"]
         assert 0 < ring <= measured["sim:1"] + measured["cpu"] + MIB
         assert ours.model["loaded_size"] == ours.model["model_size"]
+
+
+@pytest.mark.parametrize("kind", ["scaled", "nvfp4"])
+def test_quantised_weights(simulated, kind):
+    q.require(simulated, kind)
+    spec = "sim:0,4mb;sim:1,3mb;cpu,*"
+    for loras in ((), (A,), ((A[0], 0.3),), ()):
+        stock = run(simulated, g.flux(q.stock(kind), *loras))
+        ours = run(simulated, g.flux(q.ours(kind, spec, compute_device="sim:0"), *loras))
+        assert ours.digest == stock.digest, loras
+        measured = ours.model["measured"]
+        assert 3 * MIB < measured["sim:0"] <= 4 * MIB
+        assert 2 * MIB < measured["sim:1"] <= 3 * MIB
+        assert ours.model["loaded_size"] == ours.model["model_size"]
+
+
+def test_quantised_weights_unload(simulated):
+    loader = q.ours("scaled", "sim:0,6mb;sim:1,2mb;cpu,*", compute_device="sim:0")
+    simulated.free(cache=True)
+    shown = simulated.run(needing(g.flux(loader, A, seed=2), 200 * MIB))
+    result = g.Result.of(shown)
+    measured = result.model["measured"]
+    assert measured.get("sim:0", 0) == measured.get("sim:1", 0) == 0
+    assert result.model["loaded_size"] == result.model["backups"] == 0
+    again = run(simulated, g.flux(loader, A, seed=3))
+    assert again.digest == run(simulated, g.flux(q.stock("scaled"), A, seed=3)).digest
+    assert again.model["measured"]["sim:1"] > 1 * MIB
 
 
 def test_virtual_vram(simulated):
