@@ -116,6 +116,20 @@ def test_patches_at_full_precision_and_back(host):
     assert_same(values(patcher), before)
 
 
+def test_a_copy_of_a_foreign_model_leaves_it_alone(host):
+    import comfy.sd
+
+    from distorch.comfy import outputs
+    from distorch.comfy.placement import Placement
+
+    theirs = comfy.sd.quantised_patcher()
+    before, a = values(theirs), adapters(1, 0)
+    made = outputs.own_copy(patched(theirs, (0.5, a)), Placement("cpu,0b;disk,*", "cpu"))
+    assert torch.equal(output(host, made), expected((0.5, a)))
+    assert not any(is_on_donor(weight) for weight in weights_of(theirs))
+    assert_same(values(theirs), before)
+
+
 def test_state_dicts_say_values(host):
     import comfy.sd
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.comfy.real import graphs as g
+from tests.comfy.real.client import GraphError
 from tests.comfy.real.kitchen import FORMATS
 from tests.comfy.real.test_host import CHECKPOINT, A, B, run
 
@@ -103,6 +104,15 @@ def test_a_saved_model_is_the_stock_one(host, kind):
         assert tensor.dtype == files[1][key].dtype
         pair = (t.reshape(-1).view(torch.uint8) for t in (tensor, files[1][key]))
         assert torch.equal(*pair), key
+
+
+@pytest.mark.tiny_flux
+def test_hooked_loras_fail_as_with_the_stock_loader_and_harm_nothing(host):
+    expected = run(host, g.flux(stock("scaled"), B)).digest
+    for loader in (stock("scaled"), ours("scaled")):
+        with pytest.raises(GraphError, match="inplace_update"):
+            host.run(g.hooked(loader, A, B))
+    assert run(host, g.flux(ours("scaled"), B)).digest == expected
 
 
 def sd15(loader, lora=None):
