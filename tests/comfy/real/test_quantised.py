@@ -106,12 +106,21 @@ def test_a_saved_model_is_the_stock_one(host, kind):
         assert torch.equal(*pair), key
 
 
+def outcome(host, graph):
+    """What a run made, or how it failed."""
+    try:
+        return run(host, graph).digest
+    except GraphError as error:
+        (name, said) = error.detail[-1]
+        return name, said["exception_message"]
+
+
 @pytest.mark.tiny_flux
-def test_hooked_loras_fail_as_with_the_stock_loader_and_harm_nothing(host):
+def test_hooked_loras_do_what_they_do_with_the_stock_loader(host):
+    """It knows no hooks on quantised weights, in the versions that were tried: nothing is harmed."""
     expected = run(host, g.flux(stock("scaled"), B)).digest
-    for loader in (stock("scaled"), ours("scaled")):
-        with pytest.raises(GraphError, match="inplace_update"):
-            host.run(g.hooked(loader, A, B))
+    wanted = outcome(host, g.hooked(stock("scaled"), A, B))
+    assert outcome(host, g.hooked(ours("scaled"), A, B)) == wanted
     assert run(host, g.flux(ours("scaled"), B)).digest == expected
 
 
@@ -129,7 +138,7 @@ def test_scaled_fp8_of_another_model(host):
     placed = g.old_inputs(
         "UNETLoaderDisTorch2MultiGPU", **file, expert_mode_allocations="cpu,20mb;disk,*"
     )
-    for lora in (None, 0.7, 0.25):
+    for lora in (None, 0.7):
         expected = run(host, sd15(g.node("UNETLoader", **file), lora)).digest
         found = run(host, sd15(placed, lora))
         assert found.digest == expected, lora
