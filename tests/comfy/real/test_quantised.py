@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.comfy.real import graphs as g
-from tests.comfy.real.client import GraphError
+from tests.comfy.real.client import GraphError, Host
+from tests.comfy.real.conftest import COMFYUI
 from tests.comfy.real.kitchen import FORMATS
 from tests.comfy.real.test_host import CHECKPOINT, A, B, run
 
@@ -59,6 +60,26 @@ def test_same_bits(host, kind):
     assert sum(found.model["measured"].values()) <= most + tables
 
 
+@pytest.fixture(scope="module")
+def fast(base):
+    """A ComfyUI that is told to multiply in fp8: activations are quantised, too."""
+    with Host(Path(COMFYUI), base, options=("--supports-fp8-compute",)) as started:
+        yield started
+
+
+@pytest.mark.tiny_flux
+def test_products_in_fp8(host, fast):
+    kind = "float8_e4m3fn"
+    require(fast, kind)
+    for loras in ((), (A,)):
+        expected = run(fast, g.flux(stock(kind), *loras)).digest
+        assert expected != run(host, g.flux(stock(kind), *loras)).digest
+        found = run(fast, g.flux(ours(kind), *loras))
+        assert found.digest == expected
+        assert found.model["measured"]["cpu"] <= MOST
+    assert "_scaled_mm failed" not in fast.log.read_text()
+
+
 @pytest.mark.tiny_flux
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("kind", ["scaled", "nvfp4"])
@@ -84,6 +105,24 @@ def test_distribute_model(host, kind):
     assert found.digest == before.digest
     assert found.model["measured"]["cpu"] <= MOST
     assert run(host, g.flux(stock(kind), A)).digest == before.digest
+
+
+@pytest.mark.tiny_flux
+def test_patches_at_full_precision(host):
+    def placed(*loras, **options):
+        graph = g.flux(stock("scaled"), *loras)
+        model = [f"lora{len(loras) - 1}", 0] if loras else ["load", 0]
+        graph["placed"] = g.node("DistributeModel", model=model, spec=SPEC, **options)
+        graph["sample"]["inputs"]["model"] = graph["figures"]["inputs"]["model"] = ["placed", 0]
+        return run(host, graph)
+
+    rounded = run(host, g.flux(stock("scaled"), A)).digest
+    narrow = sum(placed().model["measured"].values())
+    full = placed(A, lora_precision="full")
+    assert full.digest != rounded
+    assert sum(full.model["measured"].values()) > 2 * narrow  # float32 where it was fp8
+    assert full.model["measured"]["cpu"] <= MOST
+    assert placed(A).digest == rounded
 
 
 @pytest.mark.tiny_flux

@@ -83,10 +83,30 @@ def test_virtual_vram(simulated):
     assert ours.model["measured"]["sim:1"] > 38 * MIB
 
 
-def test_partial_unload_shrinks_the_resident_part(simulated):
-    management = simulated.folder / "comfy" / "model_management.py"
+def require_partial_unload(host):
+    management = host.folder / "comfy" / "model_management.py"
     if "is_dynamic() and (not DISABLE_SMART_MEMORY" in management.read_text():
         pytest.skip("this ComfyUI unloads models of the static path whole, never partly")
+
+
+def test_partial_unload_of_quantised_weights(simulated):
+    require_partial_unload(simulated)
+    loader = q.ours("scaled", "sim:0,8mb;cpu,*", compute_device="sim:0", eject_models=False)
+    simulated.free(cache=True)
+    shown = simulated.run(needing(g.flux(loader, A, seed=2), 3 * MIB))
+    result = g.Result.of(shown)
+    assert freed(shown) >= 3 * MIB
+    assert 0 < result.model["measured"]["sim:0"] < 6 * MIB
+    assert result.model["problems"] == []
+    assert 0 < result.model["loaded_size"] < result.model["model_size"]
+    again = run(simulated, g.flux(loader, A, seed=3))  # as asked again
+    assert 7 * MIB < again.model["measured"]["sim:0"] <= 8 * MIB
+    for found, seed in ((result, 2), (again, 3)):
+        assert found.digest == run(simulated, g.flux(q.stock("scaled"), A, seed=seed)).digest
+
+
+def test_partial_unload_shrinks_the_resident_part(simulated):
+    require_partial_unload(simulated)
     spec = "sim:0,30mb;cpu,*"
     simulated.free(cache=True)
     shown = simulated.run(needing(g.flux(loader(spec), A, seed=2), 12 * MIB))
