@@ -77,7 +77,7 @@ def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
     """Their sampler's outputs. Weights are plain again and off the device afterwards, if asked."""
     model = arguments["model"]
     swap = swap_arguments(model)
-    if swap is None or swap["swap_device"] == device:
+    if swap is None:
         return host.call_node(_SAMPLER, arguments)
     transformer = model.model.diffusion_model
     if distribution.is_distributed(transformer):  # an error left it so

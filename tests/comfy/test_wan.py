@@ -171,6 +171,12 @@ def test_weights_stay_on_the_device_if_they_are_to(wan):
     assert offloads == []
 
 
+def test_a_swap_device_that_computes_keeps_all_blocks(wan):
+    out, placement, moved = wan.sample(model_of(wan.swap("sim:0")))
+    assert (set(placement.values()), moved) == ({DEVICE}, 0)
+    assert torch.equal(out, expected())
+
+
 def test_without_a_swap_device_their_way_is_theirs(wan):
     swap = wan.swap("sim:1")
     del swap["swap_device"]
