@@ -130,10 +130,7 @@ class ModuleAgent:
         All or nothing for sharded weights: the new ones are made first, below this module too.
         """
         module = self.module
-        # The class's own way, with sharded parameters passed over: RNN modules look at them.
-        plain = partial(type(module)._apply, module, lambda t: t if is_on_donor(t) else fn(t))
-        if not recurse:
-            plain = partial(plain, recurse=False)
+        plain = partial(self._convert_the_rest, fn, {} if recurse else {"recurse": False})
         if _converting.get():
             plain()
             return module
@@ -152,6 +149,22 @@ class ModuleAgent:
         finally:
             _converting.reset(token)
         return module
+
+    def _convert_the_rest(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], options: dict[str, bool]
+    ) -> None:
+        """What the class does with parameters that are not on donors."""
+        module = self.module
+        away = {
+            key: parameter
+            for key, parameter in module._parameters.items()
+            if parameter is not None and is_on_donor(parameter)
+        }
+        # The class's own way, with sharded parameters passed over: RNN modules look at them.
+        convert = partial(type(module)._apply, module)
+        convert(lambda t: t if is_on_donor(t) else fn(t), **options)
+        # A class may make parameters anew, which would lose what ours do differently.
+        module._parameters.update(away)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the class says, with values where it has sharded tensors."""

@@ -72,6 +72,15 @@ class Copying(Scaled):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+class OwnApply(nn.Linear):
+    """A layer that makes parameters anew when it is converted, as the host's does."""
+
+    def _apply(self, fn, recurse=True):
+        for key, parameter in self._parameters.items():
+            self._parameters[key] = nn.Parameter(fn(parameter), requires_grad=False)
+        return self
+
+
 class OwnStateDict(nn.Linear):
     """A layer that writes its state dict by itself, part by part, as the host's does."""
 
@@ -208,6 +217,14 @@ def test_conversions_leave_the_parts_where_they_are():
     assert torch.equal(net(IDS), expected)
     with pytest.raises(PlacementError, match="cannot move"):
         net.to("meta")
+
+
+def test_parameters_that_are_made_anew_by_a_conversion_stay_on_donors():
+    net = distorch.distribute(Net(kind=Copying, linear=OwnApply), "cpu,0b;disk,*", min_bytes=0)
+    expected = net(IDS)
+    net.to("cpu")
+    assert all(len(sharded_parts(layer.weight)) == 2 for layer in net.layers)
+    assert torch.equal(net(IDS), expected)
 
 
 def test_what_cannot_be():
