@@ -6,12 +6,14 @@ import html
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from distorch._tables import html_table, human_bytes, text_table
 from distorch.runtime.distribution import distribution_of
-from distorch.runtime.groups import byte_extent, group_members, unique_buffers
+from distorch.runtime.groups import byte_extent, group_members, parts_of, unique_buffers
 from distorch.runtime.staging import current_place
+from distorch.runtime.wrapped import is_wrapper, stays
 
 
 @dataclass(frozen=True)
@@ -147,23 +149,27 @@ def report(module: nn.Module) -> Report:
     placement: dict[str, str] = {}
     layers: dict[str, dict[str, int]] = {}
 
-    def count(names: list[str], device: str, nbytes: int) -> None:
-        measured[device] = measured.get(device, 0) + nbytes
+    def count(names: list[str], tensor: torch.Tensor, nbytes: int) -> None:
         part = layers.setdefault(_part(names[0]), {})
-        part[device] = part.get(device, 0) + nbytes
-        placement.update(dict.fromkeys(names, device))
+        home, *elsewhere = held = _held(tensor, nbytes)
+        for device, there in held.items():
+            measured[device] = measured.get(device, 0) + there
+            part[device] = part.get(device, 0) + there
+        placement.update(dict.fromkeys(names, home))
+        problems.extend(f"{names[0]}: parts of it are on {device}" for device in elsewhere)
 
+    problems: list[str] = []
     sizes: dict[str, int] = {}
     merging = state.patching.merging if state.patching is not None else None
     pending = set(merging.left) if merging is not None else set()
     for group in group_members(module):
-        count([m.name for m in group.members], current_place(group.first), group.nbytes)
+        count([m.name for m in group.members], group.first, group.nbytes)
         sizes[group.name] = group.nbytes
     for name, _, _, buffer in unique_buffers(module):
         begin, end = byte_extent(buffer)
-        count([name], current_place(buffer), end - begin)
+        count([name], buffer, end - begin)
         sizes[name] = end - begin
-    problems = [
+    problems += [
         f"{name}: planned on {plan.placement[name]}, found on {device}"
         for name, device in placement.items()
         if name in plan.placement and plan.placement[name] != device and name not in pending
@@ -181,6 +187,19 @@ def report(module: nn.Module) -> Report:
     return Report(
         plan.compute, measured, plan.bytes, placement, layers, problems, loras, len(pending), error
     )
+
+
+def _held(tensor: torch.Tensor, nbytes: int) -> dict[str, int]:
+    """place -> bytes of a tensor, its own place first; others are of parts that strayed."""
+    home = current_place(tensor)
+    held = {home: nbytes}
+    for part in parts_of(tensor) if is_wrapper(tensor) else ():
+        place = current_place(part)
+        if place != home and not stays(part):
+            size = part.numel() * part.element_size()
+            held[home] -= size
+            held[place] = held.get(place, 0) + size
+    return held
 
 
 def _part(name: str) -> str:

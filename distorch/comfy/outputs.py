@@ -18,6 +18,7 @@ import distorch
 from distorch.comfy import host
 from distorch.comfy.patcher import DistorchPatcher, as_placed, is_ours
 from distorch.comfy.placement import Placement
+from distorch.runtime import wrapped
 
 Taken = Callable[[Any], Any]  # patcher -> patcher
 _log = logging.getLogger("distorch")
@@ -129,6 +130,16 @@ def _retargeted(patcher: Any, target: torch.device) -> Any:
     return made
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy; quantised weights, which know no such thing, part by part."""
+    memo: dict[int, Any] = {
+        id(parameter): wrapped.as_parameter(wrapped.rebuilt(parameter, lambda _, p: p.clone()))
+        for parameter in model.parameters()
+        if wrapped.is_wrapper(parameter)
+    }
+    return copy.deepcopy(model, memo)
+
+
 def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
     """A placed patcher for a model that others may use: their weights stay where they are.
 
@@ -139,7 +150,7 @@ def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
         return as_placed(patcher, placement)
     factory = getattr(patcher, "cached_patcher_init", None)
     base = patcher
-    model = copy.deepcopy(patcher.model) if factory is None else _reloaded(factory).model
+    model = _copied(patcher.model) if factory is None else _reloaded(factory).model
     settle_dtypes(model)
     clone = base.clone()
     if host.is_dynamic(clone):

@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -142,26 +143,36 @@ def _inserted(inputs: dict[str, Any], after: str | None, new: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def working_on(source: str, device: str, offload: str | None = None) -> Iterator[None]:
-    """Until the end of the block, their node finds this device, also where its module keeps one.
+    """Until the end of the block, their node finds this device, also where its pack keeps one.
 
     Modules of packs remember the devices that they saw when they were imported; those are put back,
     whatever happens.
     """
-    module = sys.modules.get(getattr(host.node_class(source), "__module__", ""))
     wanted = {"device": device, "offload_device": offload}
-    before = {
-        name: getattr(module, name)
+    before = [
+        (module, name, getattr(module, name))
+        for module in _modules_of_pack(source)
         for name, value in wanted.items()
         if value is not None and isinstance(getattr(module, name, None), torch.device)
-    }
+    ]
     try:
-        for name in before:
+        for module, name, _ in before:
             setattr(module, name, torch.device(str(wanted[name])))
         with host.computing_on(device):
             yield
     finally:
-        for name, value in before.items():
+        for module, name, value in before:
             setattr(module, name, value)
+
+
+def _modules_of_pack(source: str) -> list[ModuleType]:
+    """Modules that are loaded of the package that a node comes from."""
+    package = getattr(host.node_class(source), "__module__", "").partition(".")[0]
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name == package or name.startswith(f"{package}.")
+    ]
 
 
 def nodes() -> Iterator[tuple[str, type[_GuestNode]]]:

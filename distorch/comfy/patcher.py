@@ -32,7 +32,7 @@ from distorch.comfy.placement import Placement
 from distorch.errors import PlacementError
 from distorch.planner import Plan
 from distorch.runtime import distribution
-from distorch.runtime.groups import group_members, has_bytes, unique_buffers
+from distorch.runtime.groups import can_leave_device, group_members, size_of, unique_buffers
 from distorch.runtime.staging import current_place
 
 KEY = "distorch"  # of the attachment, and of wrappers
@@ -109,11 +109,8 @@ class DistorchPatcher(ModelPatcher):
         spec = wanted.spec
         if spec == "auto" and budget is not None and wanted.compute != "cpu":
             spec = f"{wanted.compute},{budget}b;cpu,*"
-        groups = group_members(self.model)
-        options = wanted.options(sum(group.nbytes for group in groups))
-        # The host's patches on its quantised weights need them whole.
-        options["keep"] = [group.name for group in groups if not has_bytes(group.first)]
-        return spec, options
+        total = sum(group.nbytes for group in group_members(self.model))
+        return spec, wanted.options(total)
 
     # --- loading ---
 
@@ -182,7 +179,7 @@ class DistorchPatcher(ModelPatcher):
         before = distribution.distribution_of(self.model).plan.total_bytes
         full = self.placement.lora_precision == "full"
         total = sum(
-            comfy.utils.get_attr(self.model, key).nbytes
+            size_of(comfy.utils.get_attr(self.model, key))
             for key, found in self.patches.items()
             if found
         )
@@ -293,7 +290,7 @@ def demoted(model: nn.Module, nbytes: int | None) -> Plan:
     left = nbytes if nbytes is not None else None
     for group in sorted(group_members(model), key=lambda group: -group.nbytes):
         place = current_place(group.first)
-        if not has_bytes(group.first) or place in ("cpu", "disk"):
+        if not can_leave_device(group.first) or place in ("cpu", "disk"):
             continue
         if left is not None and (left <= 0 or place != plan.compute):
             continue
@@ -308,7 +305,7 @@ def shrunk(model: nn.Module, nbytes: int) -> tuple[Plan, int | str]:
     """
     state, groups = distribution.distribution_of(model), group_members(model)
     compute, before = state.plan.compute, state.plan.bytes[state.plan.compute] + state.ring_bytes
-    least = 2 * max((group.nbytes for group in groups if has_bytes(group.first)), default=0)
+    least = 2 * max((group.nbytes for group in groups if can_leave_device(group.first)), default=0)
     resident = state.plan.bytes[compute]
     for prefetch in (state.options.prefetch, least):
         options, wanted = replace(state.options, prefetch=prefetch), nbytes
@@ -325,16 +322,16 @@ def shrunk(model: nn.Module, nbytes: int) -> tuple[Plan, int | str]:
 
 
 def _refuse_unplaceable(model: nn.Module, spec: str, compute: str) -> None:
-    """Weights that are several tensors in one can only stay; say so when they are most of it."""
+    """Weights that are not memory, nor made of such, can only stay; say so when they are most."""
     groups = group_members(model)
-    fixed = [group for group in groups if not has_bytes(group.first)]
+    fixed = [group for group in groups if not can_leave_device(group.first)]
     total = sum(group.nbytes for group in groups)
     if fixed and 2 * sum(group.nbytes for group in fixed) > total:
         kind = type(fixed[0].first.data).__name__
         raise PlacementError(
             f"{len(fixed)} weights of this model ({fixed[0].name!r} is the first) are {kind}, "
-            f"which cannot leave {compute} yet, so {spec!r} cannot be honoured; use the same model "
-            "as bf16, fp16, plain fp8 or GGUF"
+            f"which cannot leave {compute}, so {spec!r} cannot be honoured; use the same model "
+            "as bf16, fp16, fp8 or GGUF"
         )
 
 

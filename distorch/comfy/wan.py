@@ -1,66 +1,100 @@
 """Block swap for WanVideoWrapper: blocks live on a donor and stream one way, with look-ahead.
 
-Their sampler moves whole blocks to the device and back in every step. With a swap device, the same
-blocks are sharded there instead, and their sampler is told of no swap at all.
+Note [Their sampler]
+It reads weights into the model when it begins, puts blocks aside, and moves them to the device and
+back in every step. With a swap device, what it has put aside when the model runs for the first time
+goes to that donor, and the model is told of no swap. It works on their model through a hook that
+every `nn.Module` has, so that neither their loading nor their sampling is done by us.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 import distorch
 from distorch.comfy import host
 from distorch.planner import Plan
 from distorch.runtime import distribution
-from distorch.runtime.groups import has_bytes
+from distorch.runtime.groups import can_leave_device
 
 _SAMPLER = "WanVideoSampler"
+_PUT_ASIDE = ("blocks.", "vace_blocks.", "text_embedding.", "img_emb.")
+# What their model asks in every step, and what says "no".
+_FLAGS = {
+    "blocks_to_swap": -1, "vace_blocks_to_swap": -1, "prefetch_blocks": 0,
+    "offload_txt_emb": False, "offload_img_emb": False,
+}  # fmt: skip
 
 
-def swapped(arguments: dict[str, Any]) -> tuple[str, ...]:
-    """What the names of the weights that their arguments would swap begin with."""
-    found = [f"blocks.{i}." for i in range(int(arguments.get("blocks_to_swap", 0)))]
-    found += [f"vace_blocks.{i}." for i in range(int(arguments.get("vace_blocks_to_swap") or 0))]
-    if arguments.get("offload_txt_emb"):
-        found.append("text_embedding.")
-    if arguments.get("offload_img_emb"):
-        found.append("img_emb.")
-    return tuple(found)
+def swap_arguments(model: Any) -> dict[str, Any] | None:
+    """What their block swap node said of this model, if a swap device was given with it.
+
+    Newer versions keep it in the options of the patcher, older ones in the inner model.
+    """
+    options = model.model_options.get("transformer_options", {})
+    found = options.get("block_swap_args")
+    if found is None and hasattr(model.model, "__getitem__"):
+        try:
+            found = model.model["block_swap_args"]
+        except (KeyError, AttributeError):
+            return None
+    return found if isinstance(found, dict) and "swap_device" in found else None
 
 
-def swap_plan(transformer: nn.Module, device: str, donor: str, beginnings: tuple[str, ...]) -> Plan:
-    """Those weights on the donor, all others on the device."""
+def swap_plan(transformer: nn.Module, device: str, donor: str) -> Plan:
+    """Blocks that are not on the device go to the donor; what else is not there stays in RAM."""
     plan = distorch.plan(transformer, f"{device},*", compute=device)
     moves = {
-        name: donor
+        name: donor if name.startswith(_PUT_ASIDE) else "cpu"
         for name, parameter in transformer.named_parameters(remove_duplicate=False)
-        if name.startswith(beginnings) and has_bytes(parameter)
+        if parameter.device != torch.device(device) and can_leave_device(parameter)
     }
     return replace(plan, placement={**plan.placement, **moves})
+
+
+def _stream(transformer: nn.Module, device: str, donor: str) -> None:
+    """What was put aside streams from the donor from now on."""
+    distorch.distribute(transformer, plan=swap_plan(transformer, device, donor))
+    for name, value in _FLAGS.items():
+        if hasattr(transformer, name):
+            setattr(transformer, name, value)
+
+
+def _offloaded(transformer: nn.Module) -> None:
+    """Their own offloading, for what it does beyond moving weights: they are off already."""
+    module = sys.modules.get(host.node_class(_SAMPLER).__module__)
+    theirs = getattr(module, "offload_transformer", None)
+    if theirs is not None:
+        theirs(transformer)
 
 
 def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
     """Their sampler's outputs. Weights are plain again and off the device afterwards, if asked."""
     model = arguments["model"]
-    options = model.model_options.get("transformer_options", {})
-    swap = options.get("block_swap_args")
-    if not isinstance(swap, dict) or "swap_device" not in swap:
+    swap = swap_arguments(model)
+    if swap is None:
         return host.call_node(_SAMPLER, arguments)
     transformer = model.model.diffusion_model
-    donor = swap["swap_device"]
     if distribution.is_distributed(transformer):  # an error left it so
         distorch.undistribute(transformer, "cpu")
-    if donor != device:
-        plan = swap_plan(transformer, device, donor, swapped(swap))
-        distorch.distribute(transformer, plan=plan)
-    options["block_swap_args"] = None
+
+    def before_first_step(module: nn.Module, _: Any) -> None:
+        hook.remove()
+        _stream(module, device, swap["swap_device"])
+
+    hook = transformer.register_forward_pre_hook(before_first_step)
+    leave = arguments.get("force_offload", True)
     try:
-        return host.call_node(_SAMPLER, {**arguments, "force_offload": False})
+        found = host.call_node(_SAMPLER, {**arguments, "force_offload": False})
     finally:
-        options["block_swap_args"] = swap
+        hook.remove()
         if distribution.is_distributed(transformer):
-            leave = "cpu" if arguments.get("force_offload", True) else device
-            distorch.undistribute(transformer, leave)
+            distorch.undistribute(transformer, "cpu" if leave else device)
+    if leave:
+        _offloaded(transformer)
+    return found

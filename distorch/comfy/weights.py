@@ -4,6 +4,11 @@ Note [Originals of the host]
 Originals of patched weights are kept in the patcher's `backup`, where the host looks for them: a
 handle where the weight is on a donor, a tensor on the offload device where it was resident. What
 is on a weight now is written down on the inner model, which all clones of a patcher share.
+
+Note [The host's quantised weights]
+They are several tensors in one. The host's layers say how such a weight becomes numbers
+(`convert_weight`) and how patched numbers become such a weight again (`set_weight`, with a new
+scale and seeded rounding); its parts go to the donor one by one.
 """
 
 from __future__ import annotations
@@ -21,9 +26,9 @@ from torch import nn
 
 from distorch import _donors, _ops
 from distorch._behaviour import attach_behaviour
-from distorch.runtime import distribution
-from distorch.runtime.groups import group_members
-from distorch.runtime.staging import current_place
+from distorch.runtime import distribution, wrapped
+from distorch.runtime.groups import group_members, size_of
+from distorch.runtime.staging import alone, current_place
 
 Backup = namedtuple("Backup", ["weight", "inplace_update"])
 _NARROW_BYTES = 1
@@ -58,7 +63,10 @@ def owner_of(model: nn.Module, key: str) -> tuple[nn.Module, str]:
 def set_weight(model: nn.Module, key: str, value: torch.Tensor) -> None:
     """A new parameter under this name; others that shared it keep theirs, as in the host."""
     owner, name = owner_of(model, key)
-    parameter = nn.Parameter(value.detach(), requires_grad=False)
+    if wrapped.is_wrapper(value):
+        parameter = wrapped.as_parameter(value)
+    else:
+        parameter = nn.Parameter(value.detach(), requires_grad=False)
     if _ops.is_sharded(parameter):
         attach_behaviour(parameter)
     owner._parameters[name] = parameter
@@ -73,13 +81,18 @@ def merged(
     full: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The patched weight, on `compute`: float32 until it is rounded once."""
-    _, set_function, convert = comfy.model_patcher.get_key_weight(model, key)
+    present, set_function, convert = comfy.model_patcher.get_key_weight(model, key)
     value = original.to(device=compute, dtype=torch.float32, copy=True)
     if convert is not None:
         value = convert(value, inplace=True)
     value = comfy.lora.calculate_weight(patches, value, key, intermediate_dtype=torch.float32)
     seed = _seed_of(key)
+    if full and wrapped.is_wrapper(original):
+        return value.to(original.dtype)
     if set_function is not None:
+        if wrapped.is_wrapper(original) and not wrapped.is_wrapper(present):
+            # It asks the present weight for its form.
+            set_weight(model, key, wrapped.rebuilt(original, lambda _, p: p.to(compute)))
         return set_function(value, inplace_update=False, seed=seed, return_weight=True)
     if full and original.element_size() == _NARROW_BYTES:
         return value.to(torch.bfloat16)
@@ -89,10 +102,15 @@ def merged(
 def _put(
     model: nn.Module, key: str, value: torch.Tensor, place: str, compute: torch.device
 ) -> None:
-    if place == str(compute):
-        set_weight(model, key, value.to(compute))
-    else:
-        set_weight(model, key, _donors.shard_on(place, value.contiguous(), compute, key))
+    def put(name: str, part: torch.Tensor) -> torch.Tensor:
+        if _ops.is_sharded(part):  # an original's, or one that the host took over as it was
+            part = part.clone()
+        if place == str(compute) or (name and wrapped.stays(part)):
+            return part.to(compute)
+        whole = f"{key}.{name}" if name else key
+        return _donors.shard_on(place, alone(part.contiguous()), compute, whole)
+
+    set_weight(model, key, wrapped.rebuilt(value, put))
 
 
 @torch.inference_mode(False)
@@ -125,7 +143,7 @@ def repatch(
         else:
             _restore(model, key, original, place, compute)
             del backup[key], applied[key]
-        progress(weight.numel() * weight.element_size())
+        progress(size_of(weight))
     if changed:
         settle(model)
     return len(changed)
@@ -135,9 +153,8 @@ def _kept(
     weight: torch.Tensor, place: str, compute: torch.device, offload: torch.device
 ) -> torch.Tensor:
     """What restores a weight later: donors' own bytes, a copy of what is on an accelerator."""
-    if _ops.is_sharded(weight) and place in ("cpu", "disk"):
-        return weight.detach()
-    return weight.detach().to(offload) if offload != compute else weight.detach()
+    stays = offload == compute or (wrapped.is_on_donor(weight) and place in ("cpu", "disk"))
+    return wrapped.rebuilt(weight, lambda _, p: p.detach() if stays else p.detach().to(offload))
 
 
 def _restore(
@@ -145,8 +162,6 @@ def _restore(
 ) -> None:
     if current_place(original) == place and original.device == compute:
         set_weight(model, key, original)
-    elif _ops.is_sharded(original):
-        _put(model, key, original.clone(), place, compute)
     else:
         _put(model, key, original, place, compute)
 

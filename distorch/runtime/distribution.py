@@ -377,10 +377,10 @@ def _replace_parameter(
     has no version counter, which the new data's dispatch would ask for; a wrapper's parts are
     attributes of the object.
     """
-    fresh = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
-    if wrapped.is_wrapper(fresh):
-        wrapped.attach_to_parts(fresh)
+    if wrapped.is_wrapper(value):
+        fresh = wrapped.as_parameter(value, parameter.requires_grad)
     else:
+        fresh = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
         replace_data(fresh, value)
     for member in group.members:
         if member.parameter is parameter:

@@ -79,9 +79,10 @@ def has_bytes(tensor: torch.Tensor) -> bool:
 
 def can_leave_device(tensor: torch.Tensor) -> bool:
     """Whether a tensor's bytes can be on a donor: plain memory, or a wrapper around such."""
-    return has_bytes(tensor) or (
-        is_traceable_wrapper_subclass(tensor) and all(map(has_bytes, parts_of(tensor)))
-    )
+    if not is_traceable_wrapper_subclass(tensor):
+        return has_bytes(tensor)
+    names, _ = tensor.__tensor_flatten__()
+    return all(can_leave_device(getattr(tensor, name)) for name in names)
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:

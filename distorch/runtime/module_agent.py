@@ -3,7 +3,8 @@
 Note [Agents]
 `nn.Module` looks up `_apply` and its hooks on the instance, so one object per owning module is
 enough and no class changes. The agent holds its module weakly and follows it through deepcopy and
-pickle.
+pickle. A class that writes its state dict by itself calls no hooks; then the agent stands before
+that method, too.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ def _save_hook(
     """Puts values where the state dict has sharded tensors; parameters (keep_vars) stay."""
     for key in module._parameters:
         tensor = state_dict.get(prefix + key)
-        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, nn.Parameter):
-            continue
-        kept = KEEP_SHARDED in module.__dict__
-        if _ops.is_sharded(tensor) and not (kept and _ops.state(tensor).decoded):
-            state_dict[prefix + key] = saved_values(tensor)
-        elif not _ops.is_sharded(tensor) and is_on_donor(tensor):
-            state_dict[prefix + key] = wrapped.saved(tensor)
+        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter):
+            state_dict[prefix + key] = _values(tensor, KEEP_SHARDED in module.__dict__)
+
+
+def _values(tensor: torch.Tensor, keep_decoded: bool) -> torch.Tensor:
+    """What a state dict says of a tensor: values that are read when they are touched."""
+    if not is_on_donor(tensor):
+        return tensor
+    if not _ops.is_sharded(tensor):
+        return wrapped.saved(tensor)
+    return tensor if keep_decoded and _ops.state(tensor).decoded else saved_values(tensor)
 
 
 def _load_hook(module: nn.Module, incompatible_keys: Any) -> None:
@@ -88,15 +93,20 @@ class ModuleAgent:
         agent = cls(module, compute, tiers)
         module.__dict__[_KEY] = agent
         module.__dict__["_apply"] = agent
+        if type(module).state_dict is not nn.Module.state_dict:  # one of the instance stays
+            module.__dict__.setdefault("state_dict", agent.state_dict)
         module.register_state_dict_post_hook(_save_hook)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(_load_hook)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def remove(module: nn.Module) -> None:
         """Makes a plain module again."""
-        if module.__dict__.pop(_KEY, None) is None:
+        agent = module.__dict__.pop(_KEY, None)
+        if agent is None:
             return
         module.__dict__.pop("_apply", None)
+        if getattr(module.__dict__.get("state_dict"), "__self__", None) is agent:
+            del module.__dict__["state_dict"]
         for hooks, ours in (
             (module._state_dict_hooks, _save_hook),
             (module._load_state_dict_post_hooks, _load_hook),
@@ -120,10 +130,7 @@ class ModuleAgent:
         All or nothing for sharded weights: the new ones are made first, below this module too.
         """
         module = self.module
-        # The class's own way, with sharded parameters passed over: RNN modules look at them.
-        plain = partial(type(module)._apply, module, lambda t: t if is_on_donor(t) else fn(t))
-        if not recurse:
-            plain = partial(plain, recurse=False)
+        plain = partial(self._convert_the_rest, fn, {} if recurse else {"recurse": False})
         if _converting.get():
             plain()
             return module
@@ -142,6 +149,34 @@ class ModuleAgent:
         finally:
             _converting.reset(token)
         return module
+
+    def _convert_the_rest(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], options: dict[str, bool]
+    ) -> None:
+        """What the class does with parameters that are not on donors."""
+        module = self.module
+        away = {
+            key: parameter
+            for key, parameter in module._parameters.items()
+            if parameter is not None and is_on_donor(parameter)
+        }
+        # The class's own way, with sharded parameters passed over: RNN modules look at them.
+        convert = partial(type(module)._apply, module)
+        convert(lambda t: t if is_on_donor(t) else fn(t), **options)
+        # A class may make parameters anew, which would lose what ours do differently.
+        module._parameters.update(away)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the class says, with values where it has sharded tensors."""
+        module = self.module
+        found: dict[str, Any] = type(module).state_dict(module, *args, **kwargs)
+        given = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)) | kwargs
+        if given.get("keep_vars"):
+            return found
+        for key, value in found.items():
+            if isinstance(value, torch.Tensor) and key.startswith(given.get("prefix", "")):
+                found[key] = _values(value, KEEP_SHARDED in module.__dict__)
+        return found
 
     def restore_placement(self) -> None:
         """Shards again what became plain, on the donor that the plan names."""

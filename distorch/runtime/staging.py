@@ -62,9 +62,9 @@ def group_bytes(group: Group) -> torch.Tensor:
     return _ops.byte_view(tensor, group.begin, group.nbytes)
 
 
-def _alone(data: torch.Tensor) -> torch.Tensor:
+def alone(data: torch.Tensor) -> torch.Tensor:
     """The same bytes as the whole of a storage, so that a donor keeps no more than these."""
-    return data if data.untyped_storage().nbytes() == data.numel() else data.clone()
+    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
 
 
 def same_bytes(origin: Origin, data: torch.Tensor) -> bool:
@@ -111,7 +111,7 @@ def _stage_parts(group: Group, target: str, compute: torch.device) -> torch.Tens
     member = group.members[0]
 
     def staged(name: str, part: torch.Tensor) -> torch.Tensor:
-        if part.numel() <= 1:
+        if wrapped.stays(part):
             return part.detach().to(compute)
         alone = replace(member, name=f"{group.name}.{name}", parameter=cast(nn.Parameter, part))
         whole = Group(*byte_extent(part), [alone])
@@ -182,15 +182,13 @@ def stage(
         data = data.cpu()
     packed = packing.shard(group, data) if packing is not None and target == "cpu" else None
     return (
-        packed
-        if packed is not None
-        else _donors.shard_on(target, _alone(data), compute, group.name)
+        packed if packed is not None else _donors.shard_on(target, alone(data), compute, group.name)
     )
 
 
 def in_place(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
     """The same bytes (uint8, on the compute device) as a sharded tensor over their own memory."""
-    return _donors.shard_on(str(compute), _alone(data), compute, name)
+    return _donors.shard_on(str(compute), alone(data), compute, name)
 
 
 def _stage_stored(

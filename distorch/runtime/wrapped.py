@@ -5,14 +5,18 @@ A wrapper subclass (a quantised weight of torchao, say) takes operators in Pytho
 on its parts. So its parts are sharded one by one, and the wrapper around them stays what it is: it
 is flattened and put together again, the way torch.compile does it. A part of one element, such as a
 scale, stays on the compute device; plans and reports count it with the others.
+
+A class may copy parts when it is detached (comfy-kitchen's does), and a copy of a sharded part is
+real memory on the compute device. So parameters are made here without `nn.Parameter(...)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distorch import _ops
@@ -30,6 +34,11 @@ def _named_parts(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     wrapper: Any = tensor
     names, _ = wrapper.__tensor_flatten__()
     return {name: getattr(wrapper, name) for name in names}
+
+
+def stays(part: torch.Tensor) -> bool:
+    """Whether a part is too small to leave the compute device."""
+    return part.numel() <= 1
 
 
 def sharded_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -62,10 +71,17 @@ def rebuilt(tensor: torch.Tensor, change: Change, name: str = "") -> torch.Tenso
     return made
 
 
-def attach_to_parts(tensor: torch.Tensor) -> None:
-    """What sharded parts do differently, on each of them: copying, saving."""
-    for part in sharded_parts(tensor):
+def as_parameter(tensor: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
+    """A parameter that is a wrapper around the parts of this one; see Note [Wrappers].
+
+    Sharded parts get what they do differently: copying, saving.
+    """
+    made: Any = rebuilt(tensor, lambda _, part: part)
+    made.requires_grad_(requires_grad)
+    made._is_param = True  # what nn.Parameter sets on an instance of another class
+    for part in sharded_parts(made):
         attach_behaviour(part)
+    return cast(nn.Parameter, made)
 
 
 def saved(tensor: torch.Tensor) -> torch.Tensor:

@@ -214,50 +214,21 @@ def test_packs_that_load_later(installed):
     assert border.node_class("WanVideoModelLoader") is None
 
 
-def test_block_swap_shards_the_blocks_instead(installed, accelerators):
-    class Sampler:
-        RETURN_TYPES, FUNCTION = ("LATENT",), "process"
+def test_devices_of_a_whole_pack(installed, accelerators, monkeypatch):
+    """A node's module may ask another of its pack for the device."""
+    other = types.ModuleType(f"{__name__.partition('.')[0]}.utils_of_the_pack")
+    other.device = other.offload_device = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, other.__name__, other)
 
-        @classmethod
-        def INPUT_TYPES(cls):
-            return {"required": {"model": ("M",), "force_offload": ("BOOLEAN",)}}
+    class Asking(Loader):
+        def go(self, **_):
+            return (other.device, other.offload_device)
 
-        def process(self, model, force_offload):
-            options = model.model_options["transformer_options"]
-            transformer = model.model.diffusion_model.to("sim:0")
-            report = distorch.report(transformer)
-            with torch.inference_mode():
-                out = transformer(torch.ones(2, 64, device="sim:0")).cpu()
-            return out, options["block_swap_args"], force_offload, report.placement
-
-    class Swap:
-        RETURN_TYPES, FUNCTION = ("ARGS",), "go"
-
-        @classmethod
-        def INPUT_TYPES(cls):
-            return {"required": {"blocks_to_swap": ("INT",)}, "optional": {}}
-
-    import comfy.sd
-
-    made = installed("ComfyUI-WanVideoWrapper", WanVideoSampler=Sampler, WanVideoBlockSwap=Swap)
-    (arguments,) = run(made["WanVideoBlockSwapMultiGPU"], blocks_to_swap=2, swap_device="sim:1")
-    transformer = torch.nn.Module()
-    transformer.blocks = comfy.sd.Model().diffusion_model
-    transformer.forward = transformer.blocks.forward
-    expected = transformer(torch.ones(2, 64))
-    model = types.SimpleNamespace(
-        model=types.SimpleNamespace(diffusion_model=transformer),
-        model_options={"transformer_options": {"block_swap_args": arguments}},
-    )
-    out, swap, offload, placement = run(
-        made["WanVideoSamplerMultiGPU"], model=model, compute_device="sim:0", force_offload=True
-    )
-    assert torch.equal(out, expected)
-    assert (swap, offload) == (None, False)
-    assert placement["blocks.1.up.weight"] == "sim:1"
-    assert placement["blocks.2.up.weight"] == "sim:0"
-    assert model.model_options["transformer_options"]["block_swap_args"] is arguments
-    assert {p.device.type for p in transformer.parameters()} == {"cpu"}
+    made = installed("ComfyUI-Florence2", Florence2ModelLoader=Asking)
+    node = made["Florence2ModelLoaderMultiGPU"]
+    found = run(node, model_name="a", load_device="", device="sim:1", offload_device="sim:0")
+    assert found == (torch.device("sim:1"), torch.device("sim:0"))
+    assert other.device == other.offload_device == torch.device("cpu")
 
 
 # --- the host stays as it is ---

@@ -36,11 +36,11 @@ class Scaled(torch.Tensor):
         return self.numbers.float() * self.rows * self.whole
 
     def __tensor_flatten__(self):
-        return ["numbers", "rows", "whole"], None
+        return ["numbers", "rows", "whole"], type(self)
 
     @staticmethod
     def __tensor_unflatten__(parts, context, size, stride):
-        return Scaled(parts["numbers"], parts["rows"], parts["whole"])
+        return context(parts["numbers"], parts["rows"], parts["whole"])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -48,7 +48,7 @@ class Scaled(torch.Tensor):
         if func in (aten.detach.default, aten.clone.default, aten._to_copy.default):
             kwargs.pop("dtype", None)
             parts = (func(part, **kwargs) for part in _parts(args[0]))
-            return return_and_correct_aliasing(func, args, kwargs, Scaled(*parts))
+            return return_and_correct_aliasing(func, args, kwargs, type(args[0])(*parts))
         if func is aten.copy_.default:
             for into, value in zip(_parts(args[0]), _parts(args[1]), strict=True):
                 into.copy_(value)
@@ -61,14 +61,45 @@ def _parts(tensor):
     return tensor.numbers, tensor.rows, tensor.whole
 
 
+class Copying(Scaled):
+    """One whose scales are copied when it is detached, as comfy-kitchen's are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is aten.detach.default:
+            numbers, rows, whole = _parts(args[0])
+            return Copying(numbers.detach(), rows.clone(), whole.clone())
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class OwnApply(nn.Linear):
+    """A layer that makes parameters anew when it is converted, as the host's does."""
+
+    def _apply(self, fn, recurse=True):
+        for key, parameter in self._parameters.items():
+            self._parameters[key] = nn.Parameter(fn(parameter), requires_grad=False)
+        return self
+
+
+class OwnStateDict(nn.Linear):
+    """A layer that writes its state dict by itself, part by part, as the host's does."""
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        found = {} if destination is None else destination
+        found[prefix + "bias"] = self.bias
+        for name, part in zip(("numbers", "rows", "whole"), _parts(self.weight), strict=True):
+            found[f"{prefix}weight.{name}"] = part
+        return found
+
+
 class Net(nn.Module):
-    def __init__(self, device="cpu"):
+    def __init__(self, device="cpu", kind=Scaled, linear=nn.Linear):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.layers = nn.ModuleList(linear(64, 64) for _ in range(4))
         self.table = nn.Embedding(10, 64)
         for layer in self.layers:
-            layer.weight = nn.Parameter(Scaled.of(layer.weight.detach()), requires_grad=False)
+            layer.weight = nn.Parameter(kind.of(layer.weight.detach()), requires_grad=False)
         self.requires_grad_(False).to(device)
 
     def forward(self, ids):
@@ -101,6 +132,48 @@ def test_parts_leave_and_come_back(spec):
     distorch.undistribute(net)
     assert not any(is_on_donor(p) for p in net.parameters())
     assert torch.equal(net(IDS), expected)
+
+
+def test_parts_that_are_copied_when_they_are_detached():
+    expected = Net()(IDS)
+    net = distorch.distribute(Net(kind=Copying), "cpu,0b;disk,*", min_bytes=0)
+    for layer in net.layers:
+        assert type(layer.weight) is Copying and isinstance(layer.weight, nn.Parameter)
+        assert len(sharded_parts(layer.weight)) == 2
+    assert distorch.report(net).ok
+    assert torch.equal(net(IDS), expected)
+
+
+def test_a_wrapper_around_what_is_no_memory_stays():
+    net = Net()
+    for layer in net.layers:
+        layer.weight.rows = layer.weight.rows.to_sparse()
+    distorch.distribute(net, "cpu,0b;disk,*", min_bytes=0)
+    assert not any(is_on_donor(layer.weight) for layer in net.layers)
+    with pytest.raises(PlacementError, match=r"'layers.0.weight' should go to 'disk'"):
+        distorch.redistribute(net, "cpu,*;disk,1mb", rules=[("layers.*", "disk")], min_bytes=0)
+
+
+def test_a_part_that_strayed_is_reported():
+    net = distorch.distribute(Net(), "cpu,0b;disk,*", min_bytes=0)
+    weight, before = net.layers[2].weight, distorch.report(net).bytes["disk"]
+    weight.rows = weight.rows.clone()
+    report = distorch.report(net)
+    assert report.problems == ["layers.2.weight: parts of it are on cpu"]
+    assert report.bytes == {"cpu": 64 * 4, "disk": before - 64 * 4}
+
+
+def test_a_layer_that_writes_its_state_dict_itself():
+    expected = Net().state_dict()
+    net = distorch.distribute(Net(linear=OwnStateDict), "cpu,0b;disk,*", min_bytes=0)
+    for module in (net, copy.deepcopy(net)):
+        saved = module.state_dict()
+        assert not any(is_on_donor(value) for value in saved.values())
+        assert torch.equal(saved["layers.1.bias"], expected["layers.1.bias"])
+        assert torch.equal(saved["layers.1.weight.rows"], expected["layers.1.weight"].rows)
+        assert is_on_donor(module.state_dict(keep_vars=True)["layers.1.weight.rows"])
+    distorch.undistribute(net)
+    assert "state_dict" not in net.layers[1].__dict__
 
 
 def test_on_an_accelerator():
@@ -144,6 +217,14 @@ def test_conversions_leave_the_parts_where_they_are():
     assert torch.equal(net(IDS), expected)
     with pytest.raises(PlacementError, match="cannot move"):
         net.to("meta")
+
+
+def test_parameters_that_are_made_anew_by_a_conversion_stay_on_donors():
+    net = distorch.distribute(Net(kind=Copying, linear=OwnApply), "cpu,0b;disk,*", min_bytes=0)
+    expected = net(IDS)
+    net.to("cpu")
+    assert all(len(sharded_parts(layer.weight)) == 2 for layer in net.layers)
+    assert torch.equal(net(IDS), expected)
 
 
 def test_what_cannot_be():

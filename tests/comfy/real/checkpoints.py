@@ -54,18 +54,6 @@ def lora(weights: Weights, names: Iterable[str], rank: int, stem: Callable[[str]
     return found
 
 
-def scaled(weights: Weights) -> Weights:
-    """Matrices as fp8 numbers, each with a scale beside it, as published checkpoints have them."""
-    found: Weights = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for name, tensor in weights.items():
-        found[name] = tensor
-        if tensor.dim() == 2 and name.endswith(".weight") and "blocks" in name:
-            scale = tensor.float().abs().max() / 448
-            found[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            found[name.removesuffix("weight") + "scale_weight"] = scale
-    return found
-
-
 def _flux() -> Weights:
     import inspect
 
@@ -140,9 +128,7 @@ def make(models: Path) -> None:
     _random.manual_seed(0)
     flux = _flux()
     save(filled(flux, torch.bfloat16), "diffusion_models", "flux.safetensors")
-    second = filled(flux, torch.float16)
-    save(second, "diffusion_models", "flux2.safetensors")
-    save(scaled(second), "diffusion_models", "flux-scaled.safetensors")
+    save(filled(flux, torch.float16), "diffusion_models", "flux2.safetensors")
     blocks = _matrices(flux, "blocks")
     save(lora(flux, blocks, 4, "diffusion_model.{}".format), "loras", "flux_a.safetensors")
     single = [name for name in blocks if "single" in name][:3]

@@ -12,6 +12,10 @@ import pytest
 from tests.comfy.real.client import HERE, REPOSITORY, Host
 
 COMFYUI = os.environ.get("COMFYUI_DIR")
+# What makes checkpoints, in order, with its arguments before the folder of models.
+MAKERS = (
+    ("checkpoints.py", COMFYUI), ("quantise.py",), ("kitchen.py",), ("others.py", COMFYUI),
+)  # fmt: skip
 
 
 def _knows_tiny_flux():
@@ -34,15 +38,14 @@ def base(tmp_path_factory):
     """Models and custom nodes. COMFYUI_TEST_BASE keeps the checkpoints from run to run."""
     kept = os.environ.get("COMFYUI_TEST_BASE")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("comfy")
-    if not (folder / "models" / "loras" / "done").exists():
-        subprocess.run(
-            [sys.executable, str(HERE / "checkpoints.py"), COMFYUI, str(folder / "models")],
-            check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
-        subprocess.run(
-            [sys.executable, str(HERE / "quantise.py"), str(folder / "models")], check=True
-        )
-        (folder / "models" / "loras" / "done").touch()
+    for script, *arguments in MAKERS:
+        done = folder / "models" / "loras" / f"{script}.done"
+        if not done.exists():
+            subprocess.run(
+                [sys.executable, str(HERE / script), *arguments, str(folder / "models")],
+                check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            )  # fmt: skip
+            done.touch()
     nodes = folder / "custom_nodes"
     nodes.mkdir(parents=True, exist_ok=True)
     for name, target in (

@@ -63,6 +63,22 @@ def flux(loader: dict[str, Any], *loras: tuple[str, float], seed: int = 1) -> Gr
     return sampled(graph, model, positive=["text", 0], seed=seed)
 
 
+def hooked(
+    loader: dict[str, Any], part: tuple[str, float], *loras: tuple[str, float], seed: int = 1
+) -> Graph:
+    """The same with one more LoRA that is on for the positive half of each step."""
+    graph = flux(loader, *loras, seed=seed)
+    graph["hook"] = node(
+        "CreateHookLora", lora_name=part[0], strength_model=part[1], strength_clip=0.0
+    )
+    graph["part"] = node(
+        "ConditioningSetProperties", cond_NEW=["text", 0], strength=1.0,
+        set_cond_area="default", hooks=["hook", 0],
+    )  # fmt: skip
+    graph["sample"]["inputs"] |= {"positive": ["part", 0], "negative": ["text", 0], "cfg": 3.0}
+    return graph
+
+
 def checkpoint(
     loader: dict[str, Any], *, lora: float | None = None, vae: dict[str, Any] | None = None,
     clip: dict[str, Any] | None = None, control: dict[str, Any] | None = None, seed: int = 1,

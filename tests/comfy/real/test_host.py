@@ -330,22 +330,10 @@ def test_a_placement_that_does_not_fit_fails_before_sampling(host):
 
 @pytest.mark.tiny_flux
 def test_loras_hooked_into_a_part_of_the_sampling(host):
-    def hooked(loader, seed):
-        graph = g.flux(loader, B, seed=seed)
-        graph["hook"] = g.node(
-            "CreateHookLora", lora_name=A[0], strength_model=0.8, strength_clip=0.0
-        )
-        graph["part"] = g.node(
-            "ConditioningSetProperties", cond_NEW=["text", 0], strength=1.0,
-            set_cond_area="default", hooks=["hook", 0],
-        )  # fmt: skip
-        graph["sample"]["inputs"] |= {"positive": ["part", 0], "negative": ["text", 0], "cfg": 3.0}
-        return graph
-
     for seed in (1, 2):
         assert (
-            run(host, hooked(our_flux(), seed)).digest
-            == run(host, hooked(stock_flux(), seed)).digest
+            run(host, g.hooked(our_flux(), A, B, seed=seed)).digest
+            == run(host, g.hooked(stock_flux(), A, B, seed=seed)).digest
         )
     assert run(host, g.flux(our_flux(), B)).digest == run(host, g.flux(stock_flux(), B)).digest
 
@@ -363,20 +351,6 @@ def test_a_saved_model_is_the_stock_one(host):
         files.append(load_file(file))
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
-
-
-@pytest.mark.tiny_flux
-def test_scaled_fp8_is_refused_on_the_node(host):
-    loader = our_flux()
-    loader["inputs"]["unet_name"] = "flux-scaled.safetensors"
-    found = message(host, g.flux(loader))
-    assert "cannot leave cpu yet" in found
-    assert '"node_id": "load"' in found
-    loader = {
-        "class_type": "UNETLoader",
-        "inputs": {"unet_name": "flux-scaled.safetensors", "weight_dtype": "default"},
-    }
-    run(host, g.flux(loader))  # the host itself knows it
 
 
 @pytest.mark.tiny_flux

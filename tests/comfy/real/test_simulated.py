@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.comfy.real import graphs as g
+from tests.comfy.real import test_quantised as q
 from tests.comfy.real.test_host import A, run, stock_flux
 
 pytestmark = pytest.mark.tiny_flux
@@ -48,6 +49,33 @@ def test_donors_on_another_device(simulated):
         assert ours.model["loaded_size"] == ours.model["model_size"]
 
 
+@pytest.mark.parametrize("kind", ["scaled", "nvfp4"])
+def test_quantised_weights(simulated, kind):
+    q.require(simulated, kind)
+    spec = "sim:0,4mb;sim:1,3mb;cpu,*"
+    for loras in ((), (A,), ((A[0], 0.3),), ()):
+        stock = run(simulated, g.flux(q.stock(kind), *loras))
+        ours = run(simulated, g.flux(q.ours(kind, spec, compute_device="sim:0"), *loras))
+        assert ours.digest == stock.digest, loras
+        measured = ours.model["measured"]
+        assert 3 * MIB < measured["sim:0"] <= 4 * MIB
+        assert 2 * MIB < measured["sim:1"] <= 3 * MIB
+        assert ours.model["loaded_size"] == ours.model["model_size"]
+
+
+def test_quantised_weights_unload(simulated):
+    loader = q.ours("scaled", "sim:0,6mb;sim:1,2mb;cpu,*", compute_device="sim:0")
+    simulated.free(cache=True)
+    shown = simulated.run(needing(g.flux(loader, A, seed=2), 200 * MIB))
+    result = g.Result.of(shown)
+    measured = result.model["measured"]
+    assert measured.get("sim:0", 0) == measured.get("sim:1", 0) == 0
+    assert result.model["loaded_size"] == result.model["backups"] == 0
+    again = run(simulated, g.flux(loader, A, seed=3))
+    assert again.digest == run(simulated, g.flux(q.stock("scaled"), A, seed=3)).digest
+    assert again.model["measured"]["sim:1"] > 1 * MIB
+
+
 def test_virtual_vram(simulated):
     stock = run(simulated, g.flux(stock_flux()))
     ours = run(simulated, g.flux(loader("", virtual_vram_gb=0.1, donor_device="sim:1")))
@@ -55,10 +83,30 @@ def test_virtual_vram(simulated):
     assert ours.model["measured"]["sim:1"] > 38 * MIB
 
 
-def test_partial_unload_shrinks_the_resident_part(simulated):
-    management = simulated.folder / "comfy" / "model_management.py"
+def require_partial_unload(host):
+    management = host.folder / "comfy" / "model_management.py"
     if "is_dynamic() and (not DISABLE_SMART_MEMORY" in management.read_text():
         pytest.skip("this ComfyUI unloads models of the static path whole, never partly")
+
+
+def test_partial_unload_of_quantised_weights(simulated):
+    require_partial_unload(simulated)
+    loader = q.ours("scaled", "sim:0,8mb;cpu,*", compute_device="sim:0", eject_models=False)
+    simulated.free(cache=True)
+    shown = simulated.run(needing(g.flux(loader, A, seed=2), 3 * MIB))
+    result = g.Result.of(shown)
+    assert freed(shown) >= 3 * MIB
+    assert 0 < result.model["measured"]["sim:0"] < 6 * MIB
+    assert result.model["problems"] == []
+    assert 0 < result.model["loaded_size"] < result.model["model_size"]
+    again = run(simulated, g.flux(loader, A, seed=3))  # as asked again
+    assert 7 * MIB < again.model["measured"]["sim:0"] <= 8 * MIB
+    for found, seed in ((result, 2), (again, 3)):
+        assert found.digest == run(simulated, g.flux(q.stock("scaled"), A, seed=seed)).digest
+
+
+def test_partial_unload_shrinks_the_resident_part(simulated):
+    require_partial_unload(simulated)
     spec = "sim:0,30mb;cpu,*"
     simulated.free(cache=True)
     shown = simulated.run(needing(g.flux(loader(spec), A, seed=2), 12 * MIB))

@@ -21,6 +21,8 @@ def _tensors(value):
     elif isinstance(value, dict):
         for key in sorted(value):
             yield from _tensors(value[key])
+    elif hasattr(value, "last_hidden_state"):  # what CLIP vision says of an image
+        yield from _tensors(vars(value))
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _tensors(part)

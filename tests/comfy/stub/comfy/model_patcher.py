@@ -14,7 +14,10 @@ def string_to_seed(text):
 
 
 def get_key_weight(model, key):
-    return comfy.utils.get_attr(model, key), None, None
+    path, _, name = key.rpartition(".")
+    owner = comfy.utils.get_attr(model, path)
+    functions = (getattr(owner, f"{kind}_{name}", None) for kind in ("set", "convert"))
+    return getattr(owner, name), *functions
 
 
 class ModelPatcher:

@@ -2,6 +2,8 @@
 
 import torch
 
+from comfy.quant_ops import QuantizedTensor
+
 
 class _Cast:
     comfy_cast_weights = True
@@ -32,3 +34,31 @@ class manual_cast:  # noqa: N801
 
     class Embedding(_Cast, torch.nn.Embedding):
         pass
+
+
+class mixed_precision(manual_cast):  # noqa: N801
+    """Layers whose weights may be quantised: they patch them, and write their state dict."""
+
+    class Linear(manual_cast.Linear):
+        def forward(self, x):
+            weight = self.weight
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.to(x.dtype).dequantize()
+            return torch.nn.functional.linear(x, weight, self.bias)
+
+        def convert_weight(self, weight, inplace=False):
+            return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+        def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False):
+            weight = self.weight.requantize_from_float(weight, seed).to(self.weight.dtype)
+            if not return_weight:
+                self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            return weight
+
+        def state_dict(self, *args, destination=None, prefix="", **_):
+            found = {} if destination is None else destination
+            found[f"{prefix}bias"] = self.bias
+            weight = self.weight
+            parts = weight.parts() if isinstance(weight, QuantizedTensor) else {"": weight}
+            found.update({f"{prefix}weight{name}": part for name, part in parts.items()})
+            return found

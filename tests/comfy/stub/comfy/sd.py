@@ -3,7 +3,8 @@
 import torch
 
 from comfy.model_patcher import ModelPatcher
-from comfy.ops import manual_cast
+from comfy.ops import manual_cast, mixed_precision
+from comfy.quant_ops import QuantizedTensor
 
 
 class CLIPType:
@@ -44,6 +45,17 @@ def patcher(seed=0):
     cpu = torch.device("cpu")
     with torch.inference_mode():
         return ModelPatcher(Model(seed=seed), cpu, cpu)
+
+
+def quantised_patcher(seed=0):
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        model = Model(mixed_precision, seed)
+        for block in model.diffusion_model:
+            for layer in (block.up, block.down):
+                weight = QuantizedTensor.from_float(layer.weight.detach())
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return ModelPatcher(model, cpu, cpu)
 
 
 class CLIP:
