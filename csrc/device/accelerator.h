@@ -116,7 +116,14 @@ class DeviceDonor : public Donor {
   const c10::Storage storage_;
 };
 
-// Whether `to` can read the memory of `from` by itself. Unless told, it can.
+// Note [Peers]
+// at::copy_ between two devices runs on the source's, whose copy engine writes
+// to the target's memory; it enables the access the first time, for memory of
+// expandable segments, too. So what is asked is whether `from` can access the
+// memory of `to`. Where it cannot, CUDA would bounce the bytes through host
+// memory, and the host might wait; we do that ourselves, on streams.
+
+// Whether `from` can write to the memory of `to` by itself. Unless told, it can.
 void set_peer_access(const std::string& to, const std::string& from, bool possible);
 
 }  // namespace distorch

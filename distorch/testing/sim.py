@@ -169,7 +169,7 @@ def _device_module() -> types.ModuleType:
         "max_memory_allocated": lambda device=None: _sim.memory(index_of(device))[2],
         "reset_peak_memory_stats": lambda device=None: _sim.reset_peak(index_of(device)),
         "is_dry": is_dry,
-        "can_device_access_peer": lambda device, peer: bool(_sim.has_link(peer, device)),
+        "can_device_access_peer": lambda device, peer: bool(_sim.has_link(device, peer)),
     }
     for name, function in functions.items():
         setattr(module, name, function)
