@@ -41,6 +41,7 @@ class Accelerator : public RingDevice {
   std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes, std::shared_ptr<void> block) override;
   bool in_use(const std::shared_ptr<void>& wrapped) const override;
   bool brings(const Donor& donor) const override;
+  bool recording() const override;
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
   bool in_parts() const override { return true; }
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override;
@@ -107,6 +108,7 @@ class DeviceDonor : public Donor {
   std::vector<Extent> extents() const override;
   std::shared_ptr<std::byte> map() override;
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  void gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const override;
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 

@@ -7,8 +7,9 @@ else the machine does.
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,27 @@ def fail(what: str, device: str | None = None, *, nth: int = 1) -> None:
 def slow(link: Link, *, factor: float, start: float = 0.0, end: float = float("inf")) -> None:
     """A link runs at 1 / factor between two virtual times."""
     _sim.slow(_place(link[0]), _place(link[1]), factor, start, end)
+
+
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """What this thread issues counts as being captured in a graph (it runs all the same)."""
+    _sim.set_capturing(True)
+    try:
+        yield
+    finally:
+        _sim.set_capturing(False)
+
+
+@contextlib.contextmanager
+def room(nbytes: int, device: str = "sim:0") -> Iterator[None]:
+    """Only so many bytes more can be allocated on a device."""
+    capacity, used, _ = _sim.memory(torch.device(device).index)
+    _sim.set_limit(torch.device(device).index, used + nbytes)
+    try:
+        yield
+    finally:
+        _sim.set_limit(torch.device(device).index, capacity)
 
 
 def reset() -> None:
