@@ -45,7 +45,9 @@ at::DataPtr allocate_pinned(uint64_t bytes, c10::Device device) {
   if (c10::impl::hasDeviceGuardImpl(device.type())) on_device.reset_device(device);
   const cuda::Kernels* kernels = device.is_cuda() ? cuda_kernels() : nullptr;
   if (kernels == nullptr || bytes == 0) {
-    return at::getHostAllocator(device.type())->allocate(bytes);
+    at::HostAllocator* allocator = at::getHostAllocator(device.type());
+    TORCH_CHECK(allocator != nullptr, "this PyTorch has no pinned memory for ", device.type());
+    return allocator->allocate(bytes);
   }
   void* memory = nullptr;
   check_cuda(*kernels, kernels->allocate_pinned(device.index(), &memory, bytes),

@@ -59,17 +59,26 @@ def test_one_library_of_all_kernels(tmp_path):
     assert ".nv_fatbin" in sections
 
 
-def host_kernels(folder, version, driver):
-    """A library with the same table, made of the host's kernels."""
-    target = folder / f"kernels_{version}_{driver}.so"
-    sources = [CSRC / "tests" / "host_kernels.cpp", *sorted((CSRC / "core").glob("*.cpp"))]
-    subprocess.run(
-        [COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", "-pthread",
-         f"-I{CSRC}", f"-DVERSION={version}", f"-DDRIVER={driver}",
-         *map(str, sources), "-o", str(target)],
-        check=True,
-    )  # fmt: skip
-    return target
+@pytest.fixture(scope="module")
+def host_kernels(tmp_path_factory):
+    """(version, driver) -> a library with the same table, made of the host's kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    compiling = [COMPILER, "-std=c++20", "-O0", "-fPIC", f"-I{CSRC}"]
+    core = sorted((CSRC / "core").glob("*.cpp"))
+    subprocess.run([*compiling, "-c", *map(str, core)], cwd=folder, check=True)
+    objects = [str(folder / f"{source.stem}.o") for source in core]
+
+    def build(version, driver):
+        target = folder / f"kernels_{version}_{driver}.so"
+        source = str(CSRC / "tests" / "host_kernels.cpp")
+        subprocess.run(
+            [*compiling, "-shared", "-pthread", f"-DVERSION={version}", f"-DDRIVER={driver}",
+             source, *objects, "-o", str(target)],
+            check=True,
+        )  # fmt: skip
+        return target
+
+    return build
 
 
 PROGRAM = """
@@ -88,13 +97,20 @@ if sys.argv[2] == "found":
         assert "CUDA says 'out of memory'" in str(error)
     else:
         raise AssertionError("no error")
+elif torch.version.cuda is None:
+    try:
+        _ops.pinned_memory(1, gpu)
+    except RuntimeError as error:
+        assert "this PyTorch has no pinned memory for cuda" in str(error)
+    else:
+        raise AssertionError("no error")
 """
 
 
-def test_the_library_is_found(tmp_path):
+def test_the_library_is_found(host_kernels, tmp_path):
     cases = ((2, 13, "found"), (1, 13, "of another build"), (2, 12, "newer than the driver"))
     for version, driver, outcome in cases:
-        path = host_kernels(tmp_path, version, driver)
+        path = host_kernels(version, driver)
         subprocess.run([sys.executable, "-c", PROGRAM, str(path), outcome], check=True)
     subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "none.so"), "absent"], check=True)
 
@@ -163,8 +179,8 @@ else:
 """
 
 
-def test_what_the_operators_ask_of_the_library(tmp_path):
-    path = host_kernels(tmp_path, 2, 13)
+def test_what_the_operators_ask_of_the_library(host_kernels):
+    path = host_kernels(2, 13)
     subprocess.run([sys.executable, "-c", CALLS, str(path)], check=True, cwd=CSRC.parent)
 
 
