@@ -44,6 +44,7 @@ bool is_recording(const Guard& guard, const c10::Stream& stream) {
   } else {
     const cuda::Kernels* kernels = stream.device().is_cuda() ? cuda_kernels() : nullptr;
     if (kernels == nullptr) return false;
+    const c10::OptionalDeviceGuard on_device{stream.device()};
     bool found = false;
     const int error = kernels->is_capturing(
         stream.device_index(), static_cast<CUstream_st*>(stream.native_handle()), &found);
@@ -157,7 +158,15 @@ bool Accelerator::in_use(const std::shared_ptr<void>& wrapped) const {
   return slot_in_use(wrapped);
 }
 
-bool Accelerator::recording() const { return is_recording(guard_, guard_.getStream(device_)); }
+bool Accelerator::recording() const {
+  if (!knows_recording_) return false;
+  try {
+    return is_recording(guard_, guard_.getStream(device_));
+  } catch (const c10::Error&) {
+    knows_recording_ = false;
+    return false;
+  }
+}
 
 bool Accelerator::brings(const Donor& donor) const { return !donor.extents().empty(); }
 

@@ -7,6 +7,7 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -89,6 +90,7 @@ class Accelerator : public RingDevice {
 
   const c10::Device device_;
   const c10::impl::VirtualGuardImpl guard_;
+  mutable std::atomic<bool> knows_recording_ = true;  // some backends cannot tell
   std::map<std::string, Link> links_;
   std::optional<c10::Stream> decoding_;
   std::vector<std::shared_ptr<Slot>> to_decode_;  // asked for, since the last flush
