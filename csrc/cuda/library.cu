@@ -42,8 +42,9 @@ int told(int error) {
   return error;
 }
 
-// Not undone: it is what the caller has made current.
+// Not undone: it is what the caller has made current. -1: whichever that is.
 int make_current(int device) {
+  if (device < 0) return cudaSuccess;
   int now = -1;
   const cudaError_t error = cudaGetDevice(&now);
   if (error == cudaSuccess && now == device) return error;

@@ -67,10 +67,9 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& table, const at
     }
     Call call;
     return call.run([&] {
-      return at::_ops::embedding::redispatch(below_hook(keys),
-                                             call.read_only(table, Likeness::kBytes),
-                                             call.read_only(indices, Likeness::kBytes),
-                                             std::move(padding), scale_by_frequency, sparse);
+      return at::_ops::embedding::redispatch(
+          below_hook(keys), call.read_only(table, Likeness::kBytes),
+          call.read_only(indices, Likeness::kBytes), padding, scale_by_frequency, sparse);
     });
   });
 }
