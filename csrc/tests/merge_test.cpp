@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <vector>
 
 #include "core/half.h"
@@ -139,15 +138,15 @@ void against_exact_sums() {
   }
 }
 
-// visit(patch) of every thread of the CUDA kernel's grid.
-template <class Sum>
-void each_thread(int64_t rows, int64_t columns, const std::function<void(cuda::Patch)>& visit) {
+// visit(patch) of every thread of the CUDA kernel's grid, but for lanes beyond all columns.
+template <class Sum, class Visit>
+void each_thread(int64_t rows, int64_t columns, const Visit& visit) {
   const cuda::MergeGrid grid = cuda::merge_grid<Sum>(rows, columns);
   CHECK(grid.high <= cuda::kMostHigh && grid.stacked <= cuda::kMostHigh);
   for (int64_t down = 0; down < grid.high * grid.stacked; ++down) {
     for (int64_t across = 0; across < grid.wide; ++across) {
       for (int warp = 0; warp < cuda::kWarps; ++warp) {
-        for (int lane = 0; lane < cuda::kWarp; ++lane) {
+        for (int lane = 0; lane < std::min<int64_t>(cuda::kWarp, columns); ++lane) {
           visit(cuda::merge_patch<Sum>(across, down, lane, warp, rows, columns));
         }
       }
@@ -227,7 +226,7 @@ int main() {
   halves();
   against_exact_sums();
   threads_of_the_gpu();
-  for (const int64_t rows : {1, 33, 2'100'000}) {
+  for (const int64_t rows : {1, 33, 2'097'121}) {
     grid_of_the_gpu<float>(rows, 3);
     grid_of_the_gpu<double>(rows, 3);
   }
