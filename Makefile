@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu test-cpp test-comfy lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu sanitize-gpu sanitizer-there test-cpp test-comfy lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -58,6 +58,21 @@ test-torch: ## the same in a clone with another torch: make test-torch TORCH_SPE
 
 test-gpu: dev ## on a CUDA device, and no skips
 	DISTORCH_REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/gpu
+
+# racecheck looks at memory that threads share; only our kernels are to be judged there, and they
+# run without PyTorch's cache in memcheck, which would hide what lies beyond the end of a block.
+SANITIZER ?= compute-sanitizer
+SANITIZE := DISTORCH_REQUIRE_CUDA=1 $(SANITIZER) --error-exitcode 9 --target-processes all
+sanitizer-there:
+	@command -v "$(SANITIZER)" > /dev/null || { echo "there is no $(SANITIZER) on the PATH: it comes \
+	with the CUDA Toolkit (bin/compute-sanitizer); give SANITIZER=/where/it/is"; exit 2; }
+
+sanitize-gpu: sanitizer-there dev ## tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(BIN)/python -m pytest -x tests/gpu/test_kernels.py
+	$(SANITIZE) --tool memcheck $(BIN)/python -m pytest -x tests/gpu
+	for tool in racecheck initcheck synccheck; do \
+	    $(SANITIZE) --tool $$tool --kernel-name kns=distorch $(BIN)/python -m pytest -x tests/gpu/test_kernels.py || exit 1; \
+	done
 
 test-cpp: dev ## the torch-free C++ under sanitizers
 	$(BIN)/python -m pytest tests/core

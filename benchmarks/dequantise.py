@@ -13,13 +13,12 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from _timing import interleaved
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from distorch import _ops
@@ -48,19 +47,6 @@ def ggml_kernel(library: ctypes.CDLL | None, kind: GGMLQuantizationType) -> Call
         kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         kernel.restype = None
     return kernel
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, one after the other, `rounds` times."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def measure(kind: GGMLQuantizationType, count: int, library: ctypes.CDLL | None, rounds: int):

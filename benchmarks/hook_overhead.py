@@ -19,30 +19,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-X = torch.randn(8, 8)
-IDS = torch.tensor([1, 2, 3])
-BIAS = torch.randn(8)
-IMAGE, KERNEL = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 1, 1)
-BATCH = torch.randn(2, 8, 8)
+Case = tuple[Tensor, Callable[[Tensor], Tensor]]  # a weight, and what is called with it
 
-# name -> (weight, call); hot ops have a path of their own.
-HOT = {
-    "mm": (torch.randn(8, 8), lambda w: torch.mm(X, w)),
-    "addmm": (torch.randn(8, 8), lambda w: torch.addmm(BIAS, X, w)),
-    "linear": (torch.randn(8, 8), lambda w: F.linear(X, w)),
-    "bmm": (BATCH, lambda w: torch.bmm(BATCH, w)),
-    "embedding": (torch.randn(8, 8), lambda w: F.embedding(IDS, w)),
-    "layer_norm": (torch.randn(8), lambda w: F.layer_norm(X, (8,), w, BIAS)),
-    "conv2d": (KERNEL, lambda w: F.conv2d(IMAGE, w)),
-}
-OTHER = {
-    "add": (torch.randn(8, 8), lambda w: torch.add(X, w)),
-    "mul": (torch.randn(8, 8), lambda w: torch.mul(X, w)),
-    "cat": (torch.randn(8, 8), lambda w: torch.cat((X, w))),
-    "where": (torch.randn(8, 8), lambda w: torch.where(X > 0, X, w)),
-    "sum": (torch.randn(8, 8), lambda w: w.sum()),
-}
-OPS = {**HOT, **OTHER}
+
+def hot(device: torch.device) -> dict[str, Case]:
+    """Operators that have a path of their own."""
+    x, ids, bias = torch.randn(8, 8), torch.tensor([1, 2, 3]), torch.randn(8)
+    image, kernel, batch = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 1, 1), torch.randn(2, 8, 8)
+    x, ids, bias, image, batch = (t.to(device) for t in (x, ids, bias, image, batch))
+    return {
+        "mm": (torch.randn(8, 8), lambda w: torch.mm(x, w)),
+        "addmm": (torch.randn(8, 8), lambda w: torch.addmm(bias, x, w)),
+        "linear": (torch.randn(8, 8), lambda w: F.linear(x, w)),
+        "bmm": (torch.randn(2, 8, 8), lambda w: torch.bmm(batch, w)),
+        "embedding": (torch.randn(8, 8), lambda w: F.embedding(ids, w)),
+        "layer_norm": (torch.randn(8), lambda w: F.layer_norm(x, (8,), w, bias)),
+        "conv2d": (kernel, lambda w: F.conv2d(image, w)),
+    }
+
+
+def other(device: torch.device) -> dict[str, Case]:
+    """Some of those that have none."""
+    x = torch.randn(8, 8).to(device)
+    return {
+        "add": (torch.randn(8, 8), lambda w: torch.add(x, w)),
+        "mul": (torch.randn(8, 8), lambda w: torch.mul(x, w)),
+        "cat": (torch.randn(8, 8), lambda w: torch.cat((x, w))),
+        "where": (torch.randn(8, 8), lambda w: torch.where(x > 0, x, w)),
+        "sum": (torch.randn(8, 8), lambda w: w.sum()),
+    }
+
+
+CPU = torch.device("cpu")
+HOT = hot(CPU)
+OPS = {**HOT, **other(CPU)}
 
 
 def microseconds(call: Callable[[Tensor], Tensor], weight: Tensor, calls: int) -> float:
@@ -51,6 +61,24 @@ def microseconds(call: Callable[[Tensor], Tensor], weight: Tensor, calls: int) -
     for _ in range(calls):
         call(weight)
     return 1e6 * (time.perf_counter() - start) / calls
+
+
+def added(
+    variants: dict[str, Tensor], call: Callable[[Tensor], Tensor], rounds: int, calls: int
+) -> dict[str, float]:
+    """Microseconds of the call with "plain", and what each other variant adds to them."""
+    settle = getattr(torch.get_device_module(variants["plain"].device), "synchronize", None)
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    for turn in range(rounds + 1):
+        for variant, tensor in variants.items():
+            if settle is not None:
+                settle()  # a device that is behind would hold the host up
+            spent = microseconds(call, tensor, calls)
+            if turn > 0:  # the first warms up
+                times[variant].append(spent)
+    # The fastest turns: whatever else the machine did only adds.
+    plain = min(times.pop("plain"))
+    return {"plain_us": plain, **{f"{v}_added_us": min(t) - plain for v, t in times.items()}}
 
 
 def sharded_ops(rounds: int, calls: int) -> list[dict]:
@@ -65,23 +93,33 @@ def sharded_ops(rounds: int, calls: int) -> list[dict]:
             "in_place": distorch.shard(weight, "cpu"),
             "in_ring": distorch.shard(weight, "disk"),
         }
-        times: dict[str, list[float]] = {variant: [] for variant in variants}
-        for tensor in variants.values():
-            microseconds(call, tensor, calls)
-        for _ in range(rounds):
-            for variant, tensor in variants.items():
-                times[variant].append(microseconds(call, tensor, calls))
-        # The fastest turns: whatever else the machine did only adds.
-        plain = min(times["plain"])
-        row: dict = {"op": name, "hot": name in HOT, "plain_us": plain}
-        for variant in ("in_place", "in_ring"):
-            row[f"{variant}_added_us"] = min(times[variant]) - plain
+        row = {"op": name, "hot": name in HOT, **added(variants, call, rounds, calls)}
         rows.append(row)
         print(
-            f"{name:10} plain {plain:6.2f} us   in place {row['in_place_added_us']:+.2f}   "
+            f"{name:10} plain {row['plain_us']:6.2f} us   "
+            f"in place {row['in_place_added_us']:+.2f}   "
             f"in the ring {row['in_ring_added_us']:+.2f}",
             flush=True,
         )
+    del holder
+    return rows
+
+
+def ops_on(device: torch.device, rounds: int, calls: int) -> list[dict]:
+    """Every operator on an accelerator: the host's time, plain and on a filled ring."""
+    import distorch
+
+    holder = distorch.distribute(
+        torch.nn.Linear(8, 8), f"{device},0b;cpu,*", min_bytes=0, prefetch="1mib"
+    )
+    rows = []
+    fast = hot(device)
+    for name, (weight, call) in {**fast, **other(device)}.items():
+        variants = {
+            "plain": weight.to(device),
+            "in_ring": distorch.shard(weight, "cpu", device),
+        }
+        rows.append({"op": name, "hot": name in fast, **added(variants, call, rounds, calls)})
     del holder
     return rows
 

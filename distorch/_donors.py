@@ -93,10 +93,11 @@ def _pinned(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tenso
 
 
 def _can_access_peer(compute: torch.device, donor: torch.device) -> bool:
+    """Whether the donor can write to the compute device's memory: who copies is the source."""
     if compute.type != donor.type:
         return False
     asks = getattr(torch.get_device_module(compute), "can_device_access_peer", None)
-    return asks is None or bool(asks(compute.index or 0, donor.index or 0))
+    return asks is None or bool(asks(donor.index or 0, compute.index or 0))
 
 
 def _donor_device(tier: str, name: str) -> torch.device:

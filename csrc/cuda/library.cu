@@ -36,8 +36,24 @@ std::vector<LowRank> from_row(std::span<const LowRank> terms, int64_t begin) {
   return shifted;
 }
 
-int decode(const Decoding& decoding, int64_t begin, int64_t end, const void* stored, void* into,
-           float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream) {
+// An error of one call must not be taken for the next launch's.
+int told(int error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
+}
+
+// Not undone: it is what the caller has made current. -1: whichever that is.
+int make_current(int device) {
+  if (device < 0) return cudaSuccess;
+  int now = -1;
+  const cudaError_t error = cudaGetDevice(&now);
+  if (error == cudaSuccess && now == device) return error;
+  return cudaSetDevice(device);
+}
+
+int queue_decoding(const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
+                   void* into, float* panel, int64_t panel_rows, uint8_t* finite,
+                   cudaStream_t stream) {
   const int64_t rows = end - begin, columns = decoding.columns;
   if (decoding.in_place()) {
     if (!decoding.terms.empty()) {
@@ -66,11 +82,39 @@ int decode(const Decoding& decoding, int64_t begin, int64_t end, const void* sto
   return cudaSuccess;
 }
 
-int allocate_pinned(void** memory, uint64_t bytes) {
-  return cudaHostAlloc(memory, bytes, cudaHostAllocPortable);
+int usable() {
+  int driver = 0, runtime = 0;  // no driver at all: 0
+  cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess) error = cudaRuntimeGetVersion(&runtime);
+  if (error != cudaSuccess) return told(error);
+  constexpr int kMajor = 1000;  // newer minor versions run on the driver of the first
+  return driver != 0 && driver / kMajor < runtime / kMajor ? cudaErrorInsufficientDriver
+                                                           : cudaSuccess;
 }
 
-int free_pinned(void* memory) { return cudaFreeHost(memory); }
+int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
+           void* into, float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream) {
+  const int error = make_current(device);
+  if (error != cudaSuccess) return told(error);
+  return told(
+      queue_decoding(decoding, begin, end, stored, into, panel, panel_rows, finite, stream));
+}
+
+int allocate_pinned(int device, void** memory, uint64_t bytes) {
+  const int error = make_current(device);
+  return told(error != cudaSuccess ? error : cudaHostAlloc(memory, bytes, cudaHostAllocPortable));
+}
+
+int free_pinned(void* memory) { return told(cudaFreeHost(memory)); }
+
+int is_capturing(int device, CUstream_st* stream, bool* capturing) {
+  const int error = make_current(device);
+  if (error != cudaSuccess) return told(error);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const int asked = cudaStreamIsCapturing(stream, &status);
+  *capturing = status != cudaStreamCaptureStatusNone;
+  return told(asked);
+}
 
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
@@ -80,7 +124,7 @@ const char* describe(int error) { return cudaGetErrorString(static_cast<cudaErro
 extern "C" __attribute__((visibility("default"))) const distorch::cuda::Kernels*
 distorch_cuda_kernels() {
   using namespace distorch::cuda;
-  static constexpr Kernels kernels{kLibraryVersion, &decode, &allocate_pinned, &free_pinned,
-                                   &describe};
+  static constexpr Kernels kernels{kLibraryVersion, &usable,       &decode,  &allocate_pinned,
+                                   &free_pinned,    &is_capturing, &describe};
   return &kernels;
 }

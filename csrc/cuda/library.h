@@ -1,8 +1,14 @@
 // The library of GPU kernels as others see it: one table of functions.
 //
 // It is compiled by nvcc, knows no torch, and is loaded when it is first needed
-// (device/cuda.h), so that one build works with and without a GPU. Its CUDA
-// runtime is linked statically; contexts and streams are the process's own.
+// (device/cuda.h), so that one build works with and without a GPU.
+//
+// Note [Two CUDA runtimes]
+// Its CUDA runtime is linked statically, beside the one that torch loaded. Both
+// stand on the driver's primary contexts, so memory, streams and events of one
+// are good in the other. What each has of its own is the thread's last error
+// (functions here leave none behind) and maybe the thread's current device: so
+// every function is told the device, which the caller has made current in torch.
 #pragma once
 
 #include <cstdint>
@@ -14,23 +20,34 @@ struct CUstream_st;
 namespace distorch::cuda {
 
 // Both sides are of one build.
-constexpr int kLibraryVersion = 1;
+constexpr int kLibraryVersion = 2;
 
 struct Kernels {
   int version;
+  // An error where the machine's driver is older than the runtime in here. Looks
+  // at no device and makes no context.
+  int (*usable)();
   // What decode_rows (core/decode.h) does for rows [begin, end), on device
   // memory (factors and scales, too) and on `stream`: the same bits, NaN
   // payloads aside. `panel` has room for `panel_rows` rows of float32, at least
   // one; it is not used where rows need no float32 in between. `finite` (on the
-  // device; may be null) becomes 0 when a product is not.
-  int (*decode)(const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
-                void* into, float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream);
+  // device; may be null) becomes 0 when a product is not. `into` and `panel` are
+  // aligned to kDecodeAlign where rows are stored as blocks.
+  int (*decode)(int device, const Decoding& decoding, int64_t begin, int64_t end,
+                const void* stored, void* into, float* panel, int64_t panel_rows, uint8_t* finite,
+                CUstream_st* stream);
   // Pinned host memory of exactly that size, for copies from and to every device.
-  int (*allocate_pinned)(void** memory, uint64_t bytes);
+  // `device` gets a context if it has none; no other one does.
+  int (*allocate_pinned)(int device, void** memory, uint64_t bytes);
+  // Waits for all copies from and to it.
   int (*free_pinned)(void* memory);
+  // Whether work on `stream` is being recorded for a graph, instead of done.
+  int (*is_capturing)(int device, CUstream_st* stream, bool* capturing);
   // Of a cudaError_t, which all functions above return (0: no error).
   const char* (*describe)(int error);
 };
+
+constexpr uint64_t kDecodeAlign = 16;
 
 // Whether decode() needs a panel.
 inline bool needs_panel(const Decoding& decoding) {

@@ -9,8 +9,6 @@
 namespace distorch::cuda {
 namespace {
 
-constexpr int kWarp = 32, kWarps = 8;  // of a block: 8 patches high, 32 wide
-
 // --- kernels ---
 
 __device__ float widen(float value) { return value; }
@@ -25,9 +23,8 @@ template <class Sum, class Base, class Out>
 __global__ void __launch_bounds__(kWarp* kWarps, 2)
     merge_kernel(const Base* base, Out* out, int64_t rows, int64_t columns,
                  const __grid_constant__ Terms terms, uint8_t* finite) {
-  const Patch patch{(static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.y) * kPatchRows<Sum>,
-                    static_cast<int64_t>(blockIdx.x) * kWarp * kPatchColumns + threadIdx.x, kWarp,
-                    rows, columns};
+  const int64_t down = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const Patch patch = merge_patch<Sum>(blockIdx.x, down, threadIdx.x, threadIdx.y, rows, columns);
   Sum tile[kPatchRows<Sum>][kPatchColumns];
 #pragma unroll
   for (int i = 0; i < kPatchRows<Sum>; ++i) {
@@ -51,14 +48,12 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
 
 // --- launchers ---
 
-unsigned parts(int64_t count, int64_t size) {
-  return static_cast<unsigned>((count + size - 1) / size);
-}
-
 template <class Sum, class Base, class Out>
 void launch(const void* base, void* out, int64_t rows, int64_t columns, const Terms& terms,
             uint8_t* finite, cudaStream_t stream) {
-  const dim3 grid(parts(columns, kWarp * kPatchColumns), parts(rows, kWarps * kPatchRows<Sum>));
+  const MergeGrid blocks = merge_grid<Sum>(rows, columns);
+  const dim3 grid(static_cast<unsigned>(blocks.wide), static_cast<unsigned>(blocks.high),
+                  static_cast<unsigned>(blocks.stacked));
   merge_kernel<Sum, Base, Out><<<grid, dim3(kWarp, kWarps), 0, stream>>>(
       static_cast<const Base*>(base), static_cast<Out*>(out), rows, columns, terms, finite);
 }

@@ -43,6 +43,29 @@ struct Patch {
   int64_t row, column, stride, rows, columns;  // the last two: of the weight
 };
 
+// Blocks of a grid, and threads of each: a warp per patch's height, side by side.
+constexpr int kWarp = 32, kWarps = 8;
+constexpr int64_t kMostHigh = 65535;  // blocks; more are stacked
+struct MergeGrid {
+  int64_t wide, high, stacked;
+};
+
+template <class Sum>
+MergeGrid merge_grid(int64_t rows, int64_t columns) {
+  const auto parts = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
+  const int64_t high = parts(rows, kWarps * kPatchRows<Sum>);
+  return {parts(columns, kWarp * kPatchColumns), high < kMostHigh ? high : kMostHigh,
+          parts(high, kMostHigh)};
+}
+
+// The patch of a thread of block `across`, and `down` blocks of all that are stacked.
+template <class Sum>
+DISTORCH_HD Patch merge_patch(int64_t across, int64_t down, int lane, int warp, int64_t rows,
+                              int64_t columns) {
+  return {(down * kWarps + warp) * kPatchRows<Sum>, across * kWarp * kPatchColumns + lane, kWarp,
+          rows, columns};
+}
+
 // Adds all terms to `tile`, as Note [What a merge computes] (core/merge.h)
 // says. False when a product is not finite.
 template <class Sum>

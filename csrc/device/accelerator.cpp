@@ -1,12 +1,14 @@
 #include "device/accelerator.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 
 #include <algorithm>
 #include <utility>
 
+#include "device/cuda.h"
 #include "device/device_trace.h"
 #include "device/row_decoder.h"
 #include "device/storages.h"
@@ -32,6 +34,23 @@ bool can_reach(const std::string& to, const std::string& from) {
   std::lock_guard lock(peers().mutex);
   const auto found = peers().known.find({to, from});
   return found == peers().known.end() || found->second;
+}
+
+// PyTorch passes the question on since 2.13; before, the kernels' library does.
+template <class Guard>
+bool is_recording(const Guard& guard, const c10::Stream& stream) {
+  if constexpr (requires { guard.isStreamCapturing(stream); }) {
+    return guard.isStreamCapturing(stream);
+  } else {
+    const cuda::Kernels* kernels = stream.device().is_cuda() ? cuda_kernels() : nullptr;
+    if (kernels == nullptr) return false;
+    const c10::OptionalDeviceGuard on_device{stream.device()};
+    bool found = false;
+    const int error = kernels->is_capturing(
+        stream.device_index(), static_cast<CUstream_st*>(stream.native_handle()), &found);
+    check_cuda(*kernels, error, "asking whether a graph is being captured");
+    return found;
+  }
 }
 
 void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -139,6 +158,16 @@ bool Accelerator::in_use(const std::shared_ptr<void>& wrapped) const {
   return slot_in_use(wrapped);
 }
 
+bool Accelerator::recording() const {
+  if (!knows_recording_) return false;
+  try {
+    return is_recording(guard_, guard_.getStream(device_));
+  } catch (const c10::Error&) {
+    knows_recording_ = false;
+    return false;
+  }
+}
+
 bool Accelerator::brings(const Donor& donor) const { return !donor.extents().empty(); }
 
 std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
@@ -146,7 +175,7 @@ std::shared_ptr<Staged> Accelerator::staging(uint64_t bytes) {
   staged->pool = staging_;
   staged->buffer.bytes = staging_->take(bytes);
   at::Tensor& buffer = staged->buffer.bytes;
-  if (!buffer.defined()) buffer = pinned_memory(bytes, device_.type());
+  if (!buffer.defined()) buffer = pinned_memory(bytes, device_);
   staged->data = static_cast<std::byte*>(buffer.mutable_data_ptr());
   return staged;
 }
@@ -159,10 +188,10 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   if (!from.is_cpu()) {
     link.source = c10::impl::VirtualGuardImpl(from.type()).getNewStream(from);
     if (!can_reach(device_.str(), place)) {
-      link.bounce = Bounce{{pinned_memory(kBounceBytes, device_.type()),
-                            pinned_memory(kBounceBytes, device_.type())},
-                           {c10::Event(device_.type()), c10::Event(device_.type())},
-                           0};
+      link.bounce =
+          Bounce{{pinned_memory(kBounceBytes, device_), pinned_memory(kBounceBytes, device_)},
+                 {c10::Event(device_.type()), c10::Event(device_.type())},
+                 0};
     }
   }
   for (const auto& weak : blocks_) {
@@ -425,6 +454,19 @@ void DeviceDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) co
   const auto* data = static_cast<const std::byte*>(storage_.data());
   copy_bytes(bytes_at(data + begin, bytes, storage_.device()),
              bytes_at(into, bytes, c10::Device(c10::kCPU)), false);
+}
+
+void DeviceDonor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const {
+  const auto count = static_cast<int64_t>(rows.size());
+  const auto width = static_cast<int64_t>(row_bytes);
+  const c10::DeviceGuard on_device(storage_.device());
+  const at::Tensor numbers = at::empty({count}, at::TensorOptions().dtype(at::kLong));
+  std::copy(rows.begin(), rows.end(), numbers.mutable_data_ptr<int64_t>());
+  at::AutoDispatchBelowADInplaceOrView below;
+  const auto* data = static_cast<const std::byte*>(storage_.data());
+  const at::Tensor all = bytes_at(data, size() / row_bytes * row_bytes, storage_.device());
+  const at::Tensor found = all.view({-1, width}).index_select(0, numbers.to(storage_.device()));
+  bytes_at(into, rows.size() * row_bytes, c10::Device(c10::kCPU)).copy_(found.view(-1));
 }
 
 void DeviceDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {

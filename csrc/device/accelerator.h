@@ -7,6 +7,7 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -41,6 +42,7 @@ class Accelerator : public RingDevice {
   std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes, std::shared_ptr<void> block) override;
   bool in_use(const std::shared_ptr<void>& wrapped) const override;
   bool brings(const Donor& donor) const override;
+  bool recording() const override;
   std::shared_ptr<Staged> staging(uint64_t bytes) override;
   bool in_parts() const override { return true; }
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override;
@@ -88,6 +90,7 @@ class Accelerator : public RingDevice {
 
   const c10::Device device_;
   const c10::impl::VirtualGuardImpl guard_;
+  mutable std::atomic<bool> knows_recording_ = true;  // some backends cannot tell
   std::map<std::string, Link> links_;
   std::optional<c10::Stream> decoding_;
   std::vector<std::shared_ptr<Slot>> to_decode_;  // asked for, since the last flush
@@ -107,6 +110,7 @@ class DeviceDonor : public Donor {
   std::vector<Extent> extents() const override;
   std::shared_ptr<std::byte> map() override;
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  void gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const override;
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 
@@ -116,7 +120,14 @@ class DeviceDonor : public Donor {
   const c10::Storage storage_;
 };
 
-// Whether `to` can read the memory of `from` by itself. Unless told, it can.
+// Note [Peers]
+// at::copy_ between two devices runs on the source's, whose copy engine writes
+// to the target's memory; it enables the access the first time, for memory of
+// expandable segments, too. So what is asked is whether `from` can access the
+// memory of `to`. Where it cannot, CUDA would bounce the bytes through host
+// memory, and the host might wait; we do that ourselves, on streams.
+
+// Whether `from` can write to the memory of `to` by itself. Unless told, it can.
 void set_peer_access(const std::string& to, const std::string& from, bool possible);
 
 }  // namespace distorch

@@ -3,6 +3,7 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "core/file.h"
 #include "device/cuda.h"
@@ -37,11 +38,20 @@ at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
 
 namespace {
 
-at::DataPtr allocate_pinned(uint64_t bytes, c10::DeviceType device) {
-  const cuda::Kernels* kernels = device == c10::kCUDA ? cuda_kernels() : nullptr;
-  if (kernels == nullptr || bytes == 0) return at::getHostAllocator(device)->allocate(bytes);
+at::DataPtr allocate_pinned(uint64_t bytes, c10::Device device) {
+  // Else the memory would be pinned by way of the first GPU, in a context that
+  // takes hundreds of megabytes there.
+  c10::OptionalDeviceGuard on_device;
+  if (c10::impl::hasDeviceGuardImpl(device.type())) on_device.reset_device(device);
+  const cuda::Kernels* kernels = device.is_cuda() ? cuda_kernels() : nullptr;
+  if (kernels == nullptr || bytes == 0) {
+    at::HostAllocator* allocator = at::getHostAllocator(device.type());
+    TORCH_CHECK(allocator != nullptr, "this PyTorch has no pinned memory for ", device.type());
+    return allocator->allocate(bytes);
+  }
   void* memory = nullptr;
-  check_cuda(*kernels, kernels->allocate_pinned(&memory, bytes), "allocating pinned memory");
+  check_cuda(*kernels, kernels->allocate_pinned(device.index(), &memory, bytes),
+             "allocating pinned memory");
   const auto release = [](void* at) { cuda_kernels()->free_pinned(at); };
   return {memory, memory, release, c10::Device(c10::kCPU)};
 }
@@ -60,7 +70,7 @@ c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset) {
           true};
 }
 
-at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device) {
+at::Tensor pinned_memory(uint64_t bytes, c10::Device device) {
   const auto count = static_cast<int64_t>(bytes);
   c10::Storage storage(c10::Storage::use_byte_size_t(), count, allocate_pinned(bytes, device),
                        nullptr, false);

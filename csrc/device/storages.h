@@ -25,6 +25,6 @@ c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset);
 // Pinned host memory for copies to a device: uint8 [bytes]. Of exactly that
 // size where the kernels for the device can be asked for it; PyTorch's
 // allocator rounds up to a power of two.
-at::Tensor pinned_memory(uint64_t bytes, c10::DeviceType device);
+at::Tensor pinned_memory(uint64_t bytes, c10::Device device);
 
 }  // namespace distorch

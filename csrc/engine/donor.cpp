@@ -27,6 +27,13 @@ std::shared_ptr<File> shared_scratch(const std::string& directory) {
 
 }  // namespace
 
+void Donor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const {
+  for (const int64_t row : rows) {
+    read(static_cast<uint64_t>(row) * row_bytes, row_bytes, into, false);
+    into += row_bytes;
+  }
+}
+
 std::shared_ptr<HostDonor> HostDonor::make(uint64_t bytes) {
   const std::shared_ptr<std::byte[]> memory(new std::byte[bytes]);
   return std::make_shared<HostDonor>(memory, memory.get(), bytes);

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -52,6 +53,10 @@ class Donor {
   virtual void read_range(uint64_t begin, uint64_t bytes, std::byte* into) const {
     read(begin, bytes, into, false);
   }
+
+  // Rows of that many bytes, those of these numbers, one after the other.
+  // REQUIRES: they are within the donor. Throws Error(kFetch).
+  virtual void gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const;
 
   // A donor that is somebody's checkpoint is never written.
   virtual bool writable() const = 0;

@@ -66,11 +66,12 @@ void gather_rows(const Source& source, std::span<const int64_t> rows, std::byte*
   const Decoder& decoder = *source.decoder;
   const uint64_t stored = decoder.stored_row(), decoded = decoder.decoded_row();
   const std::byte* memory = source.donor->host();
-  std::vector<std::byte> buffer(memory == nullptr ? stored : 0);
-  for (const int64_t row : rows) {
-    const auto number = static_cast<uint64_t>(row);
-    const std::byte* from = memory == nullptr ? buffer.data() : memory + number * stored;
-    if (memory == nullptr) source.donor->read(number * stored, stored, buffer.data(), false);
+  std::vector<std::byte> packed(memory == nullptr ? rows.size() * stored : 0);
+  if (memory == nullptr) source.donor->gather(rows, stored, packed.data());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto number = static_cast<uint64_t>(rows[i]);
+    const std::byte* from =
+        memory == nullptr ? packed.data() + i * stored : memory + number * stored;
     decoder.decode(number, number + 1, from, into);
     into += decoded;
   }

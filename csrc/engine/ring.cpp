@@ -69,22 +69,46 @@ void Ring::release(uint64_t ticket) {
   resize();
 }
 
-// Slots of the old region live on until their last holder lets go.
+void Ring::give_back() {
+  Lock lock(mutex_);
+  lean_ = weights_.size() + 1;
+  let_go_of_region();
+}
+
+// Slots of it live on until their last holder lets go.
+void Ring::let_go_of_region() {
+  while (!slots_.empty()) drop(SlotPtr(slots_.front()));
+  for (auto& [thread, window] : windows_) forget_predictions(window);
+  region_.reset();
+}
+
 void Ring::resize() {
   uint64_t wanted = 0;
   for (const auto& [ticket, bytes] : reservations_) wanted = std::max(wanted, bytes);
   wanted = round_up(wanted, kPage);
   if (wanted == capacity_) return;
-  while (!slots_.empty()) drop(SlotPtr(slots_.front()));
-  for (auto& [thread, window] : windows_) forget_predictions(window);
-  region_.reset();
+  let_go_of_region();
   capacity_ = wanted;
 }
 
+void Ring::refuse_recording(const Weight& weight) const {
+  if (!device_->recording()) return;
+  const Error refused = could_not_bring(
+      ErrorKind::kFetch, weight.name(), *weight.donor(),
+      "a graph is being captured on the current stream (CUDA graphs), which would keep this one "
+      "copy's address instead of fetching each time. Capture only what is resident and plain: "
+      "distorch.redistribute(model, ...) with the compute device alone, quantised weights with "
+      "resident='dequantised', keep=[...] for the captured part; or leave out the capture "
+      "(torch.compile without mode='reduce-overhead')");
+  throw refused;
+}
+
 std::shared_ptr<void> Ring::acquire(Weight& weight) {
+  refuse_recording(weight);
   Counters& counters = weight.counters();
   pool_->catch_up();
   Lock lock(mutex_);
+  if (lean_ > 0) --lean_;
   if (!staged_.empty()) bring_staged();
   Window& window = window_of_this_thread();
   advance(window, weight.id());
@@ -121,6 +145,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
 }
 
 void Ring::released() {
+  if (device_->recording()) return;  // what was captured needed nothing of the ring
   pool_->catch_up();
   Lock lock(mutex_);
   look_ahead(window_of_this_thread());
@@ -289,7 +314,7 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   const bool overflow = slot->overflow = slot->room == nullptr;
   std::shared_ptr<void> block = slot->room;
   if (overflow) {
-    const std::shared_ptr<std::byte> ordinary = device_->allocate(needed);
+    const std::shared_ptr<std::byte> ordinary = ordinary_memory(needed);
     slot->data = ordinary.get() + slot_phase;
     block = ordinary;
   } else {
@@ -321,6 +346,16 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   return slot;
 }
 
+std::shared_ptr<std::byte> Ring::ordinary_memory(uint64_t bytes) {
+  try {
+    return device_->allocate(bytes);
+  } catch (const std::exception&) {
+    if (region_ == nullptr) throw;
+  }
+  let_go_of_region();
+  return device_->allocate(bytes);
+}
+
 // What readers brought to host memory goes on to the device.
 void Ring::bring_staged() {
   for (const SlotPtr& slot : std::exchange(staged_, {})) {
@@ -350,6 +385,7 @@ void Ring::flush() {
 // Null: there is none in the ring.
 std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency,
                                       const Window* window) {
+  if (lean_ > 0) return nullptr;
   const bool now = urgency == IoPool::Urgency::kNow;
   try {
     if (bytes <= capacity_) {

@@ -82,6 +82,9 @@ class RingDevice {
 
   // Whether the device copies from this donor by itself.
   virtual bool brings(const Donor&) const { return false; }
+  // Whether what this thread issues now is recorded, to run later and more than
+  // once: no place for a fetch.
+  virtual bool recording() const { return false; }
   // Room for readers to put what the device then copies; null when they write
   // to slots.
   virtual std::shared_ptr<Staged> staging(uint64_t bytes) { return nullptr; }
@@ -110,7 +113,8 @@ class RingDevice {
 // Note [What the ring promises]
 // * Bytes held by slots never exceed the capacity, but for fetches that found
 //   no room (an op waits for them now): these take ordinary memory and give it
-//   back after use. There is nothing to dead-lock on.
+//   back after use. There is nothing to dead-lock on. Where the device has none
+//   left, the ring gives up its own first.
 // * A slot is refilled only when nobody else holds its storage. A room may be
 //   promised to a weight before; whoever asks for a weight that has only a part
 //   of its room gets another one.
@@ -127,6 +131,8 @@ class Ring {
   // The wrapped bytes of `weight`, read now if they are not there. Blocks.
   // Throws Error(kFetch) naming weight and donor.
   std::shared_ptr<void> acquire(Weight& weight);
+  // Throws Error(kFetch) where a fetch would be recorded instead of done.
+  void refuse_recording(const Weight& weight) const;
 
   // An op has been issued and let its weights go: their room is free for what
   // comes next, behind that op and no other.
@@ -142,6 +148,10 @@ class Ring {
   // reservation counts. Returns a ticket for release().
   uint64_t reserve(uint64_t bytes);
   void release(uint64_t ticket);
+
+  // The device is short of memory: all that no operator holds goes back to it,
+  // and about one step long, fetches take ordinary memory.
+  void give_back();
 
   uint64_t capacity() const;
   uint64_t used() const;
@@ -201,6 +211,8 @@ class Ring {
   IoPool::Task part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
+  std::shared_ptr<std::byte> ordinary_memory(uint64_t bytes);
+  void let_go_of_region();
   void resize();
 
   const std::unique_ptr<RingDevice> device_;
@@ -209,6 +221,7 @@ class Ring {
   // Everything below is guarded by mutex_.
   std::shared_ptr<Region> region_;
   uint64_t capacity_ = 0;
+  size_t lean_ = 0;  // fetches until the ring takes memory again
   std::unordered_map<uint64_t, uint64_t> reservations_;  // ticket -> bytes
   uint64_t next_ticket_ = 1;
   uint64_t clock_ = 0;

@@ -1,6 +1,8 @@
 #include "hook/call.h"
 
 #include <ATen/core/List.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -33,8 +35,16 @@ at::Tensor whole_on_host(const c10::Storage& memory) {
   return bytes.cpu();
 }
 
-bool is_sharded_value(const c10::IValue& value) {
-  return value.isTensor() && is_sharded(value.toTensor());
+// Of the first sharded tensor in an argument; null: there is none.
+const Handle* first_handle(const c10::IValue& value) {
+  if (value.isTensor()) {
+    return is_sharded(value.toTensor()) ? &handle_of(value.toTensor()) : nullptr;
+  }
+  if (!value.isList()) return nullptr;
+  for (const c10::IValue& element : value.toListRef()) {
+    if (const Handle* found = first_handle(element)) return found;
+  }
+  return nullptr;
 }
 
 bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
@@ -81,6 +91,48 @@ Call::~Call() {
   }
 }
 
+bool Call::can_run_again(const c10::OperatorHandle& op) const {
+  const auto writes = [](const Swapped& argument) { return argument.writes; };
+  return std::none_of(swapped_.begin(), swapped_.end(), writes) && !op.schema().is_mutable() &&
+         !op.hasTag(at::Tag::nondeterministic_seeded);
+}
+
+bool Call::make_room(const c10::OperatorHandle* boxed) {
+  // Nothing fetched: the ring has made room for that fetch already.
+  if (fetched_.empty() || fetched_.front().device.is_cpu()) return false;
+  starved_ = &fetched_.front().weight->ring();
+  starved_->give_back();
+  if (boxed != nullptr && !can_run_again(*boxed)) return false;
+  traced_.reset();
+  swapped_.clear();
+  fetched_.clear();
+  return true;
+}
+
+void Call::tell_that_room_was_made(c10::OutOfMemoryError& error) const {
+  error.add_context(
+      c10::str("distorch had given back the ", starved_->capacity(),
+               " bytes that it keeps for weights on "
+               "their way, and the operator was run again. Offload more, or use smaller batches"));
+}
+
+void Call::run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                     torch::jit::Stack& stack) {
+  const c10::FunctionSchema& schema = op.schema();
+  const size_t below = stack.size() - schema.arguments().size();
+  const auto once = [&] {
+    if (starved_ != nullptr) {  // the first time has spoilt them
+      stack.resize(below);
+      stack.insert(stack.end(), arguments_.begin(), arguments_.end());
+    }
+    swap_arguments(schema, stack);
+    op.redispatchBoxed(keys, &stack);
+  };
+  run(once, &op);
+  commit();
+  wrap_results(stack, schema.returns().size());
+}
+
 c10::Storage Call::memory_of(Handle& handle) {
   for (const Fetched& known : fetched_) {
     if (known.weight != handle.weight.get()) continue;
@@ -111,19 +163,22 @@ void Call::swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& 
   const auto& arguments = schema.arguments();
   const size_t first = stack.size() - arguments.size();
   for (size_t i = 0; i < arguments.size(); ++i) {
+    const Handle* handle = first_handle(stack[first + i]);
+    if (handle == nullptr) continue;
+    if (arguments_.empty() && !handle->compute.is_cpu()) {
+      arguments_.assign(stack.begin() + static_cast<std::ptrdiff_t>(first), stack.end());
+    }
     const auto* alias = arguments[i].alias_info();
     swap(stack[first + i], alias != nullptr && alias->isWrite());
   }
 }
 
 void Call::swap(c10::IValue& value, bool writes) {
-  if (is_sharded_value(value)) {
+  if (value.isTensor()) {
     value = real(value.toTensor(), writes);
     return;
   }
-  if (!value.isList()) return;
-  const auto elements = value.toListRef();
-  if (std::none_of(elements.begin(), elements.end(), is_sharded_value)) return;
+  if (first_handle(value) == nullptr) return;
   c10::List<c10::IValue> list = value.toList().copy();
   for (size_t i = 0; i < list.size(); ++i) {
     c10::IValue element = list.get(i);

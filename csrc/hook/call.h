@@ -17,6 +17,14 @@ inline c10::DispatchKeySet below_hook(c10::DispatchKeySet keys) {
 // Sharded arguments are replaced by real tensors over fetched memory, the
 // operator runs, what it wrote goes to the donors, and results that are or
 // alias arguments become sharded again. The memory is let go with this object.
+//
+// Note [Out of memory]
+// An operator that finds no memory on the compute device gets the ring's: its
+// weights are let go, the ring gives back all of its memory, and the operator
+// runs again, with weights in ordinary memory. So it goes on, without looking
+// ahead, about one step long. Operators that write to arguments or draw random
+// numbers are not run twice; their error leaves, but whoever tries again finds
+// the memory free. Operators without sharded arguments do not pass here.
 class Call {
  public:
   Call();
@@ -26,16 +34,32 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  // Replaces the sharded tensors among the arguments on top of `stack`.
-  void swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& stack);
+  // See Note [Out of memory]. `op` replaces arguments and runs an operator;
+  // `boxed` is that operator if it may write to arguments or draw random numbers.
+  template <class Operator>
+  decltype(auto) run(const Operator& op, const c10::OperatorHandle* boxed = nullptr) {
+    try {
+      return op();
+    } catch (const c10::OutOfMemoryError&) {
+      if (!make_room(boxed)) throw;
+    }
+    try {
+      return op();
+    } catch (c10::OutOfMemoryError& error) {
+      tell_that_room_was_made(error);
+      throw;
+    }
+  }
+  // An operator whose arguments are on top of `stack`, with those keys: replaces
+  // arguments, runs it, brings to donors what it wrote, and wraps its results.
+  void run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack& stack);
+
   // The real tensor to pass for `tensor`, or `tensor` itself if it is plain.
   at::Tensor real(const at::Tensor& tensor, bool writes = false);
   // The same for an operator that neither writes to it nor returns it.
   at::Tensor read_only(const at::Tensor& tensor, Likeness likeness);
   // Brings written arguments to their donors. Throws Error(kFetch).
   void commit();
-  // Replaces real arguments and their views among the top `count` values.
-  void wrap_results(torch::jit::Stack& stack, size_t count);
 
  private:
   struct Fetched {
@@ -53,6 +77,10 @@ class Call {
 
   // Aliasing arguments of one call see one memory.
   c10::Storage memory_of(Handle& handle);
+  // Replaces the sharded tensors among the arguments on top of `stack`.
+  void swap_arguments(const c10::FunctionSchema& schema, torch::jit::Stack& stack);
+  // Replaces real arguments and their views among the top `count` values.
+  void wrap_results(torch::jit::Stack& stack, size_t count);
   void swap(c10::IValue& value, bool writes);
   void commit(Swapped& argument);
   void wrap(c10::IValue& value) const;
@@ -62,6 +90,13 @@ class Call {
   struct Traced;
   void begin_trace(const Handle& handle);
 
+  // Whether the operator is to run again.
+  bool make_room(const c10::OperatorHandle* boxed);
+  bool can_run_again(const c10::OperatorHandle& op) const;
+  void tell_that_room_was_made(c10::OutOfMemoryError& error) const;
+
+  Ring* starved_ = nullptr;      // that gave its memory back
+  torch::jit::Stack arguments_;  // as they came; kept where an accelerator computes
   std::unique_ptr<Traced> traced_;
   c10::SmallVector<Fetched, 2> fetched_;
   c10::SmallVector<Swapped, 2> swapped_;

@@ -16,7 +16,9 @@ namespace {
 // weight: `fetch` gives the real tensor, whose memory goes back to the ring
 // when the graph lets go of it. It declares a new tensor although it gives out
 // memory that others read: whoever compiles must not write to it
-// (distorch/runtime/compiled.py sees to that). `site` is not looked at; it keeps
+// (distorch/runtime/compiled.py sees to that). A CUDA graph would keep the address
+// of one fetch, so the operator is tagged, and mode="reduce-overhead" captures
+// what lies between fetches. `site` is not looked at; it keeps
 // two uses of one weight apart, so that it is not held from one to the other.
 using Signature = at::Tensor(const at::Tensor&, int64_t);
 

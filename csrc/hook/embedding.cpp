@@ -38,8 +38,11 @@ at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tens
   const at::Tensor found = at::empty({numbers.numel(), table.size(1)},
                                      at::TensorOptions().dtype(table.dtype()).device(at::kCPU));
   auto* into = static_cast<std::byte*>(found.mutable_data_ptr());
+  // The memory of a device: it gathers the rows itself, and one copy brings them.
+  const bool by_device = source.donor->host() == nullptr && !source.donor->extents().empty();
+  const int64_t per_part = by_device ? std::max<int64_t>(numbers.numel(), 1) : kRowsPerPart;
   const uint64_t row_bytes = source.decoder->decoded_row();
-  for_ranges(numbers.numel(), kRowsPerPart, compute_threads(), [&](int64_t begin, int64_t end) {
+  for_ranges(numbers.numel(), per_part, compute_threads(), [&](int64_t begin, int64_t end) {
     gather_rows(source, rows.subspan(begin, end - begin), into + begin * row_bytes);
   });
   Counters& counters = handle_of(table).weight->counters();
@@ -56,12 +59,18 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& table, const at
   return at_border([&] {
     if (is_sharded(table) && !is_sharded(indices)) {
       const Source source = handle_of(table).weight->source();
-      if (takes_rows(table, source, indices)) return rows_of(table, source, indices);
+      if (takes_rows(table, source, indices)) {
+        const Weight& weight = *handle_of(table).weight;
+        weight.ring().refuse_recording(weight);
+        return rows_of(table, source, indices);
+      }
     }
     Call call;
-    return at::_ops::embedding::redispatch(
-        below_hook(keys), call.read_only(table, Likeness::kBytes),
-        call.read_only(indices, Likeness::kBytes), std::move(padding), scale_by_frequency, sparse);
+    return call.run([&] {
+      return at::_ops::embedding::redispatch(
+          below_hook(keys), call.read_only(table, Likeness::kBytes),
+          call.read_only(indices, Likeness::kBytes), padding, scale_by_frequency, sparse);
+    });
   });
 }
 

@@ -29,10 +29,7 @@ void batch_norm(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
       c10::IValue& statistic = (*stack)[first + index];
       if (statistic.isTensor()) statistic = call.real(statistic.toTensor(), /*writes=*/true);
     }
-    call.swap_arguments(schema, *stack);
-    op.redispatchBoxed(below_hook(keys), stack);
-    call.commit();
-    call.wrap_results(*stack, schema.returns().size());
+    call.run_boxed(op, below_hook(keys), *stack);
   });
 }
 
@@ -74,14 +71,10 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
 void before_backends(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                      torch::jit::Stack* stack) {
   at_border([&] {
-    const c10::FunctionSchema& schema = op.schema();
     const auto below =
         c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
     Call call;
-    call.swap_arguments(schema, *stack);
-    op.redispatchBoxed((keys & below).remove(kHookKey), stack);
-    call.commit();
-    call.wrap_results(*stack, schema.returns().size());
+    call.run_boxed(op, (keys & below).remove(kHookKey), *stack);
   });
 }
 

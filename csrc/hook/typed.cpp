@@ -55,7 +55,8 @@ struct Typed<Op, kAsks, Result(Args...)> {
     return at_border([&] {
       Call call;
       const Likeness like = likeness<kAsks>();
-      return Op::redispatch(below_hook(keys), swapped(call, like, args)...);
+      return call.run(
+          [&] { return Op::redispatch(below_hook(keys), swapped(call, like, args)...); });
     });
   }
 };

@@ -1,7 +1,5 @@
 // The operator that decodes and patches a weight: at load, and in fetches.
 #include <ATen/ops/empty.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -103,28 +101,19 @@ void decode_on_cuda(at::Tensor into, const at::Tensor& stored, c10::string_view 
                     at::TensorList ups, at::TensorList downs, at::ArrayRef<double> strengths,
                     at::IntArrayRef first_rows, std::optional<at::Tensor> finite) {
   at_border([&] {
-    const cuda::Kernels* kernels = cuda_kernels();
-    TORCH_CHECK_NOT_IMPLEMENTED(kernels != nullptr,
-                                "distorch was built without kernels for CUDA devices");
     const DecodeCall call(into, stored, code, scales, scale_block, ups, downs, strengths,
                           first_rows);
     at::Tensor panel;
-    int64_t panel_rows = 0;
+    DecodeScratch scratch;
     if (cuda::needs_panel(call.decoding())) {
       const auto row_bytes = into.size(1) * static_cast<int64_t>(sizeof(float));
-      panel_rows = std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(row_bytes, 1), 1,
-                                       std::max<int64_t>(call.rows(), 1));
-      panel = at::empty({panel_rows, into.size(1)}, into.options().dtype(at::kFloat));
+      scratch.panel_rows = std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(row_bytes, 1), 1,
+                                               std::max<int64_t>(call.rows(), 1));
+      panel = at::empty({scratch.panel_rows, into.size(1)}, into.options().dtype(at::kFloat));
+      scratch.panel = panel.mutable_data_ptr<float>();
     }
-    const c10::OptionalDeviceGuard on_device{into.device()};
-    const c10::impl::VirtualGuardImpl guard(into.device().type());
-    const c10::Stream stream = guard.getStream(into.device());
-    const int error = kernels->decode(
-        call.decoding(), 0, call.rows(), call.from(0), call.to(0),
-        panel.defined() ? panel.mutable_data_ptr<float>() : nullptr, panel_rows,
-        finite ? reinterpret_cast<uint8_t*>(finite->mutable_data_ptr<bool>()) : nullptr,
-        static_cast<CUstream_st*>(stream.native_handle()));
-    check_cuda(*kernels, error, "decoding a weight");
+    if (finite) scratch.finite = reinterpret_cast<uint8_t*>(finite->mutable_data_ptr<bool>());
+    decode_on_gpu(into.device(), call.decoding(), call.rows(), call.from(0), call.to(0), scratch);
   });
 }
 

@@ -85,7 +85,7 @@ at::Tensor shard_slab(const at::Tensor& slab, int64_t begin, const at::Tensor& l
 
 // Pinned memory for copies to a device, exact in size: uint8 [bytes].
 at::Tensor pinned_slab(int64_t bytes, at::Device compute) {
-  return pinned_memory(static_cast<uint64_t>(bytes), compute.type());
+  return pinned_memory(static_cast<uint64_t>(bytes), compute);
 }
 
 // The donor is the memory of a device: the storage of `data` itself.
@@ -468,7 +468,8 @@ TORCH_LIBRARY(distorch, library) {
   library.def("dequantise(Tensor blocks, str type, ScalarType dtype) -> Tensor");
   library.def("dequantise_(Tensor(a!) into, Tensor blocks, str type) -> ()");
   library.def("show_address(Tensor sharded, bool shown) -> ()", &show_address);
-  library.def("fetch(Tensor weight, int site) -> Tensor");
+  // Graphs of CUDA graphs are cut here: see Note [Weights in compiled graphs].
+  library.def("fetch(Tensor weight, int site) -> Tensor", {at::Tag::cudagraph_unsafe});
 }
 
 }  // namespace distorch

@@ -77,6 +77,10 @@ PYBIND11_MODULE(_sim, module) {
   module.def("fail_copy", [](uint64_t nth) { Machine::instance().fail_copy(nth); });
   module.def("fail_alloc", &fail_allocation);
   module.def("fail_device", [](int device) { Machine::instance().fail_device(device); });
+  module.def("set_capturing", &set_capturing);
+  module.def("real_address", [](uintptr_t address) {
+    return reinterpret_cast<uintptr_t>(real_bytes(reinterpret_cast<const void*>(address)));
+  });
   module.def("has_link", [](int from, int to) { return Machine::instance().link(from, to) >= 0; });
   module.def("memory", [](int device) {
     const MemoryNumbers numbers = memory_numbers(device);
@@ -84,6 +88,8 @@ PYBIND11_MODULE(_sim, module) {
   });
   module.def("device_count", [] { return Machine::instance().config().devices; });
   module.def("reset_peak", &reset_peak);
+  module.def("set_limit",
+             [](int device, uint64_t bytes) { device_memory(device)->set_limit(bytes); });
   module.def("pinned_bytes", &pinned_bytes);
   module.def("is_dry", [] { return Machine::instance().config().mode == Mode::kDry; });
 }

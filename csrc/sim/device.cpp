@@ -46,6 +46,7 @@ int default_stream(int device) {
 }
 
 thread_local c10::DeviceIndex current_device = 0;
+thread_local bool capturing = false;
 thread_local std::unordered_map<int, c10::StreamId> current_streams;
 
 c10::Stream stream_now(c10::DeviceIndex device) {
@@ -117,6 +118,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeStream(const c10::Stream& stream) const override {
     machine().synchronize_stream(machine_stream(stream));
   }
+  // Not `override`: PyTorch asks since 2.13.
+  bool isStreamCapturing(const c10::Stream&) const { return capturing; }
   void synchronizeEvent(void* event) const override {
     if (event != nullptr) machine().synchronize(*static_cast<MarkPtr*>(event));
   }
@@ -283,6 +286,8 @@ MemoryNumbers memory_numbers(int device) {
 }
 
 void reset_peak(int device) { device_memory(device)->reset_peak(); }
+
+void set_capturing(bool now) { capturing = now; }
 
 void restart_streams() {
   std::lock_guard lock(pool().mutex);

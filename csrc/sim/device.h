@@ -20,6 +20,9 @@ void register_device();
 // The operators that the fallback does not reach.
 void register_kernels();
 
+// Whether this thread's work counts as being captured in a graph.
+void set_capturing(bool capturing);
+
 // New streams are the first ones again: a configuration starts like any other.
 void restart_streams();
 

@@ -58,10 +58,12 @@ std::byte* DeviceMemory::allocate(uint64_t bytes, int stream) {
   Machine& machine = Machine::instance();
   if (fails_now(device_)) return nullptr;
   std::lock_guard lock(mutex_);
-  const auto offset = arena_.allocate(std::max<uint64_t>(bytes, 1));
+  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kGranule);
+  if (arena_.used() + room > limit_) return nullptr;
+  const auto offset = arena_.allocate(room);
   if (!offset) return nullptr;
   peak_ = std::max(peak_, arena_.used());
-  const uint64_t end = *offset + round_up(std::max<uint64_t>(bytes, 1), kGranule);
+  const uint64_t end = *offset + room;
   auto range = freed_.upper_bound(*offset);
   if (range != freed_.begin() && std::prev(range)->second.end > *offset) --range;
   while (range != freed_.end() && range->first < end) {
@@ -88,7 +90,7 @@ void DeviceMemory::free(std::byte* address, uint64_t bytes, int stream) {
   const uint64_t offset = static_cast<uint64_t>(address - base_);
   const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kGranule);
   freed_.insert_or_assign(offset, Freed{offset + room, stream, machine.record(stream, 0)});
-  arena_.free(offset, std::max<uint64_t>(bytes, 1));
+  arena_.free(offset, room);
 }
 
 std::shared_ptr<DeviceMemory> device_memory(int device) {

@@ -42,6 +42,8 @@ class DeviceMemory {
   uint64_t used() const { return arena_.used(); }
   uint64_t peak() const { return peak_; }
   void reset_peak() { peak_ = used(); }
+  // Bytes in use, beyond which allocations fail.
+  void set_limit(uint64_t bytes) { limit_ = bytes; }
 
  private:
   struct Freed {
@@ -58,6 +60,7 @@ class DeviceMemory {
   std::mutex mutex_;
   std::map<uint64_t, Freed> freed_;  // by offset; guarded by mutex_
   uint64_t peak_ = 0;
+  uint64_t limit_ = capacity_;
 };
 
 // The memory of a device of the present configuration.

@@ -1,6 +1,7 @@
 // A library of kernels for tests of what loads it: the host's own, on host memory.
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "cuda/library.h"
 
@@ -10,15 +11,41 @@ using namespace distorch;
 
 constexpr uint64_t kMost = 1 << 20;  // bytes that can be pinned at one time
 
-int decode(const Decoding& decoding, int64_t begin, int64_t end, const void* stored, void* into,
-           float*, int64_t, uint8_t* finite, CUstream_st*) {
-  const bool all = decode_rows(decoding, begin, end, static_cast<const std::byte*>(stored),
-                               static_cast<std::byte*>(into));
-  if (!all && finite != nullptr) *finite = 0;
+// Where the memory of a device is on the host, seen from its address.
+std::ptrdiff_t distance = 0;
+// Of the last call.
+int last_device = -1;
+CUstream_st* last_stream = nullptr;
+
+template <class T>
+T* on_host(T* address) {
+  return address == nullptr ? nullptr
+                            : reinterpret_cast<T*>(reinterpret_cast<intptr_t>(address) + distance);
+}
+
+int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
+           void* into, float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream) {
+  constexpr int kInvalidValue = 1;
+  if (cuda::needs_panel(decoding) != (panel != nullptr && panel_rows > 0)) return kInvalidValue;
+  Decoding here = decoding;
+  std::vector<LowRank> terms(decoding.terms.begin(), decoding.terms.end());
+  for (LowRank& term : terms) {
+    term.up = on_host(term.up);
+    term.down = on_host(term.down);
+  }
+  here.terms = terms;
+  here.scales.data = on_host(decoding.scales.data);
+  const bool all = decode_rows(here, begin, end, static_cast<const std::byte*>(on_host(stored)),
+                               static_cast<std::byte*>(on_host(into)));
+  if (!all && finite != nullptr) *on_host(finite) = 0;
+  last_device = device;
+  last_stream = stream;
   return 0;
 }
 
-int allocate_pinned(void** memory, uint64_t bytes) {
+int usable() { return DRIVER < 13 ? 35 : 0; }
+
+int allocate_pinned(int, void** memory, uint64_t bytes) {
   if (bytes > kMost) return 2;
   *memory = std::malloc(bytes);
   std::memset(*memory, 7, bytes);
@@ -30,12 +57,23 @@ int free_pinned(void* memory) {
   return 0;
 }
 
-const char* describe(int) { return "out of memory"; }
+int is_capturing(int, CUstream_st*, bool* capturing) {
+  *capturing = false;
+  return 0;
+}
+
+const char* describe(int error) { return error == 2 ? "out of memory" : "invalid argument"; }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) const cuda::Kernels* distorch_cuda_kernels() {
-  static constexpr cuda::Kernels kernels{VERSION, &decode, &allocate_pinned, &free_pinned,
-                                         &describe};
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void set_distance(std::ptrdiff_t bytes) { distance = bytes; }
+EXPORTED int device_of_last_call() { return last_device; }
+EXPORTED void* stream_of_last_call() { return last_stream; }
+
+EXPORTED const cuda::Kernels* distorch_cuda_kernels() {
+  static constexpr cuda::Kernels kernels{VERSION,      &usable,       &decode,  &allocate_pinned,
+                                         &free_pinned, &is_capturing, &describe};
   return &kernels;
 }

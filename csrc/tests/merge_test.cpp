@@ -1,6 +1,7 @@
 // Merges against sums in long double, and every width of vectors against the others.
 #include "core/merge.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -137,10 +138,41 @@ void against_exact_sums() {
   }
 }
 
+// visit(patch) of every thread of the CUDA kernel's grid, but for lanes beyond all columns.
+template <class Sum, class Visit>
+void each_thread(int64_t rows, int64_t columns, const Visit& visit) {
+  const cuda::MergeGrid grid = cuda::merge_grid<Sum>(rows, columns);
+  CHECK(grid.high <= cuda::kMostHigh && grid.stacked <= cuda::kMostHigh);
+  for (int64_t down = 0; down < grid.high * grid.stacked; ++down) {
+    for (int64_t across = 0; across < grid.wide; ++across) {
+      for (int warp = 0; warp < cuda::kWarps; ++warp) {
+        for (int lane = 0; lane < std::min<int64_t>(cuda::kWarp, columns); ++lane) {
+          visit(cuda::merge_patch<Sum>(across, down, lane, warp, rows, columns));
+        }
+      }
+    }
+  }
+}
+
+// Every number has one thread, also where a grid is not high enough.
+template <class Sum>
+void grid_of_the_gpu(int64_t rows, int64_t columns) {
+  std::vector<uint8_t> visits(rows * columns);
+  each_thread<Sum>(rows, columns, [&](const cuda::Patch& patch) {
+    for (int64_t row = patch.row; row < std::min(patch.row + cuda::kPatchRows<Sum>, rows); ++row) {
+      for (int j = 0; j < cuda::kPatchColumns; ++j) {
+        const int64_t column = patch.column + j * patch.stride;
+        if (column < columns) ++visits[row * columns + column];
+      }
+    }
+  });
+  CHECK(std::all_of(visits.begin(), visits.end(), [](uint8_t count) { return count == 1; }));
+}
+
 // Every thread of the CUDA kernel, one after the other, against the host's kernel.
 void threads_of_the_gpu() {
   std::mt19937 random(11);
-  constexpr int64_t kRows = 37, kColumns = 150, kStride = 32;
+  constexpr int64_t kRows = 37, kColumns = 150;
   std::vector<Factors> factors{random_factors(random, kRows, kColumns, 7),
                                random_factors(random, 21, kColumns, 3)};
   factors[1].first_row = 9;
@@ -152,30 +184,23 @@ void threads_of_the_gpu() {
   base[0] = 0x8000;  // -0 in a row that only the first term touches
   CHECK(merge_rows(Element::kBFloat16, base.data(), Element::kBFloat16, expected.data(), 0, kRows,
                    kColumns, list));
-  for (int64_t row = 0; row < kRows; row += cuda::kPatchRows<float>) {
-    for (int64_t block = 0; block < kColumns; block += kStride * cuda::kPatchColumns) {
-      for (int64_t lane = 0; lane < kStride; ++lane) {
-        const cuda::Patch patch{row, block + lane, kStride, kRows, kColumns};
-        float tile[cuda::kPatchRows<float>][cuda::kPatchColumns] = {};
-        const auto each = [&](auto&& visit) {
-          for (int i = 0; i < cuda::kPatchRows<float>; ++i) {
-            for (int j = 0; j < cuda::kPatchColumns; ++j) {
-              const int64_t column = patch.column + j * kStride;
-              if (row + i < kRows && column < kColumns) {
-                visit(tile[i][j], (row + i) * kColumns + column);
-              }
-            }
-          }
-        };
-        each([&](float& value, int64_t at) { value = from_bfloat16(base[at]); });
-        CHECK(cuda::add_terms(terms, patch, tile));
-        each([&](float& value, int64_t at) { actual[at] = to_bfloat16(value); });
+  each_thread<float>(kRows, kColumns, [&](const cuda::Patch& patch) {
+    float tile[cuda::kPatchRows<float>][cuda::kPatchColumns] = {};
+    const auto each = [&](auto&& visit) {
+      for (int i = 0; i < cuda::kPatchRows<float>; ++i) {
+        for (int j = 0; j < cuda::kPatchColumns; ++j) {
+          const int64_t row = patch.row + i, column = patch.column + j * patch.stride;
+          if (row < kRows && column < kColumns) visit(tile[i][j], row * kColumns + column);
+        }
       }
-    }
-  }
+    };
+    each([&](float& value, int64_t at) { value = from_bfloat16(base[at]); });
+    CHECK(cuda::add_terms(terms, patch, tile));
+    each([&](float& value, int64_t at) { actual[at] = to_bfloat16(value); });
+  });
   CHECK(actual == expected);
   factors[0].up[0] = INFINITY;
-  const cuda::Patch first{0, 0, kStride, kRows, kColumns};
+  const cuda::Patch first{0, 0, cuda::kWarp, kRows, kColumns};
   float tile[cuda::kPatchRows<float>][cuda::kPatchColumns] = {};
   CHECK(!cuda::add_terms(terms, first, tile));
 }
@@ -201,5 +226,10 @@ int main() {
   halves();
   against_exact_sums();
   threads_of_the_gpu();
+  for (const int64_t rows : {1, 33, 2'097'121}) {
+    grid_of_the_gpu<float>(rows, 3);
+    grid_of_the_gpu<double>(rows, 3);
+  }
+  grid_of_the_gpu<float>(5, 300);
   what_is_not_finite_is_told();
 }

@@ -1,6 +1,7 @@
 // The ring over ordinary memory: right bytes for any order, size and number of
 // threads; bounded; faults end in errors; nothing is left behind.
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -289,11 +290,42 @@ void many_threads() {
       Model passing(ring, 3, 10'000);
       passing.use(*ring, 1);
       ring->release(more);
+      if (i % 10 == 9) ring->give_back();
     }
   });
   for (auto& thread : threads) thread.join();
   planner.join();
   ring->release(ticket);
+}
+
+// Readers hold on to what they have begun to fill, for a moment.
+bool nothing_is_left() {
+  for (int i = 0; i < 10'000 && allocated > 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return allocated == 0;
+}
+
+// A device without memory gets the ring's, but for what is held; about one step
+// later the ring is there again.
+void what_is_given_back() {
+  const auto ring = make_ring();
+  constexpr size_t kCount = 6;
+  Model model(ring, kCount, 50'000);
+  ring->reserve(400'000);
+  for (size_t i = 0; i < 2 * kCount; ++i) model.use(*ring, i % kCount);
+  auto held = ring->acquire(*model.weights[0]);
+  ring->give_back();
+  CHECK(static_cast<Wrapped*>(held.get())->data[0] == model.donors[0]->at(0));
+  held.reset();
+  CHECK(nothing_is_left());
+  const uint64_t before = model.counters->overflows;
+  for (size_t i = 0; i < kCount; ++i) model.use(*ring, i);
+  CHECK(model.counters->overflows == before + kCount);
+  CHECK(nothing_is_left());
+  for (size_t i = 0; i < kCount; ++i) model.use(*ring, i);
+  CHECK(model.counters->overflows == before + kCount);
+  CHECK(allocated >= 400'000);
 }
 
 void failed_reads() {
@@ -407,6 +439,7 @@ int main() {
     random_order_only_costs_time();
     many_threads();
     held_slots_stay();
+    what_is_given_back();
   }
   the_order_is_learned();
   rooms_are_filled_part_by_part();

@@ -7,8 +7,9 @@ else the machine does.
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +123,27 @@ def slow(link: Link, *, factor: float, start: float = 0.0, end: float = float("i
     _sim.slow(_place(link[0]), _place(link[1]), factor, start, end)
 
 
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """What this thread issues counts as being captured in a graph (it runs all the same)."""
+    _sim.set_capturing(True)
+    try:
+        yield
+    finally:
+        _sim.set_capturing(False)
+
+
+@contextlib.contextmanager
+def room(nbytes: int, device: str = "sim:0") -> Iterator[None]:
+    """Only so many bytes more can be allocated on a device."""
+    capacity, used, _ = _sim.memory(torch.device(device).index)
+    _sim.set_limit(torch.device(device).index, used + nbytes)
+    try:
+        yield
+    finally:
+        _sim.set_limit(torch.device(device).index, capacity)
+
+
 def reset() -> None:
     """Clocks at 0; statistics, races and faults forgotten. Tensors stay."""
     _sim.reset()
@@ -169,7 +191,7 @@ def _device_module() -> types.ModuleType:
         "max_memory_allocated": lambda device=None: _sim.memory(index_of(device))[2],
         "reset_peak_memory_stats": lambda device=None: _sim.reset_peak(index_of(device)),
         "is_dry": is_dry,
-        "can_device_access_peer": lambda device, peer: bool(_sim.has_link(peer, device)),
+        "can_device_access_peer": lambda device, peer: bool(_sim.has_link(device, peer)),
     }
     for name, function in functions.items():
         setattr(module, name, function)

@@ -47,3 +47,27 @@ def test_core_compiles_and_links_without_torch(tmp_path):
         check=True,
     )  # fmt: skip
     assert library.stat().st_size > 0
+
+
+def test_sanitizing_without_the_sanitizer_says_so():
+    done = subprocess.run(
+        ["make", "sanitize-gpu", "SANITIZER=/nowhere/compute-sanitizer"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "there is no /nowhere/compute-sanitizer on the PATH" in done.stdout
+    assert "pytest" not in done.stdout
+
+
+def test_sanitizing_runs_every_tool():
+    done = subprocess.run(
+        ["make", "--dry-run", "--assume-old=dev", "sanitize-gpu", "SANITIZER=true"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    commands = [line for line in done.stdout.splitlines() if "--tool" in line]
+    assert [line.split("--tool ")[1].split()[0] for line in commands] == [
+        "memcheck",
+        "memcheck",
+        "$tool",
+    ]
+    assert "for tool in racecheck initcheck synccheck" in done.stdout

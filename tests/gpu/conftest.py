@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.accelerator.machines import Cuda
+
 HERE = Path(__file__).parent
 
 
@@ -15,3 +17,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
+@pytest.fixture
+def machine():
+    found = Cuda()
+    torch.cuda.set_device(found.device)
+    yield found
+    found.settle()

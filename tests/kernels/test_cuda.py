@@ -59,16 +59,26 @@ def test_one_library_of_all_kernels(tmp_path):
     assert ".nv_fatbin" in sections
 
 
-def host_kernels(folder, version):
-    """A library with the same table, made of the host's kernels."""
-    target = folder / f"kernels_{version}.so"
-    sources = [CSRC / "tests" / "host_kernels.cpp", *sorted((CSRC / "core").glob("*.cpp"))]
-    subprocess.run(
-        [COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", "-pthread",
-         f"-I{CSRC}", f"-DVERSION={version}", *map(str, sources), "-o", str(target)],
-        check=True,
-    )  # fmt: skip
-    return target
+@pytest.fixture(scope="module")
+def host_kernels(tmp_path_factory):
+    """(version, driver) -> a library with the same table, made of the host's kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    compiling = [COMPILER, "-std=c++20", "-O0", "-fPIC", f"-I{CSRC}"]
+    core = sorted((CSRC / "core").glob("*.cpp"))
+    subprocess.run([*compiling, "-c", *map(str, core)], cwd=folder, check=True)
+    objects = [str(folder / f"{source.stem}.o") for source in core]
+
+    def build(version, driver):
+        target = folder / f"kernels_{version}_{driver}.so"
+        source = str(CSRC / "tests" / "host_kernels.cpp")
+        subprocess.run(
+            [*compiling, "-shared", "-pthread", f"-DVERSION={version}", f"-DDRIVER={driver}",
+             source, *objects, "-o", str(target)],
+            check=True,
+        )  # fmt: skip
+        return target
+
+    return build
 
 
 PROGRAM = """
@@ -87,11 +97,99 @@ if sys.argv[2] == "found":
         assert "CUDA says 'out of memory'" in str(error)
     else:
         raise AssertionError("no error")
+elif torch.version.cuda is None:
+    try:
+        _ops.pinned_memory(1, gpu)
+    except RuntimeError as error:
+        assert "this PyTorch has no pinned memory for cuda" in str(error)
+    else:
+        raise AssertionError("no error")
 """
 
 
-def test_the_library_is_found(tmp_path):
-    for version, outcome in ((1, "found"), (0, "of another build")):
-        path = host_kernels(tmp_path, version)
+def test_the_library_is_found(host_kernels, tmp_path):
+    cases = ((2, 13, "found"), (1, 13, "of another build"), (2, 12, "newer than the driver"))
+    for version, driver, outcome in cases:
+        path = host_kernels(version, driver)
         subprocess.run([sys.executable, "-c", PROGRAM, str(path), outcome], check=True)
     subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "none.so"), "absent"], check=True)
+
+
+# On the simulator's memory, whose place on the host the library is told, CUDA's kernels of our
+# operators are called as the dispatcher would: what passes to the library is all but the GPU's.
+CALLS = """
+import ctypes, sys, torch
+from distorch import _C, _ops
+from distorch.testing import _sim, sim
+from tests.accelerator import kernels
+
+_C.set_cuda_library(sys.argv[1])
+library = ctypes.CDLL(sys.argv[1])
+library.stream_of_last_call.restype = ctypes.c_void_p
+sim.configure(devices=2, mode="eager")
+device = torch.device("sim:1")
+probe = torch.empty(1, dtype=torch.uint8, device=device)
+library.set_distance(ctypes.c_int64(_sim.real_address(probe.data_ptr()) - probe.data_ptr()))
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+ops = torch.ops.distorch
+
+for code in ("float32", "bfloat16", "float8_e4m3fn", "int8", "Q8_0", "Q6_K"):
+    for patched in (False, True):
+        rows, terms = kernels.stored(code), kernels.terms() if patched else _ops.Terms()
+        scales = torch.rand(5, 4)
+        wanted = torch.empty(kernels.ROWS, kernels.COLUMNS, dtype=torch.bfloat16)
+        _ops.decode(wanted, rows, code, scales=scales, block=(32, 128), terms=terms)
+        got = torch.zeros_like(wanted, device=device)
+        factors = [[factor.to(device) for factor in side] for side in (terms.ups, terms.downs)]
+        finite = torch.ones(1, dtype=torch.bool, device=device)
+        ops.decode_.default.redispatch(
+            CUDA, got, rows.to(device), code, scales.to(device), [32, 128], *factors,
+            terms.strengths, terms.first_rows, finite)
+        kernels.assert_same_numbers(got, wanted)
+        assert bool(finite) and library.device_of_last_call() == 1
+
+for name in ("F32", "F16", "BF16", "Q4_0", "Q4_K"):
+    for dtype in kernels.DTYPES:
+        blocks = kernels.blocks_of(name)
+        there, wanted = blocks.to(device), _ops.dequantise(blocks, name, dtype)
+        kernels.assert_same_numbers(
+            ops.dequantise.default.redispatch(CUDA, there, name, dtype), wanted)
+        into = torch.zeros_like(wanted, device=device)
+        ops.dequantise_.default.redispatch(CUDA, into, there, name)
+        kernels.assert_same_numbers(into, wanted)
+
+here = library.stream_of_last_call()
+with torch.Stream(device=device):
+    ops.dequantise_.default.redispatch(CUDA, into, there, name)
+assert library.stream_of_last_call() != here
+
+up = torch.full((kernels.ROWS, 1), float("inf"), device=device)
+down = torch.ones(1, kernels.COLUMNS, device=device)
+ops.decode_.default.redispatch(
+    CUDA, into, into, "bfloat16", None, [1, 1], [up], [down], [1.0], [0], finite)
+assert not bool(finite)
+
+unaligned = torch.zeros(34 * 4 + 4, device=device)[1 : 1 + 32]
+try:
+    ops.dequantise_.default.redispatch(CUDA, unaligned, there.view(-1)[:18], "Q4_0")
+except ValueError as error:
+    assert "aligned to 16 bytes" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_what_the_operators_ask_of_the_library(host_kernels):
+    path = host_kernels(2, 13)
+    subprocess.run([sys.executable, "-c", CALLS, str(path)], check=True, cwd=CSRC.parent)
+
+
+def test_without_the_library_operators_say_so():
+    call = "torch.ops.distorch.dequantise.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(34, dtype=torch.uint8), 'Q8_0', torch.float32)"
+    program = (
+        f"import torch, distorch\nfrom distorch import _C\n_C.set_cuda_library('/nowhere')\n{call}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "distorch has no kernels for CUDA devices here" in done.stderr

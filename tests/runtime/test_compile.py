@@ -304,3 +304,8 @@ def test_loras_change_below_a_graph(tmp_path, mode):
             distorch.set_loras(model, [(lora, strength)] if strength else [])
             assert torch.equal(compiled(x), distorch.undistribute(loaded("cpu,*", strength))(x))
             assert distorch.report(model).ok
+
+
+def test_cuda_graphs_are_cut_at_fetches():
+    """What Inductor asks of an operator before it captures it (tests/gpu has it do so)."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.distorch.fetch.default.tags

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distorch.testing import sim
+from tests.accelerator.machines import Simulated
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +18,9 @@ def _machine():
         sim.synchronize()
         assert sim.races() == []
         sim.configure(devices=2)
+
+
+@pytest.fixture
+def machine(_machine):
+    sim.configure(devices=2, memory="64mb", links={("sim:1", "sim:0"): (50e9, 5e-6)})
+    return Simulated()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import distorch
+from distorch import _donors, _ops
 from distorch.testing import sim
 
 from .programs import run_program
@@ -123,6 +124,20 @@ def test_the_host_does_not_read_ahead_without_end():
         for _ in range(10):
             module(x)
     assert sim.pinned_bytes() <= 8 * (weight + 4096)
+
+
+def test_rows_of_a_table_on_a_device_come_in_one_copy():
+    sim.configure(devices=2, links={("sim:1", "sim:0"): (50e9, 5e-6)})
+    table = torch.randint(-128, 128, (3000, 64), dtype=torch.int8)
+    stored = _donors.shard_on("sim:1", table, torch.device("sim:0"), "table")
+    rows = _ops.decoded(stored, "int8", torch.float32, table.shape, name="table")
+    ids = torch.randint(0, 3000, (200,), device="sim:0")
+    sim.synchronize()
+    sim.reset()
+    got = nn.functional.embedding(ids, rows)
+    copies = [span.label for span in sim.timeline() if span.resource == "sim:1->cpu"]
+    assert torch.equal(got.cpu(), table[ids.cpu()].float())
+    assert [int(label.split()[1]) for label in copies] == [200 * 64]
 
 
 def test_tied_weights_stay_tied():

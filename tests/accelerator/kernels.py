@@ -1,0 +1,94 @@
+"""The kernels of an accelerator against the host's: the same bits."""
+
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from distorch import _ops
+
+PLAIN = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
+BLOCKS = sorted(kind.name for kind in quants._type_traits if kind.name != "BF16")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROWS, COLUMNS = 129, 512
+
+
+def blocks_of(name):
+    """Rows of random bytes: inf, NaN, zero and subnormal scales among them."""
+    elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    generator = torch.Generator().manual_seed(1)
+    shape = (ROWS, COLUMNS // elements * nbytes)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def stored(code):
+    if code in BLOCKS:
+        return blocks_of(code)
+    numbers = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)) * 8
+    return numbers.to(getattr(torch, code))
+
+
+def terms():
+    generator = torch.Generator().manual_seed(2)
+    made = _ops.Terms()
+    for rank, first, rows in ((4, 0, ROWS), (7, 30, 50)):
+        up = torch.randn(rows, rank, generator=generator)
+        made.add(up, torch.randn(rank, COLUMNS, generator=generator), 0.3, first)
+    return made
+
+
+def assert_same_numbers(got, wanted):
+    got = got.cpu()
+    assert torch.equal(got.isnan(), wanted.isnan())
+    bits = torch.int32 if wanted.dtype == torch.float32 else torch.int16
+    assert torch.equal(got.nan_to_num(0).view(bits), wanted.nan_to_num(0).view(bits))
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", PLAIN + BLOCKS)
+def test_decode(machine, code, dtype, patched):
+    assert _ops.can_decode(machine.device)
+    rows = stored(code)
+    scales = torch.rand(5, 4, generator=torch.Generator().manual_seed(3)) if code in PLAIN else None
+    options = {"scales": scales, "block": (32, 128), "terms": terms() if patched else None}
+    wanted = torch.empty(ROWS, COLUMNS, dtype=dtype)
+    _ops.decode(wanted, rows, code, **options)
+    got = torch.empty(ROWS, COLUMNS, dtype=dtype, device=machine.device)
+    _ops.decode(got, rows.to(machine.device), code, **options)
+    assert_same_numbers(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", *BLOCKS])
+def test_dequantise(machine, name, dtype):
+    blocks = blocks_of(name)
+    wanted = _ops.dequantise(blocks, name, dtype)
+    there = blocks.to(machine.device)
+    got = _ops.dequantise(there, name, dtype)
+    assert got.device == machine.device
+    assert got.dtype == dtype
+    assert_same_numbers(got, wanted)
+    into = torch.zeros_like(got)
+    _ops.dequantise_into(into, there, name)
+    assert_same_numbers(into, wanted)
+    assert _ops.dequantise(there[:0], name, dtype).shape == (0, COLUMNS)
+
+
+def test_dequantise_runs_on_the_current_stream(machine):
+    """Behind what that stream has been given, and no other."""
+    blocks = blocks_of("Q8_0")
+    wanted = _ops.dequantise(blocks, "Q8_0", torch.float32)
+    there = torch.zeros_like(blocks, device=machine.device)
+    stream = torch.Stream(device=machine.device)
+    stream.wait_stream(torch.accelerator.current_stream(machine.device))
+    with stream:
+        there.copy_(blocks.pin_memory(), non_blocking=True)
+        got = _ops.dequantise(there, "Q8_0", torch.float32)
+        got = got.cpu()
+    assert_same_numbers(got, wanted)
+
+
+def test_blocks_elsewhere_are_refused(machine):
+    into = torch.empty(ROWS, COLUMNS, device=machine.device)
+    with pytest.raises((ValueError, RuntimeError), match="on (one|the same) device"):
+        _ops.dequantise_into(into, blocks_of("Q8_0"), "Q8_0")

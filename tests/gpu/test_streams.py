@@ -1,0 +1,3 @@
+"""Streams on a GPU."""
+
+from tests.accelerator.streams import *  # noqa: F403
