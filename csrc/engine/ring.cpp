@@ -10,9 +10,6 @@
 namespace distorch {
 namespace {
 
-// One read of an I/O thread. Each read that ends wakes a thread, which costs
-// the computation on the other cores more than the read itself.
-constexpr uint64_t kPartBytes = 4 << 20;
 constexpr size_t kMaxWindows = 32;  // threads whose order is remembered
 constexpr size_t kGrowing = 2;      // weights of a window that may wait for a part of their room
 constexpr size_t kFewSlots = 48;    // of more, none is so large that its room needs choosing
@@ -536,74 +533,6 @@ void Ring::drop(const SlotPtr& slot) {
   slots_.erase(slot->place);
   if (slot->whole()) return;
   for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
-}
-
-// A task of several that fill a slot.
-IoPool::Task Ring::part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work) {
-  ++slot->parts_left;
-  const auto run = [this, slot, work = std::move(work)] {
-    try {
-      work();
-      finish_part(slot, nullptr);
-    } catch (const Error& error) {
-      finish_part(slot, &error);
-    }
-  };
-  return {run, bytes};
-}
-
-void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
-                       std::byte* into, uint64_t phase, IoPool::Urgency urgency) {
-  const uint64_t bytes = donor->size();
-  std::vector<IoPool::Task> tasks;
-  // Parts end at whole pages of the block, so that no two share one.
-  for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
-    const uint64_t end =
-        std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
-    const auto read = [donor, begin, end, into, name] {
-      read_part(*donor, name, begin, end, into + begin);
-    };
-    tasks.push_back(part(slot, end - begin, read));
-    begin = end;
-    if (begin >= bytes) break;
-  }
-  pool_->submit(std::move(tasks), urgency);
-}
-
-// Each part of the rows is decoded by the thread that brought it.
-void Ring::queue_decoding(const SlotPtr& slot, const std::string& name, const Source& source,
-                          IoPool::Urgency urgency) {
-  const Decoder& decoder = *source.decoder;
-  const uint64_t row = std::max(decoder.stored_row(), decoder.decoded_row());
-  const uint64_t step = std::max<uint64_t>(1, kPartBytes / std::max<uint64_t>(row, 1));
-  std::vector<IoPool::Task> tasks;
-  for (uint64_t begin = 0; begin < decoder.rows(); begin += step) {
-    const uint64_t end = std::min(decoder.rows(), begin + step);
-    tasks.push_back(part(slot, (end - begin) * decoder.stored_row(),
-                         [source, begin, end, into = slot->data, name] {
-                           decode_part(source, name, begin, end, into);
-                         }));
-  }
-  pool_->submit(std::move(tasks), urgency);
-}
-
-void Ring::finish_part(const SlotPtr& slot, const Error* error) {
-  {
-    Lock lock(mutex_);
-    if (error != nullptr && slot->error.empty()) {
-      slot->error = error->what();
-      slot->error_kind = error->kind();
-    }
-    if (--slot->parts_left > 0) return;
-    slot->state = slot->error.empty() ? Slot::State::kReady : Slot::State::kFailed;
-    if (slot->state == Slot::State::kFailed) {
-      drop(slot);
-    } else if (slot->staged != nullptr) {
-      slot->state = Slot::State::kStaged;
-      staged_.push_back(slot);
-    }
-  }
-  part_done_->notify_all();
 }
 
 void Ring::after_fork_in_child() {
