@@ -1,7 +1,5 @@
 """Models on a GPU: the same bits as resident, whatever the streams do."""
 
-import copy
-
 import torch
 
 import distorch
@@ -9,26 +7,24 @@ from tests.accelerator.models import *  # noqa: F403
 from tests.accelerator.models import batch, net
 
 
-def test_compiled(machine):
-    plain, model = (
-        net(machine.dtype).cuda(),
-        distorch.distribute(net(machine.dtype), "cuda:0,0b;cpu,*", min_bytes=0),
-    )
+def compiled_result(machine):
+    """A streamed model, an input, and what the resident model makes of it, compiled."""
+    model = distorch.distribute(net(machine.dtype), "cuda:0,0b;cpu,*", min_bytes=0)
     x = batch(machine)
     with torch.no_grad():
-        wanted = torch.compile(copy.deepcopy(plain), fullgraph=True)(x)
+        return model, x, torch.compile(net(machine.dtype).cuda(), fullgraph=True)(x)
+
+
+def test_compiled(machine):
+    model, x, wanted = compiled_result(machine)
+    with torch.no_grad():
         assert torch.equal(torch.compile(model, fullgraph=True)(x), wanted)
 
 
 def test_reduce_overhead_captures_what_lies_between_fetches(machine):
     """mode="reduce-overhead": graphs are cut at fetches, and every step fetches again."""
-    plain, model = (
-        net(machine.dtype).cuda(),
-        distorch.distribute(net(machine.dtype), "cuda:0,0b;cpu,*", min_bytes=0),
-    )
-    x = batch(machine)
+    model, x, wanted = compiled_result(machine)
     with torch.no_grad():
-        wanted = torch.compile(copy.deepcopy(plain), fullgraph=True)(x)
         compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):
             before = distorch.stats(model).fetches
