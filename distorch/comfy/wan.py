@@ -57,12 +57,13 @@ def swap_plan(transformer: nn.Module, device: str, donor: str) -> Plan:
     return replace(plan, placement={**plan.placement, **moves})
 
 
-def _stream(transformer: nn.Module, device: str, donor: str) -> None:
-    """What was put aside streams from the donor from now on."""
+def _stream(transformer: nn.Module, device: str, donor: str) -> dict[str, Any]:
+    """What was put aside streams from the donor from now on; the flags that the model had."""
     distorch.distribute(transformer, plan=swap_plan(transformer, device, donor))
-    for name, value in _FLAGS.items():
-        if hasattr(transformer, name):
-            setattr(transformer, name, value)
+    before = {name: getattr(transformer, name) for name in _FLAGS if hasattr(transformer, name)}
+    for name in before:
+        setattr(transformer, name, _FLAGS[name])
+    return before
 
 
 def _offloaded(transformer: nn.Module) -> None:
@@ -83,9 +84,11 @@ def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
     if distribution.is_distributed(transformer):  # an error left it so
         distorch.undistribute(transformer, "cpu")
 
+    flags: dict[str, Any] = {}
+
     def before_first_step(module: nn.Module, _: Any) -> None:
         hook.remove()
-        _stream(module, device, swap["swap_device"])
+        flags.update(_stream(module, device, swap["swap_device"]))
 
     hook = transformer.register_forward_pre_hook(before_first_step)
     leave = arguments.get("force_offload", True)
@@ -93,6 +96,8 @@ def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
         found = host.call_node(_SAMPLER, {**arguments, "force_offload": False})
     finally:
         hook.remove()
+        for name, value in flags.items():
+            setattr(transformer, name, value)
         if distribution.is_distributed(transformer):
             distorch.undistribute(transformer, "cpu" if leave else device)
     if leave:

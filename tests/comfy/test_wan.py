@@ -158,6 +158,7 @@ def test_what_they_put_aside_streams_from_the_donor(wan, older):
         assert not is_distributed(transformer)
         assert {p.device.type for p in transformer.parameters()} == {"cpu"}
         assert not transformer._forward_pre_hooks
+        assert (transformer.blocks_to_swap, transformer.offload_txt_emb) == (2, True)
     assert offloads == [{"cpu"}, {"cpu"}]
     assert swap["swap_device"] == "sim:1"
 

@@ -119,6 +119,16 @@ def checkpoint(
     return graph
 
 
+def encoded(loader, text):
+    """A text through the encoder of `loader`."""
+    return {
+        "load": loader,
+        "text": node("CLIPTextEncode", clip=["load", 0], text=text),
+        "hash": node("TestHash", value=["text", 0]),
+        "figures": node("TestFigures", model=["load", 0], after=["text", 0]),
+    }
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run said: the hash of what it made, and measured figures per model."""

@@ -12,33 +12,27 @@ def shares(found):
     return measured["disk"] / sum(measured.values())
 
 
+def assert_as_stock(host, name, graph_of, **files):
+    """The host's own loader, ours with a placement, ours with a device: the same result."""
+    stock = run(host, graph_of(g.node(name, **files)))
+    ours = f"{name}DisTorch2MultiGPU"
+    placed = run(
+        host, graph_of(g.old_inputs(ours, "device", **files, expert_mode_allocations=RATIO))
+    )
+    assert placed.digest == stock.digest
+    assert 0.55 < shares(placed.model) < 0.65
+    plain = run(host, graph_of(g.node(f"{name}MultiGPU", **files, device="cpu")))
+    assert plain.digest == stock.digest
+
+
 def test_two_text_encoders(host):
     files = {"clip_name1": "clip_l.safetensors", "clip_name2": "clip_g.safetensors", "type": "sdxl"}
-
-    def encoded(loader):
-        graph = {
-            "load": loader,
-            "text": g.node("CLIPTextEncode", clip=["load", 0], text="a lighthouse"),
-            "hash": g.node("TestHash", value=["text", 0]),
-            "figures": g.node("TestFigures", model=["load", 0], after=["text", 0]),
-        }
-        return run(host, graph)
-
-    stock = encoded(g.node("DualCLIPLoader", **files))
-    placed = g.old_inputs(
-        "DualCLIPLoaderDisTorch2MultiGPU", "device", **files, expert_mode_allocations=RATIO
-    )
-    ours = encoded(placed)
-    assert ours.digest == stock.digest
-    assert 0.55 < shares(ours.model) < 0.65
-    assert encoded(g.node("DualCLIPLoaderMultiGPU", **files, device="cpu")).digest == stock.digest
+    assert_as_stock(host, "DualCLIPLoader", lambda load: g.encoded(load, "a lighthouse"), **files)
 
 
 def test_clip_vision(host):
-    file = {"clip_name": "vitl.safetensors"}
-
     def seen(loader):
-        graph = {
+        return {
             "load": loader,
             "image": g.node("TestImage", seed=3, size=224),
             "encode": g.node(
@@ -47,16 +41,8 @@ def test_clip_vision(host):
             "hash": g.node("TestHash", value=["encode", 0]),
             "figures": g.node("TestFigures", model=["load", 0], after=["encode", 0]),
         }
-        return run(host, graph)
 
-    stock = seen(g.node("CLIPVisionLoader", **file))
-    placed = g.old_inputs(
-        "CLIPVisionLoaderDisTorch2MultiGPU", "device", **file, expert_mode_allocations=RATIO
-    )
-    ours = seen(placed)
-    assert ours.digest == stock.digest
-    assert 0.55 < shares(ours.model) < 0.65
-    assert seen(g.node("CLIPVisionLoaderMultiGPU", **file, device="cpu")).digest == stock.digest
+    assert_as_stock(host, "CLIPVisionLoader", seen, clip_name="vitl.safetensors")
 
 
 def test_a_folder_of_diffusers(host):

@@ -10,7 +10,7 @@ from tests.comfy.real import graphs as g
 from tests.comfy.real.client import GraphError, Host
 from tests.comfy.real.conftest import COMFYUI
 from tests.comfy.real.kitchen import FORMATS
-from tests.comfy.real.test_host import CHECKPOINT, A, B, run
+from tests.comfy.real.test_host import CHECKPOINT, A, B, assert_same_tensors, run, saved
 
 KINDS = ("scaled", *FORMATS)
 SPEC, MOST = "cpu,2mb;disk,*", 2 << 20
@@ -129,20 +129,9 @@ def test_patches_at_full_precision(host):
 @pytest.mark.parametrize("kind", ["scaled", "nvfp4"])
 def test_a_saved_model_is_the_stock_one(host, kind):
     require(host, kind)
-    files = []
-    for name, loader in (("stock", stock(kind)), ("ours", ours(kind))):
-        for old in (host.base / "output").glob(f"quantised-{name}*"):
-            old.unlink()
-        graph = g.flux(loader, A, seed=11)
-        graph["save"] = g.node("ModelSave", model=["lora0", 0], filename_prefix=f"quantised-{name}")
-        host.run(graph)
-        (file,) = (host.base / "output").glob(f"quantised-{name}*")
-        files.append(load_file(file))
-    assert files[0].keys() == files[1].keys()
-    for key, tensor in files[0].items():
-        assert tensor.dtype == files[1][key].dtype
-        pair = (t.reshape(-1).view(torch.uint8) for t in (tensor, files[1][key]))
-        assert torch.equal(*pair), key
+    assert_same_tensors(
+        saved(host, ours(kind), "quantised-ours"), saved(host, stock(kind), "quantised-stock")
+    )
 
 
 def outcome(host, graph):
