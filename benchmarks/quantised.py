@@ -25,7 +25,6 @@ import distorch
 from distorch import _donors, _ops
 from distorch._behaviour import replace_data
 from distorch.runtime import distribution
-from distorch.runtime.groups import group_members
 from distorch.testing import sim
 
 BANDWIDTH = 900e9  # of the simulated device's memory
@@ -34,7 +33,7 @@ BLOCKS = {"Q8_0": (32, 34), "Q4_K": (256, 144)}  # elements, bytes
 
 def quantise(module: nn.Module, kind: str) -> tuple[int, float]:
     """Gives every weight quantised bytes in RAM instead of its own: (bytes, decode seconds)."""
-    state, compute = distribution.distribution_of(module), torch.device("sim:0")
+    compute = torch.device("sim:0")
     elements, nbytes = BLOCKS[kind]
     total, seconds = 0, 0.0
     for name, parameter in module.named_parameters():
@@ -44,9 +43,7 @@ def quantise(module: nn.Module, kind: str) -> tuple[int, float]:
         replace_data(parameter, _ops.decoded(stored, kind, DTYPE, parameter.shape, name=name))
         total += count
         seconds += (count + parameter.numel() * DTYPE.itemsize) / BANDWIDTH
-    found = group_members(module)
-    state.plan = state.plan.resized({group.name: group.nbytes for group in found})
-    distribution.refresh(module, state, found)
+    distribution.refresh(module)
     return total, seconds
 
 

@@ -32,12 +32,12 @@ from distorch.formats.scales import attach_scales
 from distorch.lora import LoraSource, Patches, StoredRows, low_rank_terms
 from distorch.patching import (
     Applied,
-    Merging,
     Original,
     Patching,
     PatchOptions,
     base_name,
     check_plain_numbers,
+    merge_in_background,
     merged_value,
     new_reader,
     with_rows,
@@ -171,8 +171,7 @@ def load(
     known = Patching(reader, patching, loras=found)
     _remember(module, jobs, known)
     if patching.mode == "background":
-        known.merging = Merging(module)
-        known.merging.start()
+        merge_in_background(module)
     return module
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from distorch import _donors, _ops
 from distorch._behaviour import attach_behaviour
 from distorch.runtime import distribution, wrapped
-from distorch.runtime.groups import group_members, size_of
+from distorch.runtime.groups import size_of
 from distorch.runtime.staging import alone, current_place
 
 Backup = namedtuple("Backup", ["weight", "inplace_update"])
@@ -145,7 +145,7 @@ def repatch(
             del backup[key], applied[key]
         progress(size_of(weight))
     if changed:
-        settle(model)
+        distribution.refresh(model)
     return len(changed)
 
 
@@ -179,14 +179,4 @@ def restore_all(model: nn.Module, backup: dict[str, Any], applied: dict[str, Any
         _restore(model, key, backup[key].weight, place, compute)
         del backup[key]
     applied.clear()
-    settle(model)
-
-
-def settle(model: nn.Module) -> None:
-    """Agents, counters, sizes and the ring for weights that took another form at their places."""
-    state = distribution.distribution_of(model)
-    groups = group_members(model)
-    sizes = {group.name: group.nbytes for group in groups}
-    if any(state.plan.sizes.get(name, size) != size for name, size in sizes.items()):
-        state.plan = state.plan.resized(sizes)
-    distribution.refresh(model, state, groups)
+    distribution.refresh(model)

@@ -1,6 +1,6 @@
 """LoRAs on a distributed module: where the originals are, what is on them, and how that changes."""
 
-from distorch.patching.background import Merging, finish_merging
+from distorch.patching.background import finish_merging, merge_in_background
 from distorch.patching.change import set_loras
 from distorch.patching.forms import merged_value, with_rows
 from distorch.patching.state import (
@@ -14,6 +14,6 @@ from distorch.patching.state import (
 )
 
 __all__ = [
-    "Applied", "Merging", "Original", "PatchOptions", "Patching", "base_name",
-    "check_plain_numbers", "finish_merging", "merged_value", "new_reader", "set_loras", "with_rows",
+    "Applied", "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers",
+    "finish_merging", "merge_in_background", "merged_value", "new_reader", "set_loras", "with_rows",
 ]  # fmt: skip

@@ -76,6 +76,8 @@ class Merging:
 
     def finish(self, progress: bool | None = None) -> None:
         """Waits for the last weight. Raises what merging raised."""
+        if self.error is None and (self._thread is None or not self._thread.is_alive()):
+            self.start()  # an interrupt may have ended it
         show = sys.stderr.isatty() if progress is None else progress
         total = sum(self.left.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not show) as bar:
@@ -115,6 +117,7 @@ def _is_pending(group: Group, known: Patching, plan: Plan) -> bool:
 
 
 def _merge(group: Group, plan: Plan) -> None:
+    """One weight, unless it is written to or patched anew meanwhile."""
     weight, compute = group.first.detach(), torch.device(plan.compute)
     moves = _ops.moves(weight)
     merged = weight.clone(memory_format=torch.contiguous_format)
@@ -126,9 +129,17 @@ def _merge(group: Group, plan: Plan) -> None:
     _ops.adopt(weight, same, moves)
 
 
+def merge_in_background(module: nn.Module) -> None:
+    """Begins to merge what is pending on a distributed module."""
+    known = distribution.distribution_of(module).patching
+    known.merging = Merging(module)
+    known.merging.start()
+
+
 def finish_merging(module: Module, *, progress: bool | None = None) -> Module:
     """Waits until all LoRAs of a module with `lora_mode="background"` are merged; returns it.
 
+    `progress`: a bar of bytes; None: on a terminal. In `stats`, merging counts as fetches.
     Raises what went wrong while merging, such as FetchError; weights that are not merged are still
     patched when they are fetched, with the same bits. PlacementError if it is not distributed.
     """
@@ -136,7 +147,6 @@ def finish_merging(module: Module, *, progress: bool | None = None) -> Module:
     if known is None or known.options.mode != "background":
         return module
     if known.merging is None:  # a copy of a module
-        known.merging = Merging(module)
-        known.merging.start()
+        merge_in_background(module)
     known.merging.finish(progress)
     return module

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from distorch.errors import PlacementError
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import LoraSource, Patches
-from distorch.patching.background import Merging
+from distorch.patching.background import merge_in_background
 from distorch.patching.forms import Work, redo
 from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
@@ -76,10 +76,9 @@ def set_loras(
         with torch.no_grad():
             _apply(changes, known, options, state.plan, progress)
         known.options, known.loras = options, found
-        _settle(module, state, groups)
+        distribution.refresh(module)
     if options.mode == "background" and known.merging is None:
-        known.merging = Merging(module)
-        known.merging.start()
+        merge_in_background(module)
     return module
 
 
@@ -172,13 +171,3 @@ def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> Stor
     if original is None or original.stored is None or options.at_fetch or not change.new:
         return None
     return original.stored
-
-
-def _settle(module: nn.Module, state: distribution.Distribution, groups: list[Group]) -> None:
-    """Counters, agents and the ring for weights that have another form now."""
-    plan = state.plan
-    fresh = group_members(module)
-    sizes = {group.name: group.nbytes for group in fresh}
-    if any(plan.sizes.get(name, size) != size for name, size in sizes.items()):
-        state.plan = plan.resized(sizes)
-    distribution.refresh(module, state, fresh)

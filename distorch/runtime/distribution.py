@@ -433,8 +433,12 @@ def _count_and_order(groups: list[Group], state: Distribution) -> None:
     _ops.suggest_order(streamed)
 
 
-def refresh(module: nn.Module, state: Distribution, groups: list[Group]) -> None:
-    """Agents, counters and the ring for weights that took another form at their places."""
+def refresh(module: nn.Module) -> None:
+    """Sizes, agents, counters and the ring for weights that took another form at their places."""
+    state, groups = distribution_of(module), group_members(module)
+    sizes = {group.name: group.nbytes for group in groups}
+    if any(state.plan.sizes.get(name, size) != size for name, size in sizes.items()):
+        state.plan = state.plan.resized(sizes)
     state.reserve(ring_bytes(groups, state.plan, state.options))
     _install(module, state, groups, [])
 
