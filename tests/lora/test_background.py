@@ -282,3 +282,16 @@ def test_there_may_be_nothing_to_wait_for(path):
     assert distorch.finish_merging(model) is model
     with pytest.raises(distorch.PlacementError, match="not distributed"):
         distorch.finish_merging(Net())
+
+
+def test_a_wait_goes_on_with_what_an_interrupt_left(path, gate):
+    model = load(path, loras=[(lora(), 0.5)])
+    gate.reached.wait()
+    merging = distorch.runtime.distribution.distribution_of(model).patching.merging
+    merging._stopped.set()  # as an interrupt of set_loras while it waits for the thread
+    gate.open()
+    merging._thread.join()
+    assert pending(model) == 3
+    distorch.finish_merging(model)
+    assert pending(model) == 0
+    assert distorch.report(model).bytes == distorch.report(model).planned
