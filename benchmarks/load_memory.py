@@ -39,6 +39,7 @@ def write_checkpoint(path: Path, layers: int, width: int) -> None:
         span = [layer * nbytes, (layer + 1) * nbytes]
         header[name] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": span}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the safetensors library pads it
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for layer in range(layers):

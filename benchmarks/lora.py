@@ -1,9 +1,10 @@
 """Load-Patch-Distribute of a large checkpoint with a LoRA on every linear layer.
 
 Each measurement is a process of its own, in rotated order, medians of several; the page cache is
-dropped before each (where that is allowed). `load` is held against the slower of its two parts:
-reading the file, and merging what is in memory already. Beside it the usual way: the whole model
-into RAM by transformers' / accelerate's loader, then PEFT's merge.
+dropped before each (where that is allowed), and as much memory as it will use was touched. `load`
+is held against the slower of its two parts: reading the file, and merging what is in memory
+already. Beside it the usual way: the whole model into RAM by transformers' / accelerate's loader,
+then PEFT's merge.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _workers import drop_page_cache
+from _workers import drop_page_cache, touch_memory
 from load_memory import model, status_bytes, write_checkpoint
 from torch import Tensor
 
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
+        touch_memory(2 * options.checkpoint.stat().st_size)
         print(json.dumps(MEASUREMENTS[options.measure](options)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -257,6 +257,18 @@ def read_file(path: str, offset: int, into: torch.Tensor) -> None:
     _ops.read_file(path, offset, into)
 
 
+def host_tensor(sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A new plain CPU tensor, not filled, in large pages where it is large."""
+    return cast(torch.Tensor, _ops.host_tensor(list(sizes), dtype))
+
+
+def empty_beside(tensor: torch.Tensor, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A new plain tensor, not filled, on the device of `tensor`."""
+    if tensor.device.type == "cpu":
+        return host_tensor(sizes, dtype)
+    return torch.empty(tuple(sizes), dtype=dtype, device=tensor.device)
+
+
 def read_tensor(path: str, offset: int, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A new CPU tensor with its bytes from a file, past the page cache. FormatError, FetchError."""
     return cast(torch.Tensor, _ops.read_tensor(path, offset, list(sizes), dtype))

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/host_memory.h"
 #include "core/stream_copy.h"
 
 namespace distorch {
@@ -35,28 +36,18 @@ int reopen_unbuffered(int fd) {
   const std::string self = "/proc/self/fd/" + std::to_string(fd);
   const int direct = ::open(self.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
   if (direct < 0) return -1;
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
   // Some file systems accept the flag and refuse the first read.
-  std::unique_ptr<void, Free> probe(std::aligned_alloc(kPage, kPage));
+  const OwnMemory probe(static_cast<std::byte*>(std::aligned_alloc(kPage, kPage)));
   if (::pread(direct, probe.get(), kPage, 0) >= 0) return direct;
   ::close(direct);
   return -1;
 }
 
-// Memory of its own for each reading thread: one huge page where there are
-// some, since the kernel pins what it reads into page by page.
+// Memory of its own for each reading thread.
 std::byte* bounce_buffer() {
-  constexpr uint64_t kHugePage = 2 << 20;
   static_assert(kBounceBytes + 2 * kPage <= kHugePage);
-  struct Buffer {
-    std::byte* data = static_cast<std::byte*>(std::aligned_alloc(kHugePage, kHugePage));
-    Buffer() { ::madvise(data, kHugePage, MADV_HUGEPAGE); }
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffer;
-  return buffer.data;
+  thread_local const OwnMemory buffer = huge_pages(kHugePage);
+  return buffer.get();
 }
 
 // Forks of this process. A scratch file from before one has more readers than

@@ -35,7 +35,7 @@ struct LowRank {
 bool merge_rows(Element base_type, const void* base, Element out_type, void* out, int64_t begin,
                 int64_t end, int64_t columns, std::span<const LowRank> terms);
 
-// The same for each width of vectors that this processor has, for tests.
+// The same by each set of instructions that this processor has, the fastest last.
 struct MergePath {
   const char* name;
   decltype(&merge_rows) merge;

@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "core/host_memory.h"
 #include "core/virtual_reads.h"
 #include "device/accelerator.h"
 #include "device/storages.h"
@@ -22,7 +23,7 @@ class HostDevice : public RingDevice {
     void* memory =
         ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    ::madvise(memory, bytes, MADV_HUGEPAGE);
+    prefer_huge_pages(memory, bytes);
     return {static_cast<std::byte*>(memory), [bytes](std::byte* at) { ::munmap(at, bytes); }};
   }
 

@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "core/file.h"
+#include "core/host_memory.h"
 #include "device/cuda.h"
 
 namespace distorch {
@@ -61,6 +62,7 @@ at::DataPtr allocate_pinned(uint64_t bytes, c10::Device device) {
 c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset) {
   c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CPU);
   auto whole = std::make_unique<c10::DataPtr>(allocator->allocate(bytes + 3 * kPage));
+  prefer_huge_pages(whole->get(), bytes);
   const auto first_page = round_up(reinterpret_cast<uintptr_t>(whole->get()), kPage);
   c10::DataPtr part(
       reinterpret_cast<void*>(first_page + offset % kPage), whole.get(),

@@ -1,9 +1,9 @@
 #include "engine/reading.h"
 
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
+#include "core/file.h"
+#include "core/host_memory.h"
 #include "engine/trace_log.h"
 
 namespace distorch {
@@ -11,14 +11,11 @@ namespace {
 
 // Memory of its own for each thread that decodes, as large as it ever had to be.
 std::byte* scratch_memory(uint64_t bytes) {
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<std::byte, Free> memory;
+  thread_local OwnMemory memory;
   thread_local uint64_t room = 0;
   if (room < bytes) {
-    memory.reset(static_cast<std::byte*>(std::aligned_alloc(kPage, round_up(bytes, kPage))));
-    room = bytes;
+    memory = huge_pages(bytes);
+    room = round_up(bytes, kHugePage);
   }
   return memory.get();
 }

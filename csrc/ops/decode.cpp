@@ -14,7 +14,9 @@
 namespace distorch {
 namespace {
 
-constexpr int64_t kNumbersPerPart = 1 << 18;
+// Of a part that one thread takes at a time: factors are packed anew for each.
+constexpr int64_t kMostNumbers = 1 << 20;
+constexpr int64_t kPartsPerThread = 2;
 constexpr int64_t kRowStep =
     48;  // rows of whole tiles, and of a panel: see core/merge, core/decode
 constexpr int64_t kPanelBytes = 32 << 20;  // of float32 rows on a device, at one time
@@ -85,8 +87,10 @@ void decode_on_host(at::Tensor into, const at::Tensor& stored, c10::string_view 
                           first_rows);
     std::atomic<bool> all_finite{true};
     const int64_t columns = std::max<int64_t>(call.decoding().columns, 1);
-    const int64_t steps = std::max<int64_t>(kNumbersPerPart / columns / kRowStep, 1);
-    for_ranges(call.rows(), steps * kRowStep, compute_threads(), [&](int64_t begin, int64_t end) {
+    const auto threads = static_cast<int64_t>(compute_threads());
+    const int64_t most = std::min(kMostNumbers / columns, call.rows() / threads / kPartsPerThread);
+    const int64_t steps = std::max<int64_t>(most / kRowStep, 1);
+    for_ranges(call.rows(), steps * kRowStep, threads, [&](int64_t begin, int64_t end) {
       if (!decode_rows(call.decoding(), begin, end, call.from(begin), call.to(begin))) {
         all_finite = false;
       }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "core/file.h"
+#include "core/host_memory.h"
 #include "device/accelerator.h"
 #include "device/devices.h"
 #include "device/row_decoder.h"
@@ -364,6 +365,13 @@ void read_file(std::string path, int64_t offset, at::Tensor into) {
   });
 }
 
+// A new tensor in host memory, not filled.
+at::Tensor host_tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor made = at::empty(sizes, at::TensorOptions().dtype(dtype));
+  prefer_huge_pages(made.mutable_data_ptr(), made.nbytes());
+  return made;
+}
+
 // A tensor of its own with the bytes from the file, past the page cache.
 at::Tensor read_tensor(std::string path, int64_t offset, at::IntArrayRef sizes,
                        at::ScalarType dtype) {
@@ -373,7 +381,7 @@ at::Tensor read_tensor(std::string path, int64_t offset, at::IntArrayRef sizes,
         static_cast<uint64_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
     const FileDonor range(File::open(path), offset, bytes);
     if (bytes < kInPhaseBytes || static_cast<uint64_t>(offset) % alignment_of(dtype) != 0) {
-      at::Tensor read = at::empty(sizes, options);
+      at::Tensor read = host_tensor(sizes, dtype);
       range.read_range(0, bytes, static_cast<std::byte*>(read.mutable_data_ptr()));
       return read;
     }
@@ -459,6 +467,7 @@ TORCH_LIBRARY(distorch, library) {
   library.def("file_range(Tensor tensor) -> (str, int)", &file_range);
   library.def("share(Tensor tensor) -> Tensor", &share);
   library.def("donor_bytes(Tensor tensor) -> Tensor", &donor_bytes);
+  library.def("host_tensor(int[] sizes, ScalarType dtype) -> Tensor", &host_tensor);
   library.def("read_file(str path, int offset, Tensor(a!) into) -> ()", &read_file);
   library.def("read_tensor(str path, int offset, int[] sizes, ScalarType dtype) -> Tensor",
               &read_tensor);

@@ -2,6 +2,7 @@
 #include "core/merge.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -138,6 +139,54 @@ void against_exact_sums() {
   }
 }
 
+// A bfloat16 number: biased exponents from `least` on, `spread` of them.
+float random_bfloat16(std::mt19937& random, uint32_t least, uint32_t spread) {
+  const auto bits = static_cast<uint32_t>(random());
+  const auto exponent = static_cast<uint32_t>(least + random() % spread);
+  return std::bit_cast<float>((bits & 0x807f0000u) | exponent << 23);
+}
+
+// Factors that may be packed in pairs, and those that are just not: all widths agree, whether
+// sums round, cancel, or come near to the smallest and largest numbers.
+void factors_in_bfloat16() {
+  std::mt19937 random(5);
+  constexpr int64_t kRows = 13, kColumns = 150;
+  struct Case {
+    uint32_t least, spread;  // exponents of `up`
+    float scale;
+  };
+  for (const Case& c : {Case{120, 12, 0.7f},
+                        {71, 1, 0x1p60f},
+                        {69, 3, 0x1p60f},
+                        {1, 100, 0x1p60f},
+                        {0, 2, 0x1p100f},
+                        {183, 6, 0x1p-120f},
+                        {127, 1, 1.0f}}) {
+    for (const int64_t rank : {1, 2, 7, 64}) {
+      std::vector<Factors> factors{random_factors(random, kRows, kColumns, rank),
+                                   random_factors(random, 5, kColumns, 3)};
+      factors[1].first_row = 6;
+      for (Factors& f : factors) {
+        f.scale = c.scale;
+        for (float& value : f.up) value = random_bfloat16(random, c.least, c.spread);
+        for (float& value : f.down) value = random_bfloat16(random, c.least, c.spread);
+        f.down[1] = 0;
+      }
+      const auto list = terms_of(factors);
+      for (const Element type : {Element::kFloat16, Element::kBFloat16}) {
+        std::vector<uint16_t> base(kRows * kColumns), first;
+        for (auto& bits : base) bits = static_cast<uint16_t>(random());
+        for (const MergePath& path : merge_paths()) {
+          std::vector<uint16_t> out(base.size());
+          CHECK(path.merge(type, base.data(), type, out.data(), 0, kRows, kColumns, list));
+          if (first.empty()) first = out;
+          CHECK(out == first);
+        }
+      }
+    }
+  }
+}
+
 // visit(patch) of every thread of the CUDA kernel's grid, but for lanes beyond all columns.
 template <class Sum, class Visit>
 void each_thread(int64_t rows, int64_t columns, const Visit& visit) {
@@ -225,6 +274,7 @@ void what_is_not_finite_is_told() {
 int main() {
   halves();
   against_exact_sums();
+  factors_in_bfloat16();
   threads_of_the_gpu();
   for (const int64_t rows : {1, 33, 2'097'121}) {
     grid_of_the_gpu<float>(rows, 3);

@@ -60,7 +60,7 @@ class StoredTensor:
         if into is None and self.in_one_range and self.nbytes:
             return _ops.read_tensor(self.path, self.offset, shape, self.dtype)
         if into is None:
-            target = torch.empty(shape, dtype=self.dtype)
+            target = _ops.host_tensor(shape, self.dtype)
         else:
             start = self._start_in(into)
             target = into[start : start + self.nbytes].view(self.dtype).view(shape)

@@ -133,7 +133,7 @@ def merge(
     same = in_place and stored.dtype == dtype == kernel_dtype and rows.scales is None
     matrix = _ops.as_matrix(sizes)
     if into is None or into.dtype != kernel_dtype or into.device != stored.device:
-        into = stored if same else torch.empty(sizes, dtype=kernel_dtype, device=stored.device)
+        into = stored if same else _ops.empty_beside(stored, sizes, kernel_dtype)
     finite = torch.ones(1, dtype=torch.bool, device=stored.device)
     _ops.decode(
         into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block, terms=terms,
@@ -148,7 +148,7 @@ def _plain(stored: Tensor, rows: StoredRows, shape: Sequence[int]) -> Tensor:
     """The numbers of a base, in float32 if they are not plain."""
     if rows.code == _ops.code_of(stored.dtype) and rows.scales is None:
         return stored
-    into = torch.empty(tuple(shape), dtype=torch.float32, device=stored.device)
+    into = _ops.empty_beside(stored, shape, torch.float32)
     matrix = _ops.as_matrix(shape) if rows.whole_rows(shape) else (1, into.numel())
     _ops.decode(into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block)
     return into
@@ -158,7 +158,7 @@ def _merge_wide(patches: Sequence[tuple[Patch, float]], base: Tensor, dtype: tor
     """The same where one of the patches is no product: some rows after the other, so that what is
     wide is never the whole of a big weight, if all patches can be cut.
     """
-    result = torch.empty(base.shape, dtype=dtype, device=base.device)
+    result = _ops.empty_beside(base, base.shape, dtype)
     rows, into = (base.reshape(1), result.view(1)) if base.dim() == 0 else (base, result)
     count = rows.shape[0]
     step = math.lcm(*(patch.kind.cuts for patch, _ in patches)) or count

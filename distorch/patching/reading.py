@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from distorch import _ops
 from distorch.formats.safetensors import StoredTensor
 
 
@@ -16,7 +17,7 @@ class ReadAhead:
     def __init__(self, wanted: Sequence[StoredTensor | None]) -> None:
         self._wanted = wanted
         room = max((stored.room for stored in wanted if stored is not None), default=0)
-        self._buffers = [torch.empty(room, dtype=torch.uint8) for _ in range(2)] if room else []
+        self._buffers = [_ops.host_tensor((room,), torch.uint8) for _ in range(2)] if room else []
         self._reads: list[Future[torch.Tensor] | None] = []
         self._taken = 0
 

@@ -56,7 +56,7 @@ def group_bytes(group: Group) -> torch.Tensor:
     """
     tensor = group.first.detach()
     if _ops.is_sharded(tensor):
-        data = torch.empty(group.nbytes, dtype=torch.uint8)
+        data = _ops.host_tensor((group.nbytes,), torch.uint8)
         _ops.read_donor(tensor, group.begin, data)
         return data
     return _ops.byte_view(tensor, group.begin, group.nbytes)
