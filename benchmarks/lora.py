@@ -1,10 +1,10 @@
 """Load-Patch-Distribute of a large checkpoint with a LoRA on every linear layer.
 
 Each measurement is a process of its own, in rotated order, medians of several; the page cache is
-dropped before each (where that is allowed), and as much memory as it will use was touched. `load`
-is held against the slower of its two parts: reading the file, and merging what is in memory
-already. Beside it the usual way: the whole model into RAM by transformers' / accelerate's loader,
-then PEFT's merge.
+dropped before each (where that is allowed), and as much memory as it takes was touched just before.
+`load` is held against the slower of its two parts: reading the file (into two buffers in turn, and
+into memory that stays), and merging what is in memory already. Beside it the usual way: the whole
+model into RAM by transformers' / accelerate's loader, then PEFT's merge.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ def lora_state(layers: int, width: int) -> dict[str, Tensor]:
 
 
 class Clock:
-    """Seconds and the growth of the peak of resident memory of a block."""
+    """Seconds and the growth of the peak of resident memory of a block, which will need so much
+    `new_memory` (bytes).
+    """
+
+    def __init__(self, new_memory: int = 0) -> None:
+        self._new_memory = new_memory
 
     def __enter__(self) -> Clock:
+        touch_memory(self._new_memory)
         Path("/proc/self/clear_refs").write_text("5")
         self._before = status_bytes("VmRSS")
         self._start = time.perf_counter()
@@ -71,6 +77,20 @@ def measure_read(options: argparse.Namespace) -> dict[str, Any]:
     return clock.result()
 
 
+def measure_read_into_new_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """The same into memory that stays, as whoever brings a model there has to."""
+    from distorch import _ops
+
+    shape = (options.width, options.width)
+    nbytes = 2 * options.width**2
+    start = options.checkpoint.stat().st_size - options.layers * nbytes
+    path, kept = str(options.checkpoint), []
+    with Clock(options.layers * nbytes) as clock:
+        for i in range(options.layers):
+            kept.append(_ops.read_tensor(path, start + i * nbytes, shape, torch.bfloat16))
+    return clock.result()
+
+
 def measure_merge(options: argparse.Namespace) -> dict[str, Any]:
     """Merges of weights that are in memory."""
     from distorch.lora import LoraReader, merge
@@ -93,7 +113,7 @@ def measure_load(options: argparse.Namespace, mode: str = "merge") -> dict[str, 
     style = lora_state(options.layers, options.width)
     module = model(options.layers, options.width)
     arguments = {"lora_mode": mode, "progress": False, "prefetch": "128mb"}
-    with Clock() as clock:
+    with Clock(options.checkpoint.stat().st_size) as clock:
         distorch.load(module, options.checkpoint, options.spec, loras=[(style, 0.5)], **arguments)
     found = {"load": clock.result()}
     for name, strength in (("first change", 0.7), ("second change", 0.3)):
@@ -136,7 +156,8 @@ def measure_background(options: argparse.Namespace) -> dict[str, Any]:
     }
     found = {}
     for name, change in changes.items():
-        with Clock() as merged:
+        new_memory = options.checkpoint.stat().st_size if name == "load" else 0
+        with Clock(new_memory) as merged:
             with Clock() as clock:
                 change()
             found[name] = clock.result()
@@ -160,7 +181,7 @@ def measure_peft(options: argparse.Namespace) -> dict[str, Any]:
     style = lora_state(options.layers, options.width)
     module = model(options.layers, options.width).to_empty(device="cpu")
     names = [str(i) for i in range(options.layers)]
-    with Clock() as clock:
+    with Clock(2 * options.checkpoint.stat().st_size) as clock:
         load_checkpoint_in_model(module, str(options.checkpoint))
         adapted = get_peft_model(module, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
         set_peft_model_state_dict(adapted, style)
@@ -214,6 +235,7 @@ def zero_load() -> list[dict[str, float]]:
 
 MEASUREMENTS = {
     "raw read": measure_read,
+    "raw read into new memory": measure_read_into_new_memory,
     "merge alone": measure_merge,
     "distorch": measure_load,
     "distorch, at fetch": measure_fetch,
@@ -257,7 +279,6 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        touch_memory(2 * options.checkpoint.stat().st_size)
         print(json.dumps(MEASUREMENTS[options.measure](options)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -270,13 +291,13 @@ def main() -> None:
                 runs[name].append(child(name, options))
                 print(name, json.dumps(runs[name][-1]), flush=True)
     medians = {name: median_of(found) for name, found in runs.items()}
-    bound = max(medians["raw read"]["seconds"], medians["merge alone"]["seconds"])
+    load, merging = medians["distorch"]["load"]["seconds"], medians["merge alone"]["seconds"]
+    reading = {name: medians[name]["seconds"] for name in medians if name.startswith("raw read")}
     summary = {
         "checkpoint_bytes": 2 * options.layers * options.width**2,
         "rank": RANK,
-        "load / max(raw read, merge)": medians["distorch"]["load"]["seconds"] / bound,
-        "load / first change": medians["distorch"]["load"]["seconds"]
-        / medians["distorch"]["first change"]["seconds"],
+        **{f"load / max({name}, merge)": load / max(s, merging) for name, s in reading.items()},
+        "load / first change": load / medians["distorch"]["first change"]["seconds"],
         "medians": medians,
         "zero-load with LoRAs at fetch, simulated": zero_load(),
         "runs": runs,

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include "core/error.h"
@@ -50,12 +51,29 @@ std::byte* bounce_buffer() {
   return buffer.get();
 }
 
+// Files that somebody reads from, by path.
+struct OpenFiles {
+  std::mutex mutex;
+  std::map<std::string, std::weak_ptr<File>> by_path;  // guarded by mutex
+};
+
+// Never destroyed: files may outlive every static object.
+OpenFiles& open_files() {
+  static OpenFiles& all = *new OpenFiles;
+  return all;
+}
+
 // Forks of this process. A scratch file from before one has more readers than
 // this process knows of.
 std::atomic<uint64_t> forks{0};
 
 uint64_t count_forks() {
-  static const int registered = ::pthread_atfork(nullptr, [] { ++forks; }, nullptr);
+  static const int registered =
+      ::pthread_atfork([] { open_files().mutex.lock(); }, [] { open_files().mutex.unlock(); },
+                       [] {
+                         open_files().mutex.unlock();
+                         ++forks;
+                       });
   static_cast<void>(registered);
   return forks;
 }
@@ -70,6 +88,8 @@ File::File(std::string path, int fd, bool writable)
       forks_before_(count_forks()) {
   struct stat status{};
   ::fstat(fd_, &status);
+  device_ = status.st_dev;
+  inode_ = status.st_ino;
   size_ = static_cast<uint64_t>(status.st_size);
   modified_ns_ = nanoseconds(status.st_mtim);
   ::posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
@@ -86,12 +106,30 @@ File::~File() {
   ::close(fd_);
 }
 
+bool File::is_still(const struct stat& status) const {
+  return status.st_dev == device_ && status.st_ino == inode_ &&
+         static_cast<uint64_t>(status.st_size) == size_ &&
+         nanoseconds(status.st_mtim) == modified_ns_;
+}
+
 std::shared_ptr<File> File::open(const std::string& path) {
+  OpenFiles& all = open_files();
+  struct stat status{};
+  if (::stat(path.c_str(), &status) == 0) {
+    std::lock_guard lock(all.mutex);
+    const auto found = all.by_path.find(path);
+    const auto known = found == all.by_path.end() ? nullptr : found->second.lock();
+    if (known != nullptr && known->is_still(status)) return known;
+  }
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) {
     throw Error(ErrorKind::kFormat, "cannot open '" + path + "': " + reason(errno));
   }
-  return std::shared_ptr<File>(new File(path, fd, false));
+  std::shared_ptr<File> file(new File(path, fd, false));
+  std::lock_guard lock(all.mutex);
+  std::erase_if(all.by_path, [](const auto& entry) { return entry.second.expired(); });
+  all.by_path[path] = file;
+  return file;
 }
 
 std::shared_ptr<File> File::scratch(const std::string& directory) {

@@ -2,6 +2,7 @@
 // cache alone, buffered ones where the bytes are already cached.
 #pragma once
 
+#include <sys/stat.h>
 #include <sys/types.h>
 
 #include <atomic>
@@ -32,7 +33,9 @@ constexpr uint64_t round_up(uint64_t value, uint64_t step) {
 
 class File {
  public:
-  // Opens an existing file for reading. Throws Error(kFormat) when it cannot.
+  // An existing file for reading, the same object for all who read it as it is
+  // now: weights by the thousand take one descriptor. Throws Error(kFormat) when
+  // it cannot be opened.
   static std::shared_ptr<File> open(const std::string& path);
   // A new file without a name in `directory`: it vanishes with this object,
   // however the process ends. Throws Error(kPlacement) when it cannot.
@@ -71,6 +74,7 @@ class File {
 
  private:
   File(std::string path, int fd, bool writable);
+  bool is_still(const struct stat& status) const;
   void check_unchanged() const;
   bool is_cached(uint64_t offset, uint64_t bytes) const;
   void read_buffered(uint64_t offset, uint64_t bytes, std::byte* into) const;
@@ -83,6 +87,8 @@ class File {
   void* map_ = nullptr;  // never touched: only asked what is cached
   uint64_t map_bytes_ = 0;
   std::atomic<uint64_t> size_{0};  // scratch files grow under mutex_
+  dev_t device_ = 0;
+  ino_t inode_ = 0;
   int64_t modified_ns_ = 0;
   const bool writable_;
   const pid_t owner_;

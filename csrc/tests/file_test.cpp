@@ -97,7 +97,9 @@ void changed_files_are_noticed() {
   std::vector<std::byte> into(50'000);
   const std::string path = write_file("changing.bin", data);
   auto file = File::open(path);
+  CHECK(File::open(path) == file);
   std::filesystem::resize_file(path, 20'000);
+  CHECK(File::open(path) != file);
   CHECK_THROWS(kFetch, file->read(0, 50'000, into.data(), false));
   write_file(path, data);
   file = File::open(path);
@@ -109,6 +111,7 @@ void changed_files_are_noticed() {
   file = File::open(path);
   std::filesystem::rename(path, "old.bin");
   write_file(path, pattern(50'000, 7));
+  CHECK(File::open(path) != file);
   file->read(0, 50'000, into.data(), false);
   CHECK(into == data);
 }

@@ -1,5 +1,6 @@
 """load: the file's values, in their places, for every way a checkpoint may come."""
 
+import copy
 import json
 import os
 import subprocess
@@ -91,6 +92,24 @@ def test_disk_weights_are_the_file_itself(tmp_path):
         where, offset = _ops.file_range(parameter)
         assert (Path(where), offset) == (path, start + entries[stored]["data_offsets"][0])
     assert donor_files() == []
+
+
+def test_weights_of_one_file_share_its_descriptors(tmp_path):
+    path = tmp_path / "m.safetensors"
+    source = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)))
+    save_model(source, path)
+    module = nn.Sequential(*(nn.Linear(8, 8, device="meta") for _ in range(100)))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    loaded = distorch.load(module, path, "cpu,0b;disk,*", min_bytes=0)
+    assert sum(distorch.is_sharded(p) for p in loaded.parameters()) == 200
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
+    assert torch.equal(loaded(torch.ones(8)), source(torch.ones(8)))
+    other = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)))
+    save_model(other, tmp_path / "new.safetensors")
+    (tmp_path / "new.safetensors").replace(path)  # whoever reads the old file goes on
+    again = distorch.load(copy.deepcopy(other), path, "cpu,0b;disk,*", min_bytes=0)
+    assert torch.equal(again(torch.ones(8)), other(torch.ones(8)))
+    assert torch.equal(loaded(torch.ones(8)), source(torch.ones(8)))
 
 
 def test_redistribute_finds_the_file_again(tmp_path):
