@@ -2,8 +2,9 @@
 
 Simulated (virtual time, exact): a step against max(compute + decode, quantised bytes / link).
 Cold file: all weights of a GGUF on disk, a step against max(resident compute + decode, raw read of
-the quantised bytes), in one run, page cache dropped before each, medians. Reads of steps go past
-the page cache, so that it stays cold while several steps in a row are timed.
+the quantised bytes), in one run, page cache dropped before each, medians. Each is
+timed several times in a row: reads go past the page cache, where the file system has such reads, so
+that it stays cold.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from distorch.testing import sim
 
 BANDWIDTH = 900e9  # of the simulated device's memory
 BLOCKS = {"Q8_0": (32, 34), "Q4_K": (256, 144)}  # elements, bytes
-# Steps from the file: what is read ahead for the first, before the clock starts, counts little.
-IN_A_ROW = 5
+# What is read ahead for the first step, before the clock starts, counts little.
+IN_A_ROW = 3
 
 
 def quantise(module: nn.Module, kind: str) -> tuple[int, float]:
@@ -118,18 +119,17 @@ def write_file(path: Path, kind: str, layers: int, width: int) -> None:
 def timed(work: Callable[[], object]) -> float:
     drop_page_cache()
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    for _ in range(IN_A_ROW):
+        work()
+    return (time.perf_counter() - start) / IN_A_ROW
 
 
-def raw_read(path: Path, tensors: dict[str, Any]) -> None:
-    buffer = torch.empty(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
+def raw_read(path: Path, tensors: dict[str, Any], buffer: Tensor) -> None:
     for tensor in tensors.values():
         _ops.read_file(str(path), tensor.offset, buffer[: tensor.nbytes])
 
 
-def decode_all(stored: dict[str, Tensor], kind: str, width: int) -> None:
-    into = torch.empty(width, width, dtype=DTYPE)
+def decode_all(stored: dict[str, Tensor], kind: str, into: Tensor) -> None:
     for blocks in stored.values():
         _ops.decode(into, blocks, kind)
 
@@ -148,19 +148,20 @@ def cold(kind: str, layers: int, width: int, tokens: int, rounds: int) -> dict[s
         )
         stored = {name: tensor.read() for name, tensor in tensors.items()}
         x = torch.randn(tokens, width, dtype=DTYPE)
+        buffer = torch.zeros(max(t.nbytes for t in tensors.values()), dtype=torch.uint8)
+        into = torch.zeros(width, width, dtype=DTYPE)
         assert torch.equal(on_disk(x), resident(x))
         work: dict[str, Callable[[], object]] = {
-            "step from the file": lambda: [on_disk(x) for _ in range(IN_A_ROW)],
+            "step from the file": lambda: on_disk(x),
             "resident step": lambda: resident(x),
-            "raw read": lambda: raw_read(path, tensors),
-            "decode": lambda: decode_all(stored, kind, width),
+            "raw read": lambda: raw_read(path, tensors, buffer),
+            "decode": lambda: decode_all(stored, kind, into),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(rounds):
             for name, run in work.items():
                 times[name].append(timed(run))
     found = {name: statistics.median(values) for name, values in times.items()}
-    found["step from the file"] /= IN_A_ROW
     floor = max(found["resident step"] + found["decode"], found["raw read"])
     size = sum(tensor.nbytes for tensor in tensors.values())
     return {"type": kind, "bytes": size, "tokens": tokens, **found,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
@@ -12,6 +13,9 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DISTORCH_X86 1
+#ifndef __clang__  // which lets no instruction be inlined from a template into a function for it
+#define DISTORCH_PAIRS 1
+#endif
 #endif
 #define DISTORCH_INLINE inline __attribute__((always_inline))
 
@@ -40,8 +44,8 @@ struct Singles {
 // Note [Pairs of bfloat16]
 // vdpbf16ps multiplies two pairs of bfloat16 numbers and adds the products to a
 // float32 sum, that of the high halves first, each with one rounding: two steps
-// of a chain, at twice the pace. It differs from two multiply-adds in one point,
-// numbers below the normal ones are zero to it. So factors are packed in pairs
+// of a chain, at twice the pace. It differs from two multiply-adds in one point:
+// subnormal numbers count as zero. So factors are packed in pairs
 // if all are bfloat16 and the last bit of their smallest product is a normal
 // number: every sum is a multiple of that bit. Nor may their largest products
 // add up to infinity, so that nobody need look for it. Whether a processor does
@@ -55,7 +59,7 @@ struct Pairs {
     return std::bit_cast<uint32_t>(first) | std::bit_cast<uint32_t>(second) >> 16;
   }
 
-#ifdef DISTORCH_X86
+#ifdef DISTORCH_PAIRS
   template <class Lane, class FactorLane>
   static DISTORCH_INLINE void step(Factors a, const FactorLane& b, Lane& sum) {
     const FactorLane everywhere = FactorLane{} + a;
@@ -98,7 +102,8 @@ struct Magnitudes {
 };
 
 bool Pairs::fit(std::span<const LowRank> terms, int64_t begin, int64_t end, int64_t columns) {
-  // A product is less than four times its first bit, and its last is 14 below that.
+  // Of factors 2^a and 2^b times [1, 2): a product is below 2^(a + b + 2), its last bit is
+  // 2^(a + b - 14), and that shall be 2^-126 or more.
   constexpr double kSmallest = 0x1p-126 * 0x1p14 * 2, kLargest = 0x1p126;
   for (const LowRank& term : terms) {
     const int64_t first = std::max<int64_t>(begin - term.first_row, 0);
@@ -114,19 +119,21 @@ bool Pairs::fit(std::span<const LowRank> terms, int64_t begin, int64_t end, int6
   return true;
 }
 
-#ifdef DISTORCH_X86
+#ifdef DISTORCH_PAIRS
 bool Pairs::are_chains() {
   constexpr int kLanes = 16, kChains = 256, kSteps = 4;
   typedef float Lane __attribute__((vector_size(kLanes * sizeof(float))));
   typedef uint32_t FactorLane __attribute__((vector_size(kLanes * sizeof(float))));
   uint64_t state = 1;
+  uint32_t spread = 1;  // of exponents
   // A bfloat16 number in the high half: sums of several cancel and round often.
-  const auto next = [&state] {
+  const auto next = [&] {
     state = state * 6364136223846793005u + 1442695040888963407u;
     const auto bits = static_cast<uint32_t>(state >> 32);
-    return std::bit_cast<float>((bits & 0x807f0000u) | (120 + (bits >> 8) % 12) << 23);
+    return std::bit_cast<float>((bits & 0x807f0000u) | (118 + (bits >> 8) % spread) << 23);
   };
   for (int chain = 0; chain < kChains; ++chain) {
+    spread = 1 + chain % 24;
     Lane sum = {};
     float expected[kLanes] = {};
     for (int step = 0; step < kSteps; ++step) {

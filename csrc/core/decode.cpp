@@ -7,8 +7,6 @@
 namespace distorch {
 namespace {
 
-constexpr int64_t kPanelRows = 48;  // that are float32 at one time
-
 void scale_row(const Scales& scales, int64_t row, int64_t columns, float* values) {
   const float* grid = scales.data + row / scales.block_rows * scales.per_row;
   for (int64_t first = 0; first < columns; first += scales.block_columns) {

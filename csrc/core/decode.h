@@ -10,6 +10,9 @@
 
 namespace distorch {
 
+// Rows that are float32 at one time, where they are not merged in place.
+inline constexpr int64_t kPanelRows = 48;
+
 // Factors on stored numbers: a grid of [rows / block_rows, columns /
 // block_columns], row-major. One for all: blocks as large as the weight.
 struct Scales {

@@ -113,22 +113,23 @@ bool File::is_still(const struct stat& status) const {
 }
 
 std::shared_ptr<File> File::open(const std::string& path) {
-  OpenFiles& all = open_files();
-  struct stat status{};
-  if (::stat(path.c_str(), &status) == 0) {
-    std::lock_guard lock(all.mutex);
-    const auto found = all.by_path.find(path);
-    const auto known = found == all.by_path.end() ? nullptr : found->second.lock();
-    if (known != nullptr && known->is_still(status)) return known;
-  }
+  count_forks();  // before the first lock: from here on forks wait for it
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) {
     throw Error(ErrorKind::kFormat, "cannot open '" + path + "': " + reason(errno));
   }
-  std::shared_ptr<File> file(new File(path, fd, false));
+  struct stat status{};
+  ::fstat(fd, &status);
+  OpenFiles& all = open_files();
   std::lock_guard lock(all.mutex);
   std::erase_if(all.by_path, [](const auto& entry) { return entry.second.expired(); });
-  all.by_path[path] = file;
+  std::weak_ptr<File>& known = all.by_path[path];
+  if (auto file = known.lock(); file != nullptr && file->is_still(status)) {
+    ::close(fd);
+    return file;
+  }
+  std::shared_ptr<File> file(new File(path, fd, false));
+  known = file;
   return file;
 }
 

@@ -22,7 +22,6 @@
 namespace distorch {
 namespace {
 
-constexpr int kRows = 6;  // of one tile
 constexpr uint64_t kCacheLine = 64;
 constexpr int64_t kBlockBytes = 256 << 10;  // of packed factors, which stay in a core's cache
 
@@ -97,7 +96,7 @@ struct Rows {
   int64_t begin, end, columns;
 };
 
-// Panels of `kLanes` vectors of `kBytes` bytes, in tiles of up to kRows rows.
+// Panels of `kLanes` vectors of `kBytes` bytes, in tiles of up to kTileRows rows.
 template <class Type, class Steps, int kBytes, int kLanes, bool kFused>
 struct Panels {
   using Sum = typename Type::Sum;
@@ -251,19 +250,19 @@ struct Panels {
                   down.data() + (first - block) / kColumns * panel);
       }
       for (int64_t row = begin; row < end;) {
-        const bool whole = row + kRows <= same_terms_until(row, end, terms);
+        const bool whole = row + kTileRows <= same_terms_until(row, end, terms);
         const int64_t at = (row - begin) * columns;
         const Factors* packed = down.data();
         for (int64_t first = block; first < block_end; first += kColumns, packed += panel) {
           const Tile tile{from + at + first, into + at + first, columns,
                           std::min<int64_t>(kColumns, columns - first)};
           if (whole) {
-            merge_tile<kRows>(tile, terms, row, begin, end, up.data(), packed, checked);
+            merge_tile<kTileRows>(tile, terms, row, begin, end, up.data(), packed, checked);
           } else {
             merge_tile<1>(tile, terms, row, begin, end, up.data(), packed, checked);
           }
         }
-        row += whole ? kRows : 1;
+        row += whole ? kTileRows : 1;
       }
     }
     for (int i = 0; i < kPerLane; ++i) {
@@ -308,6 +307,7 @@ struct Avx512 {
   }
 };
 
+#ifdef DISTORCH_PAIRS
 struct Avx512Bf16 {
   template <class Type>
   static bool merge(const Rows& rows, std::span<const LowRank> terms) {
@@ -333,6 +333,7 @@ struct Avx512Bf16 {
     return Panels<Type, Pairs, 64, 4, true>::merge(rows, terms);
   }
 };
+#endif
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -367,6 +368,8 @@ std::vector<MergePath> merge_paths() {
     found.push_back({"avx2", merge_on<Avx2>});
   }
   if (has_avx512()) found.push_back({"avx512", merge_on<Avx512>});
+#endif
+#ifdef DISTORCH_PAIRS
   if (has_avx512() && __builtin_cpu_supports("avx512bf16") && Avx512Bf16::are_chains()) {
     found.push_back({"avx512_bf16", merge_on<Avx512Bf16>});
   }

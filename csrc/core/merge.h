@@ -28,6 +28,9 @@ struct LowRank {
 // tiles, threads or the width of the processor's vectors. The chain runs in
 // float32, of a float32 result in float64: below it no rounding hides the sum's.
 
+// Rows that are merged at one time; what is left is merged row by row.
+inline constexpr int kTileRows = 6;
+
 // Rows [begin, end) of a weight with `columns` columns. `base` and `out` are
 // where row `begin` starts; factors start at row 0. `base` has elements of
 // `base_type`, which is `out_type` (the two may then be the same memory) or

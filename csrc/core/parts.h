@@ -8,6 +8,8 @@
 
 namespace distorch {
 
+constexpr int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
 // work(part) for [0, parts), on up to `threads` threads, the caller's among
 // them; whoever is free takes the next part. Threads wait asleep and end with
 // the call: at::parallel_for would be serial here (its body is in headers and
@@ -19,7 +21,7 @@ void for_parts(uint64_t parts, size_t threads, const std::function<void(uint64_t
 // work(begin, end) for [0, count), in parts of `per_part`.
 template <class Work>
 void for_ranges(int64_t count, int64_t per_part, size_t threads, const Work& work) {
-  for_parts((count + per_part - 1) / per_part, threads, [&](uint64_t part) {
+  for_parts(divide_up(count, per_part), threads, [&](uint64_t part) {
     const auto begin = static_cast<int64_t>(part) * per_part;
     work(begin, std::min(begin + per_part, count));
   });

@@ -14,6 +14,7 @@ std::byte* scratch_memory(uint64_t bytes) {
   thread_local OwnMemory memory;
   thread_local uint64_t room = 0;
   if (room < bytes) {
+    memory.reset();
     memory = huge_pages(bytes);
     room = round_up(bytes, kHugePage);
   }
