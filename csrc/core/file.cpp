@@ -68,12 +68,12 @@ OpenFiles& open_files() {
 std::atomic<uint64_t> forks{0};
 
 uint64_t count_forks() {
-  static const int registered =
-      ::pthread_atfork([] { open_files().mutex.lock(); }, [] { open_files().mutex.unlock(); },
-                       [] {
-                         open_files().mutex.unlock();
-                         ++forks;
-                       });
+  static const int registered = ::pthread_atfork([] { open_files().mutex.lock(); },
+                                                 [] {
+                                                   ++forks;
+                                                   open_files().mutex.unlock();
+                                                 },
+                                                 [] { open_files().mutex.unlock(); });
   static_cast<void>(registered);
   return forks;
 }
