@@ -22,8 +22,8 @@ def drop_page_cache() -> bool:
 
 
 def touch_memory(nbytes: int) -> None:
-    """Memory that the host of a virtual machine has taken back, or never gave, is slow at its first
-    touch: this one is not the measurement's.
+    """Fills and frees `nbytes`: memory that the host of a virtual machine has taken back is slow at
+    its first touch, which shall not be the measurement's.
     """
     import torch
 

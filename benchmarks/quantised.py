@@ -2,9 +2,9 @@
 
 Simulated (virtual time, exact): a step against max(compute + decode, quantised bytes / link).
 Cold file: all weights of a GGUF on disk, a step against max(resident compute + decode, raw read of
-the quantised bytes), in one run, page cache dropped before each, medians. Each is
-timed several times in a row: reads go past the page cache, where the file system has such reads, so
-that it stays cold.
+the quantised bytes), in one run, page cache dropped before each, medians. Each is timed several
+times in a row: reads go past the page cache, where the file system has such reads, so that it stays
+cold.
 """
 
 from __future__ import annotations

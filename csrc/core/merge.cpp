@@ -272,8 +272,15 @@ struct Panels {
   }
 };
 
-// Processors: `merge` by vectors of so many bytes, panels of so many vectors. A
-// function for each kind of elements, or compilers run out of registers.
+// By vectors of so many bytes, panels of so many vectors, one step at a time.
+template <class Type, int kBytes, int kLanes, bool kFused>
+DISTORCH_INLINE bool merge_singly(const Rows& rows, std::span<const LowRank> terms) {
+  using Steps = Singles<typename Type::Sum, kFused>;
+  return Panels<Type, Steps, kBytes, kLanes, kFused>::merge(rows, terms);
+}
+
+// Processors. A function for each kind of elements, or compilers run out of
+// registers.
 #ifdef __aarch64__
 constexpr bool kAlwaysFused = true;
 #else
@@ -283,8 +290,7 @@ constexpr bool kAlwaysFused = false;
 struct Plain {
   template <class Type>
   static bool merge(const Rows& rows, std::span<const LowRank> terms) {
-    using Steps = Singles<typename Type::Sum, kAlwaysFused>;
-    return Panels<Type, Steps, 16, 2, kAlwaysFused>::merge(rows, terms);
+    return merge_singly<Type, 16, 2, kAlwaysFused>(rows, terms);
   }
 };
 
@@ -293,8 +299,7 @@ struct Avx2 {
   template <class Type>
   DISTORCH_TARGET("avx2,fma")
   static bool merge(const Rows& rows, std::span<const LowRank> terms) {
-    using Steps = Singles<typename Type::Sum, true>;
-    return Panels<Type, Steps, 32, 2, true>::merge(rows, terms);
+    return merge_singly<Type, 32, 2, true>(rows, terms);
   }
 };
 
@@ -302,8 +307,7 @@ struct Avx512 {
   template <class Type>
   DISTORCH_TARGET(DISTORCH_AVX512)
   static bool merge(const Rows& rows, std::span<const LowRank> terms) {
-    using Steps = Singles<typename Type::Sum, true>;
-    return Panels<Type, Steps, 64, 4, true>::merge(rows, terms);
+    return merge_singly<Type, 64, 4, true>(rows, terms);
   }
 };
 
