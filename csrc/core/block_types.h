@@ -6,6 +6,8 @@
 // `kGroup` neighbours with one scale. A description says
 //   Group open(block, g)       what the g-th group has in common
 //   float number(group, i)     its i-th number
+//   bool ordinary(block)       its numbers are 0 or of a magnitude from 2^-100
+//                              to 2^100, by its scales
 // and nothing else: no loops, no branches on data, so that compilers make
 // vectors of loops over i, and a CUDA thread may take any piece of a group.
 //
@@ -41,6 +43,9 @@ DISTORCH_HD auto product_and(float scale, Int digit, float offset) {
   return times_plus(scale, to_float(digit), offset);
 }
 
+// Whether a float16 is finite. If so, every number made with it is ordinary.
+DISTORCH_HD bool finite_half(const uint8_t* from) { return (from[1] & 0x7c) != 0x7c; }
+
 // --- 32 numbers: the low half of byte i is number i, the high half number 16 + i ---
 
 struct Q4_0 {
@@ -50,6 +55,7 @@ struct Q4_0 {
     const uint8_t* bytes;
     int shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {half_at(block), block + 2, 4 * g};
   }
@@ -66,6 +72,9 @@ struct Q4_1 {
     const uint8_t* bytes;
     int shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) {
+    return finite_half(block) && finite_half(block + 2);
+  }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {half_at(block), half_at(block + 2), block + 4, 4 * g};
   }
@@ -84,6 +93,7 @@ struct Q5_0 {
     int shift;
     uint32_t fifth;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {half_at(block), block + 6, 4 * g, load32(block + 2) >> 16 * g};
   }
@@ -102,6 +112,9 @@ struct Q5_1 {
     int shift;
     uint32_t fifth;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) {
+    return finite_half(block) && finite_half(block + 2);
+  }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {half_at(block), half_at(block + 2), block + 8, 4 * g, load32(block + 4) >> 16 * g};
   }
@@ -118,6 +131,7 @@ struct Q8_0 {
     float d;
     const uint8_t* bytes;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   static DISTORCH_HD Group open(const uint8_t* block, int) { return {half_at(block), block + 2}; }
   template <class I>
   static DISTORCH_HD auto number(const Group& group, I i) {
@@ -139,6 +153,9 @@ struct Q2_K {
     const uint8_t* bytes;
     int shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) {
+    return finite_half(block + 80) && finite_half(block + 82);
+  }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const float d = product(half_at(block + 80), block[g] & 15);
     const float minus = product(half_at(block + 82), block[g] >> 4);
@@ -159,6 +176,7 @@ struct Q3_K {
     const uint8_t* mask;
     int mask_shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block + 108); }
   // 6 bits of scale: the low 4 in bytes 96..103, group g + 8 above g; the high 2 in 104..107.
   // Bit b of byte j of the mask belongs to number 32 b + j.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
@@ -195,6 +213,9 @@ struct Q4_K {
     const uint8_t* bytes;
     int shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) {
+    return finite_half(block) && finite_half(block + 2);
+  }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {product(half_at(block), six_bit_scale(block + 4, g)),
             -product(half_at(block + 2), six_bit_offset(block + 4, g)), block + 16 + 32 * (g / 2),
@@ -213,6 +234,7 @@ struct Q5_K {
     const uint8_t* fifth;
     int fifth_shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return Q4_K::ordinary(block); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {Q4_K::open(block, g), block + 16, g};
   }
@@ -233,6 +255,7 @@ struct Q6_K {
     const uint8_t* high;
     int high_shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block + 208); }
   // Low 4 bits: byte 64 h + j holds numbers 128 h + j and 128 h + 64 + j.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {product(half_at(block + 208), static_cast<int8_t>(block[192 + g])),
@@ -255,6 +278,7 @@ struct TQ2_0 {
     const uint8_t* bytes;
     int shift;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block + 64); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     return {half_at(block + 64), block + two_bit_byte(g), two_bit_shift(g)};
   }
@@ -276,6 +300,7 @@ struct TQ1_0 {
     int power;
     bool last;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block + 52); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const bool first = g < 10;
     return {half_at(block + 52), block + (first ? 16 * (g % 2) : 32),
@@ -327,6 +352,7 @@ DISTORCH_HD Int doubled_e2m1(Int index) {
 struct IQ4_NL {
   static constexpr int kElements = 32, kBytes = 18, kGroup = 16;
   using Group = Q4_0::Group;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) { return Q4_0::open(block, g); }
   template <class I>
   static DISTORCH_HD auto number(const Group& group, I i) {
@@ -337,6 +363,7 @@ struct IQ4_NL {
 struct IQ4_XS {
   static constexpr int kElements = 256, kBytes = 136, kGroup = 16;
   using Group = Q4_0::Group;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   // One scale of 6 bits to 32 numbers.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const int low = block[4 + g / 4] >> 4 * (g / 2 % 2) & 15;
@@ -352,6 +379,7 @@ struct IQ4_XS {
 struct MXFP4 {
   static constexpr int kElements = 32, kBytes = 17, kGroup = 16;
   using Group = Q4_0::Group;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return block[0] > 28 && block[0] < 224; }
   // 2^(byte - 128): half of E8M0, since the digits are doubled.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t e = block[0];
@@ -370,6 +398,7 @@ struct NVFP4 {
     float d;
     uint32_t first, second;
   };
+  static DISTORCH_HD bool ordinary(const uint8_t*) { return true; }
   // The scale is half of E4M3 without a sign; 0 for its NaN.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t bits = block[g / 2], exponent = bits >> 3 & 15, mantissa = bits & 7;

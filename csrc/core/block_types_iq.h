@@ -56,6 +56,7 @@ struct IQ2 {
 
 struct IQ2_XXS : IQ2 {
   static constexpr int kBytes = 66;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   // 8 bytes for four groups: 4 indices, then a word of 4 x 7 signs and 4 bits of scale.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint8_t* four = block + 2 + 8 * (g / 4);
@@ -67,6 +68,7 @@ struct IQ2_XXS : IQ2 {
 
 struct IQ2_XS : IQ2 {
   static constexpr int kBytes = 74;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   // 9 bits of index and 7 signs.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t word = load16(block + 2 + 2 * g);
@@ -77,6 +79,7 @@ struct IQ2_XS : IQ2 {
 
 struct IQ2_S : IQ2 {
   static constexpr int kBytes = 82;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   // 8 bits of index in bytes 2..33, the signs in 34..65, 2 more bits of index in 66..73.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t high = block[66 + g / 4] >> 2 * (g % 4) & 3;
@@ -90,6 +93,7 @@ struct IQ2_S : IQ2 {
 struct IQ3_XXS {
   static constexpr int kElements = 256, kBytes = 98, kGroup = 8;
   using Group = GridGroup;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t word = load32(block + 66 + 4 * (g / 4));
     return {iq_scale(half_at(block), word >> 28, 0.5f),
@@ -107,6 +111,7 @@ struct IQ3_XXS {
 struct IQ3_S {
   static constexpr int kElements = 256, kBytes = 110, kGroup = 8;
   using Group = GridGroup;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   // 8 bits of index in bytes 2..65, the ninth in 66..73, the signs in 74..105.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t ninth = block[66 + g / 4] >> 2 * (g % 4);
@@ -139,6 +144,7 @@ struct IQ1 {
 
 struct IQ1_S : IQ1 {
   static constexpr int kBytes = 50;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) { return finite_half(block); }
   // A word for four groups: 4 x 3 bits of index, 3 bits of scale, the sign of the eighth.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint32_t word = load16(block + 34 + 2 * (g / 4));
@@ -150,17 +156,21 @@ struct IQ1_S : IQ1 {
 
 struct IQ1_M : IQ1 {
   static constexpr int kBytes = 56;
+  static DISTORCH_HD bool ordinary(const uint8_t* block) {
+    return (scale(block) & 0x7c00) != 0x7c00;
+  }
+  static DISTORCH_HD uint32_t scale(const uint8_t* block) {
+    const uint8_t* words = block + 48;
+    return words[1] >> 4 | (words[3] & 0xf0u) | static_cast<uint32_t>(words[5] >> 4) << 8 |
+           (words[7] & 0xf0u) << 8;
+  }
   // 8 bits of index in bytes 0..31; 3 more and the sign of the eighth in halves of 32..47.
   // Four words at 48: 4 x 3 bits of scale each, and in their top bits the block's float16.
   static DISTORCH_HD Group open(const uint8_t* block, int g) {
     const uint8_t* words = block + 48;
-    const uint8_t half[2] = {
-        static_cast<uint8_t>(words[1] >> 4 | (words[3] & 0xf0)),
-        static_cast<uint8_t>(words[5] >> 4 | (words[7] & 0xf0)),
-    };
     const int32_t digit = bits_of(load16(words + 2 * (g / 8)), 3 * (g / 2 % 4), 7);
     const uint32_t high = half_byte(block + 32, g);
-    return {product(half_at(half), 2 * digit + 1), iq1_grid(block[g] | (high & 7) << 8),
+    return {product(half_of(scale(block)), 2 * digit + 1), iq1_grid(block[g] | (high & 7) << 8),
             least((high & 8) != 0)};
   }
 };

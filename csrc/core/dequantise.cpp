@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -28,12 +29,52 @@
 namespace distorch {
 namespace {
 
-// float32 numbers on the way to 16 bits: they stay in the first cache.
-constexpr int64_t kTile = 2048;
+using Decode = void (*)(BlockType, const uint8_t*, int64_t, float*);
+using Round = void (*)(const float*, int64_t, Element, uint16_t*);
 
-// Where vectors of numbers go. Streamed: past the caches, whole aligned vectors.
+// What a processor computes with. kRounds: it has an instruction that rounds to
+// that type. In two steps: any block, whatever its numbers are.
+struct Plain {
+  static constexpr int kLanes = 1;
+  static const Round kRound;
+};
+
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  template <Element kOut>
+  static constexpr bool kRounds = kOut == Element::kFloat16;
+  static const Decode kDecode;
+  static const Round kRound;
+};
+
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  template <Element kOut>
+  static constexpr bool kRounds = kOut == Element::kFloat16;
+  static const Decode kDecode;
+  static const Round kRound;
+};
+
+struct Avx512Bfloat16 : Avx512 {
+  template <Element>
+  static constexpr bool kRounds = true;
+};
+
+constexpr int kMostElements = 256;  // of a block
+
+template <Element kOut>
+using Stored = std::conditional_t<kOut == Element::kFloat32, float, uint16_t>;
+
+template <Element kOut>
+DISTORCH_INLINE Stored<kOut> rounded(float number) {
+  if constexpr (kOut == Element::kFloat32) return number;
+  if constexpr (kOut == Element::kFloat16) return to_float16(number);
+  if constexpr (kOut == Element::kBFloat16) return to_bfloat16(number);
+}
+
+// Where vectors go. Streamed: past the caches, whole aligned vectors.
 template <bool kStreamed, class Vector>
-DISTORCH_INLINE void store(const Vector& numbers, float* into) {
+DISTORCH_INLINE void store(const Vector& numbers, void* into) {
 #if defined(DISTORCH_WIDTHS) && defined(__clang__)
   if constexpr (kStreamed) {
     __builtin_nontemporal_store(numbers, reinterpret_cast<Vector*>(into));
@@ -52,13 +93,38 @@ DISTORCH_INLINE void store(const Vector& numbers, float* into) {
   std::memcpy(into, &numbers, sizeof(numbers));
 }
 
-// kLanes numbers at once; 1: the description as it is.
-template <class Type, int kLanes, bool kStreamed>
-DISTORCH_INLINE void decode_group(const uint8_t* block, int g, float* __restrict into) {
+// REQUIRES: numbers are neither NaN nor subnormal.
+template <class Level, Element kOut, class Floats>
+DISTORCH_INLINE auto round_ordinary(const Floats& numbers) {
+  constexpr int kCount = kLanesOf<Floats>;
+  using Halves = typename VectorOf<uint16_t, kCount>::Type;
+  if constexpr (kOut == Element::kFloat32) {
+    return numbers;
+  } else if constexpr (!Level::template kRounds<kOut>) {
+    static_assert(kOut == Element::kBFloat16);
+    using Words = typename VectorOf<uint32_t, kCount>::Type;
+    const auto bits = (Words)numbers;
+    return __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Halves);
+  } else {
+    Halves halves;
+#ifdef DISTORCH_WIDTHS
+    if constexpr (kOut == Element::kFloat16) {
+      asm("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(numbers));
+    } else {
+      asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(numbers));
+    }
+#endif
+    return halves;
+  }
+}
+
+template <class Type, class Level, Element kOut, bool kStreamed>
+DISTORCH_INLINE void decode_group(const uint8_t* block, int g, Stored<kOut>* __restrict into) {
   const auto group = Type::open(block, g);
-  constexpr int kStep = std::min(kLanes, Type::kGroup);
-  if constexpr (kLanes == 1) {
-    for (int i = 0; i < Type::kGroup; ++i) into[g * Type::kGroup + i] = Type::number(group, i);
+  constexpr int kStep = std::min(Level::kLanes, Type::kGroup);
+  into += g * Type::kGroup;
+  if constexpr (Level::kLanes == 1) {  // the description as it is
+    for (int i = 0; i < Type::kGroup; ++i) into[i] = rounded<kOut>(Type::number(group, i));
   } else {
     using Vector = typename VectorOf<float, kStep>::Type;
     Vector numbers[Type::kGroup / kStep];
@@ -68,66 +134,87 @@ DISTORCH_INLINE void decode_group(const uint8_t* block, int g, float* __restrict
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Type::kGroup; i += kStep) {
-      store<kStreamed>(numbers[i / kStep], into + g * Type::kGroup + i);
+      store<kStreamed>(round_ordinary<Level, kOut>(numbers[i / kStep]), into + i);
     }
   }
 }
 
-template <class Type, int kLanes, bool kStreamed>
-DISTORCH_INLINE void decode(const uint8_t* __restrict from, int64_t blocks,
-                            float* __restrict into) {
+// Note [Ordinary blocks]
+// Instructions that round keep a NaN's payload, and vcvtneps2bf16 takes
+// subnormals for zero; half.h does neither, and all paths agree. Most blocks
+// have no such numbers, which their scales tell (Type::ordinary); the others go
+// through float32 in memory.
+template <class Level, Element kOut>
+[[gnu::noinline, gnu::cold]] void decode_in_two_steps(BlockType type, const uint8_t* from,
+                                                      int64_t elements, Stored<kOut>* into) {
+  alignas(64) float numbers[kMostElements];
+  Level::kDecode(type, from, 1, numbers);
+  Level::kRound(numbers, elements, kOut, into);
+}
+
+template <class Type, class Level, Element kOut, bool kStreamed>
+DISTORCH_INLINE void decode_ordinary(const uint8_t* __restrict from, int64_t blocks,
+                                     Stored<kOut>* __restrict into) {
   // A copy, which the numbers written cannot be: what groups share is computed once.
   uint8_t bytes[Type::kBytes];
   for (int64_t block = 0; block < blocks; ++block) {
     std::memcpy(bytes, from, Type::kBytes);
 #pragma GCC unroll 16
     for (int g = 0; g < Type::kElements / Type::kGroup; ++g) {
-      decode_group<Type, kLanes, kStreamed>(bytes, g, into);
+      decode_group<Type, Level, kOut, kStreamed>(bytes, g, into);
     }
     from += Type::kBytes;
     into += Type::kElements;
   }
 }
 
-DISTORCH_INLINE void decode_float16(const uint8_t* __restrict from, int64_t count,
-                                    float* __restrict into) {
-  for (int64_t i = 0; i < count; ++i) into[i] = half_at(from + 2 * i);
-}
-
-template <int kLanes, bool kStreamed>
-DISTORCH_INLINE void decode_bfloat16(const uint8_t* __restrict from, int64_t count,
-                                     float* __restrict into) {
-  int64_t i = 0;
-  if constexpr (kStreamed) {
-    for (; i + kLanes <= count; i += kLanes) {
-      typename VectorOf<uint16_t, kLanes>::Type halves;
-      std::memcpy(&halves, from + 2 * i, sizeof(halves));
-      const auto bits = __builtin_convertvector(halves, Ints<kLanes>) << 16;
-      store<kStreamed>(bits, into + i);
+template <class Type, class Level, Element kOut, bool kStreamed>
+DISTORCH_INLINE void decode(BlockType type, const uint8_t* from, int64_t blocks,
+                            Stored<kOut>* into) {
+  static_assert(Type::kElements <= kMostElements);
+  if constexpr (Level::kLanes == 1 || kOut == Element::kFloat32) {
+    decode_ordinary<Type, Level, kOut, kStreamed>(from, blocks, into);
+  } else {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block;
+      while (block < blocks && Type::ordinary(from + block * Type::kBytes)) ++block;
+      decode_ordinary<Type, Level, kOut, kStreamed>(from + first * Type::kBytes, block - first,
+                                                    into + first * Type::kElements);
+      if (block == blocks) return;
+      decode_in_two_steps<Level, kOut>(type, from + block * Type::kBytes, Type::kElements,
+                                       into + block * Type::kElements);
     }
   }
-  for (; i < count; ++i) into[i] = as_float(load16(from + 2 * i) << 16);
 }
 
-template <int kLanes, bool kStreamed = false>
-DISTORCH_INLINE void decode_any(BlockType type, const uint8_t* from, int64_t blocks, float* into) {
-  switch (type) {
-    case BlockType::kF32:
-      std::memcpy(into, from, static_cast<size_t>(blocks) * sizeof(float));
-      return;
-    case BlockType::kF16:
-      return decode_float16(from, blocks, into);
-    case BlockType::kBF16:
-      return decode_bfloat16<kLanes, kStreamed>(from, blocks, into);
-#define DISTORCH_DECODE(name) \
-  case BlockType::k##name:    \
-    return decode<blocks::name, kLanes, kStreamed>(from, blocks, into);
-      DISTORCH_BLOCK_TYPES(DISTORCH_DECODE)
-#undef DISTORCH_DECODE
+// --- types that are numbers already ---
+
+// float32 numbers on the way to 16 bits: they stay in the first cache.
+constexpr int64_t kTile = 2048;
+
+DISTORCH_INLINE void widen(BlockType type, const uint8_t* __restrict from, int64_t count,
+                           float* __restrict into) {
+  if (type == BlockType::kF32) {
+    std::memcpy(into, from, static_cast<size_t>(count) * sizeof(float));
+  } else if (type == BlockType::kF16) {
+    for (int64_t i = 0; i < count; ++i) into[i] = half_at(from + 2 * i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) into[i] = as_float(load16(from + 2 * i) << 16);
   }
 }
 
-// --- float32 to 16 bits ---
+template <int kLanes>
+DISTORCH_INLINE void stream_bfloat16(const uint8_t* __restrict from, int64_t count,
+                                     float* __restrict into) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    typename VectorOf<uint16_t, kLanes>::Type halves;
+    std::memcpy(&halves, from + 2 * i, sizeof(halves));
+    const auto bits = __builtin_convertvector(halves, Ints<kLanes>) << 16;
+    store<true>(bits, into + i);
+  }
+  widen(BlockType::kBF16, from + 2 * i, count - i, into + i);
+}
 
 DISTORCH_INLINE void round_plain(const float* __restrict from, int64_t count, Element type,
                                  uint16_t* __restrict into) {
@@ -136,12 +223,6 @@ DISTORCH_INLINE void round_plain(const float* __restrict from, int64_t count, El
   } else {
     for (int64_t i = 0; i < count; ++i) into[i] = to_bfloat16(from[i]);
   }
-}
-
-void stream_fence() {
-#ifdef DISTORCH_WIDTHS
-  _mm_sfence();
-#endif
 }
 
 #ifdef DISTORCH_WIDTHS
@@ -177,7 +258,47 @@ DISTORCH_AVX2 void round_avx2(const float* from, int64_t count, Element type, ui
 }
 #endif
 
+DISTORCH_INLINE void convert(Round round, BlockType type, const uint8_t* from, int64_t count,
+                             Element out_type, uint16_t* into) {
+  const int64_t bytes = block_info(type).bytes;
+  alignas(64) float tile[kTile];
+  for (int64_t first = 0; first < count; first += kTile) {
+    const int64_t here = std::min(kTile, count - first);
+    widen(type, from + first * bytes, here, tile);
+    round(tile, here, out_type, into + first);
+  }
+}
+
 // --- both ---
+
+template <class Level, Element kOut, bool kStreamed>
+DISTORCH_INLINE void decode_any(BlockType type, const uint8_t* from, int64_t blocks,
+                                Stored<kOut>* into) {
+  switch (type) {
+    case BlockType::kF32:
+    case BlockType::kF16:
+    case BlockType::kBF16:
+      if constexpr (kOut != Element::kFloat32) {
+        convert(Level::kRound, type, from, blocks, kOut, into);
+      } else if (kStreamed && type == BlockType::kBF16) {
+        stream_bfloat16<Level::kLanes>(from, blocks, into);
+      } else {
+        widen(type, from, blocks, into);
+      }
+      return;
+#define DISTORCH_DECODE(name) \
+  case BlockType::k##name:    \
+    return decode<blocks::name, Level, kOut, kStreamed>(type, from, blocks, into);
+      DISTORCH_BLOCK_TYPES(DISTORCH_DECODE)
+#undef DISTORCH_DECODE
+  }
+}
+
+void stream_fence() {
+#ifdef DISTORCH_WIDTHS
+  _mm_sfence();
+#endif
+}
 
 // Types that need no rounding: their bits are the result.
 bool is_copy(BlockType type, Element out_type) {
@@ -188,45 +309,66 @@ bool is_copy(BlockType type, Element out_type) {
 
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 64 == 0; }
 
-using Round = void (*)(const float*, int64_t, Element, uint16_t*);
-
-template <int kLanes>
-DISTORCH_INLINE void dequantise_tiles(Round round, BlockType type, const void* from, int64_t blocks,
-                                      Element out_type, void* into, Stores stores) {
-  const BlockInfo& info = block_info(type);
+template <class Level, Element kOut>
+DISTORCH_INLINE void dequantise_to(BlockType type, const void* from, int64_t blocks, void* into,
+                                   Stores stores) {
   const auto* bytes = static_cast<const uint8_t*>(from);
-  if (is_copy(type, out_type)) {
-    if (blocks > 0) std::memcpy(into, from, static_cast<size_t>(blocks * info.bytes));
-    return;
-  }
-  if (out_type == Element::kFloat32) {
-    auto* numbers = static_cast<float*>(into);
-    if (kLanes > 1 && stores == Stores::kStreamed && is_aligned(into)) {
-      decode_any<kLanes, (kLanes > 1)>(type, bytes, blocks, numbers);
-      stream_fence();
-      return;
-    }
-    return decode_any<kLanes>(type, bytes, blocks, numbers);
-  }
-  alignas(64) float tile[kTile];
-  const int64_t step = kTile / info.elements;
-  auto* halves = static_cast<uint16_t*>(into);
-  for (int64_t block = 0; block < blocks; block += step) {
-    const int64_t count = std::min(step, blocks - block);
-    decode_any<kLanes>(type, bytes + block * info.bytes, count, tile);
-    round(tile, count * info.elements, out_type, halves + block * info.elements);
+  auto* numbers = static_cast<Stored<kOut>*>(into);
+  if (is_copy(type, kOut)) {
+    if (blocks > 0) std::memcpy(into, from, static_cast<size_t>(blocks * block_info(type).bytes));
+  } else if (Level::kLanes > 1 && stores == Stores::kStreamed && is_aligned(into)) {
+    decode_any<Level, kOut, (Level::kLanes > 1)>(type, bytes, blocks, numbers);
+    stream_fence();
+  } else if constexpr (Level::kLanes > 1 && kOut == Element::kFloat32) {
+    Level::kDecode(type, bytes, blocks, numbers);
+  } else {
+    decode_any<Level, kOut, false>(type, bytes, blocks, numbers);
   }
 }
 
+template <class Level>
+DISTORCH_INLINE void dequantise_at(BlockType type, const void* from, int64_t blocks,
+                                   Element out_type, void* into, Stores stores) {
+  switch (out_type) {
+    case Element::kFloat32:
+      return dequantise_to<Level, Element::kFloat32>(type, from, blocks, into, stores);
+    case Element::kFloat16:
+      return dequantise_to<Level, Element::kFloat16>(type, from, blocks, into, stores);
+    case Element::kBFloat16:
+      return dequantise_to<Level, Element::kBFloat16>(type, from, blocks, into, stores);
+  }
+}
+
+const Round Plain::kRound = round_plain;
+
 #ifdef DISTORCH_WIDTHS
+const Round Avx2::kRound = round_avx2;
+const Round Avx512::kRound = round_avx512;
+
+DISTORCH_AVX512 void decode_avx512(BlockType type, const uint8_t* from, int64_t blocks,
+                                   float* into) {
+  decode_any<Avx512, Element::kFloat32, false>(type, from, blocks, into);
+}
+const Decode Avx512::kDecode = decode_avx512;
+
+DISTORCH_AVX2 void decode_avx2(BlockType type, const uint8_t* from, int64_t blocks, float* into) {
+  decode_any<Avx2, Element::kFloat32, false>(type, from, blocks, into);
+}
+const Decode Avx2::kDecode = decode_avx2;
+
+DISTORCH_AVX512 void dequantise_avx512_bf16(BlockType type, const void* from, int64_t blocks,
+                                            Element out_type, void* into, Stores stores) {
+  dequantise_at<Avx512Bfloat16>(type, from, blocks, out_type, into, stores);
+}
+
 DISTORCH_AVX512 void dequantise_avx512(BlockType type, const void* from, int64_t blocks,
                                        Element out_type, void* into, Stores stores) {
-  dequantise_tiles<16>(round_avx512, type, from, blocks, out_type, into, stores);
+  dequantise_at<Avx512>(type, from, blocks, out_type, into, stores);
 }
 
 DISTORCH_AVX2 void dequantise_avx2(BlockType type, const void* from, int64_t blocks,
                                    Element out_type, void* into, Stores stores) {
-  dequantise_tiles<8>(round_avx2, type, from, blocks, out_type, into, stores);
+  dequantise_at<Avx2>(type, from, blocks, out_type, into, stores);
 }
 
 bool has_avx512() {
@@ -240,7 +382,7 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 
 void dequantise_plain(BlockType type, const void* from, int64_t blocks, Element out_type,
                       void* into, Stores stores) {
-  dequantise_tiles<1>(round_plain, type, from, blocks, out_type, into, stores);
+  dequantise_at<Plain>(type, from, blocks, out_type, into, stores);
 }
 
 }  // namespace
@@ -250,6 +392,9 @@ std::vector<DequantisePath> dequantise_paths() {
 #ifdef DISTORCH_WIDTHS
   if (has_avx2()) found.push_back({"avx2", dequantise_avx2});
   if (has_avx512()) found.push_back({"avx512", dequantise_avx512});
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) {
+    found.push_back({"avx512 bfloat16", dequantise_avx512_bf16});
+  }
 #endif
   return found;
 }

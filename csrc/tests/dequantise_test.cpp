@@ -94,6 +94,24 @@ void check_runs(BlockType type, std::mt19937_64& random) {
   }
 }
 
+// What blocks say about themselves: see Note [Ordinary blocks].
+template <class Type>
+void check_ordinary(std::mt19937_64& random) {
+  constexpr int kBlocks = 400;
+  uint8_t block[Type::kBytes];
+  int ordinary = 0;
+  for (int i = 0; i < kBlocks; ++i) {
+    for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
+    if (!Type::ordinary(block)) continue;
+    ++ordinary;
+    for (int k = 0; k < Type::kElements; ++k) {
+      const float magnitude = std::fabs(described<Type>(block, k));
+      CHECK(magnitude == 0 || (magnitude >= 0x1p-100f && magnitude <= 0x1p100f));
+    }
+  }
+  CHECK(ordinary > kBlocks / 2);
+}
+
 void lookups() {
   for (const BlockType type : block_types()) {
     CHECK(block_type_named(block_info(type).name) == type);
@@ -110,7 +128,9 @@ void lookups() {
 int main() {
   lookups();
   std::mt19937_64 random(6);
-#define DISTORCH_CHECK(name) check_runs<blocks::name>(BlockType::k##name, random);
+#define DISTORCH_CHECK(name)                            \
+  check_runs<blocks::name>(BlockType::k##name, random); \
+  check_ordinary<blocks::name>(random);
   DISTORCH_BLOCK_TYPES(DISTORCH_CHECK)
 #undef DISTORCH_CHECK
   for (const DequantisePath& path : dequantise_paths()) {
