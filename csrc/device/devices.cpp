@@ -8,10 +8,12 @@
 #include <new>
 #include <vector>
 
+#include "core/decode.h"
 #include "core/host_memory.h"
 #include "core/virtual_reads.h"
 #include "device/accelerator.h"
 #include "device/storages.h"
+#include "device/threads.h"
 
 namespace distorch {
 namespace {
@@ -33,6 +35,18 @@ class HostDevice : public RingDevice {
   }
 
   bool in_use(const std::shared_ptr<void>& wrapped) const override { return slot_in_use(wrapped); }
+
+  void decode(const Decoder& decoder, const std::byte* encoded, std::byte* into) override {
+    const auto rows = static_cast<int64_t>(decoder.rows());
+    const int64_t step = decoder.in_place() ? kTileRows : kPanelRows;
+    const int64_t each = rows_per_part(rows, static_cast<int64_t>(decoder.decoded_row()), step,
+                                       static_cast<int64_t>(compute_threads()));
+    for_parts_on_compute_threads(divide_up(rows, each), [&](uint64_t part) {
+      const uint64_t begin = part * each, end = std::min<uint64_t>(begin + each, rows);
+      decoder.decode(begin, end, encoded + begin * decoder.stored_row(),
+                     into + begin * decoder.decoded_row());
+    });
+  }
 };
 
 struct Registry {

@@ -2,27 +2,9 @@
 
 #include <vector>
 
-#include "core/file.h"
-#include "core/host_memory.h"
 #include "engine/trace_log.h"
 
 namespace distorch {
-namespace {
-
-// Memory of its own for each thread that decodes, as large as it ever had to be.
-std::byte* scratch_memory(uint64_t bytes) {
-  thread_local OwnMemory memory;
-  thread_local uint64_t room = 0;
-  if (room < bytes) {
-    memory.reset();
-    memory = huge_pages(bytes);
-    room = round_up(bytes, kHugePage);
-  }
-  return memory.get();
-}
-
-}  // namespace
-
 Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& donor,
                       const std::string& why) {
   return Error(kind, "weight '" + name + "' (" + std::to_string(donor.size()) +
@@ -36,27 +18,6 @@ void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint
     donor.read(begin, end - begin, into, true);
   } catch (const Error& error) {
     throw could_not_bring(error.kind(), name, donor, error.what());
-  }
-}
-
-void decode_part(const Source& source, const std::string& name, uint64_t begin, uint64_t end,
-                 std::byte* into) {
-  const Decoder& decoder = *source.decoder;
-  const uint64_t first = begin * decoder.stored_row(), last = end * decoder.stored_row();
-  const std::byte* stored = source.donor->host();
-  if (stored != nullptr) {
-    stored += first;
-  } else {
-    const uint64_t lead = (source.donor->phase() + first) % kPage;
-    std::byte* memory = scratch_memory(lead + last - first + kPage) + lead;
-    read_part(*source.donor, name, first, last, memory);
-    stored = memory;
-  }
-  const HostSpan span("decodes", name, last - first);
-  try {
-    decoder.decode(begin, end, stored, into + begin * decoder.decoded_row());
-  } catch (const Error& error) {
-    throw could_not_bring(error.kind(), name, *source.donor, error.what());
   }
 }
 

@@ -19,11 +19,6 @@ Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& dono
 void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
                std::byte* into);
 
-// Rows [begin, end) of a weight that is decoded; `into` is where the weight
-// begins. Throws Error naming the whole.
-void decode_part(const Source& source, const std::string& name, uint64_t begin, uint64_t end,
-                 std::byte* into);
-
 // Brings the rows of these numbers, one after the other, to `into`.
 // REQUIRES: source.decoder is there; rows are within the weight.
 // Throws Error(kFetch).

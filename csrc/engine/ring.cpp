@@ -109,7 +109,8 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   if (!staged_.empty()) bring_staged();
   Window& window = window_of_this_thread();
   advance(window, weight.id());
-  if (const SlotPtr held = usable_slot(weight); held && held->state == Slot::State::kReady) {
+  const SlotPtr held = usable_slot(weight);
+  if (held && held->state == Slot::State::kReady) {
     std::shared_ptr<void> bytes = hand_out(held);  // held: looking ahead does not evict it
     look_ahead(window);
     flush();
@@ -117,18 +118,24 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     counters.hits.fetch_add(1, std::memory_order_relaxed);
     return bytes;
   }
-  counters.misses.fetch_add(1, std::memory_order_relaxed);
+  const bool is_there = held && held->state == Slot::State::kStored;
+  (is_there ? counters.hits : counters.misses).fetch_add(1, std::memory_order_relaxed);
   for (bool planned = false;;) {
     SlotPtr slot = usable_slot(weight);
     const bool asked_now = slot == nullptr;
     if (asked_now) slot = load(weight, IoPool::Urgency::kNow, nullptr);
-    if (!planned) look_ahead(window);
+    if (!planned) {
+      const std::shared_ptr<void> kept = slot->wrapped;  // looking ahead does not evict it
+      look_ahead(window);
+    }
     planned = true;  // `window` belongs to the lock, which waiting gives up
     flush();
     wait_for(slot, counters, lock);
     if (slot->state == Slot::State::kStaged) {
       bring_staged();
       flush();
+    } else if (slot->state == Slot::State::kStored) {
+      decode(slot, lock);
     }
     if (slot->state == Slot::State::kReady) {
       device_->lend(*slot, counters);
@@ -190,6 +197,33 @@ void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
                               std::memory_order_relaxed);
+}
+
+// See Note [Who decodes]. Who else wants the weight waits, as for a read.
+void Ring::decode(const SlotPtr& slot, Lock& lock) {
+  const std::string name = slot->weight != nullptr ? slot->weight->name() : "";
+  slot->state = Slot::State::kLoading;
+  const auto end = [&](Slot::State state) {
+    lock.lock();
+    slot->state = state;
+    if (state == Slot::State::kFailed) drop(slot);
+    part_done_->notify_all();
+  };
+  lock.unlock();
+  try {
+    const HostSpan span("decodes", name, slot->donor->size());
+    device_->decode(*slot->decoder, slot->encoded, slot->data);
+  } catch (const Error& error) {
+    const Error named = could_not_bring(error.kind(), name, *slot->donor, error.what());
+    end(Slot::State::kFailed);
+    slot->error = named.what();
+    slot->error_kind = named.kind();
+    return;
+  } catch (...) {
+    end(Slot::State::kFailed);
+    throw;
+  }
+  end(Slot::State::kReady);
 }
 
 // A thread that was not seen before starts with what the last one knew.
@@ -300,11 +334,15 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   std::shared_ptr<Staged> staging;
   if (!by_device) staging = device_->staging(round_up(phase + donor.size(), kPage));
   const bool by_readers = !by_device && staging == nullptr;
-  const uint64_t slot_phase = by_readers && source.decoder == nullptr ? phase : 0;
+  const bool by_asker = by_readers && source.decoder != nullptr;
+  const std::byte* in_memory = by_asker ? source.donor->host() : nullptr;
+  const bool apart =
+      source.decoder != nullptr && !source.decoder->in_place() && in_memory == nullptr;
+  const uint64_t slot_phase = by_readers && !apart && in_memory == nullptr ? phase : 0;
+  const uint64_t stored_phase = by_readers && apart ? donor.phase() : 0;
   const uint64_t granule = device_->granule();
   const uint64_t own = std::max(round_up(slot_phase + bytes, granule), granule);
-  const bool apart = source.decoder != nullptr && !by_readers && !source.decoder->in_place();
-  const uint64_t needed = apart ? own + round_up(donor.size(), granule) : own;
+  const uint64_t needed = apart ? own + round_up(stored_phase + donor.size(), granule) : own;
   auto slot = std::make_shared<Slot>();
   slot->room = find_room(needed, urgency, window);
   if (slot->room == nullptr && urgency == IoPool::Urgency::kAhead) return nullptr;
@@ -320,7 +358,11 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
   slot->weight = &weight;
   slot->decoder = source.decoder;
-  if (apart) slot->stored = slot->data + own;
+  if (apart) slot->stored = slot->data + own + stored_phase;
+  if (by_asker) {
+    slot->encoded = in_memory != nullptr ? in_memory : slot->landing();
+    slot->donor = source.donor;
+  }
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
   count_bytes(weight.counters(), donor);
@@ -334,12 +376,13 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   slot->staged = std::move(staging);
   if (slot->whole() && slot->staged != nullptr) fill(slot, {0, donor.size()});
   grow(slot);
-  if (by_readers && source.decoder != nullptr) {
-    queue_decoding(slot, weight.name(), source, urgency);
-  } else {
-    std::byte* into = by_readers ? slot->data : slot->staged_data;
-    queue_reads(slot, weight.name(), source.donor, into, phase, urgency);
+  if (in_memory != nullptr) {
+    slot->state = Slot::State::kStored;
+    return slot;
   }
+  std::byte* into = by_readers ? slot->landing() : slot->staged_data;
+  const uint64_t read_phase = by_readers && apart ? stored_phase : phase;
+  queue_reads(slot, weight.name(), source.donor, into, read_phase, urgency);
   return slot;
 }
 
@@ -502,8 +545,8 @@ void Ring::grow_all(Window& window) {
 }
 
 bool Ring::evictable(const Slot& slot) const {
-  return slot.weight->in_ring.wanted == 0 && slot.state == Slot::State::kReady &&
-         !device_->in_use(slot.wrapped);
+  const bool settled = slot.state == Slot::State::kReady || slot.state == Slot::State::kStored;
+  return slot.weight->in_ring.wanted == 0 && settled && !device_->in_use(slot.wrapped);
 }
 
 void Ring::evict_from(Range range) {

@@ -34,7 +34,8 @@ struct Staged {
 // but for the bytes themselves while `state` is kLoading.
 struct Slot {
   // kStaged: in host memory, and the device was not yet asked to copy it.
-  enum class State { kLoading, kStaged, kReady, kFailed };
+  // kStored: its donor's bytes are there; who asks for the weight decodes them.
+  enum class State { kLoading, kStaged, kStored, kReady, kFailed };
   std::shared_ptr<void> wrapped;
   std::byte* data = nullptr;
   std::shared_ptr<Room> room;  // null: overflow
@@ -58,6 +59,9 @@ struct Slot {
   // null: in place.
   std::byte* stored = nullptr;
   bool asked = false;  // for all bytes of a decoded weight
+  // What the host decodes, and whose it is: see Note [Who decodes].
+  const std::byte* encoded = nullptr;
+  std::shared_ptr<Donor> donor;
 
   // Where the donor's bytes go.
   std::byte* landing() const { return stored != nullptr ? stored : data; }
@@ -102,6 +106,11 @@ class RingDevice {
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
+  // All rows, for the calling thread, which waits. Without the ring's mutex, and
+  // only where readers write to slots. Throws Error.
+  virtual void decode(const Decoder& decoder, const std::byte* encoded, std::byte* into) {
+    decoder.decode(0, decoder.rows(), encoded, into);
+  }
   // The host is about to wait for the slot's bytes. True: the device finds out
   // by itself how long operators wait.
   virtual bool waits(Slot& slot) { return false; }
@@ -109,6 +118,14 @@ class RingDevice {
   // the time they wait counts as a stall.
   virtual void lend(Slot& slot, Counters& counters) {}
 };
+
+// Note [Who decodes]
+// On an accelerator the device does, behind its copies. On the host readers
+// only read, and the thread that asks for a weight decodes it, with all threads
+// that its operators have. Were it done ahead by readers, these would compete
+// with the operator before: whose threads wait for each other, spinning, so that
+// every core a reader takes costs two. What remains to overlap is what costs no
+// core.
 
 // Note [What the ring promises]
 // * Bytes held by slots never exceed the capacity, but for fetches that found
@@ -206,11 +223,10 @@ class Ring {
   void flush();
   void queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
                    std::byte* into, uint64_t phase, IoPool::Urgency urgency);
-  void queue_decoding(const SlotPtr& slot, const std::string& name, const Source& source,
-                      IoPool::Urgency urgency);
   IoPool::Task part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
+  void decode(const SlotPtr& slot, Lock& lock);
   std::shared_ptr<std::byte> ordinary_memory(uint64_t bytes);
   void let_go_of_region();
   void resize();

@@ -46,23 +46,6 @@ void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared
   pool_->submit(std::move(tasks), urgency);
 }
 
-// Each part of the rows is decoded by the thread that brought it.
-void Ring::queue_decoding(const SlotPtr& slot, const std::string& name, const Source& source,
-                          IoPool::Urgency urgency) {
-  const Decoder& decoder = *source.decoder;
-  const uint64_t row = std::max(decoder.stored_row(), decoder.decoded_row());
-  const uint64_t step = std::max<uint64_t>(1, kPartBytes / std::max<uint64_t>(row, 1));
-  std::vector<IoPool::Task> tasks;
-  for (uint64_t begin = 0; begin < decoder.rows(); begin += step) {
-    const uint64_t end = std::min(decoder.rows(), begin + step);
-    tasks.push_back(part(slot, (end - begin) * decoder.stored_row(),
-                         [source, begin, end, into = slot->data, name] {
-                           decode_part(source, name, begin, end, into);
-                         }));
-  }
-  pool_->submit(std::move(tasks), urgency);
-}
-
 void Ring::finish_part(const SlotPtr& slot, const Error* error) {
   {
     Lock lock(mutex_);
@@ -77,6 +60,8 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
     } else if (slot->staged != nullptr) {
       slot->state = Slot::State::kStaged;
       staged_.push_back(slot);
+    } else if (slot->encoded != nullptr) {
+      slot->state = Slot::State::kStored;
     }
   }
   part_done_->notify_all();

@@ -14,9 +14,6 @@
 namespace distorch {
 namespace {
 
-// Of a part that one thread takes at a time: factors are packed anew for each.
-constexpr int64_t kMostNumbers = 1 << 20;
-constexpr int64_t kPartsPerThread = 2;     // at least
 constexpr int64_t kPanelBytes = 32 << 20;  // of float32 rows on a device, at one time
 
 // into [rows, columns] = round_once(float32(stored) * scales + sum of strength
@@ -75,15 +72,6 @@ class DecodeCall {
   Decoding decoding_;
 };
 
-// Whole tiles or panels, as many parts for one thread as for another.
-int64_t rows_per_part(const DecodeCall& call, int64_t threads) {
-  const int64_t step = call.decoding().in_place() ? kTileRows : kPanelRows;
-  const int64_t numbers = call.rows() * call.decoding().columns;
-  const int64_t each = std::max(kPartsPerThread, divide_up(numbers, threads * kMostNumbers));
-  const int64_t rows = divide_up(std::max<int64_t>(call.rows(), 1), threads * each);
-  return divide_up(rows, step) * step;
-}
-
 // `finite` (bool, one element) becomes false when a product is not.
 void decode_on_host(at::Tensor into, const at::Tensor& stored, c10::string_view code,
                     const std::optional<at::Tensor>& scales, at::IntArrayRef scale_block,
@@ -94,7 +82,8 @@ void decode_on_host(at::Tensor into, const at::Tensor& stored, c10::string_view 
                           first_rows);
     std::atomic<bool> all_finite{true};
     const auto threads = static_cast<int64_t>(compute_threads());
-    const int64_t rows = rows_per_part(call, threads);
+    const int64_t step = call.decoding().in_place() ? kTileRows : kPanelRows;
+    const int64_t rows = rows_per_part(call.rows(), call.decoding().decoded_row(), step, threads);
     for_ranges(call.rows(), rows, threads, [&](int64_t begin, int64_t end) {
       if (!decode_rows(call.decoding(), begin, end, call.from(begin), call.to(begin))) {
         all_finite = false;

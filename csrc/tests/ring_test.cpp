@@ -190,53 +190,101 @@ class Tripling : public Decoder {
   const uint64_t rows_;
 };
 
-// Weights that are decoded, some from memory; their decoders change meanwhile.
-void decoded_weights() {
-  const auto ring = make_ring();
-  const uint64_t bytes = 700'000;
-  std::vector<std::unique_ptr<Weight>> weights;
-  const auto counters = Counters::make();
-  for (uint64_t i = 0; i < 8; ++i) {
-    std::shared_ptr<Donor> donor = std::make_shared<Numbered>(i, bytes);
-    if (i % 2 == 1) {
-      const auto memory = HostDonor::make(bytes);
-      donor->read(0, bytes, memory->host(), false);
-      donor = memory;
+// Eight weights that are decoded, every other one from memory.
+struct DecodedModel {
+  static constexpr uint64_t kBytes = 700'000;  // of each donor
+
+  explicit DecodedModel(const std::shared_ptr<Ring>& ring) : ring(ring) {
+    for (uint64_t i = 0; i < 8; ++i) {
+      std::shared_ptr<Donor> donor = std::make_shared<Numbered>(i, kBytes);
+      if (i % 2 == 1) {
+        const auto memory = HostDonor::make(kBytes);
+        donor->read(0, kBytes, memory->host(), false);
+        donor = memory;
+      }
+      weights.push_back(std::make_unique<Weight>("w" + std::to_string(i),
+                                                 Source{donor, std::make_shared<Tripling>(kBytes)},
+                                                 ring, counters, kLooseAlign));
+      CHECK(weights[i]->size() == 3 * kBytes);
     }
-    weights.push_back(std::make_unique<Weight>("w" + std::to_string(i),
-                                               Source{donor, std::make_shared<Tripling>(bytes)},
-                                               ring, counters, kLooseAlign));
-    CHECK(weights[i]->size() == 3 * bytes);
   }
-  ring->reserve(8'000'000);
-  const auto use = [&](uint64_t i) {
+
+  void use(uint64_t i) {
     const auto held = ring->acquire(*weights[i]);
     const auto* data = static_cast<Wrapped*>(held.get())->data;
-    const Numbered expected(i, bytes);
-    for (uint64_t k = 0; k < 3 * bytes; k += 31) {
+    const Numbered expected(i, kBytes);
+    for (uint64_t k = 0; k < 3 * kBytes; k += 31) {
       CHECK(data[k] == static_cast<std::byte>(static_cast<uint64_t>(expected.at(k / 3)) + k % 3));
     }
-  };
+  }
+
+  const std::shared_ptr<Ring> ring;
+  const std::shared_ptr<Counters> counters = Counters::make();
+  std::vector<std::unique_ptr<Weight>> weights;
+};
+
+// Decoders change while several threads ask.
+void decoded_weights() {
+  const auto ring = make_ring();
+  DecodedModel model(ring);
+  ring->reserve(8'000'000);
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
     threads.emplace_back([&, t] {
-      for (int i = 0; i < 40; ++i) use((i + t) % 8);
+      for (int i = 0; i < 40; ++i) model.use((i + t) % 8);
     });
   }
   threads.emplace_back([&] {
     for (int i = 0; i < 40; ++i) {
-      Source source = weights[i % 8]->source();
-      source.decoder = std::make_shared<Tripling>(bytes);
-      weights[i % 8]->move_to(source);
-      ring->written(*weights[i % 8], nullptr);
+      Weight& weight = *model.weights[i % 8];
+      Source source = weight.source();
+      source.decoder = std::make_shared<Tripling>(DecodedModel::kBytes);
+      weight.move_to(source);
+      ring->written(weight, nullptr);
     }
   });
   for (auto& thread : threads) thread.join();
-  const Source source = weights[0]->source();
+  const Source source = model.weights[0]->source();
   static_cast<const Tripling&>(*source.decoder).failures = 1;
-  ring->written(*weights[0], nullptr);
-  CHECK_THROWS(kFetch, use(0));
-  use(0);
+  ring->written(*model.weights[0], nullptr);
+  CHECK_THROWS(kFetch, model.use(0));
+  model.use(0);
+}
+
+// Once for each use, never ahead, on the thread that asks; and what was read for
+// a use that did not come makes room.
+void decoded_by_who_asks() {
+  struct Device : PlainMemory {
+    void decode(const Decoder& decoder, const std::byte* encoded, std::byte* into) override {
+      CHECK(std::this_thread::get_id() == asker);
+      ++decoded;
+      PlainMemory::decode(decoder, encoded, into);
+    }
+    const std::thread::id asker = std::this_thread::get_id();
+    int decoded = 0;
+  };
+  auto device = std::make_unique<Device>();
+  Device& memory = *device;
+  const auto ring = std::make_shared<Ring>(std::move(device), 3);
+  DecodedModel model(ring);
+  ring->reserve(3 * (4 * DecodedModel::kBytes + 3 * kPage));
+  int uses = 0;
+  const auto use = [&](uint64_t i) {
+    model.use(i);
+    ring->released();
+    CHECK(memory.decoded == ++uses);
+  };
+  for (int pass = 0; pass < 4; ++pass) {
+    for (uint64_t i = 0; i < 8; ++i) use(i);
+  }
+  CHECK(model.counters->hits > 0);  // those in memory, at least
+  for (int i = 0; i < 24; ++i) use(i * 3 % 8);
+  CHECK(model.counters->overflows == 0);
+  const Source source = model.weights[0]->source();
+  static_cast<const Tripling&>(*source.decoder).failures = 2;  // the second is the last
+  CHECK_THROWS(kFetch, model.use(0));
+  static_cast<const Tripling&>(*source.decoder).failures = 0;
+  model.use(0);
 }
 
 // Any capacity, from none to everything: right bytes, bounded memory.
@@ -447,5 +495,6 @@ int main() {
   copying = false;
   failed_reads();
   decoded_weights();
+  decoded_by_who_asks();
   CHECK(allocated == 0);
 }

@@ -129,7 +129,8 @@ def _fetched_bytes(group: Group, plan: Plan) -> int:
     compute = plan.compute
     if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
         decoded = group.first.untyped_storage().nbytes()
-        return decoded if compute == "cpu" else decoded + group.nbytes
+        from_memory = compute == "cpu" and _place_of(group, plan) == "cpu"
+        return decoded if from_memory else decoded + group.nbytes
     # The CPU computes with what is in RAM in place.
     in_place = (compute, "cpu") if compute == "cpu" else (compute,)
     return 0 if _place_of(group, plan) in in_place else group.nbytes
