@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "core/subnormals.h"
+
 namespace distorch {
 namespace {
 
@@ -20,6 +22,7 @@ void scale_row(const Scales& scales, int64_t row, int64_t columns, float* values
 
 bool decode_rows(const Decoding& decoding, int64_t begin, int64_t end, const std::byte* stored,
                  std::byte* into) {
+  const KeepSubnormals keep;
   const int64_t columns = decoding.columns;
   if (decoding.in_place()) {
     if (decoding.terms.empty()) {

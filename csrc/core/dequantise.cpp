@@ -107,7 +107,12 @@ DISTORCH_INLINE auto round_ordinary(const Floats& numbers) {
     return __builtin_convertvector((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, Halves);
   } else {
     Halves halves;
-#ifdef DISTORCH_WIDTHS
+#if defined(DISTORCH_WIDTHS) && defined(__clang__)
+    static_assert(kOut == Element::kFloat16);
+    using Float16s = typename VectorOf<_Float16, kCount>::Type;
+    const Float16s converted = __builtin_convertvector(numbers, Float16s);
+    std::memcpy(&halves, &converted, sizeof(halves));
+#elif defined(DISTORCH_WIDTHS)
     if constexpr (kOut == Element::kFloat16) {
       asm("vcvtps2ph $0, %1, %0" : "=v"(halves) : "v"(numbers));
     } else {
@@ -356,10 +361,12 @@ DISTORCH_AVX2 void decode_avx2(BlockType type, const uint8_t* from, int64_t bloc
 }
 const Decode Avx2::kDecode = decode_avx2;
 
+#ifndef __clang__  // which lets no such instruction be inlined from a template
 DISTORCH_AVX512 void dequantise_avx512_bf16(BlockType type, const void* from, int64_t blocks,
                                             Element out_type, void* into, Stores stores) {
   dequantise_at<Avx512Bfloat16>(type, from, blocks, out_type, into, stores);
 }
+#endif
 
 DISTORCH_AVX512 void dequantise_avx512(BlockType type, const void* from, int64_t blocks,
                                        Element out_type, void* into, Stores stores) {
@@ -392,9 +399,11 @@ std::vector<DequantisePath> dequantise_paths() {
 #ifdef DISTORCH_WIDTHS
   if (has_avx2()) found.push_back({"avx2", dequantise_avx2});
   if (has_avx512()) found.push_back({"avx512", dequantise_avx512});
+#ifndef __clang__
   if (has_avx512() && __builtin_cpu_supports("avx512bf16")) {
     found.push_back({"avx512 bfloat16", dequantise_avx512_bf16});
   }
+#endif
 #endif
   return found;
 }

@@ -91,6 +91,7 @@ void let_go_in_parent() {
 }
 
 void let_go_in_child() {
+  compute_threads_are_gone();
   for (auto& ring : held()) ring->after_fork_in_child();
   const auto rings = std::move(held());
   held().clear();

@@ -6,11 +6,19 @@
 #include <atomic>
 
 namespace distorch {
+namespace {
+
+std::atomic<bool> are_gone{false};
+
+}  // namespace
+
+void compute_threads_are_gone() { are_gone = true; }
 
 // at::parallel_for is in headers and would want OpenMP of our own; the loop of
 // an iterator over one element per thread is compiled into torch and runs on
 // torch's threads, whatever these are. Nothing here passes the dispatcher.
 void for_parts_on_compute_threads(uint64_t parts, const std::function<void(uint64_t)>& work) {
+  if (are_gone) return for_parts(parts, compute_threads(), work);
   const auto threads = static_cast<int64_t>(std::min<uint64_t>(compute_threads(), parts));
   std::atomic<uint64_t> next{0};
   const auto take_parts = [&] {

@@ -23,6 +23,10 @@ inline size_t compute_threads() {
 // then. An exception ends it and is thrown again.
 void for_parts_on_compute_threads(uint64_t parts, const std::function<void(uint64_t)>& work);
 
+// Torch's threads do not survive a fork of the process, and who waits for them
+// waits for ever: from now on threads of our own do the work.
+void compute_threads_are_gone();
+
 // Rows of a part of a matrix: whole steps of rows, some 2 MB, and as many parts
 // for one thread as for another. For products factors are packed for each part.
 inline int64_t rows_per_part(int64_t rows, int64_t row_bytes, int64_t step, int64_t threads) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <utility>
 
 #include "engine/reading.h"
@@ -203,27 +204,34 @@ void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
 void Ring::decode(const SlotPtr& slot, Lock& lock) {
   const std::string name = slot->weight != nullptr ? slot->weight->name() : "";
   slot->state = Slot::State::kLoading;
-  const auto end = [&](Slot::State state) {
-    lock.lock();
-    slot->state = state;
-    if (state == Slot::State::kFailed) drop(slot);
-    part_done_->notify_all();
-  };
+  std::exception_ptr failure;
   lock.unlock();
   try {
     const HostSpan span("decodes", name, slot->donor->size());
     device_->decode(*slot->decoder, slot->encoded, slot->data);
-  } catch (const Error& error) {
-    const Error named = could_not_bring(error.kind(), name, *slot->donor, error.what());
-    end(Slot::State::kFailed);
-    slot->error = named.what();
-    slot->error_kind = named.kind();
-    return;
   } catch (...) {
-    end(Slot::State::kFailed);
-    throw;
+    failure = std::current_exception();
   }
-  end(Slot::State::kReady);
+  lock.lock();
+  const std::shared_ptr<Donor> donor = std::move(slot->donor);  // nobody needs it any more
+  slot->encoded = nullptr;
+  slot->state = failure ? Slot::State::kFailed : Slot::State::kReady;
+  part_done_->notify_all();
+  if (!failure) return;
+  drop(slot);
+  ErrorKind kind = ErrorKind::kFetch;
+  std::string why = "decoding failed";
+  try {
+    std::rethrow_exception(failure);
+  } catch (const Error& error) {
+    kind = error.kind();
+    why = error.what();
+  } catch (const std::exception& error) {
+    why = error.what();
+  }
+  const Error named = could_not_bring(kind, name, *donor, why);
+  slot->error = named.what();
+  slot->error_kind = kind;
 }
 
 // A thread that was not seen before starts with what the last one knew.

@@ -309,6 +309,7 @@ bool adopt(const at::Tensor& weight, const at::Tensor& same, int64_t moves) {
                       "adopt takes a weight of as many bytes for the same device");
     if (!handle.weight->move_to(std::move(source), static_cast<uint64_t>(moves))) return false;
     if (other.in_place) handle.in_place.publish(other.in_place.memory());
+    handle.weight->ring().written(*handle.weight, nullptr);  // what it was read from may go
     return true;
   });
 }

@@ -4,6 +4,7 @@ import copy
 import errno
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -221,6 +222,34 @@ def test_fork_after_use(prefetch):
         os._exit(0 if torch.equal(values(), wanted) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(values(), wanted)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("spec", ["cpu,0b;disk,*", "cpu,*"])
+@pytest.mark.usefixtures("two_threads")
+def test_fork_after_decoding(spec):
+    """Who asks for a weight decodes it, in a child without the parent's threads."""
+    module = nn.Sequential(nn.Linear(512, 512, bias=False))
+    before = module[0].weight.detach().clone()
+    module = distorch.distribute(module, spec, min_bytes=0, prefetch=0)
+    lora = {"0.lora_A.weight": torch.randn(4, 512), "0.lora_B.weight": torch.randn(512, 4)}
+    distorch.set_loras(module, [(lora, 1.0)], lora_mode="fetch")
+    torch.ones(2048, 2048).add_(1)  # on both threads
+    weight = module[0].weight
+    wanted = weight.detach()[:2] + 0
+    assert not torch.equal(wanted, before[:2])
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if torch.equal(weight.detach()[:2] + 0, wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_copies_and_originals_are_apart():
