@@ -265,7 +265,9 @@ void decoded_by_who_asks() {
   };
   auto device = std::make_unique<Device>();
   Device& memory = *device;
-  const auto ring = std::make_shared<Ring>(std::move(device), 3);
+  auto reader = std::make_unique<LateReader>();
+  reader->prompt = true;
+  const auto ring = std::make_shared<Ring>(std::move(device), std::move(reader));
   DecodedModel model(ring);
   ring->reserve(3 * (4 * DecodedModel::kBytes + 3 * kPage));
   int uses = 0;
