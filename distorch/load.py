@@ -50,6 +50,9 @@ from distorch.runtime.staging import Origin
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[tuple[dict[str, Any], str, Any]]
 
+# One read begins while the last parts of another come. With two, one may overtake a read that
+# waits for room; what is left of the budget is still enough for that one.
+_READERS = 2
 _PLACED_LATELY = 4
 
 
@@ -405,9 +408,9 @@ class _Budget:
 
 @contextmanager
 def _threads(budget: _Budget) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-    """One thread that reads, one that writes; both are gone afterwards, come what may."""
+    """Threads that read, one that writes; all are gone afterwards, come what may."""
     with (
-        ThreadPoolExecutor(1, "distorch-read") as reader,
+        ThreadPoolExecutor(_READERS, "distorch-read") as reader,
         ThreadPoolExecutor(1, "distorch-place") as placer,
     ):
         try:
@@ -422,7 +425,7 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
     """Every job's weight at its place, in the order of the jobs."""
     compute = torch.device(plan.compute)
     show = sys.stderr.isatty() if progress is None else progress
-    largest = max((_room(job) for job in jobs), default=0)
+    largest = max((_room(job, plan) for job in jobs), default=0)
     budget = _Budget(2 * largest)
     total = sum(job.stored.nbytes for job in jobs)
     values: list[Future[torch.Tensor]] = []
@@ -448,7 +451,11 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
         return [value.result() for value in values]
 
 
-def _room(job: _Job) -> int:
+def _room(job: _Job, plan: Plan) -> int:
+    """Bytes that it takes on its way, above those that stay."""
+    stays_where_read = plan.compute == plan.placement[job.name] == "cpu"
+    if stays_where_read and job.stored.nbytes == job.nbytes:
+        return 0
     return max(job.stored.nbytes, job.nbytes)
 
 
@@ -461,7 +468,7 @@ def _stays_in_file(job: _Job, plan: Plan) -> bool:
 def _read(job: _Job, plan: Plan, budget: _Budget) -> torch.Tensor | None:
     if _stays_in_file(job, plan):
         return None
-    if not budget.take(_room(job)):
+    if not budget.take(_room(job, plan)):
         raise RuntimeError("loading has ended")
     return job.stored.read()
 
@@ -492,7 +499,7 @@ def _place(job: _Job, value: torch.Tensor | None, plan: Plan, budget: _Budget) -
             return value.to(compute)
         return _decoded(job, _donors.shard_on(target, value, compute, job.name))
     finally:
-        budget.give(_room(job))
+        budget.give(_room(job, plan))
 
 
 def _decoded(job: _Job, placed: torch.Tensor) -> torch.Tensor:
