@@ -50,9 +50,7 @@ from distorch.runtime.staging import Origin
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[tuple[dict[str, Any], str, Any]]
 
-# One read begins while the last parts of another come. With two, one may overtake a read that
-# waits for room; what is left of the budget is still enough for that one.
-_READERS = 2
+_READERS = 2  # one read begins while the last parts of another come
 _PLACED_LATELY = 4
 
 
@@ -379,18 +377,27 @@ def _fill(
 
 
 class _Budget:
-    """Bytes of tensors on their way: at most `total` at one time."""
+    """Bytes of tensors on their way: at most `total` at one time.
+
+    Room is given in the order of the tensors: what is needed first is not kept waiting by what is
+    needed later, which would wait for it.
+    """
 
     def __init__(self, total: int) -> None:
         self._left = total
+        self._turn = 0
         self._closed = False
         self._changed = threading.Condition()
 
-    def take(self, nbytes: int) -> bool:
-        """Waits for room. False when nobody wants anything any more."""
+    def take(self, turn: int, nbytes: int) -> bool:
+        """Waits for room, and for all turns before. False when nobody wants anything any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._left >= nbytes)
+            self._changed.wait_for(
+                lambda: self._closed or (self._turn == turn and self._left >= nbytes)
+            )
             self._left -= nbytes
+            self._turn += 1
+            self._changed.notify_all()
             return not self._closed
 
     def give(self, nbytes: int) -> None:
@@ -434,7 +441,7 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
         _threads(budget) as (reader, placer),
     ):
         reads: list[Future[torch.Tensor | None] | None] = [
-            reader.submit(_read, job, plan, budget) for job in jobs
+            reader.submit(_read, job, plan, budget, turn) for turn, job in enumerate(jobs)
         ]
         for index, job in enumerate(jobs):
             read = reads[index]
@@ -465,12 +472,11 @@ def _stays_in_file(job: _Job, plan: Plan) -> bool:
     return plan.placement[job.name] == "disk" and job.is_stored_form and ranged
 
 
-def _read(job: _Job, plan: Plan, budget: _Budget) -> torch.Tensor | None:
-    if _stays_in_file(job, plan):
-        return None
-    if not budget.take(_room(job, plan)):
+def _read(job: _Job, plan: Plan, budget: _Budget, turn: int) -> torch.Tensor | None:
+    stays = _stays_in_file(job, plan)
+    if not budget.take(turn, 0 if stays else _room(job, plan)):
         raise RuntimeError("loading has ended")
-    return job.stored.read()
+    return None if stays else job.stored.read()
 
 
 def _made(job: _Job, stored: torch.Tensor, compute: torch.device) -> torch.Tensor:

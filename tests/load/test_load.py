@@ -221,3 +221,15 @@ def test_peak_memory(tmp_path):
         assert row["peak_load"] <= row["allowed"], row
         assert row["peak_with_step"] <= row["allowed"], row
     assert rows[2]["peak_load"] >= rows[2]["stays"], "the measure sees what stays"
+
+
+def test_what_is_needed_first_is_read_first(tmp_path):
+    """Weights that grow on their way share the room of two, in their order."""
+    module = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
+    state = {name: value.bfloat16() for name, value in module.state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    for _ in range(5):
+        found = nn.Sequential(*(nn.Linear(64, 64, bias=False, device="meta") for _ in range(40)))
+        distorch.load(found, tmp_path / "m.safetensors", "cpu,*", dtype=torch.float32)
+        for name, value in found.state_dict().items():
+            assert torch.equal(value, state[name].float())
