@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <exception>
 #include <utility>
 
 #include "engine/reading.h"
@@ -198,40 +197,6 @@ void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const auto waited = std::chrono::steady_clock::now() - start;
   counters.stall_ns.fetch_add(std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count(),
                               std::memory_order_relaxed);
-}
-
-// See Note [Who decodes]. Who else wants the weight waits, as for a read.
-void Ring::decode(const SlotPtr& slot, Lock& lock) {
-  const std::string name = slot->weight != nullptr ? slot->weight->name() : "";
-  slot->state = Slot::State::kLoading;
-  std::exception_ptr failure;
-  lock.unlock();
-  try {
-    const HostSpan span("decodes", name, slot->donor->size());
-    device_->decode(*slot->decoder, slot->encoded, slot->data);
-  } catch (...) {
-    failure = std::current_exception();
-  }
-  lock.lock();
-  const std::shared_ptr<Donor> donor = std::move(slot->donor);  // nobody needs it any more
-  slot->encoded = nullptr;
-  slot->state = failure ? Slot::State::kFailed : Slot::State::kReady;
-  part_done_->notify_all();
-  if (!failure) return;
-  drop(slot);
-  ErrorKind kind = ErrorKind::kFetch;
-  std::string why = "decoding failed";
-  try {
-    std::rethrow_exception(failure);
-  } catch (const Error& error) {
-    kind = error.kind();
-    why = error.what();
-  } catch (const std::exception& error) {
-    why = error.what();
-  }
-  const Error named = could_not_bring(kind, name, *donor, why);
-  slot->error = named.what();
-  slot->error_kind = kind;
 }
 
 // A thread that was not seen before starts with what the last one knew.

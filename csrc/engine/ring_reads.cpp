@@ -1,9 +1,11 @@
-// The part of the ring that readers work for: tasks that fill a slot.
+// How a slot gets its bytes: tasks that readers work on, and decoding.
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include "engine/reading.h"
 #include "engine/ring.h"
+#include "engine/trace_log.h"
 
 namespace distorch {
 namespace {
@@ -65,6 +67,40 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
     }
   }
   part_done_->notify_all();
+}
+
+// See Note [Who decodes]. Who else wants the weight waits, as for a read.
+void Ring::decode(const SlotPtr& slot, Lock& lock) {
+  const std::string name = slot->weight != nullptr ? slot->weight->name() : "";
+  slot->state = Slot::State::kLoading;
+  std::exception_ptr failure;
+  lock.unlock();
+  try {
+    const HostSpan span("decodes", name, slot->donor->size());
+    device_->decode(*slot->decoder, slot->encoded, slot->data);
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  lock.lock();
+  const std::shared_ptr<Donor> donor = std::move(slot->donor);  // nobody needs it any more
+  slot->encoded = nullptr;
+  slot->state = failure ? Slot::State::kFailed : Slot::State::kReady;
+  part_done_->notify_all();
+  if (!failure) return;
+  drop(slot);
+  ErrorKind kind = ErrorKind::kFetch;
+  std::string why = "decoding failed";
+  try {
+    std::rethrow_exception(failure);
+  } catch (const Error& error) {
+    kind = error.kind();
+    why = error.what();
+  } catch (const std::exception& error) {
+    why = error.what();
+  }
+  const Error named = could_not_bring(kind, name, *donor, why);
+  slot->error = named.what();
+  slot->error_kind = kind;
 }
 
 }  // namespace distorch
