@@ -31,6 +31,28 @@ std::optional<uint64_t> Arena::allocate(uint64_t bytes) {
   return std::nullopt;
 }
 
+std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
+  const uint64_t need = round_up_to(bytes, granule_);
+  std::lock_guard lock(mutex_);
+  const auto large = std::count_if(holes_.begin(), holes_.end(),
+                                   [&](const auto& hole) { return hole.second >= spare; });
+  for (auto hole = holes_.end(); hole != holes_.begin();) {
+    --hole;
+    const auto [offset, room] = *hole;
+    if (room < need) continue;
+    const bool spares = room - need >= spare || large > (room >= spare ? 1 : 0);
+    if (!spares) continue;
+    if (room > need) {
+      hole->second = room - need;
+    } else {
+      holes_.erase(hole);
+    }
+    used_ += need;
+    return offset + room - need;
+  }
+  return std::nullopt;
+}
+
 void Arena::free(uint64_t offset, uint64_t bytes) {
   uint64_t room = round_up_to(bytes, granule_);
   std::lock_guard lock(mutex_);

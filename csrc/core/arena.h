@@ -22,7 +22,10 @@ class Arena {
 
   // The lowest offset with room, or nothing.
   std::optional<uint64_t> allocate(uint64_t bytes);
-  // REQUIRES: `offset` came from allocate(bytes) and was not freed since.
+  // The highest offset with room such that a hole of `spare` bytes is left, or
+  // nothing.
+  std::optional<uint64_t> allocate_last(uint64_t bytes, uint64_t spare);
+  // REQUIRES: `offset` came from an allocation of `bytes` and was not freed since.
   void free(uint64_t offset, uint64_t bytes);
 
   // Takes whatever is free inside `wanted`, piece by piece, in order; each piece

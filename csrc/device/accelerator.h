@@ -41,6 +41,7 @@ class Accelerator : public RingDevice {
   std::shared_ptr<std::byte> allocate(uint64_t bytes) override;
   std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes, std::shared_ptr<void> block) override;
   bool in_use(const std::shared_ptr<void>& wrapped) const override;
+  bool is_host() const override { return false; }
   bool brings(const Donor& donor) const override;
   bool recording() const override;
   std::shared_ptr<Staged> staging(uint64_t bytes) override;

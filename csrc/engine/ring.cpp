@@ -99,13 +99,13 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     counters.hits.fetch_add(1, std::memory_order_relaxed);
     return bytes;
   }
-  const bool is_there = held && held->state == Slot::State::kStored;
-  (is_there ? counters.hits : counters.misses).fetch_add(1, std::memory_order_relaxed);
   for (bool planned = false;;) {
     SlotPtr slot = usable_slot(weight);
     const bool asked_now = slot == nullptr;
     if (asked_now) slot = load(weight, IoPool::Urgency::kNow, nullptr);
     if (!planned) {
+      const bool is_there = slot->state == Slot::State::kStored;
+      (is_there ? counters.hits : counters.misses).fetch_add(1, std::memory_order_relaxed);
       const std::shared_ptr<void> kept = slot->wrapped;  // looking ahead does not evict it
       look_ahead(window);
     }
@@ -116,7 +116,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
       bring_staged();
       flush();
     } else if (slot->state == Slot::State::kStored) {
-      decode(slot, lock);
+      decode(slot, counters, lock);
     }
     if (slot->state == Slot::State::kReady) {
       device_->lend(*slot, counters);
@@ -266,7 +266,9 @@ void Ring::look_ahead(Window& window) {
     const auto found = weights_.find(*id);
     if (found != weights_.end()) {
       Weight& weight = *found->second;
-      if (weight.in_ring.slot == nullptr) {
+      const SlotPtr held = weight.in_ring.slot;
+      if (held != nullptr && !may_stay(*held)) return;
+      if (held == nullptr && !decoded_from_memory(weight.source())) {
         const SlotPtr slot = load(weight, IoPool::Urgency::kAhead, &window);
         if (slot == nullptr) return;
         if (!slot->whole()) window.growing.push_back(slot);
@@ -283,61 +285,61 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   const Source source = weight.source();
   const Donor& donor = *source.donor;
   const uint64_t bytes = source.size();
+  const bool host = device_->is_host();
   const bool by_device = device_->brings(donor);
   const uint64_t phase = donor.phase() % weight.alignment() == 0 ? donor.phase() : 0;
-  std::shared_ptr<Staged> staging;
-  if (!by_device) staging = device_->staging(round_up(phase + donor.size(), kPage));
-  const bool by_readers = !by_device && staging == nullptr;
-  const bool by_asker = by_readers && source.decoder != nullptr;
-  const std::byte* in_memory = by_asker ? source.donor->host() : nullptr;
-  const bool apart =
-      source.decoder != nullptr && !source.decoder->in_place() && in_memory == nullptr;
-  const uint64_t slot_phase = by_readers && !apart && in_memory == nullptr ? phase : 0;
-  const uint64_t stored_phase = by_readers && apart ? donor.phase() : 0;
-  const uint64_t granule = device_->granule();
-  const uint64_t own = std::max(round_up(slot_phase + bytes, granule), granule);
-  const uint64_t needed = apart ? own + round_up(stored_phase + donor.size(), granule) : own;
   auto slot = std::make_shared<Slot>();
-  slot->room = find_room(needed, urgency, window);
+  slot->decoder = source.decoder;
+  if (host && source.decoder != nullptr) slot->donor = source.donor;
+  if (decoded_from_memory(source)) {
+    note_large(room_for(bytes));
+    slot->encoded = source.donor->host();
+    slot->cheap = true;
+    slot->state = Slot::State::kStored;
+    enter(slot, weight, donor);
+    return slot;
+  }
+  if (!host && !by_device) slot->staged = device_->staging(round_up(phase + donor.size(), kPage));
+  const bool apart = source.decoder != nullptr && !source.decoder->in_place();
+  const uint64_t data_phase = host && !apart ? phase : 0;
+  const uint64_t stored_phase = host && apart ? donor.phase() : 0;
+  const uint64_t stored = apart ? room_for(stored_phase + donor.size()) : 0;
+  uint64_t own = room_for(data_phase + bytes);
+  const bool decoded_room_later = host && apart && note_large(own);
+  if (decoded_room_later) own = 0;
+  slot->room = find_room(own + stored, urgency, window, decoded_room_later);
   if (slot->room == nullptr && urgency == IoPool::Urgency::kAhead) return nullptr;
-  const bool overflow = slot->overflow = slot->room == nullptr;
+  slot->overflow = slot->room == nullptr;
   std::shared_ptr<void> block = slot->room;
-  if (overflow) {
-    const std::shared_ptr<std::byte> ordinary = ordinary_memory(needed);
-    slot->data = ordinary.get() + slot_phase;
+  std::byte* begin = nullptr;
+  if (slot->overflow) {
+    weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
+    const std::shared_ptr<std::byte> ordinary = ordinary_memory(own + stored);
+    begin = ordinary.get();
     block = ordinary;
   } else {
-    slot->data = slot->room->data() + slot_phase;
+    begin = slot->room->data();
   }
-  slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
+  if (apart) slot->stored = begin + own + stored_phase;
+  if (!decoded_room_later) slot->data = begin + data_phase;
+  if (slot->donor != nullptr) slot->encoded = slot->landing();
+  slot->wrapped = decoded_room_later ? device_->wrap(slot->stored, donor.size(), std::move(block))
+                                     : device_->wrap(slot->data, bytes, std::move(block));
+  enter(slot, weight, donor);
+  if (slot->staged != nullptr) slot->staged_data = slot->staged->data + phase;
+  if (!host && slot->whole()) fill(slot, {0, donor.size()});
+  grow(slot);
+  if (by_device) return slot;
+  queue_reads(slot, weight.name(), source.donor, host ? slot->landing() : slot->staged_data,
+              host && apart ? stored_phase : phase, urgency);
+  return slot;
+}
+
+void Ring::enter(const SlotPtr& slot, Weight& weight, const Donor& donor) {
   slot->weight = &weight;
-  slot->decoder = source.decoder;
-  if (apart) slot->stored = slot->data + own + stored_phase;
-  if (by_asker) {
-    slot->encoded = in_memory != nullptr ? in_memory : slot->landing();
-    slot->donor = source.donor;
-  }
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
   count_bytes(weight.counters(), donor);
-  if (overflow) weight.counters().overflows.fetch_add(1, std::memory_order_relaxed);
-  if (by_device) {
-    if (slot->whole()) fill(slot, {0, donor.size()});
-    grow(slot);
-    return slot;
-  }
-  if (staging != nullptr) slot->staged_data = staging->data + phase;
-  slot->staged = std::move(staging);
-  if (slot->whole() && slot->staged != nullptr) fill(slot, {0, donor.size()});
-  grow(slot);
-  if (in_memory != nullptr) {
-    slot->state = Slot::State::kStored;
-    return slot;
-  }
-  std::byte* into = by_readers ? slot->landing() : slot->staged_data;
-  const uint64_t read_phase = by_readers && apart ? stored_phase : phase;
-  queue_reads(slot, weight.name(), source.donor, into, read_phase, urgency);
-  return slot;
 }
 
 // What readers brought to host memory goes on to the device.
@@ -407,7 +409,8 @@ void Ring::after_fork_in_child() {
 void Ring::written(Weight& weight, const std::byte* data) {
   Lock lock(mutex_);
   const SlotPtr slot = weight.in_ring.slot;
-  if (slot != nullptr && slot->data != data) drop(slot);
+  if (slot == nullptr) return;
+  if (slot->data == nullptr || slot->data != data) drop(slot);
 }
 
 }  // namespace distorch

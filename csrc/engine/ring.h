@@ -37,8 +37,8 @@ struct Slot {
   // kStored: its donor's bytes are there; who asks for the weight decodes them.
   enum class State { kLoading, kStaged, kStored, kReady, kFailed };
   std::shared_ptr<void> wrapped;
-  std::byte* data = nullptr;
-  std::shared_ptr<Room> room;  // null: overflow
+  std::byte* data = nullptr;   // null: of a decoded weight that has no room of its own yet
+  std::shared_ptr<Room> room;  // null: overflow, or none needed yet
   uint64_t used_at = 0;        // when it was handed out, by the ring's clock
   State state = State::kLoading;
   Weight* weight = nullptr;  // null once the weight has let go of the slot
@@ -62,6 +62,7 @@ struct Slot {
   // What the host decodes, and whose it is: see Note [Who decodes].
   const std::byte* encoded = nullptr;
   std::shared_ptr<Donor> donor;
+  bool cheap = false;  // made of what is in host memory anyway
 
   // Where the donor's bytes go.
   std::byte* landing() const { return stored != nullptr ? stored : data; }
@@ -84,13 +85,14 @@ class RingDevice {
   // Whether anybody but the ring holds the wrapped object.
   virtual bool in_use(const std::shared_ptr<void>& wrapped) const = 0;
 
+  // Whether readers write to slots, and who asks for a weight decodes it.
+  virtual bool is_host() const { return true; }
   // Whether the device copies from this donor by itself.
   virtual bool brings(const Donor&) const { return false; }
   // Whether what this thread issues now is recorded, to run later and more than
   // once: no place for a fetch.
   virtual bool recording() const { return false; }
-  // Room for readers to put what the device then copies; null when they write
-  // to slots.
+  // Room for readers to put what the device then copies. Not of the host.
   virtual std::shared_ptr<Staged> staging(uint64_t bytes) { return nullptr; }
   // Whether slots may be filled part by part.
   virtual bool in_parts() const { return false; }
@@ -107,7 +109,7 @@ class RingDevice {
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
   // All rows, for the calling thread, which waits. Without the ring's mutex, and
-  // only where readers write to slots. Throws Error.
+  // only on the host. Throws Error.
   virtual void decode(const Decoder& decoder, const std::byte* encoded, std::byte* into) {
     decoder.decode(0, decoder.rows(), encoded, into);
   }
@@ -126,6 +128,13 @@ class RingDevice {
 // with the operator before: whose threads wait for each other, spinning, so that
 // every core a reader takes costs two. What remains to overlap is what costs no
 // core.
+//
+// So what is read ahead needs no more room than the donor's bytes: a large
+// weight gets the room of its decoded bytes when it is asked for. Bytes read
+// ahead lie at the end of the ring and leave a hole in front, that is enough for
+// what an operator has had decoded at once (`spare_`); decoding there, again and
+// again, finds it in the caches. Small ones have room for both from the start.
+// Of weights in host memory nothing is brought ahead.
 
 // Note [What the ring promises]
 // * Bytes held by slots never exceed the capacity, but for fetches that found
@@ -205,13 +214,20 @@ class Ring {
   SlotPtr usable_slot(Weight& weight);
   // `window`: that looks ahead, if the weight is not asked for now.
   SlotPtr load(Weight& weight, IoPool::Urgency urgency, const Window* window);
-  std::shared_ptr<Room> find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window);
+  std::shared_ptr<Room> find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window,
+                                  bool aside);
+  void enter(const SlotPtr& slot, Weight& weight, const Donor& donor);
+  bool decoded_from_memory(const Source& source) const;
+  bool note_large(uint64_t room);
+  bool may_stay(const Slot& slot) const;
+  void room_to_decode(const SlotPtr& slot, const Window& window, Counters& counters);
+  uint64_t room_for(uint64_t bytes) const;
   std::shared_ptr<Region> region();
   std::shared_ptr<Room> promised_room(uint64_t bytes, const Window& window);
   std::vector<Occupied> occupied(const Window& window, const std::vector<Range>& holes,
                                  bool evict_nothing) const;
   uint64_t free_after(const Slot& slot, const Window& window) const;
-  std::shared_ptr<Room> carve(uint64_t bytes);
+  std::shared_ptr<Room> carve(uint64_t bytes, std::optional<uint64_t> spare = std::nullopt);
   bool grow(const SlotPtr& slot);
   void fill(const SlotPtr& slot, Range part);
   void grow_all(Window& window);
@@ -226,7 +242,7 @@ class Ring {
   IoPool::Task part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
-  void decode(const SlotPtr& slot, Lock& lock);
+  void decode(const SlotPtr& slot, Counters& counters, Lock& lock);
   std::shared_ptr<std::byte> ordinary_memory(uint64_t bytes);
   void let_go_of_region();
   void resize();
@@ -237,7 +253,8 @@ class Ring {
   // Everything below is guarded by mutex_.
   std::shared_ptr<Region> region_;
   uint64_t capacity_ = 0;
-  size_t lean_ = 0;  // fetches until the ring takes memory again
+  uint64_t spare_ = 0;  // bytes that looking ahead leaves free; see Note [Who decodes]
+  size_t lean_ = 0;     // fetches until the ring takes memory again
   std::unordered_map<uint64_t, uint64_t> reservations_;  // ticket -> bytes
   uint64_t next_ticket_ = 1;
   uint64_t clock_ = 0;

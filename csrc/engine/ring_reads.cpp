@@ -70,8 +70,17 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
 }
 
 // See Note [Who decodes]. Who else wants the weight waits, as for a read.
-void Ring::decode(const SlotPtr& slot, Lock& lock) {
+void Ring::decode(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const std::string name = slot->weight != nullptr ? slot->weight->name() : "";
+  const std::shared_ptr<void> encoded = slot->wrapped;
+  if (slot->data == nullptr) {
+    try {
+      room_to_decode(slot, window_of_this_thread(), counters);
+    } catch (...) {
+      drop(slot);
+      throw;
+    }
+  }
   slot->state = Slot::State::kLoading;
   std::exception_ptr failure;
   lock.unlock();

@@ -28,6 +28,7 @@ void Ring::resize() {
   if (wanted == capacity_) return;
   let_go_of_region();
   capacity_ = wanted;
+  spare_ = 0;
 }
 
 std::shared_ptr<std::byte> Ring::ordinary_memory(uint64_t bytes) {
@@ -40,18 +41,20 @@ std::shared_ptr<std::byte> Ring::ordinary_memory(uint64_t bytes) {
   return device_->allocate(bytes);
 }
 
-// Null: there is none in the ring.
-std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency,
-                                      const Window* window) {
+// Null: there is none in the ring. `aside`: for bytes to decode, not for operators.
+std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window,
+                                      bool aside) {
   if (lean_ > 0) return nullptr;
   const bool now = urgency == IoPool::Urgency::kNow;
+  std::optional<uint64_t> spare;
+  if (spare_ > 0 && (aside || !now)) spare = spare_;
   try {
     if (bytes <= capacity_) {
       if (!now && device_->in_parts() && slots_.size() <= kFewSlots) {
         return promised_room(bytes, *window);
       }
       do {
-        if (auto room = carve(bytes)) return room;
+        if (auto room = carve(bytes, spare)) return room;
       } while (evict_one());
     }
   } catch (const std::exception&) {  // the device has no room for the ring itself
@@ -59,11 +62,60 @@ std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency,
   }
   if (!now) return nullptr;
   // Threads that went away may still have predictions that hold room.
-  for (auto& [thread, other] : windows_) forget_predictions(other);
-  while (bytes <= capacity_ && evict_one()) {
-    if (auto room = carve(bytes)) return room;
+  for (auto& [thread, other] : windows_) {
+    if (&other != window) forget_predictions(other);
   }
-  return nullptr;
+  while (bytes <= capacity_ && evict_one()) {
+    if (auto room = carve(bytes, spare)) return room;
+  }
+  return aside && bytes <= capacity_ ? carve(bytes, 0) : nullptr;
+}
+
+// For the decoded bytes. What was read ahead stays: where it has left no room,
+// they take ordinary memory, and it leaves more the next time.
+void Ring::room_to_decode(const SlotPtr& slot, const Window& window, Counters& counters) {
+  const uint64_t bytes = slot->decoder->decoded_bytes();
+  const uint64_t needed = room_for(bytes);
+  slot->room = find_room(needed, IoPool::Urgency::kNow, &window, false);
+  std::shared_ptr<void> block = slot->room;
+  if (slot->room != nullptr) {
+    slot->data = slot->room->data();
+  } else {
+    if (!slot->overflow) counters.overflows.fetch_add(1, std::memory_order_relaxed);
+    if (spare_ < capacity_ / 2) spare_ = std::min(spare_ + needed, capacity_ / 2);
+    const std::shared_ptr<std::byte> ordinary = ordinary_memory(needed);
+    slot->data = ordinary.get();
+    block = ordinary;
+  }
+  slot->overflow = slot->room == nullptr;
+  slot->stored = nullptr;
+  slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
+}
+
+// Whether so many decoded bytes are too much to have room ahead.
+bool Ring::note_large(uint64_t room) {
+  if (room <= capacity_ / kSmall) return false;
+  if (room <= capacity_) spare_ = std::max(spare_, room);
+  return true;
+}
+
+// Whether there is room for what is decoded next, if the slot is kept for another
+// use: with its own decoded bytes, then.
+bool Ring::may_stay(const Slot& slot) const {
+  if (spare_ == 0 || slot.cheap || region_ == nullptr) return true;
+  const uint64_t more = slot.data == nullptr ? room_for(slot.decoder->decoded_bytes()) : 0;
+  const std::vector<Range> holes = region_->arena.holes();
+  return std::any_of(holes.begin(), holes.end(),
+                     [&](const Range& hole) { return hole.end - hole.begin >= spare_ + more; });
+}
+
+// Nothing of it can be brought ahead.
+bool Ring::decoded_from_memory(const Source& source) const {
+  return device_->is_host() && source.decoder != nullptr && source.donor->host() != nullptr;
+}
+
+uint64_t Ring::room_for(uint64_t bytes) const {
+  return round_up(std::max<uint64_t>(bytes, 1), device_->granule());
 }
 
 std::shared_ptr<Region> Ring::region() {
@@ -73,8 +125,10 @@ std::shared_ptr<Region> Ring::region() {
   return region_;
 }
 
-std::shared_ptr<Room> Ring::carve(uint64_t bytes) {
-  const auto offset = region()->arena.allocate(bytes);
+// `spare`: at the end, if a hole of so many bytes is left.
+std::shared_ptr<Room> Ring::carve(uint64_t bytes, std::optional<uint64_t> spare) {
+  Arena& arena = region()->arena;
+  const auto offset = spare ? arena.allocate_last(bytes, *spare) : arena.allocate(bytes);
   if (!offset) return nullptr;
   return Room::taken(region_, {*offset, *offset + bytes});
 }
@@ -148,7 +202,8 @@ void Ring::grow_all(Window& window) {
 
 bool Ring::evictable(const Slot& slot) const {
   const bool settled = slot.state == Slot::State::kReady || slot.state == Slot::State::kStored;
-  return slot.weight->in_ring.wanted == 0 && settled && !device_->in_use(slot.wrapped);
+  if (!settled || slot.wrapped == nullptr) return false;  // the latter: has nothing to give
+  return (slot.cheap || slot.weight->in_ring.wanted == 0) && !device_->in_use(slot.wrapped);
 }
 
 void Ring::evict_from(Range range) {

@@ -1,5 +1,7 @@
 // An Arena against a list of what was handed out.
+#include <algorithm>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "core/arena.h"
@@ -28,6 +30,23 @@ void holes_are_joined() {
   CHECK(*arena.allocate(3 * 64) == offsets[3]);
 }
 
+// The highest offset that leaves a hole of `spare`, by looking at every one.
+std::optional<uint64_t> last_offset(const Arena& arena, uint64_t bytes, uint64_t spare) {
+  const uint64_t need = (bytes + 4095) / 4096 * 4096;
+  const auto holes = arena.holes();
+  for (auto hole = holes.rbegin(); hole != holes.rend(); ++hole) {
+    for (uint64_t at = hole->end; at >= hole->begin + need; at -= 4096) {
+      const uint64_t offset = at - need;
+      bool left = std::max(offset - hole->begin, hole->end - at) >= spare;
+      for (auto other = holes.rbegin(); other != holes.rend(); ++other) {
+        left = left || (other != hole && other->end - other->begin >= spare);
+      }
+      if (left) return offset;
+    }
+  }
+  return std::nullopt;
+}
+
 void random_requests() {
   std::mt19937_64 random(2);
   Arena arena(1 << 20, 4096);
@@ -36,7 +55,11 @@ void random_requests() {
   for (int i = 0; i < 50000; ++i) {
     if (live.empty() || random() % 2 == 0) {
       const uint64_t bytes = 1 + random() % 50000;
-      const auto offset = arena.allocate(bytes);
+      const uint64_t spare = random() % 200000;
+      const bool last = random() % 4 == 0;
+      const auto expected = last ? last_offset(arena, bytes, spare) : std::nullopt;
+      const auto offset = last ? arena.allocate_last(bytes, spare) : arena.allocate(bytes);
+      CHECK(!last || offset == expected);
       if (!offset) {
         ++refused;
         continue;

@@ -46,6 +46,7 @@ class PlainMemory : public RingDevice {
 // after flush().
 class CopyingMemory : public PlainMemory {
  public:
+  bool is_host() const override { return false; }
   bool brings(const Donor&) const override { return true; }
   bool in_parts() const override { return true; }
   void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override {
@@ -190,14 +191,19 @@ class Tripling : public Decoder {
   const uint64_t rows_;
 };
 
-// Eight weights that are decoded, every other one from memory.
+// Eight weights that are decoded; every so manyth from memory, and every so
+// manyth a small one.
 struct DecodedModel {
   static constexpr uint64_t kBytes = 700'000;  // of each donor
 
-  explicit DecodedModel(const std::shared_ptr<Ring>& ring) : ring(ring) {
+  explicit DecodedModel(const std::shared_ptr<Ring>& ring, uint64_t in_memory = 2,
+                        uint64_t small = 9)
+      : ring(ring) {
     for (uint64_t i = 0; i < 8; ++i) {
-      std::shared_ptr<Donor> donor = std::make_shared<Numbered>(i, kBytes);
-      if (i % 2 == 1) {
+      const uint64_t kBytes = i % small == small - 1 ? 7'000 : DecodedModel::kBytes;
+      donors.push_back(std::make_shared<Numbered>(i, kBytes));
+      std::shared_ptr<Donor> donor = donors.back();
+      if (i % in_memory == in_memory - 1) {
         const auto memory = HostDonor::make(kBytes);
         donor->read(0, kBytes, memory->host(), false);
         donor = memory;
@@ -209,16 +215,18 @@ struct DecodedModel {
     }
   }
 
-  void use(uint64_t i) {
-    const auto held = ring->acquire(*weights[i]);
+  std::shared_ptr<void> use(uint64_t i) {
+    auto held = ring->acquire(*weights[i]);
     const auto* data = static_cast<Wrapped*>(held.get())->data;
-    const Numbered expected(i, kBytes);
-    for (uint64_t k = 0; k < 3 * kBytes; k += 31) {
+    const Numbered& expected = *donors[i];
+    for (uint64_t k = 0; k < 3 * expected.size(); k += 31) {
       CHECK(data[k] == static_cast<std::byte>(static_cast<uint64_t>(expected.at(k / 3)) + k % 3));
     }
+    return held;
   }
 
   const std::shared_ptr<Ring> ring;
+  std::vector<std::shared_ptr<Numbered>> donors;
   const std::shared_ptr<Counters> counters = Counters::make();
   std::vector<std::unique_ptr<Weight>> weights;
 };
@@ -269,7 +277,7 @@ void decoded_by_who_asks() {
   reader->prompt = true;
   const auto ring = std::make_shared<Ring>(std::move(device), std::move(reader));
   DecodedModel model(ring);
-  ring->reserve(3 * (4 * DecodedModel::kBytes + 3 * kPage));
+  ring->reserve(5 * DecodedModel::kBytes + 3 * kPage);
   int uses = 0;
   const auto use = [&](uint64_t i) {
     model.use(i);
@@ -287,6 +295,70 @@ void decoded_by_who_asks() {
   CHECK_THROWS(kFetch, model.use(0));
   static_cast<const Tripling&>(*source.decoder).failures = 0;
   model.use(0);
+}
+
+// A ring with room for one decoded weight and the bytes of five more.
+std::shared_ptr<Ring> ring_for_one_decoded() {
+  auto reader = std::make_unique<LateReader>();
+  reader->prompt = true;
+  auto ring = std::make_shared<Ring>(std::make_unique<PlainMemory>(), std::move(reader));
+  ring->reserve(8 * DecodedModel::kBytes + 12 * kPage);
+  return ring;
+}
+
+// What is read ahead has no room for its decoded bytes.
+void read_far_ahead() {
+  const auto ring = ring_for_one_decoded();
+  for (const uint64_t in_memory : {9, 2}) {
+    DecodedModel model(ring, in_memory);
+    const auto from_disk = [&](uint64_t i) { return i % in_memory != in_memory - 1; };
+    int used = 0, fewest_ahead = 8;
+    const auto pass = [&] {
+      for (uint64_t i = 0; i < 8; ++i) {
+        const auto held = model.use(i);
+        used += from_disk(i);
+        int read = 0;
+        for (const auto& donor : model.donors) read += donor->reads;
+        fewest_ahead = std::min(fewest_ahead, read - used);
+        CHECK(ring->used() <= ring->capacity());
+      }
+      ring->released();
+    };
+    for (int i = 0; i < 3; ++i) pass();
+    const uint64_t misses = model.counters->misses;
+    fewest_ahead = 8;
+    for (int i = 0; i < 3; ++i) pass();
+    if (in_memory == 9) CHECK(fewest_ahead >= 3);  // and one more is asked for
+    for (uint64_t i = 0; i < 8; ++i) CHECK(model.donors[i]->reads <= (from_disk(i) ? 7 : 1));
+    CHECK(model.counters->misses == misses);
+    CHECK(model.counters->overflows == 0);
+  }
+}
+
+// Operators that want more decoded at once than look-ahead leaves room for teach
+// it to leave more, and cost no read.
+void several_decoded_at_once() {
+  for (const uint64_t small : {9, 2}) {
+    const auto ring = ring_for_one_decoded();
+    ring->reserve(15 * DecodedModel::kBytes);
+    DecodedModel model(ring, 9, small);
+    const auto pass = [&] {
+      for (uint64_t i = 0; i < 8; i += 2) {
+        const auto one = model.use(i);
+        const auto two = model.use(i + 1);
+        CHECK(ring->used() <= ring->capacity());
+      }
+      ring->released();
+    };
+    for (int i = 0; i < 3; ++i) pass();
+    CHECK(model.counters->overflows <= (small == 9 ? 2 : 0));
+    const uint64_t overflows = model.counters->overflows, misses = model.counters->misses;
+    for (const auto& donor : model.donors) donor->reads = 0;
+    for (int i = 0; i < 3; ++i) pass();
+    CHECK(model.counters->overflows == overflows);
+    CHECK(model.counters->misses == misses);
+    for (const auto& donor : model.donors) CHECK(donor->reads <= 3);
+  }
 }
 
 // Any capacity, from none to everything: right bytes, bounded memory.
@@ -498,5 +570,7 @@ int main() {
   failed_reads();
   decoded_weights();
   decoded_by_who_asks();
+  read_far_ahead();
+  several_decoded_at_once();
   CHECK(allocated == 0);
 }
