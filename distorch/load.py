@@ -29,7 +29,7 @@ from distorch.formats.checkpoint import Checkpoint, match_names, open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import attach_scales
-from distorch.lora import LoraSource, Patches, StoredRows, low_rank_terms
+from distorch.lora import LoraSource, Patches, StoredRows, are_low_rank, low_rank_terms
 from distorch.patching import (
     Applied,
     Original,
@@ -59,7 +59,8 @@ class _Job:
     """One tensor to bring: where it is stored and every place in the module that it fills.
 
     `rows` if its numbers have scales or are blocks; `dtype` what its parameter will be unpatched;
-    `patches` on it, put on when it is fetched if `at_fetch`; `widened` if it is decoded for good.
+    `patches` on it, put on as `terms` when it is fetched if `at_fetch`; `widened` if it is decoded
+    for good.
     """
 
     stored: StoredTensor
@@ -70,6 +71,7 @@ class _Job:
     rows: StoredRows | None = None
     patches: Applied = field(default_factory=list)
     at_fetch: bool = False
+    terms: _ops.Terms | None = None
     patched_dtype: torch.dtype | None = None
     widened: bool = False
 
@@ -208,7 +210,7 @@ def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
             job.patched_dtype = options.dtype_of(narrow, _module_dtype(job))
             fits = job.rows is not None or job.dtype == job.stored.dtype
             known = job.patched_dtype in _ops.DECODED_DTYPES
-            low_rank = low_rank_terms(job.patches) is not None
+            low_rank = are_low_rank(job.patches)
             whole = job.rows is None or job.rows.whole_rows(job.stored.shape)
             job.at_fetch = options.at_fetch and fits and known and low_rank and whole
 
@@ -443,6 +445,9 @@ def _bring_all(jobs: list[_Job], plan: Plan, progress: bool | None) -> list[torc
         reads: list[Future[torch.Tensor | None] | None] = [
             reader.submit(_read, job, plan, budget, turn) for turn, job in enumerate(jobs)
         ]
+        for job in jobs:  # while the first are read
+            if job.at_fetch:
+                job.terms = low_rank_terms(job.patches, kept=True)
         for index, job in enumerate(jobs):
             read = reads[index]
             assert read is not None
@@ -514,8 +519,8 @@ def _decoded(job: _Job, placed: torch.Tensor) -> torch.Tensor:
         return placed
     if job.rows is not None:
         placed = with_rows(placed, job.rows, job.result_dtype, job.stored.shape, job.name)
-    terms = low_rank_terms(job.patches) if job.at_fetch else None
-    if not terms:
+    terms = job.terms
+    if terms is None or not len(terms):
         return placed
     if job.rows is None and job.stored.dtype in _ops.DECODED_DTYPES:
         return _ops.patched(placed, terms)

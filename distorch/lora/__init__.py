@@ -7,6 +7,7 @@ from distorch.lora.patches import (
     Patches,
     ResolvedLora,
     StoredRows,
+    are_low_rank,
     low_rank_terms,
     merge,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Patches",
     "ResolvedLora",
     "StoredRows",
+    "are_low_rank",
     "low_rank_terms",
     "merge",
 ]

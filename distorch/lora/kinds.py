@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distorch import _ops
 from distorch.errors import FormatError
 
 
@@ -83,12 +84,15 @@ class LowRankKind(Kind):
     cuts = 1
 
     def __post_init__(self) -> None:
-        # float32 once; the scale goes with the strength, which the kernel multiplies by.
-        self.up = self.up.detach().flatten(1).float().contiguous()
-        self.down = self.down.detach().flatten(1).float().contiguous()
+        self.up, self.down = (_flat(factor) for factor in (self.up, self.down))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.up, self.down
+        # The scale goes with the strength, which the kernel multiplies by.
+        return _in_float32(self.up), _in_float32(self.down)
+
+    def keep_factors(self) -> None:
+        """They are asked for again and again."""
+        self.up, self.down = self.factors()
 
     def delta(self, weight: Tensor) -> Tensor:
         product = (as_like(self.up, weight) @ as_like(self.down, weight)) * self.scale
@@ -111,7 +115,23 @@ class LowRankKind(Kind):
         return int(self.up.shape[0])
 
     def _rows_of(self, begin: int, end: int) -> LowRankKind:
+        self.keep_factors()  # all parts of a fused patch share them
         return LowRankKind(self.up[begin:end], self.down, self.scale)
+
+
+def _flat(factor: Tensor) -> Tensor:
+    """A factor as a matrix, in float32 if it was wider."""
+    matrix = factor.detach().flatten(1)
+    return matrix.float() if matrix.dtype.itemsize > 4 else matrix
+
+
+def _in_float32(factor: Tensor) -> Tensor:
+    if factor.dtype not in (torch.float16, torch.bfloat16) or factor.device.type != "cpu":
+        return factor.float().contiguous()
+    # Not by torch's threads: they would go on spinning, on a core that the merge wants.
+    into = torch.empty(factor.shape, dtype=torch.float32)
+    _ops.decode(into, factor.contiguous(), _ops.code_of(factor.dtype))
+    return into
 
 
 @dataclass(eq=False)

@@ -75,13 +75,25 @@ class Patches:
         return [(patch, strength) for patch, strength in found if strength != 0]
 
 
-def low_rank_terms(patches: Sequence[tuple[Patch, float]]) -> _ops.Terms | None:
-    """The patches as terms of the merge kernel, or None where one of them is no product."""
+def are_low_rank(patches: Sequence[tuple[Patch, float]]) -> bool:
+    """Whether the patches can be terms of the merge kernel."""
+    return all(isinstance(patch.kind, LowRankKind) for patch, _ in patches)
+
+
+def low_rank_terms(
+    patches: Sequence[tuple[Patch, float]], *, kept: bool = False
+) -> _ops.Terms | None:
+    """The patches as terms of the merge kernel, or None where one of them is no product. `kept`:
+    they are for more than one merge.
+    """
+    if not are_low_rank(patches):
+        return None
     terms = _ops.Terms()
     for patch, strength in patches:
         kind = patch.kind
-        if not isinstance(kind, LowRankKind):
-            return None
+        assert isinstance(kind, LowRankKind)
+        if kept:
+            kind.keep_factors()
         terms.add(*kind.factors(), strength * kind.scale, patch.first_row)
     return terms
 

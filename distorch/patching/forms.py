@@ -42,7 +42,7 @@ def redo(
     original = known.originals.get(name)
     if original is None:
         original = known.originals[name] = Original(None, None, group.first.dtype)
-    terms = low_rank_terms(patches) if work.options.at_fetch else None
+    terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
     if terms is not None and _can_fetch(original, tuple(group.first.shape)):
         _redo_at_fetch(group, terms, original, work)
     else:
