@@ -140,7 +140,8 @@ def load(
     and for all those that stay on the compute device. Weights placed on disk are read from that
     very file.
 
-    `loras` are (file or state dict, strength) pairs, added in float32 and rounded once; `lora_mode`
+    `loras` are (file or state dict, strength) pairs, added in float32 and rounded once (see
+    `set_loras`); `lora_mode`
     "merge" (now), "fetch" (each time: strengths can be changed at once, same bits) or "background"
     (as "fetch" at first, and merged while the model is used: see `finish_merging`);
     `patched_dtype` for patched weights of 8 bits ("bfloat16", "float16", "float32", "base"). Other

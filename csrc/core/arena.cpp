@@ -100,6 +100,12 @@ std::vector<Range> Arena::holes() const {
   return found;
 }
 
+bool Arena::has_hole(uint64_t bytes) const {
+  std::lock_guard lock(mutex_);
+  return std::any_of(holes_.begin(), holes_.end(),
+                     [&](const auto& hole) { return hole.second >= bytes; });
+}
+
 uint64_t Arena::used() const {
   std::lock_guard lock(mutex_);
   return used_;

@@ -32,6 +32,7 @@ class Arena {
   // is given back by itself. REQUIRES: `wanted` ends at multiples of the granule.
   std::vector<Range> take(Range wanted);
   std::vector<Range> holes() const;
+  bool has_hole(uint64_t bytes) const;
 
   uint64_t capacity() const { return capacity_; }
   uint64_t used() const;

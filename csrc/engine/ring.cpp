@@ -11,6 +11,7 @@ namespace distorch {
 namespace {
 
 constexpr size_t kMaxWindows = 32;  // threads whose order is remembered
+constexpr size_t kFarAhead = 256;   // uses ahead of which what needs no room is not followed
 constexpr size_t kGrowing = 2;      // weights of a window that may wait for a part of their room
 
 void count_bytes(Counters& counters, const Donor& donor) {
@@ -268,7 +269,9 @@ void Ring::look_ahead(Window& window) {
       Weight& weight = *found->second;
       const SlotPtr held = weight.in_ring.slot;
       if (held != nullptr && !may_stay(*held)) return;
-      if (held == nullptr && !decoded_from_memory(weight.source())) {
+      if (held == nullptr && decoded_from_memory(weight.source())) {
+        if (window.ahead.size() >= kFarAhead) return;
+      } else if (held == nullptr) {
         const SlotPtr slot = load(weight, IoPool::Urgency::kAhead, &window);
         if (slot == nullptr) return;
         if (!slot->whole()) window.growing.push_back(slot);
@@ -292,7 +295,7 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   slot->decoder = source.decoder;
   if (host && source.decoder != nullptr) slot->donor = source.donor;
   if (decoded_from_memory(source)) {
-    note_large(room_for(bytes));
+    expect_decoded(room_for(bytes));
     slot->encoded = source.donor->host();
     slot->cheap = true;
     slot->state = Slot::State::kStored;
@@ -305,8 +308,11 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   const uint64_t stored_phase = host && apart ? donor.phase() : 0;
   const uint64_t stored = apart ? room_for(stored_phase + donor.size()) : 0;
   uint64_t own = room_for(data_phase + bytes);
-  const bool decoded_room_later = host && apart && note_large(own);
-  if (decoded_room_later) own = 0;
+  const bool decoded_room_later = host && apart && is_large(own);
+  if (decoded_room_later) {
+    expect_decoded(own);
+    own = 0;
+  }
   slot->room = find_room(own + stored, urgency, window, decoded_room_later);
   if (slot->room == nullptr && urgency == IoPool::Urgency::kAhead) return nullptr;
   slot->overflow = slot->room == nullptr;

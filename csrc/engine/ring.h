@@ -62,7 +62,9 @@ struct Slot {
   // What the host decodes, and whose it is: see Note [Who decodes].
   const std::byte* encoded = nullptr;
   std::shared_ptr<Donor> donor;
-  bool cheap = false;  // made of what is in host memory anyway
+  // Made of what is in host memory anyway: kept only while nothing else wants the
+  // room.
+  bool cheap = false;
 
   // Where the donor's bytes go.
   std::byte* landing() const { return stored != nullptr ? stored : data; }
@@ -132,9 +134,10 @@ class RingDevice {
 // So what is read ahead needs no more room than the donor's bytes: a large
 // weight gets the room of its decoded bytes when it is asked for. Bytes read
 // ahead lie at the end of the ring and leave a hole in front, that is enough for
-// what an operator has had decoded at once (`spare_`); decoding there, again and
-// again, finds it in the caches. Small ones have room for both from the start.
-// Of weights in host memory nothing is brought ahead.
+// the largest weight, or for what operators have had decoded at once and found no
+// room for, up to half of the ring (`spare_`); decoding there, again and again,
+// finds it in the caches. Small ones have room for both from the start. Of
+// weights in host memory nothing is brought ahead.
 
 // Note [What the ring promises]
 // * Bytes held by slots never exceed the capacity, but for fetches that found
@@ -214,11 +217,14 @@ class Ring {
   SlotPtr usable_slot(Weight& weight);
   // `window`: that looks ahead, if the weight is not asked for now.
   SlotPtr load(Weight& weight, IoPool::Urgency urgency, const Window* window);
+  // `window`: that looks ahead or, now, whose predictions stay. `aside`: for bytes
+  // to decode, which leave room for what is decoded.
   std::shared_ptr<Room> find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window,
                                   bool aside);
   void enter(const SlotPtr& slot, Weight& weight, const Donor& donor);
   bool decoded_from_memory(const Source& source) const;
-  bool note_large(uint64_t room);
+  bool is_large(uint64_t room) const;
+  void expect_decoded(uint64_t room);
   bool may_stay(const Slot& slot) const;
   void room_to_decode(const SlotPtr& slot, const Window& window, Counters& counters);
   uint64_t room_for(uint64_t bytes) const;

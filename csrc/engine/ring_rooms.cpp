@@ -25,10 +25,10 @@ void Ring::resize() {
   uint64_t wanted = 0;
   for (const auto& [ticket, bytes] : reservations_) wanted = std::max(wanted, bytes);
   wanted = round_up(wanted, kPage);
+  spare_ = 0;  // may have been learned from weights that are gone
   if (wanted == capacity_) return;
   let_go_of_region();
   capacity_ = wanted;
-  spare_ = 0;
 }
 
 std::shared_ptr<std::byte> Ring::ordinary_memory(uint64_t bytes) {
@@ -41,13 +41,17 @@ std::shared_ptr<std::byte> Ring::ordinary_memory(uint64_t bytes) {
   return device_->allocate(bytes);
 }
 
-// Null: there is none in the ring. `aside`: for bytes to decode, not for operators.
+// Null: there is none in the ring.
 std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window,
                                       bool aside) {
   if (lean_ > 0) return nullptr;
   const bool now = urgency == IoPool::Urgency::kNow;
   std::optional<uint64_t> spare;
   if (spare_ > 0 && (aside || !now)) spare = spare_;
+  if (spare && bytes + *spare > capacity_) {  // evicting would not help
+    if (!now) return nullptr;
+    spare = 0;
+  }
   try {
     if (bytes <= capacity_) {
       if (!now && device_->in_parts() && slots_.size() <= kFewSlots) {
@@ -61,14 +65,17 @@ std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, c
     return nullptr;
   }
   if (!now) return nullptr;
+  if (aside && bytes <= capacity_) {
+    if (auto room = carve(bytes, 0)) return room;
+  }
   // Threads that went away may still have predictions that hold room.
   for (auto& [thread, other] : windows_) {
     if (&other != window) forget_predictions(other);
   }
   while (bytes <= capacity_ && evict_one()) {
-    if (auto room = carve(bytes, spare)) return room;
+    if (auto room = carve(bytes, aside ? std::optional<uint64_t>(0) : std::nullopt)) return room;
   }
-  return aside && bytes <= capacity_ ? carve(bytes, 0) : nullptr;
+  return nullptr;
 }
 
 // For the decoded bytes. What was read ahead stays: where it has left no room,
@@ -76,37 +83,48 @@ std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, c
 void Ring::room_to_decode(const SlotPtr& slot, const Window& window, Counters& counters) {
   const uint64_t bytes = slot->decoder->decoded_bytes();
   const uint64_t needed = room_for(bytes);
-  slot->room = find_room(needed, IoPool::Urgency::kNow, &window, false);
-  std::shared_ptr<void> block = slot->room;
-  if (slot->room != nullptr) {
-    slot->data = slot->room->data();
+  const std::shared_ptr<Room> room = find_room(needed, IoPool::Urgency::kNow, &window, false);
+  std::shared_ptr<void> block = room;
+  std::byte* data = nullptr;
+  if (room != nullptr) {
+    data = room->data();
   } else {
-    if (!slot->overflow) counters.overflows.fetch_add(1, std::memory_order_relaxed);
-    if (spare_ < capacity_ / 2) spare_ = std::min(spare_ + needed, capacity_ / 2);
+    if (lean_ == 0 && needed <= capacity_) {
+      expect_decoded(std::min(spare_ + needed, capacity_ / 2));
+    }
     const std::shared_ptr<std::byte> ordinary = ordinary_memory(needed);
-    slot->data = ordinary.get();
+    data = ordinary.get();
     block = ordinary;
   }
-  slot->overflow = slot->room == nullptr;
+  slot->wrapped = device_->wrap(data, bytes, std::move(block));
+  slot->room = room;
+  slot->data = data;
   slot->stored = nullptr;
-  slot->wrapped = device_->wrap(slot->data, bytes, std::move(block));
+  if (room == nullptr && !slot->overflow) {
+    counters.overflows.fetch_add(1, std::memory_order_relaxed);
+  }
+  slot->overflow = room == nullptr;
 }
 
 // Whether so many decoded bytes are too much to have room ahead.
-bool Ring::note_large(uint64_t room) {
-  if (room <= capacity_ / kSmall) return false;
-  if (room <= capacity_) spare_ = std::max(spare_, room);
-  return true;
+bool Ring::is_large(uint64_t room) const { return room > capacity_ / kSmall; }
+
+// So many, at once.
+void Ring::expect_decoded(uint64_t room) {
+  if (!is_large(room) || room > capacity_) return;  // the latter finds no room anyway
+  spare_ = std::max(spare_, std::min(room, capacity_ / 2));
 }
 
 // Whether there is room for what is decoded next, if the slot is kept for another
 // use: with its own decoded bytes, then.
 bool Ring::may_stay(const Slot& slot) const {
   if (spare_ == 0 || slot.cheap || region_ == nullptr) return true;
+  if (slot.data != nullptr && slot.room != nullptr) {
+    const Range range = slot.room->range();
+    if (!is_large(range.end - range.begin)) return true;
+  }
   const uint64_t more = slot.data == nullptr ? room_for(slot.decoder->decoded_bytes()) : 0;
-  const std::vector<Range> holes = region_->arena.holes();
-  return std::any_of(holes.begin(), holes.end(),
-                     [&](const Range& hole) { return hole.end - hole.begin >= spare_ + more; });
+  return region_->arena.has_hole(spare_ + more);
 }
 
 // Nothing of it can be brought ahead.

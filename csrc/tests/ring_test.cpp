@@ -297,18 +297,19 @@ void decoded_by_who_asks() {
   model.use(0);
 }
 
-// A ring with room for one decoded weight and the bytes of five more.
-std::shared_ptr<Ring> ring_for_one_decoded() {
+// Whose reads are done when it is asked the next time.
+std::shared_ptr<Ring> prompt_ring(uint64_t capacity) {
   auto reader = std::make_unique<LateReader>();
   reader->prompt = true;
   auto ring = std::make_shared<Ring>(std::make_unique<PlainMemory>(), std::move(reader));
-  ring->reserve(8 * DecodedModel::kBytes + 12 * kPage);
+  ring->reserve(capacity);
   return ring;
 }
 
-// What is read ahead has no room for its decoded bytes.
+// What is read ahead has no room for its decoded bytes: this ring has room for
+// those of one weight and the bytes of five more.
 void read_far_ahead() {
-  const auto ring = ring_for_one_decoded();
+  const auto ring = prompt_ring(8 * DecodedModel::kBytes + 12 * kPage);
   for (const uint64_t in_memory : {9, 2}) {
     DecodedModel model(ring, in_memory);
     const auto from_disk = [&](uint64_t i) { return i % in_memory != in_memory - 1; };
@@ -339,8 +340,7 @@ void read_far_ahead() {
 // it to leave more, and cost no read.
 void several_decoded_at_once() {
   for (const uint64_t small : {9, 2}) {
-    const auto ring = ring_for_one_decoded();
-    ring->reserve(15 * DecodedModel::kBytes);
+    const auto ring = prompt_ring(15 * DecodedModel::kBytes);
     DecodedModel model(ring, 9, small);
     const auto pass = [&] {
       for (uint64_t i = 0; i < 8; i += 2) {
@@ -359,6 +359,47 @@ void several_decoded_at_once() {
     CHECK(model.counters->misses == misses);
     for (const auto& donor : model.donors) CHECK(donor->reads <= 3);
   }
+}
+
+// Decoded weights for which the ring is too small take nothing from the others,
+// and are read ahead all the same.
+void decoded_is_larger_than_the_ring() {
+  for (const uint64_t capacity : {2 * DecodedModel::kBytes, 5 * DecodedModel::kBytes}) {
+    const auto ring = prompt_ring(capacity);
+    DecodedModel model(ring, 9, 2);
+    const auto pass = [&] {
+      for (uint64_t i = 0; i < 8; ++i) {
+        model.use(i);
+        CHECK(ring->used() <= ring->capacity());
+        ring->released();
+      }
+    };
+    for (int i = 0; i < 3; ++i) pass();
+    const uint64_t misses = model.counters->misses;
+    for (const auto& donor : model.donors) donor->reads = 0;
+    for (int i = 0; i < 3; ++i) pass();
+    CHECK(model.counters->misses == misses);
+    for (const auto& donor : model.donors) CHECK(donor->reads <= 4);
+  }
+}
+
+// A weight that is used several times in a step.
+void decoded_more_than_once() {
+  const auto ring = prompt_ring(8 * DecodedModel::kBytes + 12 * kPage);
+  DecodedModel model(ring, 9);
+  const auto pass = [&] {
+    for (const uint64_t i : {0, 1, 2, 3, 0, 4, 5, 0, 6, 7}) {
+      model.use(i);
+      ring->released();
+    }
+  };
+  for (int i = 0; i < 3; ++i) pass();
+  for (const auto& donor : model.donors) donor->reads = 0;
+  const uint64_t misses = model.counters->misses;
+  for (int i = 0; i < 3; ++i) pass();
+  CHECK(model.counters->overflows == 0);
+  CHECK(model.counters->misses == misses);
+  for (const auto& donor : model.donors) CHECK(donor->reads <= 3 * 3 + 1);
 }
 
 // Any capacity, from none to everything: right bytes, bounded memory.
@@ -572,5 +613,7 @@ int main() {
   decoded_by_who_asks();
   read_far_ahead();
   several_decoded_at_once();
+  decoded_is_larger_than_the_ring();
+  decoded_more_than_once();
   CHECK(allocated == 0);
 }

@@ -75,7 +75,7 @@ def columns_of(shape: tuple[int, ...]) -> int:
 
 @dataclass(eq=False)
 class LowRankKind(Kind):
-    """scale * up @ down; `up` [rows, rank], `down` [rank, columns], any floating dtype."""
+    """scale * up @ down; `up` [rows, rank], `down` [rank, columns], given in any floating dtype."""
 
     up: Tensor
     down: Tensor
@@ -91,7 +91,7 @@ class LowRankKind(Kind):
         return _in_float32(self.up), _in_float32(self.down)
 
     def keep_factors(self) -> None:
-        """They are asked for again and again."""
+        """Makes both float32 for good: they are asked for again and again."""
         self.up, self.down = self.factors()
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _flat(factor: Tensor) -> Tensor:
 def _in_float32(factor: Tensor) -> Tensor:
     if factor.dtype not in (torch.float16, torch.bfloat16) or factor.device.type != "cpu":
         return factor.float().contiguous()
-    # Not by torch's threads: they would go on spinning, on a core that the merge wants.
+    # Not by an operator of torch, whose threads would go on spinning, on cores that merges want.
     into = torch.empty(factor.shape, dtype=torch.float32)
     _ops.decode(into, factor.contiguous(), _ops.code_of(factor.dtype))
     return into

@@ -44,15 +44,16 @@ def set_loras(
 ) -> Module:
     """Puts these LoRAs, and no others, on a distributed module; returns the module.
 
-    `loras` are (file or state dict, strength) pairs, in the order in which they are added. Only
-    weights for which something changes are computed again, from their original bytes; with `[]`
-    they are those bytes again. `lora_mode` "merge" writes the results to where the weights are;
-    "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no bytes, the
-    results are the same; "background" begins like that and merges while the model is used, all but
-    8-bit and quantised weights and what is on disk (see `finish_merging`). `lora_mode` and
-    `patched_dtype` stay as they were unless given. A patched weight of 8 bits takes 16 in "merge"
-    mode: plan and report count it so, even where that is more than the spec gave its device;
-    `redistribute` then places anew.
+    `loras` are (file or state dict, strength) pairs, in the order in which they are added; the
+    tensors of a state dict are used where they are, so leave them as they are while they are on.
+    Only weights for which something changes are computed again, from their original bytes; with
+    `[]` they are those bytes again. `lora_mode` "merge" writes the results to where the weights
+    are; "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no
+    bytes, the results are the same; "background" begins like that and merges while the model is
+    used, all but 8-bit and quantised weights and what is on disk (see `finish_merging`).
+    `lora_mode` and `patched_dtype` stay as they were unless given. A patched weight of 8 bits takes
+    16 in "merge" mode: plan and report count it so, even where that is more than the spec gave its
+    device; `redistribute` then places anew.
     Raises FormatError, SpecError, PlacementError, FetchError; an error or an interrupt leaves the
     module with the LoRAs that it had.
     """

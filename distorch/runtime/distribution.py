@@ -125,7 +125,7 @@ def _place_of(group: Group, plan: Plan) -> str:
 
 
 def _fetched_bytes(group: Group, plan: Plan) -> int:
-    """Room in the ring that a fetch of this group takes; 0 when operators use it in place."""
+    """Room in the ring that a fetch of this group takes at most; 0: operators use it in place."""
     compute = plan.compute
     if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
         decoded = group.first.untyped_storage().nbytes()
