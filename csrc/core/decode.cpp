@@ -21,7 +21,7 @@ void scale_row(const Scales& scales, int64_t row, int64_t columns, float* values
 }  // namespace
 
 bool decode_rows(const Decoding& decoding, int64_t begin, int64_t end, const std::byte* stored,
-                 std::byte* into) {
+                 std::byte* into, Stores stores) {
   const KeepSubnormals keep;
   const int64_t columns = decoding.columns;
   if (decoding.in_place()) {
@@ -34,7 +34,7 @@ bool decode_rows(const Decoding& decoding, int64_t begin, int64_t end, const std
   }
   if (decoding.terms.empty() && decoding.scales.data == nullptr &&
       decoding.code->to_element != nullptr) {
-    decoding.code->to_element(stored, (end - begin) * columns, decoding.out, into);
+    decoding.code->to_element(stored, (end - begin) * columns, decoding.out, into, stores);
     return true;
   }
   std::vector<float> panel(std::min(kPanelRows, end - begin) * columns);

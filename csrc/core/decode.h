@@ -35,8 +35,9 @@ struct Decoding {
 };
 
 // Rows [begin, end); `stored` and `into` are where row `begin` starts, and the
-// same memory only if in_place(). False when a term is not finite.
+// same memory only if in_place(). False when a term is not finite. `stores`: of
+// blocks without scales and terms.
 bool decode_rows(const Decoding& decoding, int64_t begin, int64_t end, const std::byte* stored,
-                 std::byte* into);
+                 std::byte* into, Stores stores = Stores::kCached);
 
 }  // namespace distorch

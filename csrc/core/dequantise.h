@@ -17,6 +17,7 @@ namespace distorch {
 // Whether what is written goes to the caches or past them: past them is faster
 // for results that no cache holds.
 enum class Stores { kCached, kStreamed };
+inline constexpr uint64_t kPastCaches = 32 << 20;  // bytes: so large a result is in no cache
 
 // `blocks` blocks from `from` (any address) to `into`, blocks * elements numbers
 // of `out_type`. REQUIRES: `into` is aligned to its numbers; the two do not overlap.

@@ -64,13 +64,14 @@ const RowCode kCodes[] = {
 };
 
 template <BlockType kType>
-void blocks_to_element(const std::byte* from, int64_t count, Element type, void* into) {
-  dequantise(kType, from, count / block_info(kType).elements, type, into);
+void blocks_to_element(const std::byte* from, int64_t count, Element type, void* into,
+                       Stores stores) {
+  dequantise(kType, from, count / block_info(kType).elements, type, into, stores);
 }
 
 template <BlockType kType>
 void blocks_to_float(const std::byte* from, int64_t count, float* into) {
-  blocks_to_element<kType>(from, count, Element::kFloat32, into);
+  blocks_to_element<kType>(from, count, Element::kFloat32, into, Stores::kCached);
 }
 
 template <BlockType kType>

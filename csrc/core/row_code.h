@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "core/dequantise.h"
 #include "core/element.h"
 
 namespace distorch {
@@ -18,7 +19,7 @@ struct RowCode {
   // `count` elements (whole blocks) as float32, exact or as the format defines it.
   void (*to_float)(const std::byte* from, int64_t count, float* into);
   // The same as any element, rounded once; null: by way of float32.
-  void (*to_element)(const std::byte* from, int64_t count, Element type, void* into);
+  void (*to_element)(const std::byte* from, int64_t count, Element type, void* into, Stores stores);
 
   // REQUIRES: whole blocks.
   int64_t bytes_of(int64_t count) const { return count / elements * bytes; }

@@ -87,8 +87,10 @@ at::Tensor RowDecoder::on_device(const at::Tensor& factor, c10::Device compute,
 
 void RowDecoder::decode(uint64_t begin, uint64_t end, const std::byte* stored,
                         std::byte* into) const {
-  if (decode_rows(decoding_, static_cast<int64_t>(begin), static_cast<int64_t>(end), stored,
-                  into)) {
+  // Single rows are gathered, and used at once.
+  const bool streamed = decoded_bytes() >= kPastCaches && end - begin > 1;
+  if (decode_rows(decoding_, static_cast<int64_t>(begin), static_cast<int64_t>(end), stored, into,
+                  streamed ? Stores::kStreamed : Stores::kCached)) {
     return;
   }
   throw Error(ErrorKind::kFetch, "a patch on it has NaN or inf values");

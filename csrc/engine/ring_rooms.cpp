@@ -109,7 +109,7 @@ void Ring::room_to_decode(const SlotPtr& slot, const Window& window, Counters& c
 // Whether so many decoded bytes are too much to have room ahead.
 bool Ring::is_large(uint64_t room) const { return room > capacity_ / kSmall; }
 
-// So many, at once.
+// So many bytes are decoded at once: looking ahead leaves that room.
 void Ring::expect_decoded(uint64_t room) {
   if (!is_large(room) || room > capacity_) return;  // the latter finds no room anyway
   spare_ = std::max(spare_, std::min(room, capacity_ / 2));

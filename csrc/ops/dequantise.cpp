@@ -14,8 +14,6 @@ namespace distorch {
 namespace {
 
 constexpr int64_t kNumbersPerPart = 1 << 18;
-constexpr size_t kPastCaches =
-    32 << 20;  // bytes: larger results are in no cache when they are used
 
 BlockType type_of(const std::string& name) {
   const auto type = block_type_named(name);
@@ -53,7 +51,7 @@ void dequantise_into(at::Tensor into, const at::Tensor& blocks, const std::strin
   auto* to = static_cast<std::byte*>(into.mutable_data_ptr());
   const auto block_size = static_cast<int64_t>(into.element_size()) * info.elements;
   const int64_t per_part = kNumbersPerPart / info.elements;
-  const Stores stores = into.nbytes() > kPastCaches ? Stores::kStreamed : Stores::kCached;
+  const Stores stores = into.nbytes() >= kPastCaches ? Stores::kStreamed : Stores::kCached;
   for_ranges(blocks.numel() / info.bytes, per_part, compute_threads(),
              [&](int64_t begin, int64_t end) {
                dequantise(type, from + begin * info.bytes, end - begin, element,
