@@ -141,9 +141,9 @@ def load(
     very file.
 
     `loras` are (file or state dict, strength) pairs, added in float32 and rounded once (see
-    `set_loras`); `lora_mode`
-    "merge" (now), "fetch" (each time: strengths can be changed at once, same bits) or "background"
-    (as "fetch" at first, and merged while the model is used: see `finish_merging`);
+    `set_loras`); `lora_mode` "merge" (now), "fetch" (each time: strengths can be changed at once,
+    same bits) or "background" (as "fetch" at first, and merged while the model is used: see
+    `finish_merging`);
     `patched_dtype` for patched weights of 8 bits ("bfloat16", "float16", "float32", "base"). Other
     options are those of `distribute`. Peak host memory: what stays there, the ring, two of the
     largest tensors, factors of LoRAs.
