@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu sanitize-gpu sanitizer-there test-cpp test-comfy lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit sanitize-gpu sanitizer-there test-cpp test-comfy lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -73,6 +73,12 @@ sanitize-gpu: sanitizer-there dev ## tests/gpu under compute-sanitizer: memcheck
 	for tool in racecheck initcheck synccheck; do \
 	    $(SANITIZE) --tool $$tool --kernel-name kns=distorch $(BIN)/python -m pytest -x tests/gpu/test_kernels.py || exit 1; \
 	done
+
+KIT_PYTHON ?= python3.12
+KIT_TORCH ?= torch==2.11.0
+KIT_GPUS ?= 90
+gpu-kit: ## a build to carry to a machine with a GPU and without a registry (docs/gpu.md)
+	$(PYTHON) -m tests.gpu.kit --python "$(KIT_PYTHON)" --torch "$(KIT_TORCH)" --gpus "$(KIT_GPUS)"
 
 test-cpp: dev ## the torch-free C++ under sanitizers
 	$(BIN)/python -m pytest tests/core

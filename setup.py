@@ -36,8 +36,11 @@ def nvcc():
     choice = cuda_choice()
     if choice == "0":
         return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    found = None
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and found is None:  # some images set it to a folder without the compiler
+            found = shutil.which("nvcc", path=str(Path(home, "bin")))
+    found = found or shutil.which("nvcc")
     if choice == "1":
         if found is None:
             raise SystemExit(
@@ -51,17 +54,31 @@ def nvcc():
 
 
 def build_kernels(compiler, target):
-    """One library of all kernels, with its own CUDA runtime."""
+    """One library of all kernels, with its own CUDA runtime.
+
+    It takes its name only when it is complete, so that a build that was stopped leaves none.
+    """
+    missing = [source for source in CUDA_SOURCES if not (ROOT / source).is_file()]
+    if missing or not any(source.endswith(".cu") for source in CUDA_SOURCES):
+        raise SystemExit(
+            f"the kernels for GPUs cannot be built: {', '.join(missing) or 'csrc/cuda/*.cu'} is "
+            "not there. Get the complete sources, or build the CPU part with DISTORCH_CUDA=0"
+        )
     gpus = os.environ.get("DISTORCH_GPUS", " ".join(GPUS)).split()
     code = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
     code.append(f"-gencode=arch=compute_{gpus[-1]},code=compute_{gpus[-1]}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [compiler, "-std=c++20", "-O2", "-shared", "-cudart", "static", f"-I{ROOT / 'csrc'}",
-         "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"--threads={MAX_JOBS}",
-         *code, *CUDA_SOURCES, "-o", str(target)],
-        cwd=ROOT, check=True,
-    )  # fmt: skip
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        subprocess.run(
+            [compiler, "-std=c++20", "-O2", "-shared", "-cudart", "static", f"-I{ROOT / 'csrc'}",
+             "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", f"--threads={MAX_JOBS}",
+             *code, *CUDA_SOURCES, "-o", str(unfinished)],
+            cwd=ROOT, check=True,
+        )  # fmt: skip
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def extension(name, rooms, more=()):

@@ -17,13 +17,51 @@ ROOT = Path(__file__).parents[2]
 )
 def test_cuda_choice_is_checked(choice, message):
     program = "import sys; sys.argv[1:] = ['--version']; import setup; setup.nvcc()"
-    settings = {"DISTORCH_CUDA": choice, "CUDA_HOME": "/nowhere"}
+    settings = {"DISTORCH_CUDA": choice, "CUDA_HOME": "/nowhere", "PATH": "/nowhere"}
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def _compiler_in(folder):
+    folder.mkdir(parents=True)
+    (folder / "nvcc").write_text("#!/bin/sh\n")
+    (folder / "nvcc").chmod(0o755)
+    return str(folder / "nvcc")
+
+
+def test_nvcc_of_the_path_is_found_where_cuda_home_has_none(tmp_path):
+    on_path = _compiler_in(tmp_path / "path")
+    at_home = _compiler_in(tmp_path / "home" / "bin")
+    program = "import sys; sys.argv[1:] = ['--version']; import setup; print(setup.nvcc())"
+    for home, wanted in (("empty", on_path), ("home", at_home)):
+        settings = {"DISTORCH_CUDA": "1", "CUDA_HOME": str(tmp_path / home), "CUDA_PATH": "",
+                    "PATH": str(tmp_path / "path")}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines()[-1] == wanted
+
+
+def test_kernels_without_their_sources_are_an_error(tmp_path):
+    """Else there would be a library that loads, and has none."""
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    program = (
+        "import sys, pathlib; sys.argv[1:] = ['--version']; import setup;"
+        "setup.build_kernels('true', pathlib.Path('_cuda.so').absolute())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path, env={**os.environ, "DISTORCH_CUDA": "0"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "csrc/core/blocks.cpp is not there" in done.stderr
+    assert not list(tmp_path.glob("_cuda.so*"))
 
 
 @pytest.mark.parametrize("choice", ["0", "auto"])
