@@ -54,6 +54,18 @@ def asked(python: Path, expression: str) -> str:
     return done.stdout.strip()
 
 
+def working_python(name: str) -> str | None:
+    """The path of a Python that starts: pyenv puts names on the PATH that do not."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for found in (shutil.which(name), *sorted(map(str, versions.glob(f"*/bin/{name}")))):
+        if (
+            found
+            and subprocess.run([found, "-V"], capture_output=True, check=False).returncode == 0
+        ):
+            return found
+    return None
+
+
 def environment(python: str, torch: str) -> Path:
     """The Python of an environment with that torch; made once, and again for another torch."""
     folder = WORK / "venv"
@@ -146,11 +158,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-kit", help="(gpu-kit)")
     parser.add_argument("--no-tests", action="store_true", help="leave the quick suite out")
     options = parser.parse_args()
-    if shutil.which(options.python) is None:
+    starter = working_python(options.python)
+    if starter is None:
         parser.error(f"--python {options.python}: expected a Python on the PATH, or its path")
     start = time.monotonic()
     WORK.mkdir(parents=True, exist_ok=True)
-    python = environment(options.python, options.torch)
+    python = environment(starter, options.torch)
     install(python, ("setuptools>=77", "wheel", "ninja", *NEEDS))
     built = build(python, options.gpus)
     kit = options.out.resolve()
