@@ -4,8 +4,8 @@
 
 #include "bindings/errors.h"
 #include "core/virtual_reads.h"
-#include "device/accelerator.h"
 #include "device/cuda.h"
+#include "device/device_donor.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
 

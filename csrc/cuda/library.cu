@@ -52,13 +52,13 @@ int make_current(int device) {
 }
 
 int queue_decoding(const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
-                   void* into, float* panel, int64_t panel_rows, uint8_t* finite,
+                   void* into, float* panel, int64_t panel_rows, void* more_terms, uint8_t* finite,
                    cudaStream_t stream) {
   const int64_t rows = end - begin, columns = decoding.columns;
   if (decoding.in_place()) {
     if (!decoding.terms.empty()) {
       return merge(decoding.out, stored, decoding.out, into, rows, columns,
-                   from_row(decoding.terms, begin), finite, stream);
+                   from_row(decoding.terms, begin), more_terms, finite, stream);
     }
     if (stored == into) return cudaSuccess;
     const auto bytes = static_cast<size_t>(rows * decoding.stored_row());
@@ -76,7 +76,7 @@ int queue_decoding(const Decoding& decoding, int64_t begin, int64_t end, const v
     if (error != cudaSuccess) return error;
     error =
         merge(Element::kFloat32, panel, decoding.out, to + (row - begin) * decoding.decoded_row(),
-              count, columns, from_row(decoding.terms, row), finite, stream);
+              count, columns, from_row(decoding.terms, row), more_terms, finite, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -93,11 +93,12 @@ int usable() {
 }
 
 int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
-           void* into, float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream) {
+           void* into, float* panel, int64_t panel_rows, void* more_terms, uint8_t* finite,
+           CUstream_st* stream) {
   const int error = make_current(device);
   if (error != cudaSuccess) return told(error);
-  return told(
-      queue_decoding(decoding, begin, end, stored, into, panel, panel_rows, finite, stream));
+  return told(queue_decoding(decoding, begin, end, stored, into, panel, panel_rows, more_terms,
+                             finite, stream));
 }
 
 int allocate_pinned(int device, void** memory, uint64_t bytes) {
@@ -105,7 +106,10 @@ int allocate_pinned(int device, void** memory, uint64_t bytes) {
   return told(error != cudaSuccess ? error : cudaHostAlloc(memory, bytes, cudaHostAllocPortable));
 }
 
-int free_pinned(void* memory) { return told(cudaFreeHost(memory)); }
+int free_pinned(int device, void* memory) {
+  const int error = make_current(device);
+  return told(error != cudaSuccess ? error : cudaFreeHost(memory));
+}
 
 int is_capturing(int device, CUstream_st* stream, bool* capturing) {
   const int error = make_current(device);

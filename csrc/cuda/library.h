@@ -20,7 +20,7 @@ struct CUstream_st;
 namespace distorch::cuda {
 
 // Both sides are of one build.
-constexpr int kLibraryVersion = 2;
+constexpr int kLibraryVersion = 3;
 
 struct Kernels {
   int version;
@@ -32,15 +32,17 @@ struct Kernels {
   // payloads aside. `panel` has room for `panel_rows` rows of float32, at least
   // one; it is not used where rows need no float32 in between. `finite` (on the
   // device; may be null) becomes 0 when a product is not. `into` and `panel` are
-  // aligned to kDecodeAlign where rows are stored as blocks.
+  // aligned to kDecodeAlign where rows are stored as blocks. `more_terms` has
+  // more_terms_bytes() on the device, for terms that do not travel with a launch.
   int (*decode)(int device, const Decoding& decoding, int64_t begin, int64_t end,
-                const void* stored, void* into, float* panel, int64_t panel_rows, uint8_t* finite,
-                CUstream_st* stream);
+                const void* stored, void* into, float* panel, int64_t panel_rows, void* more_terms,
+                uint8_t* finite, CUstream_st* stream);
   // Pinned host memory of exactly that size, for copies from and to every device.
   // `device` gets a context if it has none; no other one does.
   int (*allocate_pinned)(int device, void** memory, uint64_t bytes);
-  // Waits for all copies from and to it.
-  int (*free_pinned)(void* memory);
+  // Of that device. CUDA does not promise that this waits for copies from and to
+  // the memory: the caller has waited for them.
+  int (*free_pinned)(int device, void* memory);
   // Whether work on `stream` is being recorded for a graph, instead of done.
   int (*is_capturing)(int device, CUstream_st* stream, bool* capturing);
   // Of a cudaError_t, which all functions above return (0: no error).
@@ -48,6 +50,15 @@ struct Kernels {
 };
 
 constexpr uint64_t kDecodeAlign = 16;
+
+// Patches of a weight that travel with a launch's arguments, which hold 4 KB.
+constexpr uint64_t kTermsInLaunch = 64;
+
+// Bytes on the device for the patches beyond those.
+inline uint64_t more_terms_bytes(const Decoding& decoding) {
+  const uint64_t terms = decoding.terms.size();
+  return terms > kTermsInLaunch ? (terms - kTermsInLaunch) * sizeof(LowRank) : 0;
+}
 
 // Whether decode() needs a panel.
 inline bool needs_panel(const Decoding& decoding) {

@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/merge_run.h"
 
 namespace distorch::cuda {
@@ -61,11 +63,21 @@ void launch(const void* base, void* out, int64_t rows, int64_t columns, const Te
 }  // namespace
 
 int merge(Element base_type, const void* base, Element out_type, void* out, int64_t rows,
-          int64_t columns, std::span<const LowRank> terms, uint8_t* finite, CUstream_st* stream) {
+          int64_t columns, std::span<const LowRank> terms, void* more_terms, uint8_t* finite,
+          CUstream_st* stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  if (terms.size() > kMostTerms) return cudaErrorInvalidValue;
+  const std::span<const LowRank> first = terms.first(std::min<size_t>(terms.size(), kInLaunch));
+  const std::span<const LowRank> rest = terms.subspan(first.size());
   Terms passed{};
-  for (const LowRank& term : terms) passed.of[passed.count++] = term;
+  std::copy(first.begin(), first.end(), passed.of);
+  passed.more = static_cast<const LowRank*>(more_terms);
+  passed.count = static_cast<int>(terms.size());
+  if (!rest.empty()) {
+    // From pageable memory: it has been read when the call returns.
+    const cudaError_t error =
+        cudaMemcpyAsync(more_terms, rest.data(), rest.size_bytes(), cudaMemcpyHostToDevice, stream);
+    if (error != cudaSuccess) return error;
+  }
   const bool wide = base_type == Element::kFloat32;
   if (out_type == Element::kFloat32) {
     launch<double, float, float>(base, out, rows, columns, passed, finite, stream);

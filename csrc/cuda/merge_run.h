@@ -6,6 +6,7 @@
 
 #include "core/merge.h"
 #include "core/portable.h"
+#include "cuda/library.h"
 
 namespace distorch::cuda {
 
@@ -15,10 +16,11 @@ template <class Sum>
 constexpr int kPatchRows = sizeof(Sum) == sizeof(float) ? 4 : 2;  // as registers allow
 constexpr int kPatchColumns = 4;
 
-// Terms of one launch; they travel with its arguments.
-constexpr int kMostTerms = 64;
+// Terms of one launch: the first ones travel with its arguments, more are in memory.
+constexpr int kInLaunch = static_cast<int>(kTermsInLaunch);
 struct Terms {
-  LowRank of[kMostTerms];
+  LowRank of[kInLaunch];
+  const LowRank* more;
   int count;
 };
 
@@ -73,7 +75,7 @@ DISTORCH_HD bool add_terms(const Terms& terms, const Patch& patch,
                            Sum tile[kPatchRows<Sum>][kPatchColumns]) {
   Sum checked = 0;
   for (int t = 0; t < terms.count; ++t) {
-    const LowRank& term = terms.of[t];
+    const LowRank& term = t < kInLaunch ? terms.of[t] : terms.more[t - kInLaunch];
     Sum sums[kPatchRows<Sum>][kPatchColumns] = {};
     for (int64_t k = 0; k < term.rank; ++k) {
       Sum down[kPatchColumns];

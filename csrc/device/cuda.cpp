@@ -69,7 +69,7 @@ void decode_on_gpu(c10::Device device, const Decoding& decoding, int64_t rows, c
   const c10::OptionalDeviceGuard on_device{device};
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
   const int error = kernels->decode(device.index(), decoding, 0, rows, stored, into, scratch.panel,
-                                    scratch.panel_rows, scratch.finite,
+                                    scratch.panel_rows, scratch.more_terms, scratch.finite,
                                     static_cast<CUstream_st*>(stream.native_handle()));
   check_cuda(*kernels, error, "decoding a weight");
 }

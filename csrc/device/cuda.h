@@ -19,10 +19,12 @@ const cuda::Kernels* cuda_kernels();
 // Throws c10::Error for an error that a function of `kernels` gave back.
 void check_cuda(const cuda::Kernels& kernels, int error, const char* what);
 
-// Room for `panel_rows` rows of float32, and a flag; both may be null.
+// Room on the device for `panel_rows` rows of float32, for cuda::more_terms_bytes(), and for a
+// flag; all may be null.
 struct DecodeScratch {
   float* panel = nullptr;
   int64_t panel_rows = 0;
+  void* more_terms = nullptr;
   uint8_t* finite = nullptr;
 };
 

@@ -9,8 +9,6 @@
 namespace distorch {
 namespace {
 
-using EventPtr = std::shared_ptr<c10::Event>;
-
 // The event from which a trace counts device time.
 struct Origin {
   std::mutex mutex;
@@ -35,11 +33,10 @@ double seconds_since(const EventPtr& begin, const EventPtr& event) {
 
 }  // namespace
 
-Moment::Moment(const c10::Stream& stream) : stream(stream), event(now_on(stream)) {}
-
 bool DeviceTime::known() const {
   try {
-    return end_.event->query();
+    const auto ended = [](const EventPtr& event) { return event->query(); };
+    return ended(needed_) && std::all_of(arrived_.begin(), arrived_.end(), ended);
   } catch (const c10::Error&) {
     return true;  // it will not get any later
   }
@@ -47,8 +44,12 @@ bool DeviceTime::known() const {
 
 uint64_t DeviceTime::nanoseconds() {
   try {
-    const double seconds = seconds_since(start_.event, end_.event);
-    return static_cast<uint64_t>(std::llround(std::max(seconds, 0.0) * 1e9));
+    double seconds = 0;
+    needed_->synchronize();
+    for (const EventPtr& event : arrived_) {
+      seconds = std::max(seconds, seconds_since(needed_, event));
+    }
+    return static_cast<uint64_t>(std::llround(seconds * 1e9));
   } catch (const c10::Error&) {
     return 0;
   }
@@ -56,21 +57,18 @@ uint64_t DeviceTime::nanoseconds() {
 
 struct DeviceSpan::Open {
   c10::Stream stream;
-  std::string track, name;
-  uint64_t bytes;
+  SpanText text;
   EventPtr begin, start;
 };
 
-DeviceSpan::DeviceSpan(const c10::Stream& stream, std::string track, std::string name,
-                       uint64_t bytes) {
-  if (!TraceLog::instance().active()) return;
+void DeviceSpan::open(const c10::Stream& stream, SpanText text) {
   EventPtr begin;
   {
     std::lock_guard lock(origin().mutex);
     begin = origin().event;
   }
   if (begin == nullptr || begin->device_type() != stream.device_type()) return;
-  open_.reset(new Open{stream, std::move(track), std::move(name), bytes, begin, now_on(stream)});
+  open_ = std::make_shared<Open>(Open{stream, std::move(text), begin, now_on(stream)});
 }
 
 DeviceSpan::~DeviceSpan() {
@@ -81,10 +79,10 @@ DeviceSpan::~DeviceSpan() {
   } catch (const c10::Error&) {
     return;  // the device is gone, and its time with it
   }
-  std::shared_ptr<Open> open = std::move(open_);
-  TraceLog::instance().add_later([open, end]() -> TraceSpan {
-    return {open->track, open->name, seconds_since(open->begin, open->start),
-            seconds_since(open->begin, end), open->bytes};
+  TraceLog::instance().add_later([open = open_, end]() -> TraceSpan {
+    const SpanText& text = open->text;
+    return {text.track, text.name, seconds_since(open->begin, open->start),
+            seconds_since(open->begin, end), text.bytes};
   });
 }
 

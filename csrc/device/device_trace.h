@@ -6,51 +6,60 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "device/events.h"
 #include "engine/trace_log.h"
 #include "engine/weight.h"
 
 namespace distorch {
 
+// What a span of a trace says beside its times.
+struct SpanText {
+  std::string track, name;
+  uint64_t bytes = 0;
+};
+
 // Takes the time on a stream from here to its end, if a trace is on. Device
 // times are counted from the first event of the trace on that device.
 class DeviceSpan {
  public:
-  DeviceSpan(const c10::Stream& stream, std::string track, std::string name, uint64_t bytes = 0);
+  // `text` makes a SpanText. It is asked only while somebody traces.
+  template <class Text>
+  DeviceSpan(const c10::Stream& stream, const Text& text) {
+    if (TraceLog::instance().active()) open(stream, text());
+  }
   ~DeviceSpan();
   DeviceSpan(const DeviceSpan&) = delete;
   DeviceSpan& operator=(const DeviceSpan&) = delete;
 
  private:
   struct Open;
-  std::unique_ptr<Open> open_;  // null: nobody traces
+  void open(const c10::Stream& stream, SpanText text);
+
+  std::shared_ptr<Open> open_;  // null: nobody traces
 };
 
 // Note [How long a stream waits]
-// An event on the stream before the operator's wait, and one behind it: what
-// lies between them is the stall, and nothing else is. Both are of the stream,
-// so the host needs no clock and waits for nothing. Where the host itself has to
-// wait (for a reader), the first event is recorded before that, so that a stream
-// that runs dry meanwhile is seen to wait. The times are read when they are
-// asked for, or when many are known. On CUDA two events in a row are about a
-// microsecond apart, which is what a fetch that waited for nothing then counts.
+// One event on the stream before the operator's wait, and the ones behind the
+// copies that it waits for, which are there anyway: a stall is the time from the
+// former to the last of the latter, or nothing where that was earlier. So the
+// host needs no clock and waits for nothing. Where the host itself has to wait
+// (for a reader), the first event is recorded before that, so that a stream that
+// runs dry meanwhile is seen to wait. The times are read when they are asked
+// for, or when many are known.
 
-// A point in a stream's work.
-struct Moment {
-  explicit Moment(const c10::Stream& stream);
-  c10::Stream stream;
-  std::shared_ptr<c10::Event> event;
-};
-
-// The time from one moment to another.
+// The time from an event on a stream to the last of those that it waits for.
 class DeviceTime : public LateTime {
  public:
-  DeviceTime(Moment start, Moment end) : start_(std::move(start)), end_(std::move(end)) {}
+  DeviceTime(EventPtr needed, std::vector<EventPtr> arrived)
+      : needed_(std::move(needed)), arrived_(std::move(arrived)) {}
   bool known() const override;
   uint64_t nanoseconds() override;  // 0 when the device is gone
 
  private:
-  const Moment start_, end_;
+  const EventPtr needed_;  // timed, as all of them
+  const std::vector<EventPtr> arrived_;
 };
 
 // Starts a trace; marks the time on the device ("cpu": only the host's).

@@ -29,7 +29,7 @@ class HostDevice : public RingDevice {
     return {static_cast<std::byte*>(memory), [bytes](std::byte* at) { ::munmap(at, bytes); }};
   }
 
-  std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
+  std::shared_ptr<void> wrap(Slot&, std::byte* data, uint64_t bytes,
                              std::shared_ptr<void> block) override {
     return slot_storage(data, bytes, std::move(block), c10::Device(c10::kCPU));
   }

@@ -1,13 +1,10 @@
 #include "device/storages.h"
 
-#include <ATen/core/CachingHostAllocator.h>
-#include <ATen/ops/empty.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/Allocator.h>
-#include <c10/core/DeviceGuard.h>
 
 #include "core/file.h"
 #include "core/host_memory.h"
-#include "device/cuda.h"
 
 namespace distorch {
 
@@ -37,27 +34,10 @@ at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device) {
   return tensor;
 }
 
-namespace {
-
-at::DataPtr allocate_pinned(uint64_t bytes, c10::Device device) {
-  // Else the memory would be pinned by way of the first GPU, in a context that
-  // takes hundreds of megabytes there.
-  c10::OptionalDeviceGuard on_device;
-  if (c10::impl::hasDeviceGuardImpl(device.type())) on_device.reset_device(device);
-  const cuda::Kernels* kernels = device.is_cuda() ? cuda_kernels() : nullptr;
-  if (kernels == nullptr || bytes == 0) {
-    at::HostAllocator* allocator = at::getHostAllocator(device.type());
-    TORCH_CHECK(allocator != nullptr, "this PyTorch has no pinned memory for ", device.type());
-    return allocator->allocate(bytes);
-  }
-  void* memory = nullptr;
-  check_cuda(*kernels, kernels->allocate_pinned(device.index(), &memory, bytes),
-             "allocating pinned memory");
-  const auto release = [](void* at) { cuda_kernels()->free_pinned(at); };
-  return {memory, memory, release, c10::Device(c10::kCPU)};
+void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  to.copy_(from, non_blocking);
 }
-
-}  // namespace
 
 c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset) {
   c10::Allocator* allocator = c10::GetAllocator(c10::DeviceType::CPU);
@@ -70,16 +50,6 @@ c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset) {
   whole.release();
   return {c10::Storage::use_byte_size_t(), static_cast<int64_t>(bytes), std::move(part), allocator,
           true};
-}
-
-at::Tensor pinned_memory(uint64_t bytes, c10::Device device) {
-  const auto count = static_cast<int64_t>(bytes);
-  c10::Storage storage(c10::Storage::use_byte_size_t(), count, allocate_pinned(bytes, device),
-                       nullptr, false);
-  at::Tensor pinned = at::empty({0}, at::TensorOptions().dtype(at::kByte));
-  pinned.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
-  pinned.unsafeGetTensorImpl()->set_sizes_contiguous({count});
-  return pinned;
 }
 
 }  // namespace distorch

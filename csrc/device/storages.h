@@ -18,13 +18,11 @@ bool slot_in_use(const std::shared_ptr<void>& storage);
 // Bytes as a tensor that owns nothing: uint8 [bytes].
 at::Tensor bytes_at(const std::byte* data, uint64_t bytes, c10::Device device);
 
+// A copy, on the current streams of both devices. Autograd does not see it.
+void copy_bytes(const at::Tensor& from, const at::Tensor& to, bool non_blocking);
+
 // Host memory for bytes that are read from `offset` of a file: its address is
 // that of the file modulo kPage, and the page on either side is nobody's.
 c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset);
-
-// Pinned host memory for copies to a device: uint8 [bytes]. Of exactly that
-// size where the kernels for the device can be asked for it; PyTorch's
-// allocator rounds up to a power of two.
-at::Tensor pinned_memory(uint64_t bytes, c10::Device device);
 
 }  // namespace distorch

@@ -34,6 +34,26 @@ void Donor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte*
   }
 }
 
+void Readers::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
+  std::lock_guard lock(mutex_);
+  for (auto& [known, latest] : latest_) {
+    if (known == stream) {
+      latest.swap(copy);
+      return;
+    }
+  }
+  latest_.emplace_back(stream, std::move(copy));
+}
+
+void Readers::wait() const {
+  std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> under_way;
+  {
+    std::lock_guard lock(mutex_);
+    under_way.swap(latest_);
+  }
+  for (const auto& [stream, copy] : under_way) copy->wait();
+}
+
 std::shared_ptr<HostDonor> HostDonor::make(uint64_t bytes) {
   const std::shared_ptr<std::byte[]> memory(new std::byte[bytes]);
   return std::make_shared<HostDonor>(memory, memory.get(), bytes);
@@ -44,6 +64,7 @@ void HostDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) cons
 }
 
 void HostDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
+  readers_.wait();
   if (data_ + begin != from) std::memmove(data_ + begin, from, bytes);
 }
 

@@ -4,22 +4,51 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/file.h"
 
 namespace distorch {
 
+// The copies that devices make from one donor's memory. A device copies later than it was asked
+// to, so whoever writes to that memory, or frees it, has to wait for these copies first.
+class Readers {
+ public:
+  class Copy {
+   public:
+    virtual ~Copy() = default;
+    // Blocks until the copy has read its last byte, or never will.
+    virtual void wait() = 0;
+  };
+
+  Readers() = default;
+  ~Readers() { wait(); }
+  Readers(const Readers&) = delete;
+  Readers& operator=(const Readers&) = delete;
+
+  // Copies on one stream run one after the other: the latest stands for all of them.
+  void add(uint64_t stream, std::shared_ptr<Copy> copy) const;
+  // Blocks until every copy has ended. Copies asked for meanwhile are the caller's to prevent.
+  void wait() const;
+
+ private:
+  mutable std::mutex mutex_;  // not held while waiting
+  mutable std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> latest_;  // guarded by mutex_
+};
+
 // A piece of a weight that a device can copy by itself. `place` is "cpu" or a
 // device ("sim:1"); pieces with one owner may be copied together where they lie
-// side by side.
+// side by side. `readers` is told of the copy; null: nobody needs to know.
 struct Extent {
   uint64_t begin, bytes;
   std::string place;
   const std::byte* data;
   const void* owner;
+  const Readers* readers;
 };
 
 // One weight's bytes on a donor. Thread-safe for reads; writes are as safe as
@@ -60,6 +89,7 @@ class Donor {
 
   // A donor that is somebody's checkpoint is never written.
   virtual bool writable() const = 0;
+  // Waits for copies that devices still make of the old bytes.
   // REQUIRES: writable(). Throws Error(kFetch).
   virtual void write(uint64_t begin, uint64_t bytes, const std::byte* from) = 0;
 };
@@ -82,7 +112,9 @@ class HostDonor : public Donor {
   uint64_t size() const override { return bytes_; }
   std::string describe() const override { return "host memory"; }
   std::byte* host() override { return data_; }
-  std::vector<Extent> extents() const override { return {{0, bytes_, "cpu", data_, owner_id_}}; }
+  std::vector<Extent> extents() const override {
+    return {{0, bytes_, "cpu", data_, owner_id_, &readers_}};
+  }
   std::shared_ptr<std::byte> map() override { return {owner_, data_}; }
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   bool writable() const override { return true; }
@@ -95,6 +127,7 @@ class HostDonor : public Donor {
   const void* const owner_id_;
   std::byte* const data_;
   const uint64_t bytes_;
+  const Readers readers_;  // last: it waits before the memory goes
 };
 
 class FileDonor : public Donor {

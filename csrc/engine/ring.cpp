@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <utility>
 
 #include "engine/reading.h"
@@ -329,8 +330,9 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   if (apart) slot->stored = begin + own + stored_phase;
   if (!decoded_room_later) slot->data = begin + data_phase;
   if (slot->donor != nullptr) slot->encoded = slot->landing();
-  slot->wrapped = decoded_room_later ? device_->wrap(slot->stored, donor.size(), std::move(block))
-                                     : device_->wrap(slot->data, bytes, std::move(block));
+  slot->wrapped = decoded_room_later
+                      ? device_->wrap(*slot, slot->stored, donor.size(), std::move(block))
+                      : device_->wrap(*slot, slot->data, bytes, std::move(block));
   enter(slot, weight, donor);
   if (slot->staged != nullptr) slot->staged_data = slot->staged->data + phase;
   if (!host && slot->whole()) fill(slot, {0, donor.size()});
@@ -358,13 +360,18 @@ void Ring::bring_staged() {
     }
     slot->state = Slot::State::kLoading;
     const auto donor = slot->weight->donor();
-    device_->bring(slot, *donor, {0, donor->size()});
+    device_->bring(slot, donor, {0, donor->size()});
   }
 }
 
 void Ring::flush() {
   std::vector<SlotPtr> failed;
-  device_->flush(&failed);
+  std::exception_ptr out_of_order;
+  try {
+    device_->flush(&failed);
+  } catch (...) {
+    out_of_order = std::current_exception();
+  }
   for (const SlotPtr& slot : failed) {
     if (slot->weight == nullptr) continue;
     const Error named = could_not_bring(ErrorKind::kFetch, slot->weight->name(),
@@ -372,6 +379,8 @@ void Ring::flush() {
     slot->error = named.what();
     drop(slot);
   }
+  // The error is not one of these weights: it is told as what it is.
+  if (out_of_order) std::rethrow_exception(out_of_order);
 }
 
 // Bytes for a part of a slot that is its own now.
@@ -383,7 +392,7 @@ void Ring::fill(const SlotPtr& slot, Range part) {
       part = {0, slot->weight->donor()->size()};
     }
     const auto donor = slot->weight->donor();
-    device_->bring(slot, *donor, {part.begin, std::min(part.end, donor->size())});
+    device_->bring(slot, donor, {part.begin, std::min(part.end, donor->size())});
   } catch (...) {  // nobody would ask for that part again
     drop(slot);
     throw;

@@ -81,8 +81,9 @@ class RingDevice {
   virtual uint64_t granule() const { return kPage; }
   // Aligned to granule(). Throws what an allocation on this device throws.
   virtual std::shared_ptr<std::byte> allocate(uint64_t bytes) = 0;
-  // An object over [data, data + bytes) that keeps `block` alive.
-  virtual std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
+  // An object over [data, data + bytes) that keeps `block` alive: what operators
+  // hold of `slot`.
+  virtual std::shared_ptr<void> wrap(Slot& slot, std::byte* data, uint64_t bytes,
                                      std::shared_ptr<void> block) = 0;
   // Whether anybody but the ring holds the wrapped object.
   virtual bool in_use(const std::shared_ptr<void>& wrapped) const = 0;
@@ -99,14 +100,16 @@ class RingDevice {
   // Whether slots may be filled part by part.
   virtual bool in_parts() const { return false; }
   // Asks for a copy of a part of the donor's bytes (or of what is staged) to the
-  // slot.
-  virtual void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) {}
+  // slot. The donor is kept until the copy was issued.
+  virtual void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
+                     Range part) {}
   // A slot that waits for readers has got more of its room: what is copied there
   // later goes behind what has used it until now, and behind nothing else.
   virtual void took(Slot& slot) {}
   // Issues what was asked for, in that order, behind everything that used the
   // slots' memory, and decodes it. Slots that are whole are then kReady, or
-  // kFailed with an error.
+  // kFailed with an error. Where the device is out of order, throws the device's
+  // own error, with all of them kFailed.
   virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}

@@ -61,7 +61,10 @@ std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, c
         if (auto room = carve(bytes, spare)) return room;
       } while (evict_one());
     }
-  } catch (const std::exception&) {  // the device has no room for the ring itself
+  } catch (const std::exception&) {
+    // The device has no room for the ring itself. It is not asked again at every fetch: each time
+    // PyTorch would empty its cache first, and wait for the device.
+    lean_ = weights_.size() + 1;
     return nullptr;
   }
   if (!now) return nullptr;
@@ -96,7 +99,7 @@ void Ring::room_to_decode(const SlotPtr& slot, const Window& window, Counters& c
     data = ordinary.get();
     block = ordinary;
   }
-  slot->wrapped = device_->wrap(data, bytes, std::move(block));
+  slot->wrapped = device_->wrap(*slot, data, bytes, std::move(block));
   slot->room = room;
   slot->data = data;
   slot->stored = nullptr;

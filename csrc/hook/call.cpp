@@ -9,6 +9,7 @@
 
 #include "device/device_trace.h"
 #include "device/devices.h"
+#include "device/pinned.h"
 #include "engine/ring.h"
 #include "hook/sweep.h"
 
@@ -25,14 +26,6 @@ std::pair<uint64_t, uint64_t> extent(const at::Tensor& tensor) {
   const auto item = static_cast<uint64_t>(tensor.itemsize());
   const uint64_t begin = static_cast<uint64_t>(tensor.storage_offset()) * item;
   return {begin, (static_cast<uint64_t>(last) + 1) * item - begin};
-}
-
-// All bytes of a storage as a CPU tensor; the storage itself where it is the host's.
-at::Tensor whole_on_host(const c10::Storage& memory) {
-  at::Tensor bytes = at::empty({0}, at::TensorOptions().dtype(at::kByte).device(memory.device()));
-  bytes.unsafeGetTensorImpl()->set_storage_keep_dtype(memory);
-  bytes.unsafeGetTensorImpl()->set_sizes_contiguous({static_cast<int64_t>(memory.nbytes())});
-  return bytes.cpu();
 }
 
 // Of the first sharded tensor in an argument; null: there is none.
@@ -56,12 +49,12 @@ bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
 
 struct Call::Traced {
   Traced(const Handle& handle, const std::string& name) {
-    const std::string track = "compute " + handle.compute.str();
     if (handle.compute.is_cpu()) {
       host.emplace("compute cpu", name);
     } else {
       const c10::impl::VirtualGuardImpl guard(handle.compute.type());
-      device.emplace(guard.getStream(handle.compute), track, name);
+      device.emplace(guard.getStream(handle.compute),
+                     [&]() -> SpanText { return {"compute " + handle.compute.str(), name}; });
     }
   }
   std::optional<HostSpan> host;
@@ -199,8 +192,9 @@ void Call::commit(Swapped& argument) {
   const c10::Storage& memory = argument.real.storage();
   const uint64_t total = memory.nbytes();
   if (!argument.in_place) {
-    const at::Tensor host = whole_on_host(memory);
-    const auto* bytes = static_cast<const std::byte*>(host.storage().data());
+    std::shared_ptr<Staged> brought;
+    if (!memory.device().is_cpu()) brought = bring_back(memory);
+    const auto* bytes = brought ? brought->data : static_cast<const std::byte*>(memory.data());
     const auto [begin, length] = extent(argument.real);
     handle.weight->store(bytes, total, begin, length, scratch_directory());
     handle.weight->ring().written(*handle.weight, bytes);

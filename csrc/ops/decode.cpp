@@ -110,6 +110,11 @@ void decode_on_cuda(at::Tensor into, const at::Tensor& stored, c10::string_view 
       panel = at::empty({scratch.panel_rows, into.size(1)}, into.options().dtype(at::kFloat));
       scratch.panel = panel.mutable_data_ptr<float>();
     }
+    at::Tensor more_terms;
+    if (const uint64_t bytes = cuda::more_terms_bytes(call.decoding())) {
+      more_terms = at::empty({static_cast<int64_t>(bytes)}, into.options().dtype(at::kByte));
+      scratch.more_terms = more_terms.mutable_data_ptr();
+    }
     if (finite) scratch.finite = reinterpret_cast<uint8_t*>(finite->mutable_data_ptr<bool>());
     decode_on_gpu(into.device(), call.decoding(), call.rows(), call.from(0), call.to(0), scratch);
   });

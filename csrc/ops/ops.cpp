@@ -6,8 +6,9 @@
 
 #include "core/file.h"
 #include "core/host_memory.h"
-#include "device/accelerator.h"
+#include "device/device_donor.h"
 #include "device/devices.h"
+#include "device/pinned.h"
 #include "device/row_decoder.h"
 #include "device/storages.h"
 #include "hook/errors.h"

@@ -78,6 +78,7 @@ PYBIND11_MODULE(_sim, module) {
   module.def("fail_alloc", &fail_allocation);
   module.def("fail_device", [](int device) { Machine::instance().fail_device(device); });
   module.def("set_capturing", &set_capturing);
+  module.def("event_counts", &event_counts);
   module.def("real_address", [](uintptr_t address) {
     return reinterpret_cast<uintptr_t>(real_bytes(reinterpret_cast<const void*>(address)));
   });

@@ -78,7 +78,10 @@ void copy_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) 
   if (pinned) task.accesses.push_back(whole(host, !up));
   const int stream = current_stream(device.device().index());
   machine().issue(stream, std::move(task));
-  if (!pinned || !non_blocking) machine().synchronize_stream(stream);
+  if (!pinned || !non_blocking) return machine().synchronize_stream(stream);
+  // The engine's own tensors own nothing, and are not PyTorch's to keep.
+  const c10::DataPtr& owned = host.storage().data_ptr();
+  if (owned.get_deleter() != nullptr) keep_pinned_until(owned.get(), machine().record(stream, 0));
 }
 
 // Two devices, same layout: on the source's stream, between what both had to

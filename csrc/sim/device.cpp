@@ -7,7 +7,9 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <atomic>
 #include <cstring>
+#include <set>
 #include <unordered_map>
 
 #include "sim/memory.h"
@@ -29,6 +31,25 @@ Pool& pool() {
   return instance;
 }
 
+// Streams whose work is being captured. An event that somebody else records there breaks the
+// capture, as on CUDA.
+struct Captures {
+  std::mutex mutex;
+  std::set<int> streams;
+};
+
+Captures& captures() {
+  static Captures& instance = *new Captures;
+  return instance;
+}
+
+bool is_captured(int stream) {
+  std::lock_guard lock(captures().mutex);
+  return captures().streams.count(stream) > 0;
+}
+
+std::atomic<uint64_t> events_recorded{0}, events_waited{0};
+
 // Streams of PyTorch: id 0 is a device's default, id n + 1 the machine's n-th.
 struct Defaults {
   std::mutex mutex;
@@ -46,7 +67,6 @@ int default_stream(int device) {
 }
 
 thread_local c10::DeviceIndex current_device = 0;
-thread_local bool capturing = false;
 thread_local std::unordered_map<int, c10::StreamId> current_streams;
 
 c10::Stream stream_now(c10::DeviceIndex device) {
@@ -100,10 +120,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex,
               const c10::EventFlag) const override {
     check_alive(stream.device_index());
+    TORCH_CHECK(!is_captured(machine_stream(stream)), "sim: an event was recorded on ", stream,
+                ", where a graph is being captured: that breaks the capture");
+    ++events_recorded;
     if (*event == nullptr) *event = new MarkPtr;
     *static_cast<MarkPtr*>(*event) = machine().record(machine_stream(stream));
   }
   void block(void* event, const c10::Stream& stream) const override {
+    ++events_waited;
     if (event != nullptr) machine().wait(machine_stream(stream), *static_cast<MarkPtr*>(event));
   }
   bool queryEvent(void* event) const override {
@@ -119,14 +143,19 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     machine().synchronize_stream(machine_stream(stream));
   }
   // Not `override`: PyTorch asks since 2.13.
-  bool isStreamCapturing(const c10::Stream&) const { return capturing; }
+  bool isStreamCapturing(const c10::Stream& stream) const {
+    check_alive(stream.device_index());
+    return is_captured(machine_stream(stream));
+  }
   void synchronizeEvent(void* event) const override {
     if (event != nullptr) machine().synchronize(*static_cast<MarkPtr*>(event));
   }
   void synchronizeDevice(const c10::DeviceIndex) const override { machine().synchronize_all(); }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override;
   double elapsedTime(void* from, void* to, const c10::DeviceIndex) const override {
-    return 1e3 * ((*static_cast<MarkPtr*>(to))->time - (*static_cast<MarkPtr*>(from))->time);
+    const Mark& start = **static_cast<MarkPtr*>(from);
+    const Mark& end = **static_cast<MarkPtr*>(to);
+    return start.epoch == end.epoch ? 1e3 * (end.time - start.time) : 0;  // the clock began anew
   }
 };
 
@@ -287,7 +316,17 @@ MemoryNumbers memory_numbers(int device) {
 
 void reset_peak(int device) { device_memory(device)->reset_peak(); }
 
-void set_capturing(bool now) { capturing = now; }
+void set_capturing(bool now) {
+  const int stream = current_stream(current_device);
+  std::lock_guard lock(captures().mutex);
+  if (now) {
+    captures().streams.insert(stream);
+  } else {
+    captures().streams.erase(stream);
+  }
+}
+
+std::pair<uint64_t, uint64_t> event_counts() { return {events_recorded, events_waited}; }
 
 void restart_streams() {
   std::lock_guard lock(pool().mutex);

@@ -4,6 +4,9 @@
 #include <c10/core/Device.h>
 #include <c10/core/Stream.h>
 
+#include <cstdint>
+#include <utility>
+
 #include "sim/machine.h"
 
 namespace distorch::sim {
@@ -20,8 +23,11 @@ void register_device();
 // The operators that the fallback does not reach.
 void register_kernels();
 
-// Whether this thread's work counts as being captured in a graph.
+// Whether work on this thread's current stream counts as being captured in a graph.
 void set_capturing(bool capturing);
+
+// Events that PyTorch's users have recorded, and waits for them that were put on streams.
+std::pair<uint64_t, uint64_t> event_counts();
 
 // New streams are the first ones again: a configuration starts like any other.
 void restart_streams();

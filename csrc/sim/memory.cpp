@@ -18,11 +18,16 @@ std::byte* reserve(uint64_t bytes, int protection) {
   return static_cast<std::byte*>(at);
 }
 
+struct Pinned {
+  uint64_t bytes = 0;
+  std::vector<MarkPtr> used = {};  // see keep_pinned_until()
+};
+
 struct Memories {
   std::mutex mutex;
   std::vector<std::weak_ptr<DeviceMemory>> all;        // old ones, too
   std::vector<std::shared_ptr<DeviceMemory>> present;  // by device
-  std::map<std::byte*, uint64_t> pinned;               // address -> bytes
+  std::map<std::byte*, Pinned> pinned;                 // by address
   uint64_t fail_in = 0;
   int fail_device = kHost;
 };
@@ -133,23 +138,27 @@ std::byte* allocate_pinned(uint64_t bytes) {
   std::byte* at = reserve(room, PROT_READ | PROT_WRITE);
   Memories& all = memories();
   std::lock_guard lock(all.mutex);
-  all.pinned.emplace(at, room);
+  all.pinned.emplace(at, Pinned{room});
   return at;
 }
 
 void free_pinned(std::byte* address) {
   Memories& all = memories();
-  uint64_t bytes = 0;
+  Pinned gone;
   {
     std::lock_guard lock(all.mutex);
-    bytes = all.pinned.at(address);
+    gone = std::move(all.pinned.at(address));
     all.pinned.erase(address);
   }
   Machine& machine = Machine::instance();
+  for (const MarkPtr& used : gone.used) machine.synchronize(used);
   const auto at = reinterpret_cast<uintptr_t>(address);
-  machine.synchronize_all();  // what the CUDA runtime does, too
-  machine.forget(at, at + bytes);
-  ::munmap(address, bytes);
+  const size_t known = machine.races().size();
+  machine.host_access({at, at + gone.bytes, true}, "giving pinned memory back");
+  // Told; and the copy that comes later must find some memory there.
+  if (machine.races().size() > known) machine.synchronize_all();
+  machine.forget(at, at + gone.bytes);
+  ::munmap(address, gone.bytes);
 }
 
 bool is_pinned(const void* address) {
@@ -158,16 +167,26 @@ bool is_pinned(const void* address) {
   auto* at = static_cast<std::byte*>(const_cast<void*>(address));
   auto after = all.pinned.upper_bound(at);
   if (after == all.pinned.begin()) return false;
-  const auto& [begin, bytes] = *std::prev(after);
-  return at < begin + bytes;
+  const auto& [begin, pinned] = *std::prev(after);
+  return at < begin + pinned.bytes;
 }
 
 uint64_t pinned_bytes() {
   Memories& all = memories();
   std::lock_guard lock(all.mutex);
   uint64_t total = 0;
-  for (const auto& [at, bytes] : all.pinned) total += bytes;
+  for (const auto& [at, pinned] : all.pinned) total += pinned.bytes;
   return total;
+}
+
+void keep_pinned_until(const void* address, const MarkPtr& ended) {
+  Memories& all = memories();
+  std::lock_guard lock(all.mutex);
+  const auto found = all.pinned.find(static_cast<std::byte*>(const_cast<void*>(address)));
+  if (found == all.pinned.end()) return;
+  std::vector<MarkPtr>& used = found->second.used;
+  std::erase_if(used, [](const MarkPtr& mark) { return mark->done; });
+  used.push_back(ended);
 }
 
 void fail_allocation(uint64_t nth, int device) {

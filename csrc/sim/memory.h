@@ -74,10 +74,13 @@ void poison(std::byte* real, uint64_t bytes);
 // Where the bytes of a device address are. Other addresses are their own.
 std::byte* real_bytes(const void* address);
 
-// Pinned host memory, exact in size but for whole pages.
+// Pinned host memory, exact in size but for whole pages. Giving it back waits for nothing, as CUDA
+// promises nothing: a copy from it that is still to come is a race.
 std::byte* allocate_pinned(uint64_t bytes);
 void free_pinned(std::byte* address);
 bool is_pinned(const void* address);
+// PyTorch keeps pinned memory of its own tensors until copies that it was asked for have ended.
+void keep_pinned_until(const void* address, const MarkPtr& ended);
 uint64_t pinned_bytes();
 
 // The nth allocation on the device from now (or on any, kHost) fails.

@@ -1,5 +1,7 @@
 // Reads of any alignment, scratch files, and files that change behind our back.
 #include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -116,6 +118,22 @@ void changed_files_are_noticed() {
   CHECK(into == data);
 }
 
+// Memory that a disk cannot write to by itself, as some of a driver's: unbuffered reads into it
+// fail with EFAULT. Secret memory is of that kind; where the kernel has none, nothing is shown.
+void memory_that_takes_no_unbuffered_reads() {
+  constexpr uint64_t kBytes = 64 * kPage;
+  const int secret = static_cast<int>(::syscall(SYS_memfd_secret, 0));
+  if (secret < 0 || ::ftruncate(secret, kBytes) != 0) return;
+  void* memory = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, secret, 0);
+  ::close(secret);
+  if (memory == MAP_FAILED) return;
+  const auto data = pattern(kBytes, 21);
+  forget_cached_pages(write_file("secret.bin", data));
+  File::open("secret.bin")->read(0, kBytes, static_cast<std::byte*>(memory), true);
+  CHECK(std::memcmp(memory, data.data(), kBytes) == 0);
+  ::munmap(memory, kBytes);
+}
+
 // Into memory that is in the file's phase and not, with neighbours that must
 // not change where they are not the reader's.
 void bulk_reads() {
@@ -162,6 +180,7 @@ int main() {
   reads_of_any_alignment(true);
   reads_of_any_alignment(false);
   scratch_file();
+  memory_that_takes_no_unbuffered_reads();
   changed_files_are_noticed();
   bulk_reads();
   copies();

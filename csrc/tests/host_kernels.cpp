@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/file.h"
 #include "cuda/library.h"
 
 namespace {
@@ -13,6 +14,7 @@ constexpr uint64_t kMost = 1 << 20;  // bytes that can be pinned at one time
 
 // Where the memory of a device is on the host, seen from its address.
 std::ptrdiff_t distance = 0;
+int pinned = 0;  // pieces of pinned memory that are in use
 // Of the last call.
 int last_device = -1;
 CUstream_st* last_stream = nullptr;
@@ -24,8 +26,10 @@ T* on_host(T* address) {
 }
 
 int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, const void* stored,
-           void* into, float* panel, int64_t panel_rows, uint8_t* finite, CUstream_st* stream) {
+           void* into, float* panel, int64_t panel_rows, void* more_terms, uint8_t* finite,
+           CUstream_st* stream) {
   constexpr int kInvalidValue = 1;
+  if ((cuda::more_terms_bytes(decoding) > 0) != (more_terms != nullptr)) return kInvalidValue;
   if (cuda::needs_panel(decoding) != (panel != nullptr && panel_rows > 0)) return kInvalidValue;
   Decoding here = decoding;
   std::vector<LowRank> terms(decoding.terms.begin(), decoding.terms.end());
@@ -45,15 +49,19 @@ int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, con
 
 int usable() { return DRIVER < 13 ? 35 : 0; }
 
+// Not on a page, which CUDA does not promise either. What is before the memory says how much it is.
 int allocate_pinned(int, void** memory, uint64_t bytes) {
   if (bytes > kMost) return 2;
-  *memory = std::malloc(bytes);
+  auto* whole = static_cast<std::byte*>(std::aligned_alloc(4096, 4096 + round_up(bytes, 4096)));
+  *memory = whole + 512;
   std::memset(*memory, 7, bytes);
+  pinned += 1;
   return 0;
 }
 
-int free_pinned(void* memory) {
-  std::free(memory);
+int free_pinned(int, void* memory) {
+  std::free(static_cast<std::byte*>(memory) - 512);
+  pinned -= 1;
   return 0;
 }
 
@@ -69,6 +77,7 @@ const char* describe(int error) { return error == 2 ? "out of memory" : "invalid
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 EXPORTED void set_distance(std::ptrdiff_t bytes) { distance = bytes; }
+EXPORTED int pieces_pinned() { return pinned; }
 EXPORTED int device_of_last_call() { return last_device; }
 EXPORTED void* stream_of_last_call() { return last_stream; }
 

@@ -218,16 +218,21 @@ void grid_of_the_gpu(int64_t rows, int64_t columns) {
   CHECK(std::all_of(visits.begin(), visits.end(), [](uint8_t count) { return count == 1; }));
 }
 
-// Every thread of the CUDA kernel, one after the other, against the host's kernel.
-void threads_of_the_gpu() {
+// Every thread of the CUDA kernel, one after the other, against the host's kernel; with as many
+// patches again, of rank 1, as are asked for.
+void threads_of_the_gpu(int more) {
   std::mt19937 random(11);
   constexpr int64_t kRows = 37, kColumns = 150;
   std::vector<Factors> factors{random_factors(random, kRows, kColumns, 7),
                                random_factors(random, 21, kColumns, 3)};
   factors[1].first_row = 9;
+  for (int i = 0; i < more; ++i) factors.push_back(random_factors(random, kRows, kColumns, 1));
   const auto list = terms_of(factors);
   cuda::Terms terms{};
-  for (const LowRank& term : list) terms.of[terms.count++] = term;
+  const size_t in_launch = std::min<size_t>(list.size(), cuda::kInLaunch);
+  std::copy_n(list.begin(), in_launch, terms.of);
+  terms.more = list.data() + in_launch;
+  terms.count = static_cast<int>(list.size());
   std::vector<uint16_t> base(kRows * kColumns), expected(base.size()), actual(base.size());
   for (auto& bits : base) bits = to_bfloat16(std::normal_distribution<float>()(random));
   base[0] = 0x8000;  // -0 in a row that only the first term touches
@@ -275,7 +280,8 @@ int main() {
   halves();
   against_exact_sums();
   factors_in_bfloat16();
-  threads_of_the_gpu();
+  threads_of_the_gpu(0);
+  threads_of_the_gpu(70);  // more than travel with a launch
   for (const int64_t rows : {1, 33, 2'097'121}) {
     grid_of_the_gpu<float>(rows, 3);
     grid_of_the_gpu<double>(rows, 3);

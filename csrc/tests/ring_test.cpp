@@ -34,7 +34,8 @@ class PlainMemory : public RingDevice {
               std::free(at);
             }};
   }
-  std::shared_ptr<void> wrap(std::byte* data, uint64_t, std::shared_ptr<void> block) override {
+  std::shared_ptr<void> wrap(Slot&, std::byte* data, uint64_t,
+                             std::shared_ptr<void> block) override {
     return std::make_shared<Wrapped>(Wrapped{data, std::move(block)});
   }
   bool in_use(const std::shared_ptr<void>& wrapped) const override {
@@ -49,10 +50,11 @@ class CopyingMemory : public PlainMemory {
   bool is_host() const override { return false; }
   bool brings(const Donor&) const override { return true; }
   bool in_parts() const override { return true; }
-  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override {
+  void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
+             Range part) override {
     if (part.begin >= part.end) return;
-    donor.read(part.begin, part.end - part.begin, slot->data + part.begin, false);
-    parts += part.end - part.begin < donor.size();
+    donor->read(part.begin, part.end - part.begin, slot->data + part.begin, false);
+    parts += part.end - part.begin < donor->size();
     asked_.push_back(slot);
   }
   void flush(std::vector<std::shared_ptr<Slot>>*) override {
@@ -81,9 +83,10 @@ class StagedMemory : public CopyingMemory {
     buffer->data = buffer->bytes.data() + (round_up(begin, kPage) - begin);
     return buffer;
   }
-  void bring(const std::shared_ptr<Slot>& slot, const Donor& donor, Range part) override {
-    CHECK(part.begin == 0 && part.end == donor.size());
-    std::memcpy(slot->data, slot->staged_data, donor.size());
+  void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
+             Range part) override {
+    CHECK(part.begin == 0 && part.end == donor->size());
+    std::memcpy(slot->data, slot->staged_data, donor->size());
     asked_.push_back(slot);
   }
 };

@@ -202,6 +202,8 @@ def plan_inventory(
     """A plan for weights that are known by name and size."""
     options.check()
     parsed, compute = resolve_spec(spec, virtual_vram, donor, options.compute, devices)
+    named = {place for entry in parsed.entries for place in entry.device.split("+")}
+    devices = machine.with_exact(devices, {compute, *named})
     reserve = int(devices[compute].free_bytes * _RESERVE_SHARE) if compute in devices else 0
     return make_plan(
         inventory,
@@ -354,9 +356,16 @@ def _swap_in(
     buffers: dict[str, torch.Tensor],
     undo: _Undo,
 ) -> None:
-    """Gives the module what was staged; how to go back is noted first, step by step."""
+    """Gives the module what was staged; how to go back is noted first, step by step.
+
+    Waits for devices whose memory the module lets go of. A forward on another stream may still read
+    it. With a plain tensor its owner would call record_stream, but nobody has the old weight here.
+    """
+    let_go = set()
     for index, tensor in staged.items():
         group = groups[index]
+        if not group.first.is_meta and ":" in (place := current_place(group.first)):
+            let_go.update(place.split("+"))
         parameters = {id(member.parameter): member.parameter for member in group.members}
         values = {i: member_tensor(tensor, group, p) for i, p in parameters.items()}
         for identity, parameter in parameters.items():
@@ -369,6 +378,8 @@ def _swap_in(
         if name in buffers:
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
             owner._buffers[key] = buffers[name]
+    for place in let_go - {"cpu"}:
+        torch.accelerator.synchronize(place)
 
 
 def _replace_parameter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,43 @@ def _disk() -> dict[str, DeviceInfo]:
     return {"disk": DeviceInfo("disk", usage.total, usage.free)}
 
 
+def _has_context(kind: str, index: int) -> bool:
+    """Whether this process uses the device already. Asking makes no context."""
+    return kind != "cuda" or bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]
+
+
+def _memory(kind: str, index: int, place_there: bool) -> tuple[int, int]:
+    """(free, total) bytes of an accelerator.
+
+    To ask CUDA for free memory makes a context on that GPU, which takes hundreds of megabytes. So a
+    GPU on which nothing is placed is asked through NVML, which makes none. Where that is not
+    installed (nvidia-ml-py), all of the GPU's memory counts as free.
+    """
+    module = torch.get_device_module(kind)
+    if place_there or _has_context(kind, index):
+        free, total = module.mem_get_info(index)
+        return free, total
+    total = module.get_device_properties(index).total_memory
+    try:
+        return total - module.device_memory_used(index), total
+    except (ImportError, RuntimeError):
+        return total, total
+
+
+def with_exact(known: dict[str, DeviceInfo], placed: Collection[str]) -> dict[str, DeviceInfo]:
+    """The same devices, with the exact free memory of those on which something is placed.
+
+    A device that this process uses already is known exactly.
+    """
+    found = dict(known)
+    for name in placed:
+        kind, _, index = name.partition(":")
+        if name in known and index and not _has_context(kind, int(index)):
+            free, total = _memory(kind, int(index), place_there=True)
+            found[name] = DeviceInfo(name, total, free)
+    return found
+
+
 def devices() -> dict[str, DeviceInfo]:
     """Every tier of this machine with total and free bytes."""
     found = {"cpu": _host(), **_disk()}
@@ -47,8 +85,7 @@ def devices() -> dict[str, DeviceInfo]:
     if accelerator is not None and torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):
             name = f"{accelerator.type}:{index}"
-            module = getattr(torch, accelerator.type)
-            free, total = module.mem_get_info(index)
+            free, total = _memory(accelerator.type, index, place_there=False)
             found[name] = DeviceInfo(name, total, free)
         if not needs_values(torch.device(accelerator.type)):
             found["cpu"] = DeviceInfo("cpu", _BOUNDLESS, _BOUNDLESS)

@@ -125,7 +125,9 @@ def slow(link: Link, *, factor: float, start: float = 0.0, end: float = float("i
 
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
-    """What this thread issues counts as being captured in a graph (it runs all the same)."""
+    """What is issued on this thread's current stream counts as being captured in a graph (it runs
+    all the same). An event that anybody records on that stream is an error: it breaks a capture.
+    """
     _sim.set_capturing(True)
     try:
         yield
@@ -142,6 +144,12 @@ def room(nbytes: int, device: str = "sim:0") -> Iterator[None]:
         yield
     finally:
         _sim.set_limit(torch.device(device).index, capacity)
+
+
+def event_counts() -> tuple[int, int]:
+    """Events recorded, and waits for events put on streams, since the process began."""
+    recorded, waited = _sim.event_counts()
+    return int(recorded), int(waited)
 
 
 def reset() -> None:

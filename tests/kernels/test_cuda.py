@@ -82,7 +82,7 @@ def host_kernels(tmp_path_factory):
 
 
 PROGRAM = """
-import sys, torch, distorch
+import ctypes, sys, torch, distorch
 from distorch import _C, _native, _ops
 _C.set_cuda_library(sys.argv[1])
 gpu = torch.device("cuda:0")
@@ -90,7 +90,11 @@ assert _ops.can_decode(gpu) == (sys.argv[2] == "found")
 if sys.argv[2] == "found":
     slab = _ops.pinned_memory(12345, gpu)
     assert slab.untyped_storage().nbytes() == 12345 and slab.unique().tolist() == [7]
+    assert slab.data_ptr() % 4096 == 0  # though the library gives memory that is not
+    library = ctypes.CDLL(sys.argv[1])
+    assert library.pieces_pinned() == 1
     del slab
+    assert library.pieces_pinned() == 0
     try:
         _ops.pinned_memory(1 << 21, gpu)
     except RuntimeError as error:
@@ -108,7 +112,7 @@ elif torch.version.cuda is None:
 
 
 def test_the_library_is_found(host_kernels, tmp_path):
-    cases = ((2, 13, "found"), (1, 13, "of another build"), (2, 12, "newer than the driver"))
+    cases = ((3, 13, "found"), (2, 13, "of another build"), (3, 12, "newer than the driver"))
     for version, driver, outcome in cases:
         path = host_kernels(version, driver)
         subprocess.run([sys.executable, "-c", PROGRAM, str(path), outcome], check=True)
@@ -148,6 +152,20 @@ for code in ("float32", "bfloat16", "float8_e4m3fn", "int8", "Q8_0", "Q6_K"):
         kernels.assert_same_numbers(got, wanted)
         assert bool(finite) and library.device_of_last_call() == 1
 
+# More patches than travel with a launch.
+terms = _ops.Terms()
+for index in range(70):
+    terms.add(torch.randn(kernels.ROWS, 1), torch.randn(1, kernels.COLUMNS), 0.1, 0)
+rows = kernels.stored("bfloat16")
+wanted = torch.empty(kernels.ROWS, kernels.COLUMNS, dtype=torch.bfloat16)
+_ops.decode(wanted, rows, "bfloat16", terms=terms)
+got = torch.zeros_like(wanted, device=device)
+factors = [[factor.to(device) for factor in side] for side in (terms.ups, terms.downs)]
+ops.decode_.default.redispatch(
+    CUDA, got, rows.to(device), "bfloat16", None, [1, 1], *factors, terms.strengths,
+    terms.first_rows, finite)
+kernels.assert_same_numbers(got, wanted)
+
 for name in ("F32", "F16", "BF16", "Q4_0", "Q4_K"):
     for dtype in kernels.DTYPES:
         blocks = kernels.blocks_of(name)
@@ -180,7 +198,7 @@ else:
 
 
 def test_what_the_operators_ask_of_the_library(host_kernels):
-    path = host_kernels(2, 13)
+    path = host_kernels(3, 13)
     subprocess.run([sys.executable, "-c", CALLS, str(path)], check=True, cwd=CSRC.parent)
 
 

@@ -1,0 +1,81 @@
+// Pinned host memory: devices copy from it, and to it, by themselves.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/arena.h"
+#include "device/events.h"
+#include "engine/ring.h"
+
+namespace distorch {
+
+// Pinned memory for copies to and from a device: uint8 [bytes], aligned to kPage. Of exactly that
+// size where the kernels for the device can be asked for it. PyTorch's allocator rounds up to a
+// power of two. It goes when the tensor does, and nothing waits for copies then: who has a device
+// copy from it keeps it until the copy has ended.
+at::Tensor pinned_memory(uint64_t bytes, c10::Device device);
+
+// Buffers through which bytes pass on their way to a device and back. Pinning is slow, so they are
+// cut from a few large slabs, and used again when the copies from them have ended.
+// Safe for every thread. The ring takes buffers with its mutex held, so nothing in here may wait
+// for the ring.
+class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
+ public:
+  // Memory of one slab. `copied` is set by whoever has a device copy from it.
+  class Buffer : public Staged {
+   public:
+    ~Buffer() override;
+    EventPtr copied;
+
+   private:
+    friend class PinnedBuffers;
+    std::shared_ptr<PinnedBuffers> from_;
+    size_t slab_ = 0;
+    Range range_{};
+  };
+
+  // Those of a device, the same for all who hold them.
+  static std::shared_ptr<PinnedBuffers> of(c10::Device device);
+
+  explicit PinnedBuffers(c10::Device device) : device_(device) {}
+  ~PinnedBuffers();  // waits for copies from it
+
+  // `bytes` of pinned memory, aligned to kPage. Where the device is far behind with its copies,
+  // this waits for the oldest one: the device would let the host run ahead without end.
+  std::shared_ptr<Buffer> take(uint64_t bytes);
+
+ private:
+  struct Slab {
+    Slab(at::Tensor pinned, uint64_t bytes) : memory(std::move(pinned)), arena(bytes, kPage) {}
+    const at::Tensor memory;
+    Arena arena;
+  };
+  struct Busy {
+    size_t slab;
+    Range range;
+    EventPtr copied;
+  };
+
+  std::shared_ptr<Buffer> carve(uint64_t bytes);
+  void add_slab(uint64_t bytes);
+  void collect();
+  void wait_for_oldest();
+
+  const c10::Device device_;
+  std::mutex mutex_;
+  // Guarded by mutex_, all of them.
+  std::vector<std::unique_ptr<Slab>> slabs_;
+  uint64_t slab_bytes_ = 0;
+  std::deque<Busy> busy_;  // given back before their copies had ended; the oldest first
+};
+
+// The bytes of a device's memory, on the host, behind what was issued on the current stream. Waits.
+std::shared_ptr<Staged> bring_back(const c10::Storage& memory);
+
+}  // namespace distorch

@@ -1,0 +1,47 @@
+#include "device/use_order.h"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+namespace distorch {
+namespace {
+
+void wait_for_device(c10::Device device) {
+  try {
+    c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+  } catch (const c10::Error&) {
+    // The device is out of order, and says so at the next fetch.
+  }
+}
+
+}  // namespace
+
+UseOrder::UseOrder(c10::Device device) : stream_(own_stream(device)), events_(device.type()) {}
+
+void UseOrder::add(const c10::Stream& user) {
+  if (!is_captured(user)) add(events_.record(user));  // else see the header
+}
+
+void UseOrder::add(const EventPtr& event) {
+  event->block(stream_);
+  count_.fetch_add(1, std::memory_order_release);
+}
+
+Lease::~Lease() {
+  for (const c10::Stream& stream : streams_) {
+    try {
+      order_->add(stream);
+    } catch (const c10::Error&) {
+      wait_for_device(stream.device());  // the stream is gone; what it was given may still run
+    }
+  }
+}
+
+void Lease::lent_to(const c10::Stream& stream) {
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
+    streams_.push_back(stream);
+  }
+}
+
+}  // namespace distorch
