@@ -1,0 +1,90 @@
+"""What is known of one item, or of one part of it: a test, a probe, a section of a benchmark."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .runner import Ended
+
+PASSED, FAILED, CRASHED, TIMED_OUT, SKIPPED = "passed", "failed", "crashed", "timed out", "skipped"
+BAD = (CRASHED, TIMED_OUT, FAILED)
+_MOST_MESSAGE = 600  # characters
+
+
+@dataclasses.dataclass
+class Result:
+    """`message` is one line; `text` and `stacks` go to failures.txt; `command` runs it again."""
+
+    item: str
+    status: str
+    part: str = ""
+    seconds: float = 0.0
+    message: str = ""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    text: str = ""
+    stacks: str = ""
+    command: Sequence[str] = ()
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def bad(self) -> bool:
+        return self.status in BAD
+
+    @property
+    def name(self) -> str:
+        return f"{self.item}: {self.part}" if self.part else self.item
+
+    def line(self) -> dict[str, Any]:
+        """What results.jsonl says of it."""
+        found: dict[str, Any] = {"item": self.item}
+        if self.part:
+            found["part"] = self.part
+        found |= {"status": self.status, "seconds": round(self.seconds, 3)}
+        if self.message:
+            found["message"] = self.message[:_MOST_MESSAGE]
+        if self.details:
+            found["details"] = self.details
+        return found
+
+
+def status_of(ended: Ended) -> str:
+    if ended.timed_out:
+        return TIMED_OUT
+    if ended.crashed:
+        return CRASHED
+    return PASSED if ended.ok else FAILED
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def result_of(item: str, part: str, ended: Ended, **more: Any) -> Result:
+    """Of a process that is judged by how it ended."""
+    status = status_of(ended)
+    message = "" if status == PASSED else f"{ended.how}: {last_line(ended.log)}".rstrip(": ")
+    return Result(item, status, part, ended.seconds, "; ".join([message, *ended.notes]).strip("; "),
+                  text=ended.log if status != PASSED else "", stacks=ended.stacks, **more)  # fmt: skip
+
+
+def counted(results: Iterable[Result]) -> dict[str, int]:
+    """How many ended how, in the order passed, failed, crashed, timed out, skipped."""
+    found = collections.Counter(result.status for result in results)
+    order = (PASSED, FAILED, CRASHED, TIMED_OUT, SKIPPED)
+    return {status: found[status] for status in order if found[status]}
+
+
+def whole(item: str, parts: Sequence[Result], seconds: float) -> Result:
+    """An item's own line: as bad as the worst of its parts."""
+    counts = counted(parts)
+    status = next((bad for bad in BAD if bad in counts), PASSED)
+    if parts and set(counts) == {SKIPPED}:
+        status = SKIPPED
+    words = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if len(parts) == 1:
+        words = parts[0].message
+    return Result(item, status, seconds=seconds, message=words, details={"counts": counts})
