@@ -17,6 +17,9 @@ from pathlib import Path
 
 STACKS = "DISTORCH_REPORT_STACKS"  # a path; each process appends its number
 PARENT = "DISTORCH_REPORT_PARENT"  # the report's process
+# What workers are told (worker.py).
+CHANNEL = "DISTORCH_REPORT_CHANNEL"  # two descriptors: where ids come from, where lines go to
+DEVICE = "DISTORCH_REPORT_DEVICE"
 _PR_SET_PDEATHSIG = 1
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import items, summary, worker
+from . import items, summary
+from .child import DEVICE
 from .packing import Pack
 from .processes import end_all
 from .reruns import ITEM as RERUNS
@@ -176,7 +177,7 @@ class Report:
         cuda = self.device == "cuda"
         return {
             **self.workplace.environment(), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
-            "DISTORCH_REQUIRE_CUDA": "1" if cuda else "0", worker.DEVICE: self.device,
+            "DISTORCH_REQUIRE_CUDA": "1" if cuda else "0", DEVICE: self.device,
             **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}), **more,
         }  # fmt: skip
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,17 @@ def _commit(root: Path) -> str:
 
 
 def _gpus() -> list[dict[str, str]]:
-    text = _said("nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader")
+    """An older nvidia-smi refuses a query with a name that it does not know: then the few."""
+    try:
+        return _queried(_SMI)
+    except subprocess.CalledProcessError:
+        return _queried(_SMI[:3])
+
+
+def _queried(names: Sequence[str]) -> list[dict[str, str]]:
+    text = _said("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
     return [
-        dict(zip(_SMI, (cell.strip() for cell in line.split(",")), strict=False))
+        dict(zip(names, (cell.strip() for cell in line.split(",")), strict=False))
         for line in text.splitlines()
     ]
 

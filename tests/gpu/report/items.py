@@ -9,12 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from . import benchmarks, facts, reruns, sanitizer
 from .probes import NAMES, ON_SIM
 from .results import FAILED, PASSED, SKIPPED, Result, result_of
+from .workplace import ROOT
 
 CHILD = (sys.executable, "-m", "tests.gpu.report.child")
 FAULTS = ("segfault", "hang", "flood", "sticky")
@@ -46,7 +46,7 @@ class Item:
 
 
 def host_facts(report: Any, _: float) -> None:
-    found = facts.host(report.commit, Path(report.workplace.folder))
+    found = facts.host(report.commit, ROOT)
     report.tell_facts({"report": report.about(), **found})
     report.add(Result("facts", PASSED, message=f"{len(found)} facts"))
 

@@ -21,7 +21,7 @@ FACTS, RESULTS, JUNIT = "facts.json", "results.jsonl", "junit.xml"
 LOGS, BENCHMARK, FAILURES, SUMMARY = "logs.txt", "benchmark.json", "failures.txt", "summary.txt"
 NAMES = (FACTS, RESULTS, JUNIT, LOGS, BENCHMARK, FAILURES, SUMMARY)
 LARGEST = 16 << 20  # bytes
-_MOST_TEXT = 48 << 10  # of one failure
+_MOST_TEXT = 16 << 10  # of one failure; its stacks may take four times as much
 _TAGS = {FAILED: "failure", CRASHED: "error", TIMED_OUT: "error"}
 
 
@@ -46,14 +46,14 @@ class Pack:
             self._append(RESULTS, line)
 
     def log(self, title: str, text: str) -> None:
-        self._append(LOGS, _entry(title, text, min(CAP, self._room(LOGS) // 4)))
+        self._append(LOGS, _entry(title, text, min(2 * CAP, self._room(LOGS) // 4)))
 
     def failure(self, result: Result) -> None:
         most = min(_MOST_TEXT, self._room(FAILURES) // 8)
         text = f"{result.status}: {result.message}\n\n{middle_out(result.text, most)}\n"
         if result.stacks:
-            text += f"\nstacks:\n{middle_out(result.stacks, 2 * most)}\n"
-        self._append(FAILURES, _entry(result.name, text, 4 * most))
+            text += f"\nstacks:\n{middle_out(result.stacks, 4 * most)}\n"
+        self._append(FAILURES, _entry(result.name, text, 6 * most))
 
     def facts(self, facts: Mapping[str, Any]) -> None:
         self._replace(FACTS, self._json(facts))
@@ -80,9 +80,9 @@ class Pack:
         return self._largest - (self._folder / name).stat().st_size
 
     def _append(self, name: str, text: str) -> None:
-        if len(text.encode(errors="replace")) > self._room(name):
-            return
         with self._lock, (self._folder / name).open("a", errors="replace") as file:
+            if len(text.encode(errors="replace")) > self._room(name):
+                return
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,7 @@ MARK = "DISTORCH_REPORT_RUN"  # in the environment of every process that a run s
 _CHUNK = 1 << 16  # bytes
 _AT_ONCE = 64  # chunks that are read before somebody else's turn
 _KILL_S = 5.0  # after that a process is given up: the driver may hold it for ever
+_FRAMES = ("/pluggy/", "/_pytest/", "/pytest/__main__.py", "<frozen runpy>", "gpu/report/child.py")
 _numbers = itertools.count()
 _alive: set[Child] = set()
 
@@ -86,7 +87,7 @@ class Child:
         for path in sorted(self._stacks.parent.glob(f"{self._stacks.name}.*")):
             text = path.read_text(errors="replace")
             if text:
-                found.append(f"process {path.suffix[1:]}:\n{text}")
+                found.append(f"process {path.suffix[1:]}:\n{_ours(text)}")
         return "\n".join(found)
 
     def end(self, patience: float = 2.0) -> None:
@@ -122,6 +123,12 @@ class Child:
         with contextlib.suppress(OSError, ValueError):
             self.read()
         return True
+
+
+def _ours(stacks: str) -> str:
+    """Without the frames of pytest and runpy, which are the same in every stack."""
+    lines = stacks.splitlines()
+    return "\n".join(line for line in lines if not any(word in line for word in _FRAMES))
 
 
 def _status(entry: Path) -> list:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import sanitizer
-from .results import SKIPPED, Result, result_of
+from .results import SKIPPED, TIMED_OUT, Result, result_of
 
 ITEM = "reruns"
-_LEAST_S, _MOST_S = 4.0, 20.0
+_LEAST_S, _AGAIN_S, _MEMCHECK_S = 4.0, 15.0, 40.0
 _NOISE = (
     (re.compile(r"0x[0-9a-fA-F]+"), "0x…"),
     (re.compile(r"(/[\w.+-]+){2,}"), "/…"),
@@ -28,40 +30,69 @@ def kind_of(message: str) -> str:
 
 
 def grouped(results: Iterable[Result]) -> list[list[Result]]:
-    """Bad results by the kind of their message, the largest group first."""
+    """Bad results by the kind of their message: the largest group first, what hangs after others."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         if result.bad and result.item != ITEM:
             groups.setdefault(kind_of(f"{result.status}: {result.message}"), []).append(result)
-    return sorted(groups.values(), key=len, reverse=True)
+    return sorted(groups.values(), key=lambda group: (-len(group), group[0].status == TIMED_OUT))
 
 
 def rerun(report: Any, limit: float) -> None:
-    """One of each group that can be run again, until the time is up."""
+    """One of each group that can be run again: all with blocking launches, then under memcheck."""
     until = time.monotonic() + limit
-    cases = [
-        next((result for result in group if result.command), None)
-        for group in grouped(report.results)
-    ]
-    for case in filter(None, cases):
-        for how, command, env in _ways(report.device, case):
-            part = f"{case.name} ({how})"
-            left = min(_MOST_S, until - time.monotonic())
-            if left < _LEAST_S:
-                report.add(Result(ITEM, SKIPPED, part, message="the item's time was up"))
-                continue
-            ended = report.run(f"{ITEM}: {part}", command, left, {**case.env, **env})
-            report.add(result_of(ITEM, part, ended))
-    if not any(cases):
-        report.add(Result(ITEM, SKIPPED, message="nothing that failed can be run again"))
-
-
-def _ways(device: str, case: Result) -> list[tuple[str, list[str], dict[str, str]]]:
-    command = list(case.command)
-    if device == "sim":
-        return [("again", command, {})]
-    ways = [("blocking launches", command, {"CUDA_LAUNCH_BLOCKING": "1"})]
+    cases = [next((r for r in group if r.command), None) for group in grouped(report.results)]
+    known = [case for case in cases if case is not None]
+    if not known:
+        report.add(Result(ITEM, SKIPPED, message="nothing has failed that can be run again"))
+        return
+    _side_by_side(report, _again(report.device, known), until)
     memcheck = sanitizer.command("--tool", "memcheck")
-    if memcheck:
-        ways.append(("memcheck", [*memcheck, *command], {}))
-    return ways
+    if memcheck and report.device == "cuda":
+        under = [Way(case, "memcheck", [*memcheck, *case.command], {}, _MEMCHECK_S)
+                 for case in known if case.status != TIMED_OUT]  # fmt: skip
+        _side_by_side(report, under, until)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a failure is run again."""
+
+    case: Result
+    how: str
+    command: Sequence[str]
+    env: Mapping[str, str]
+    most: float  # seconds
+
+
+def _again(device: str, cases: Sequence[Result]) -> list[Way]:
+    if device == "sim":
+        return [Way(case, "again", case.command, {}, _AGAIN_S) for case in cases]
+    env = {"CUDA_LAUNCH_BLOCKING": "1"}
+    return [Way(case, "blocking launches", case.command, env, _AGAIN_S) for case in cases]
+
+
+def _side_by_side(report: Any, ways: Sequence[Way], until: float) -> None:
+    def one(way: Way) -> Result:
+        part = f"{way.case.name} ({way.how})"
+        left = min(way.most, until - time.monotonic())
+        if left < _LEAST_S:
+            return Result(ITEM, SKIPPED, part, message="the item's time was up")
+        env = {**way.case.env, **way.env}
+        ended = report.run(f"{ITEM}: {part}", way.command, left, env)
+        result = result_of(ITEM, part, ended)
+        result.message = _told(ended.log) or result.message
+        return result
+
+    with concurrent.futures.ThreadPoolExecutor(min(4, report.options.jobs)) as threads:
+        for result in threads.map(one, ways):
+            report.add(result)
+
+
+def _told(log: str) -> str:
+    """What a sanitizer or pytest found wrong, in its first line."""
+    for mark in ("========= Invalid", "========= Program hit", "E   "):
+        for line in log.splitlines():
+            if line.startswith(mark):
+                return line.removeprefix("E ").strip()
+    return ""

@@ -26,7 +26,8 @@ def taken(child: Child, limit: float) -> str:
     for pid in listening:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGUSR1)
-    _wait_for_stacks(child, min(_PYTHON_S, limit))
+    if listening:
+        _wait_for_stacks(child, min(_PYTHON_S, limit))
     found = [child.stacks()]
     debugger = shutil.which("cuda-gdb")
     for pid in listening[:_MOST_GDB] if debugger else []:

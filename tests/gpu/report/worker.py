@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-CHANNEL = "DISTORCH_REPORT_CHANNEL"  # two descriptors: where ids come from, where lines go to
-DEVICE = "DISTORCH_REPORT_DEVICE"
+from .child import CHANNEL, DEVICE
+
 SICK = 77  # the exit status after a failure that the device has not survived
 _MOST_TEXT = 20_000  # characters of a failure, or of what a test has printed
 

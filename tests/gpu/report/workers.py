@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import stacks, worker
+from . import stacks
+from .child import CHANNEL
 from .processes import Child
 from .results import CRASHED, FAILED, SKIPPED, TIMED_OUT, Result, last_line
 from .runner import told
@@ -46,7 +47,7 @@ class Worker:
     def __init__(self, suite: Suite) -> None:
         theirs, self._orders = os.pipe()
         self._lines, mine = os.pipe()
-        env = {**suite.env, worker.CHANNEL: f"{theirs},{mine}"}
+        env = {**suite.env, CHANNEL: f"{theirs},{mine}"}
         command = [*PYTEST, "-p", "tests.gpu.report.worker", *suite.arguments]
         try:
             self.child = Child(command, cwd=suite.cwd, env=env, scratch=suite.scratch,
