@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import sanitizer
-from .results import SKIPPED, TIMED_OUT, Result, result_of
+from .results import SKIPPED, TIMED_OUT, Result, found_wrong, result_of
 
 ITEM = "reruns"
 _LEAST_S, _AGAIN_S, _MEMCHECK_S = 4.0, 15.0, 40.0
@@ -81,18 +81,9 @@ def _side_by_side(report: Any, ways: Sequence[Way], until: float) -> None:
         env = {**way.case.env, **way.env}
         ended = report.run(f"{ITEM}: {part}", way.command, left, env)
         result = result_of(ITEM, part, ended)
-        result.message = _told(ended.log) or result.message
+        result.message = found_wrong(ended.log) or result.message
         return result
 
     with concurrent.futures.ThreadPoolExecutor(min(4, report.options.jobs)) as threads:
         for result in threads.map(one, ways):
             report.add(result)
-
-
-def _told(log: str) -> str:
-    """What a sanitizer or pytest found wrong, in its first line."""
-    for mark in ("========= Invalid", "========= Program hit", "E   "):
-        for line in log.splitlines():
-            if line.startswith(mark):
-                return line.removeprefix("E ").strip()
-    return ""

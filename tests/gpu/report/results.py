@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from .runner import Ended
 
 PASSED, FAILED, CRASHED, TIMED_OUT, SKIPPED = "passed", "failed", "crashed", "timed out", "skipped"
 BAD = (CRASHED, TIMED_OUT, FAILED)
+_FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
+_SANITIZER = "========="
+_FOUND = (f"{_SANITIZER} Invalid", f"{_SANITIZER} Program hit", f"{_SANITIZER} Error:", "E   ")
 _MOST_MESSAGE = 600  # characters
 
 
@@ -59,16 +63,41 @@ def status_of(ended: Ended) -> str:
 
 
 def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_SANITIZER)]
     return lines[-1] if lines else ""
+
+
+def found_wrong(log: str) -> str:
+    """What a sanitizer or pytest has found, in its first line."""
+    for mark in _FOUND:
+        for line in log.splitlines():
+            if line.startswith(mark) and not line.endswith("%]"):  # pytest's progress
+                return line.removeprefix("E ").strip()
+    return ""
 
 
 def result_of(item: str, part: str, ended: Ended, **more: Any) -> Result:
     """Of a process that is judged by how it ended."""
     status = status_of(ended)
-    message = "" if status == PASSED else f"{ended.how}: {last_line(ended.log)}".rstrip(": ")
+    message = "" if status == PASSED else _why(ended)
     return Result(item, status, part, ended.seconds, "; ".join([message, *ended.notes]).strip("; "),
                   text=ended.log if status != PASSED else "", stacks=ended.stacks, **more)  # fmt: skip
+
+
+def _why(ended: Ended) -> str:
+    """The last line tells of an error; the innermost frame, of a crash or of what hangs."""
+    if not ended.timed_out and not ended.crashed:
+        return f"{ended.how}: {last_line(ended.log)}".rstrip(": ")
+    how = f"after {ended.seconds:.0f} s" if ended.timed_out else ended.how
+    return f"{how}{innermost(ended.stacks)}"
+
+
+def innermost(stacks: str) -> str:
+    """Where the main thread was, as faulthandler tells it: ", in hang (faults.py:20)"; else ""."""
+    lines = stacks.partition("Current thread")[2].splitlines()[1:2]
+    found = _FRAME.search(lines[0]) if lines else None
+    return f", in {found[3]} ({found[1].rpartition('/')[2]}:{found[2]})" if found else ""
 
 
 def counted(results: Iterable[Result]) -> dict[str, int]:

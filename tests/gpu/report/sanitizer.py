@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .results import FAILED, PASSED, SKIPPED, Result
+from .results import FAILED, PASSED, SKIPPED, Result, found_wrong
 from .runner import Ended
 from .workers import PYTEST
 
@@ -90,6 +90,7 @@ def _run(report: Any, name: str, limit: float) -> Ended:
 def _judge(report: Any, name: str, ended: Ended) -> None:
     """A run that was cut short counts for the cases that it had done."""
     outcomes = dict(_OUTCOME.findall(ended.log))
+    log = ended.log  # goes into the files once, not with every case
     for test in CASES[name][2]:
         part = f"{test} ({name})"
         if outcomes.get(test) == "PASSED":
@@ -97,10 +98,12 @@ def _judge(report: Any, name: str, ended: Ended) -> None:
         elif test not in outcomes and ended.timed_out:
             report.add(Result("sanitizer", SKIPPED, part, message="did not fit into the time"))
         else:
-            told = outcomes.get(test, "not run").lower()
-            report.add(Result("sanitizer", FAILED, part, message=f"{told}: {ended.how}",
-                              text=ended.log, stacks=ended.stacks))  # fmt: skip
-    errors = _ERRORS.findall(ended.log)
-    if not ended.timed_out and (ended.status == 9 or any(count != "0" for count in errors)):
-        report.add(Result("sanitizer", FAILED, f"errors ({name})", text=ended.log,
-                          message=f"compute-sanitizer: {', '.join(errors) or 'some'} errors"))  # fmt: skip
+            told = f"{outcomes.get(test, 'not run').lower()}: {found_wrong(ended.log) or ended.how}"
+            report.add(Result("sanitizer", FAILED, part, message=told, text=log))
+            log = ""
+    errors = [count for count in _ERRORS.findall(ended.log) if count != "0"]
+    if errors or (ended.status == 9 and not ended.timed_out):
+        message = (
+            f"compute-sanitizer: {', '.join(errors) or 'some'} errors: {found_wrong(ended.log)}"
+        )
+        report.add(Result("sanitizer", FAILED, f"errors ({name})", message=message, text=log))

@@ -11,7 +11,7 @@ from .reruns import grouped
 from .results import SKIPPED, Result, counted
 
 _MOST_GROUPS, _MOST_SKIPS = 15, 8
-_MOST_LINE = 200  # characters
+_MOST_LINE, _TAIL = 220, 70  # characters
 
 
 def told(report: Any, facts: Mapping[str, Any], done: bool) -> str:
@@ -50,8 +50,11 @@ def _items(report: Any) -> str:
 
 
 def _cut(line: str) -> str:
+    """Of a long line, the head and the tail: errors tell their cause last."""
     line = " ".join(line.split("\n"))
-    return line if len(line) <= _MOST_LINE else line[: _MOST_LINE - 1] + "…"
+    if len(line) <= _MOST_LINE:
+        return line
+    return f"{line[: _MOST_LINE - _TAIL]} … {line[-_TAIL:]}"
 
 
 def _parts(report: Any) -> list[Result]:
@@ -61,7 +64,7 @@ def _parts(report: Any) -> list[Result]:
 
 
 def _failures(report: Any) -> str:
-    groups = grouped(_parts(report))
+    groups = grouped(part for part in _parts(report) if part.item != "health")
     if not groups:
         return "nothing failed"
     lines = ["failures, by message (stacks and texts: failures.txt)"]
@@ -76,7 +79,10 @@ def _failures(report: Any) -> str:
 
 def _reruns(report: Any) -> str:
     found = [r for r in report.results if r.item in (RERUNS, "health") and r.part]
-    lines = [_cut(f"  {r.item}: {r.part}: {r.status} {r.message}") for r in found]
+    lines = [
+        _cut(f"  {r.item}: {r.part}: {r.status}{': ' + r.message if r.message else ''}")
+        for r in found
+    ]
     return "\n".join(["after failures", *lines]) if lines else ""
 
 
@@ -85,16 +91,36 @@ def _probes(report: Any) -> str:
     for result in report.results:
         if result.item == "probes" and result.details and result.part:
             lines.append(f"  {result.part}")
-            lines += [_cut(f"    {key}: {_short(value)}") for key, value in result.details.items()]
+            lines += [
+                _cut(f"    {key}: {_short(value, _unit(key))}")
+                for key, value in result.details.items()
+            ]
     return "\n".join(["probes", *lines]) if lines else ""
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
+def _short(value: Any, unit: str = "") -> str:
+    """Numbers with three digits, in units that people read; "bytes_per_s" is told by the name."""
+    if isinstance(value, bool) or not isinstance(value, (dict, int, float)):
+        return value if isinstance(value, str) else json.dumps(value, default=str)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items())
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+        return ", ".join(
+            f"{key} {_short(inner, _unit(key) or unit)}" for key, inner in value.items()
+        )
+    if unit == "bytes_per_s":
+        return f"{value / 1e9:.3g} GB/s"
+    if unit == "bytes":
+        return f"{value / 1e6:.4g} MB"
+    if unit == "s":
+        return f"{1e3 * value:.4g} ms"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _unit(key: Any) -> str:
+    name = str(key)
+    for unit in ("bytes_per_s", "bytes"):
+        if name.endswith(unit):
+            return unit
+    return "s" if name.endswith("_s") else ""
 
 
 def _benchmark(found: Mapping[str, Any]) -> str:

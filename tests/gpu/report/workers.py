@@ -17,13 +17,14 @@ from typing import Any
 from . import stacks
 from .child import CHANNEL
 from .processes import Child
-from .results import CRASHED, FAILED, SKIPPED, TIMED_OUT, Result, last_line
+from .results import CRASHED, FAILED, PASSED, SKIPPED, TIMED_OUT, Result, innermost, last_line
 from .runner import told
 
 PYTEST = (sys.executable, "-m", "tests.gpu.report.child", "-m", "pytest", "-q",
           "-p", "no:cacheprovider", "-p", "no:faulthandler")  # fmt: skip
 _START_S = 60.0  # to import and to collect
 _MOST_LOST = 3  # workers that end before they have collected
+_MOST_SICK = 6  # workers in a row that lose the device with their first test
 _FIRST = ("compile", "overhead", "expandable")  # these take long: started first
 
 
@@ -60,6 +61,7 @@ class Worker:
         self.since = time.monotonic()
         self.collected = self.ready = False
         self.test: str | None = None
+        self.ended = 0  # tests
         self.trouble = ""
 
     def sources(self) -> list[int]:
@@ -102,7 +104,8 @@ class Pool:
         self._done, self._log = done, log
         self._waiting: list[str] | None = None  # None: nobody has collected yet
         self._workers: list[Worker] = []
-        self._lost = 0
+        self._lost = self._sick = 0
+        self._complaints: set[str] = set()  # of workers that did not start: each is told once
         self._number = 0
         self._threads = concurrent.futures.ThreadPoolExecutor(jobs)
         self._ending: list[concurrent.futures.Future[Result]] = []
@@ -113,12 +116,9 @@ class Pool:
                 self._hire()
             while self._busy():
                 if time.monotonic() > self._until:
-                    self._out_of_time()
                     break
                 self._turn()
-            self._skip_the_rest(
-                "the item's time was up" if self._lost < _MOST_LOST else "pytest did not start"
-            )
+            self._stop_the_rest()
             self._dismiss_all()
         finally:
             for one in self._workers:
@@ -133,9 +133,15 @@ class Pool:
             self._done(result.result())
 
     def _busy(self) -> bool:
-        if self._lost >= _MOST_LOST:
+        if self._hopeless():
             return False
         return self._waiting is None or bool(self._waiting) or any(w.test for w in self._workers)
+
+    def _hopeless(self) -> str:
+        """Why no other worker is tried, if so."""
+        if self._lost >= _MOST_LOST:
+            return "pytest did not start"
+        return "the device does not answer any more" if self._sick >= _MOST_SICK else ""
 
     def _hire(self) -> None:
         self._workers.append(Worker(self._suite))
@@ -157,7 +163,7 @@ class Pool:
             self._hire()
 
     def _wanted(self) -> int:
-        if self._lost >= _MOST_LOST:
+        if self._hopeless():
             return 0
         if self._waiting is None:
             return self._jobs
@@ -180,11 +186,14 @@ class Pool:
             one.since = time.monotonic()
         elif "end" in message:
             one.test, one.since = None, time.monotonic()
+            one.ended += 1
+            self._sick = 0 if message["status"] == PASSED else self._sick
             self._done(self._result(message.pop("end"), **message))
         elif "ready" in message:
             one.ready = True
         elif "sick" in message:
             one.trouble = message["sick"]
+            self._sick += one.ended == 1
 
     def _collected(self, tests: list[str], errors: dict[str, str]) -> None:
         if self._waiting is not None:
@@ -196,7 +205,8 @@ class Pool:
 
     def _result(self, test: str, status: str, **more: Any) -> Result:
         part = f"{test} ({self._suite.label})" if self._suite.label else test
-        return Result(self._suite.item, status, part, command=[*PYTEST, test],
+        command = [*PYTEST, test] if "::" in test else ()  # only a test can be run again
+        return Result(self._suite.item, status, part, command=command,
                       env=dict(self._suite.more), **more)  # fmt: skip
 
     def _gone(self, one: Worker) -> None:
@@ -207,40 +217,42 @@ class Pool:
         self._close(one, 0.0)
         if one.test is not None:
             self._done(self._result(
-                one.test, CRASHED, seconds=seconds, message=f"the process was {told(status)}",
-                text=one.child.log.text()[-8000:], stacks=one.child.stacks(),
+                one.test, CRASHED, seconds=seconds, stacks=one.child.stacks(),
+                message=f"the process was {told(status)}{innermost(one.child.stacks())}",
+                text=one.child.log.text()[-8000:],
             ))  # fmt: skip
         elif not one.collected:
             self._lost += 1
-            self._done(self._result(
-                "collecting", FAILED, message=f"{told(status)}: {last_line(one.child.log.text())}",
-                text=one.child.log.text(), stacks=one.child.stacks(),
-            ))  # fmt: skip
+            message = f"{told(status)}: {last_line(one.child.log.text())}"
+            if message not in self._complaints:
+                self._complaints.add(message)
+                self._done(self._result("collecting", FAILED, message=message,
+                    text=one.child.log.text(), stacks=one.child.stacks()))  # fmt: skip
 
     def _hanging(self, one: Worker) -> None:
         """Its stacks take seconds; the others go on meanwhile."""
         self._workers.remove(one)
         if not one.collected:
             self._lost += 1
-        self._ending.append(self._threads.submit(self._stopped, one, "its limit"))
+        self._ending.append(self._threads.submit(self._stopped, one, "its limit", self._grace()))
 
-    def _stopped(self, one: Worker, why: str) -> Result:
+    def _stopped(self, one: Worker, why: str, grace: float) -> Result:
         seconds = time.monotonic() - one.since
-        told_stacks = stacks.taken(one.child, self._grace())
+        told_stacks = stacks.taken(one.child, grace)
         one.close()
         self._logged(one)
         return self._result(
             one.test or "collecting", TIMED_OUT, seconds=seconds, stacks=told_stacks,
-            message=f"stopped after {seconds:.0f} s, {why}", text=one.child.log.text()[-8000:],
+            message=f"after {seconds:.0f} s, {why}{innermost(told_stacks)}", text=one.child.log.text()[-8000:],
         )  # fmt: skip
 
-    def _out_of_time(self) -> None:
-        busy = [one for one in self._workers if one.test is not None or not one.collected]
-        for one in busy:
+    def _stop_the_rest(self) -> None:
+        """What runs is stopped, what waits is skipped; after the last test there is neither."""
+        why = self._hopeless() or "the item's time was up"
+        for one in [one for one in self._workers if one.test is not None]:
             self._workers.remove(one)
-            self._ending.append(self._threads.submit(self._stopped, one, "the item's time is up"))
-
-    def _skip_the_rest(self, why: str) -> None:
+            # A second is enough for Python's stacks. A debugger's would cost other items theirs.
+            self._ending.append(self._threads.submit(self._stopped, one, why, 1.0))
         for test in self._waiting or []:
             self._done(self._result(test, SKIPPED, message=why))
 
