@@ -5,7 +5,18 @@ from xml.etree import ElementTree
 
 from tests.accelerator import kernels
 from tests.gpu.report import packing, reruns, sanitizer
-from tests.gpu.report.results import CRASHED, FAILED, PASSED, SKIPPED, TIMED_OUT, Result, whole
+from tests.gpu.report.results import (
+    CRASHED,
+    FAILED,
+    PASSED,
+    SKIPPED,
+    TIMED_OUT,
+    Result,
+    found_wrong,
+    innermost,
+    last_line,
+    whole,
+)
 
 
 def test_files_stay_below_the_cap(tmp_path):
@@ -95,3 +106,29 @@ def test_sanitized_cases_are_tests():
                 assert code in kernels.PLAIN + kernels.BLOCKS
                 assert dtype in map(str, kernels.DTYPES)
                 assert patched in ([], ["plain"], ["patched"])
+
+
+def test_where_a_process_was():
+    stacks = """process 7:
+Thread 0x1 (most recent call first):
+  File "/x/lib/python3.12/threading.py", line 1 in wait
+
+Current thread 0x2 (most recent call first):
+  File "/x/lib/python3.12/selectors.py", line 415 in select
+  File "/home/me/models.py", line 20 in forward
+
+Extension modules: numpy
+"""
+    assert innermost(stacks) == ", in forward (models.py:20)"
+    assert (
+        innermost(stacks.replace("/home/me", "/x/lib/python3.12"))
+        == ", in select (selectors.py:415)"
+    )
+    assert innermost("") == ""
+
+
+def test_what_pytest_and_the_sanitizer_found():
+    assert found_wrong("...E      [100%]\nE       ValueError: no\n1 failed") == "ValueError: no"
+    log = "========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4\n1 passed"
+    assert found_wrong(log) == "========= Invalid __global__ read of size 4"
+    assert last_line("error\n========= ERROR SUMMARY: 0 errors\n") == "error"

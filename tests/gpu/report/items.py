@@ -19,7 +19,7 @@ from .workplace import ROOT
 CHILD = (sys.executable, "-m", "tests.gpu.report.child")
 FAULTS = ("segfault", "hang", "flood", "sticky")
 _FAULT_FILE = "tests/gpu_report/faults.py"
-_FAULT_S = 4.0  # what a fault may last
+_HANG_S, _FAULT_S = 3.0, 20.0  # what faults may last: the one that hangs, and the others
 _TEST_S, _LONG_S = 40.0, 75.0
 _LONG = ("compile", "overhead")  # with the compiler's first run
 _PROBE_S = 25.0
@@ -166,7 +166,7 @@ def tests(report: Any, limit: float) -> None:
 
 def _limit_of(test: str) -> float:
     if _FAULT_FILE in test:
-        return _FAULT_S
+        return _HANG_S if "hang" in test else _FAULT_S
     return _LONG_S if any(word in test for word in _LONG) else _TEST_S
 
 
@@ -184,8 +184,8 @@ def injected(fault: str) -> Item:
         ended = report.run(f"injected-{fault}", command, limit)
         report.add(result_of(f"injected-{fault}", "", ended, command=command))
 
-    return Item(f"injected-{fault}", _FAULT_S + 4 * (fault != "hang"), work, f"a {fault}, on purpose",
-                needs_distorch=False)  # fmt: skip
+    budget = _HANG_S if fault == "hang" else _FAULT_S
+    return Item(f"injected-{fault}", budget, work, f"a {fault}, on purpose", 3.0, False)
 
 
 def _measured(name: str, *sections: str) -> Callable[[Any, float], None]:

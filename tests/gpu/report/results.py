@@ -95,9 +95,12 @@ def _why(ended: Ended) -> str:
 
 def innermost(stacks: str) -> str:
     """Where the main thread was, as faulthandler tells it: ", in hang (faults.py:20)"; else ""."""
-    lines = stacks.partition("Current thread")[2].splitlines()[1:2]
-    found = _FRAME.search(lines[0]) if lines else None
-    return f", in {found[3]} ({found[1].rpartition('/')[2]}:{found[2]})" if found else ""
+    block = stacks.partition("Current thread")[2].partition("\n\n")[0]
+    frames = _FRAME.findall(block)
+    own = [frame for frame in frames if "/lib/python" not in frame[0]]  # not the standard library's
+    for path, line, function in (own or frames)[:1]:
+        return f", in {function} ({path.rpartition('/')[2]}:{line})"
+    return ""
 
 
 def counted(results: Iterable[Result]) -> dict[str, int]:

@@ -90,12 +90,17 @@ def _probes(report: Any) -> str:
     lines = []
     for result in report.results:
         if result.item == "probes" and result.details and result.part:
-            lines.append(f"  {result.part}")
-            lines += [
-                _cut(f"    {key}: {_short(value, _unit(key))}")
-                for key, value in result.details.items()
-            ]
+            lines += _lines(result.part, result.details, "  ")
     return "\n".join(["probes", *lines]) if lines else ""
+
+
+def _lines(name: str, value: Any, indent: str) -> list[str]:
+    """One line, or one for each entry where that would be too long."""
+    whole = f"{indent}{name}: {_short(value, _unit(name))}"
+    if len(whole) <= _MOST_LINE or not isinstance(value, dict):
+        return [_cut(whole)]
+    inner = [line for key, each in value.items() for line in _lines(key, each, indent + "  ")]
+    return [f"{indent}{name}", *inner]
 
 
 def _short(value: Any, unit: str = "") -> str:

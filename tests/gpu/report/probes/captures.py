@@ -28,11 +28,12 @@ def capture(device: torch.device) -> dict[str, Any]:
     torch.cuda.synchronize()
     told = said(lambda: _captured(lambda: model(x), "global"))
     torch.cuda.synchronize()
-    found = {
-        mode: {name: _beside(work, mode) for name, work in _others().items()} for mode in MODES
-    }
     after = said(lambda: "works" if model(x).isfinite().all().item() else "gives no numbers")
-    return {"a fetch": told, "beside a capture": found, "a forward afterwards": after,
+    # Last, and what breaks captures last of these: a broken one leaves PyTorch in its middle.
+    found = {
+        name: {mode: _beside(work, mode) for mode in MODES} for name, work in _others().items()
+    }
+    return {"a fetch": told, "a forward afterwards": after, "beside a capture": found,
             "wrong": _unexpected(told)}  # fmt: skip
 
 
@@ -84,6 +85,7 @@ def _beside(work: Callable[[], object], mode: str) -> dict[str, str]:
         x.add(1)
 
     told = said(lambda: _captured(capturing, mode))
+    torch.cuda.set_stream(torch.cuda.default_stream())
     said(torch.cuda.synchronize)
     return {"the thread": heard[0][:160] if heard else "hangs", "the capture": str(told)[:160]}
 

@@ -42,7 +42,7 @@ ENDINGS = {
 }
 # PyTorch itself may abort when Python ends under a daemon thread. So may we, but not hang or crash.
 PLAIN, OURS = "daemon thread, resident model", "daemon thread, distributed model"
-_LIMIT_S = 20.0
+_LIMIT_S = 20.0  # for all of them
 
 
 def _programs() -> dict[str, str]:
@@ -61,7 +61,8 @@ def endings(device: torch.device) -> dict[str, Any]:
         )
         for name, program in _programs().items()
     }  # fmt: skip
-    found = {name: _ended(process) for name, process in running.items()}
+    until = time.monotonic() + _LIMIT_S
+    found = {name: _ended(process, until) for name, process in running.items()}
     statuses = {name: status for name, (status, _) in found.items()}
     right = {name: {status} for name, (_, status) in ENDINGS.items()}
     right |= {PLAIN: {statuses[PLAIN]}, OURS: {0, -signal.SIGABRT}}
@@ -73,9 +74,9 @@ def endings(device: torch.device) -> dict[str, Any]:
     return {"exit statuses": statuses, "wrong": wrong}
 
 
-def _ended(process: subprocess.Popen[str]) -> tuple[int | str, str]:
+def _ended(process: subprocess.Popen[str], until: float) -> tuple[int | str, str]:
     try:
-        _, said = process.communicate(timeout=_LIMIT_S)
+        _, said = process.communicate(timeout=max(0.1, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         return "still running", ""
