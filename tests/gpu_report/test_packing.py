@@ -93,7 +93,7 @@ def test_an_item_is_as_bad_as_its_worst_part():
     assert whole("tests", parts, 1.0).status == FAILED
     assert whole("tests", parts, 1.0).message == "1 passed, 1 failed, 1 skipped"
     assert whole("tests", parts[2:], 1.0).status == SKIPPED
-    assert whole("tests", [], 1.0).status == PASSED
+    assert whole("tests", [], 1.0).status == FAILED
 
 
 def test_sanitized_cases_are_tests():

@@ -33,6 +33,7 @@ from .conductor import Report, forget
 from .packing import NAMES, Pack
 from .probes import NAMES as PROBES
 from .processes import end_all
+from .schedule import Schedule
 
 
 class Stopped(BaseException):
@@ -131,21 +132,22 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print(listing())
         return 0
+    schedule = Schedule(60 * options.minutes)
     checked(found, options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     scratch = Path(tempfile.mkdtemp(prefix="distorch-report-"))
     try:
-        return _reported(options, scratch)
+        return _reported(options, schedule, scratch)
     finally:
         forget(scratch)
 
 
-def _reported(options: argparse.Namespace, scratch: Path) -> int:
+def _reported(options: argparse.Namespace, schedule: Schedule, scratch: Path) -> int:
     place = workplace.prepared(options.kit, scratch)
     known = workplace.read_kit(options.kit) if options.kit else {}
     commit = known.get("commit") if place.folder != workplace.ROOT else None
-    report = Report(options, Pack(options.out), place, scratch, commit)
+    report = Report(options, Pack(options.out), place, scratch, schedule, commit)
     stopped = False
     try:
         report.conduct()

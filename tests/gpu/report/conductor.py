@@ -30,12 +30,11 @@ class Report:
 
     def __init__(
         self, options: argparse.Namespace, pack: Pack, workplace: Workplace, scratch: Path,
-        commit: str | None,
+        schedule: Schedule, commit: str | None,
     ) -> None:  # fmt: skip
         self.options, self.pack, self.workplace, self.scratch = options, pack, workplace, scratch
-        self.commit = commit
+        self.schedule, self.commit = schedule, commit
         self.device: str = options.device
-        self.schedule = Schedule(60 * options.minutes)
         self.results: list[Result] = []  # items and parts, in the order in which they ended
         self.whole: list[Result] = []  # items only
         self.benchmark: dict[str, Any] = {}

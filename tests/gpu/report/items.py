@@ -22,7 +22,7 @@ _FAULT_FILE = "tests/gpu_report/faults.py"
 _HANG_S, _FAULT_S = 3.0, 20.0  # what faults may last: the one that hangs, and the others
 _TEST_S, _LONG_S = 40.0, 75.0
 _LONG = ("compile", "overhead")  # with the compiler's first run
-_PROBE_S = 25.0
+_PROBE_S = 31.0
 _TESTS = {"cuda": "tests/gpu", "sim": "tests/sim/test_accelerator.py"}
 _DAY_ONE = {"cuda": "tests/gpu/test_day_one.py", "sim": "tests/sim/test_day_one.py"}
 # tests/gpu runs these again in a child process, under one name; here they are tests like others.

@@ -112,11 +112,13 @@ def counted(results: Iterable[Result]) -> dict[str, int]:
 
 def whole(item: str, parts: Sequence[Result], seconds: float) -> Result:
     """An item's own line: as bad as the worst of its parts."""
+    if not parts:
+        return Result(item, FAILED, seconds=seconds, message="it gave no result")
     counts = counted(parts)
     status = next((bad for bad in BAD if bad in counts), PASSED)
-    if parts and set(counts) == {SKIPPED}:
+    if set(counts) == {SKIPPED}:
         status = SKIPPED
     words = ", ".join(f"{count} {name}" for name, count in counts.items())
     if len(parts) == 1:
-        words = parts[0].message
+        words = parts[0].message or words
     return Result(item, status, seconds=seconds, message=words, details={"counts": counts})

@@ -200,6 +200,8 @@ class Pool:
             return
         slow = [test for test in tests if any(word in test for word in _FIRST)]
         self._waiting = slow + [test for test in tests if test not in set(slow)]
+        if not tests and not errors:
+            self._done(self._result("collecting", FAILED, message="there are no tests"))
         for place, text in errors.items():
             self._done(self._result(place, FAILED, message=last_line(text), text=text))
 
@@ -241,15 +243,18 @@ class Pool:
         told_stacks = stacks.taken(one.child, grace)
         one.close()
         self._logged(one)
+        between = "asking the device after a failure" if one.collected else "collecting"
         return self._result(
-            one.test or "collecting", TIMED_OUT, seconds=seconds, stacks=told_stacks,
-            message=f"after {seconds:.0f} s, {why}{innermost(told_stacks)}", text=one.child.log.text()[-8000:],
+            one.test or between, TIMED_OUT, seconds=seconds, stacks=told_stacks,
+            message=f"after {seconds:.0f} s, {why}{innermost(told_stacks)}",
+            text=one.child.log.text()[-8000:],
         )  # fmt: skip
 
     def _stop_the_rest(self) -> None:
         """What runs is stopped, what waits is skipped; after the last test there is neither."""
         why = self._hopeless() or "the item's time was up"
-        for one in [one for one in self._workers if one.test is not None]:
+        nobody = self._waiting is None and not self._hopeless()  # has collected in time
+        for one in [one for one in self._workers if one.test is not None or nobody]:
             self._workers.remove(one)
             # A second is enough for Python's stacks. A debugger's would cost other items theirs.
             self._ending.append(self._threads.submit(self._stopped, one, why, 1.0))
