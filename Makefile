@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit sanitize-gpu sanitizer-there test-cpp test-comfy lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -56,8 +56,16 @@ test-torch: ## the same in a clone with another torch: make test-torch TORCH_SPE
 	rm -rf "out/$(TORCH_SPEC)" && git clone --quiet . "out/$(TORCH_SPEC)"
 	$(MAKE) -C "out/$(TORCH_SPEC)" test-quick TORCH_SPEC="$(TORCH_SPEC)" VENV=.venv
 
-test-gpu: dev ## on a CUDA device, and no skips
-	DISTORCH_REQUIRE_CUDA=1 $(BIN)/python -m pytest tests/gpu
+# What runs on a GPU installs nothing, so that it works without a package registry. It takes the
+# Python of `make dev` if that was run, else python3; GPU_PYTHON=... names another.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+test-gpu: ## on a CUDA device, and no skips; installs and builds nothing (GPU_PYTHON=...)
+	DISTORCH_REQUIRE_CUDA=1 $(GPU_PYTHON) -m pytest tests/gpu
+
+MINUTES ?= 9
+REPORT ?= out/gpu-report
+gpu-report: ## what an owner of a GPU can run and send in: seven files in REPORT (docs/gpu.md)
+	$(GPU_PYTHON) -m tests.gpu.report --minutes $(MINUTES) --out $(REPORT)
 
 # racecheck looks at memory that threads share; only our kernels are to be judged there, and they
 # run without PyTorch's cache in memcheck, which would hide what lies beyond the end of a block.
@@ -67,11 +75,11 @@ sanitizer-there:
 	@command -v "$(SANITIZER)" > /dev/null || { echo "there is no $(SANITIZER) on the PATH: it comes \
 	with the CUDA Toolkit (bin/compute-sanitizer); give SANITIZER=/where/it/is"; exit 2; }
 
-sanitize-gpu: sanitizer-there dev ## tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(BIN)/python -m pytest -x tests/gpu/test_kernels.py
-	$(SANITIZE) --tool memcheck $(BIN)/python -m pytest -x tests/gpu
+sanitize-gpu: sanitizer-there ## tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest -x tests/gpu/test_kernels.py
+	$(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest -x tests/gpu
 	for tool in racecheck initcheck synccheck; do \
-	    $(SANITIZE) --tool $$tool --kernel-name kns=distorch $(BIN)/python -m pytest -x tests/gpu/test_kernels.py || exit 1; \
+	    $(SANITIZE) --tool $$tool --kernel-name kns=distorch $(GPU_PYTHON) -m pytest -x tests/gpu/test_kernels.py || exit 1; \
 	done
 
 KIT_PYTHON ?= python3.12

@@ -1,10 +1,14 @@
-"""Shared settings: one thread per test process, the same random numbers, no model hub."""
+"""Shared settings: one thread per test process, the same random numbers, no model hub, no GPU."""
 
 import os
 
 # Other threads, too: the number of threads decides about last bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests of the CPU and of the simulated accelerator must not change with the machine, so they and
+# their child processes see no GPU. tests/gpu is run with DISTORCH_REQUIRE_CUDA=1.
+if os.environ.get("DISTORCH_REQUIRE_CUDA") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import types
 

@@ -7,6 +7,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch.library import opcheck
 
 from distorch import _ops
+from tests.accelerator import kernels
 
 TYPES = [GGMLQuantizationType.F32, GGMLQuantizationType.F16, *quants._type_traits]
 NAMES = [kind.name for kind in TYPES]
@@ -159,3 +160,8 @@ def test_opcheck():
     opcheck(torch.ops.distorch.dequantise.default, (blocks, "Q5_1", torch.bfloat16))
     into = torch.empty(37, 96)
     opcheck(torch.ops.distorch.dequantise_.default, (into, blocks, "Q5_1"))
+
+
+def test_the_tables_of_the_accelerators_tests_are_those_of_gguf():
+    """They must not import gguf, which may be missing on a machine with a GPU."""
+    assert {kind.name: tuple(GGML_QUANT_SIZES[kind]) for kind in TYPES} == kernels.SIZES

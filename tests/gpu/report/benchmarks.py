@@ -1,0 +1,64 @@
+"""benchmarks/gpu.py, section by section. Its JSON is read whatever is in it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import FAILED, PASSED, SKIPPED, TIMED_OUT, Result, result_of
+from .runner import Ended
+
+PROGRAM = "benchmarks/gpu.py"
+_LEAST_S = 8.0  # of use to a section
+
+
+def measured(report: Any, item: str, sections: Sequence[str], limit: float) -> None:
+    """One process for all of them, so that a model is made once; a new one after a failure."""
+    until = time.monotonic() + limit
+    left = list(sections)
+    while left and until - time.monotonic() >= _LEAST_S:
+        ended, found = _run(report, item, left, until - time.monotonic())
+        report.benchmark |= found
+        report.pack.benchmark(report.benchmark)
+        done = left if ended.ok else [section for section in left if section in found]
+        for section in done:
+            report.add(Result(item, PASSED, section))
+        left = [section for section in left if section not in done]
+        if not ended.ok and left:
+            report.add(_failed(item, left.pop(0), ended))
+        elif not ended.ok:
+            report.add(result_of(item, "at exit", ended))
+    for section in left:
+        report.add(Result(item, SKIPPED, section, message="the item's time was up"))
+
+
+def _run(report: Any, item: str, sections: list[str], limit: float) -> tuple[Ended, dict[str, Any]]:
+    path = report.scratch / f"{item}-{sections[0]}.json"
+    command = [sys.executable, "-m", "tests.gpu.report.child", PROGRAM, "--device", report.device,
+               "--json", str(path), "--only", *sections]  # fmt: skip
+    if report.device == "sim":
+        command += ["--rounds", "1"]
+    ended = report.run(f"{item}: {' '.join(sections)}", command, limit)
+    return ended, _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {"found": found}
+
+
+def _failed(item: str, section: str, ended: Ended) -> Result:
+    """Which section failed is told by what is missing from the JSON."""
+    result = result_of(item, section, ended)
+    if result.status == PASSED:
+        result.status = FAILED
+    if result.status == TIMED_OUT:
+        result.message += f" (in {section} or what follows it)"
+    return result

@@ -1,0 +1,124 @@
+"""Graphs that are being captured, streams that die, and the user's own errors on the device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import distorch
+
+from .cudart import Runtime, said
+from .lives import _model
+
+MODES = ("global", "thread_local", "relaxed")
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """What a fetch in a capture says; what another thread may do meanwhile, in every mode."""
+    model, x = _model(device)
+    if device.type == "sim":
+        from distorch.testing import sim
+
+        with sim.capturing():
+            told = said(lambda: model(x))
+        return {"a fetch": told, "wrong": _unexpected(told)}
+    torch.cuda.synchronize()
+    told = said(lambda: _captured(lambda: model(x), "global"))
+    torch.cuda.synchronize()
+    after = said(lambda: "works" if model(x).isfinite().all().item() else "gives no numbers")
+    # Last, and what breaks captures last of these: a broken one leaves PyTorch in its middle.
+    found = {
+        name: {mode: _beside(work, mode) for mode in MODES} for name, work in _others().items()
+    }
+    return {"a fetch": told, "a forward afterwards": after, "beside a capture": found,
+            "wrong": _unexpected(told)}  # fmt: skip
+
+
+def _unexpected(told: Any) -> list[str]:
+    expected = isinstance(told, str) and "a graph is being captured" in told
+    return [] if expected else [f"a fetch in a capture gave {str(told)[:200]!r}"]
+
+
+def _captured(work: Callable[[], object], mode: str) -> str:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        work()
+    graph.replay()
+    torch.cuda.synchronize()
+    return "captured"
+
+
+def _others() -> dict[str, Callable[[], object]]:
+    """What a thread of the engine does while another captures."""
+    stream, event = torch.cuda.Stream(), torch.cuda.Event()
+    event.record(stream)
+    torch.cuda.synchronize()
+    runtime = Runtime()
+    return {
+        "query": event.query,
+        "record": lambda: event.record(stream),
+        "wait": lambda: stream.wait_event(event),
+        "synchronize": event.synchronize,
+        "create": lambda: torch.cuda.Event().record(stream),
+        "pin": lambda: runtime.host_free(runtime.host_alloc(1 << 20)),
+        "allocate": lambda: torch.empty(64 << 20, dtype=torch.uint8, device="cuda"),
+    }
+
+
+def _beside(work: Callable[[], object], mode: str) -> dict[str, str]:
+    """What the other thread, and the capture, say of it."""
+    heard: list[str] = []
+    x = torch.ones(8, device="cuda")
+
+    def other() -> None:
+        result = said(work)
+        heard.append(result if isinstance(result, str) else "works")
+
+    def capturing() -> None:
+        x.add(1)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(5)
+        x.add(1)
+
+    told = said(lambda: _captured(capturing, mode))
+    torch.cuda.set_stream(torch.cuda.default_stream())
+    said(torch.cuda.synchronize)
+    return {"the thread": heard[0][:160] if heard else "hangs", "the capture": str(told)[:160]}
+
+
+def external_stream(device: torch.device) -> dict[str, Any]:
+    """Somebody else's stream is destroyed after a model ran on it; then fetches, then the end."""
+    import ctypes
+
+    model, x = _model(device)
+    wanted = model(x).cpu()
+    runtime = Runtime()
+    address = runtime.stream()
+    stream = torch.cuda.ExternalStream(address)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        first = model(x)
+    stream.synchronize()
+    found: dict[str, Any] = {"on that stream": torch.equal(first.cpu(), wanted)}
+    runtime.call("cudaStreamDestroy", ctypes.c_void_p(address))
+    found["a forward after its end"] = said(lambda: torch.equal(model(x).cpu(), wanted))
+    found["undistribute"] = said(lambda: distorch.undistribute(model, device="cpu") is model)
+    found["synchronize"] = said(lambda: torch.cuda.synchronize() is None)
+    wrong = [f"{name}: {value}" for name, value in found.items() if value is not True]
+    return {**found, "wrong": wrong}
+
+
+def assertion(device: torch.device) -> dict[str, Any]:
+    """The user's own assertion on the device fails; what does a forward say then?"""
+    model, x = _model(device)
+    numbers = torch.ones(4, device=device)
+    own = said(lambda: numbers[torch.tensor([1 << 20], device=device)].cpu())
+    return {
+        "the user's operator": str(own)[:300],
+        "a forward": str(said(lambda: model(x).cpu()))[:500],
+        "deleting the model": str(said(lambda: distorch.undistribute(model, device="cpu")))[:500],
+    }

@@ -1,0 +1,158 @@
+"""The last of the seven files, which is also printed: what an owner reads first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .reruns import ITEM as RERUNS
+from .reruns import grouped
+from .results import SKIPPED, Result, counted
+
+_MOST_GROUPS, _MOST_SKIPS = 15, 8
+_MOST_LINE, _TAIL = 220, 70  # characters
+
+
+def told(report: Any, facts: Mapping[str, Any], done: bool) -> str:
+    sections = [
+        _head(report, facts, done), _items(report), _failures(report), _reruns(report),
+        _probes(report), _benchmark(report.benchmark), _skipped(report),
+    ]  # fmt: skip
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(report: Any, facts: Mapping[str, Any], done: bool) -> str:
+    gpus = facts.get("gpus")
+    cards = "; ".join(
+        f"{gpu.get('name')}, driver {gpu.get('driver_version')}" for gpu in gpus
+    ) if isinstance(gpus, list) else ""  # fmt: skip
+    packages = facts.get("packages") or {}
+    torch = facts.get("torch", packages.get("torch"))
+    lines = [
+        f"distorch on {'a GPU' if report.device == 'cuda' else 'the simulated accelerator'}: "
+        + ("a report" if done else "a report that is not finished"),
+        f"card     {cards or 'none'}",
+        f"versions Python {facts.get('python')}, torch {torch}, commit {facts.get('commit')}",
+        f"place    {'; '.join(report.workplace.notes)}",
+        f"time     {report.schedule.spent():.0f} s of {report.schedule.seconds:.0f} s",
+    ]
+    return "\n".join(line[:_MOST_LINE] for line in lines)
+
+
+def _items(report: Any) -> str:
+    lines = ["items"]
+    for result in report.whole:
+        lines.append(
+            _cut(f"  {result.name:18} {result.status:10} {result.seconds:5.0f} s  {result.message}")
+        )
+    return "\n".join(lines)
+
+
+def _cut(line: str) -> str:
+    """Of a long line, the head and the tail: errors tell their cause last."""
+    line = " ".join(line.split("\n"))
+    if len(line) <= _MOST_LINE:
+        return line
+    return f"{line[: _MOST_LINE - _TAIL]} … {line[-_TAIL:]}"
+
+
+def _parts(report: Any) -> list[Result]:
+    """Parts, and items that have none."""
+    items_with_parts = {result.item for result in report.results if result.part}
+    return [r for r in report.results if r.part or r.item not in items_with_parts]
+
+
+def _failures(report: Any) -> str:
+    groups = grouped(part for part in _parts(report) if part.item != "health")
+    if not groups:
+        return "nothing failed"
+    lines = ["failures, by message (stacks and texts: failures.txt)"]
+    for group in groups[:_MOST_GROUPS]:
+        first = group[0]
+        lines.append(_cut(f"  {len(group):3} x {first.status}: {first.message or '(no message)'}"))
+        lines.append(_cut(f"        {first.name}"))
+    if len(groups) > _MOST_GROUPS:
+        lines.append(f"  and {len(groups) - _MOST_GROUPS} other messages")
+    return "\n".join(lines)
+
+
+def _reruns(report: Any) -> str:
+    found = [r for r in report.results if r.item in (RERUNS, "health") and r.part]
+    lines = [
+        _cut(f"  {r.item}: {r.part}: {r.status}{': ' + r.message if r.message else ''}")
+        for r in found
+    ]
+    return "\n".join(["after failures", *lines]) if lines else ""
+
+
+def _probes(report: Any) -> str:
+    lines = []
+    for result in report.results:
+        if result.item == "probes" and result.details and result.part:
+            lines += _lines(result.part, result.details, "  ")
+    return "\n".join(["probes", *lines]) if lines else ""
+
+
+def _lines(name: str, value: Any, indent: str) -> list[str]:
+    """One line, or one for each entry where that would be too long."""
+    whole = f"{indent}{name}: {_short(value, _unit(name))}"
+    if len(whole) <= _MOST_LINE or not isinstance(value, dict):
+        return [_cut(whole)]
+    inner = [line for key, each in value.items() for line in _lines(key, each, indent + "  ")]
+    return [f"{indent}{name}", *inner]
+
+
+def _short(value: Any, unit: str = "") -> str:
+    """Numbers with three digits, in units that people read; "bytes_per_s" is told by the name."""
+    if isinstance(value, bool) or not isinstance(value, (dict, int, float)):
+        return value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} {_short(inner, _unit(key) or unit)}" for key, inner in value.items()
+        )
+    if unit == "bytes_per_s":
+        return f"{value / 1e9:.3g} GB/s"
+    if unit == "bytes":
+        return f"{value / 1e6:.4g} MB"
+    if unit == "s":
+        return f"{1e3 * value:.4g} ms"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _unit(key: Any) -> str:
+    name = str(key)
+    for unit in ("bytes_per_s", "bytes"):
+        if name.endswith(unit):
+            return unit
+    return "s" if name.endswith("_s") else ""
+
+
+def _benchmark(found: Mapping[str, Any]) -> str:
+    """Every row of every section, as short as can be."""
+    lines = []
+    for section, rows in found.items():
+        if isinstance(rows, list):
+            lines.append(f"  {section}")
+            lines += [_cut(f"    {_short(row)}") for row in rows]
+    return "\n".join(["benchmark", *lines]) if lines else ""
+
+
+def _skipped(report: Any) -> str:
+    """How many parts were skipped, and why."""
+    reasons: dict[str, int] = {}
+    for result in _parts(report):
+        if result.status == SKIPPED:
+            reason = f"{result.item}: {result.message}"
+            reasons[reason] = reasons.get(reason, 0) + 1
+    ordered = sorted(reasons.items(), key=lambda pair: -pair[1])[:_MOST_SKIPS]
+    return (
+        "\n".join(["skipped", *(_cut(f"  {n:3} x {reason}") for reason, n in ordered)])
+        if ordered
+        else ""
+    )
+
+
+def last_words(report: Any) -> str:
+    counts = counted(r for r in _parts(report) if r.item not in (RERUNS, "health"))
+    return ", ".join(f"{count} {status}" for status, count in counts.items())

@@ -1,0 +1,1 @@
+"""Tests of `tests.gpu.report`, which need no GPU."""
