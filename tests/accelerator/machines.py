@@ -16,13 +16,15 @@ class Machine:
     """A kind of accelerator.
 
     `width` is that of a square float32 weight that its allocator cuts exactly; `most_workspace`
-    what its libraries may keep for themselves, in bytes; `dtype` what models are computed in.
+    what its libraries may keep for themselves, in bytes; `dtype` what models are computed in;
+    `setup` the code that a new process begins with.
     """
 
     type: str
     dtype: torch.dtype
     width: int
     most_workspace: int
+    setup: str = ""
 
     def __init__(self) -> None:
         self.device = torch.device(self.type, 0)
@@ -94,6 +96,11 @@ class Simulated(Machine):
     )  # the CPU's layer norm saves other dtypes for bfloat16 than fake tensors say
     width = 128
     most_workspace = 0
+    setup = (
+        "from distorch.testing import sim\n"
+        "slow = {('cpu', 'sim:0'): (1e9, 1e-5), ('sim:0', 'cpu'): (1e9, 1e-5)}\n"
+        "sim.configure(devices=2, memory='64mb', links=slow)\n"
+    )
 
     def capturing(self) -> AbstractContextManager[Any]:
         from distorch.testing import sim
