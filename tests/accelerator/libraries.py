@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distorch
 
-from .day_one import batch, chain, offloaded, result, same
+from .day_one import batch, chain, offloaded, result, same, width_of
 
 VOCABULARY = 96
 
@@ -134,7 +134,7 @@ class Rows(Dataset):
 
 def loader(machine, **options):
     return DataLoader(
-        Rows(machine.width, machine.dtype, **options), batch_size=2, num_workers=2,
+        Rows(width_of(machine), machine.dtype, **options), batch_size=2, num_workers=2,
         multiprocessing_context="fork", pin_memory=machine.type == "cuda", timeout=60,
     )  # fmt: skip
 

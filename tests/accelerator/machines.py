@@ -40,6 +40,9 @@ class Machine:
             pytest.skip("there is only one device")
         return torch.device(self.type, 1)
 
+    def busy(self) -> None:
+        """The current stream has work for a while: what is issued next waits for it."""
+
     def settle(self) -> None:
         """Everything that was let go is gone."""
         gc.collect()
@@ -67,6 +70,9 @@ class Cuda(Machine):
     dtype = torch.bfloat16
     width = 4096
     most_workspace = 80 * MB  # cuBLAS and cuBLASLt, 32 MiB each on some
+
+    def busy(self) -> None:
+        torch.cuda._sleep(50_000_000)  # cycles: about 30 ms
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[Any]:
