@@ -26,11 +26,11 @@ from tests.accelerator.day_one import (
 )
 from tests.accelerator.exits import *  # noqa: F403
 from tests.accelerator.exits import run_program
-from tests.accelerator.libraries import *  # noqa: F403
 from tests.accelerator.programs import *  # noqa: F403
 from tests.accelerator.streams import in_threads
 from tests.accelerator.training import *  # noqa: F403
 from tests.accelerator.training import loss_of
+from tests.accelerator.with_libraries import *  # noqa: F403
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -5,10 +5,10 @@ import pytest
 from distorch.testing import sim
 from tests.accelerator.day_one import *  # noqa: F403
 from tests.accelerator.exits import *  # noqa: F403
-from tests.accelerator.libraries import *  # noqa: F403
 from tests.accelerator.machines import Simulated
 from tests.accelerator.programs import *  # noqa: F403
 from tests.accelerator.training import *  # noqa: F403
+from tests.accelerator.with_libraries import *  # noqa: F403
 
 
 @pytest.fixture
