@@ -33,20 +33,21 @@ _CHANNELS, _POOLED = 64, 768
 MATRICES = 1  # min_bytes=: whatever has one dimension stays on the device
 
 
-def transformer(size: Size) -> nn.Module:
-    """On the host, the same weights each time."""
+def transformer(size: Size, device: torch.device | str = "cpu") -> nn.Module:
+    """Made on a device, which takes a tenth of the time there; the same weights each time."""
     from diffusers import FluxTransformer2DModel
 
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(size.dtype)
     try:
-        made = FluxTransformer2DModel(
-            in_channels=_CHANNELS, num_layers=size.double, num_single_layers=size.single,
-            attention_head_dim=size.head, num_attention_heads=size.heads,
-            joint_attention_dim=size.text_width, pooled_projection_dim=_POOLED,
-            axes_dims_rope=size.axes,
-        )  # fmt: skip
+        with torch.device(device):
+            made = FluxTransformer2DModel(
+                in_channels=_CHANNELS, num_layers=size.double, num_single_layers=size.single,
+                attention_head_dim=size.head, num_attention_heads=size.heads,
+                joint_attention_dim=size.text_width, pooled_projection_dim=_POOLED,
+                axes_dims_rope=size.axes,
+            )  # fmt: skip
     finally:
         torch.set_default_dtype(before)
     made.requires_grad_(False)
@@ -78,17 +79,21 @@ def nbytes(module: nn.Module) -> int:
 
 def block_bytes(size: Size) -> tuple[int, int]:
     """Bytes of a double block and of a single block."""
-    with torch.device("meta"):
-        made = transformer(size)
+    made = transformer(size, "meta")
     return nbytes(made.transformer_blocks[0]), nbytes(made.single_transformer_blocks[0])
 
 
 def largest_block(module: nn.Module) -> int:
     """Bytes of the largest block."""
-    return max(nbytes(b) for b in (*module.transformer_blocks, *module.single_transformer_blocks))
+    return max(nbytes(block) for block in blocks(module))
 
 
-# Each takes a module on the host and gives it back ready to run on the device.
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """In the order in which they run."""
+    return [*module.transformer_blocks, *module.single_transformer_blocks]
+
+
+# Each takes a module on the device and gives it back with its weights where they are to be.
 Offloader = Callable[[nn.Module, torch.device], nn.Module]
 
 
@@ -120,8 +125,9 @@ def group_offloading(leaves: bool, streams: bool) -> Offloader:
     def offload(module: nn.Module, device: torch.device) -> nn.Module:
         from diffusers.hooks import apply_group_offloading
 
-        blocks = {"offload_type": "block_level", "num_blocks_per_group": 1}
-        kind = {"offload_type": "leaf_level"} if leaves else blocks
+        module.to("cpu")
+        by_block = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        kind = {"offload_type": "leaf_level"} if leaves else by_block
         apply_group_offloading(
             module, device, torch.device("cpu"), use_stream=streams, non_blocking=streams,
             record_stream=streams, **kind,
@@ -135,5 +141,38 @@ def accelerate_offloading(module: nn.Module, device: torch.device) -> nn.Module:
     """accelerate's cpu_offload."""
     from accelerate import cpu_offload
 
-    offloaded: nn.Module = cpu_offload(module, execution_device=device)
+    offloaded: nn.Module = cpu_offload(module.to("cpu"), execution_device=device)
+    return offloaded
+
+
+def moved_by_hand(module: nn.Module, device: torch.device) -> nn.Module:
+    """Each block goes to the device before it runs, and back: `.to()` in forward hooks."""
+
+    def come(block: nn.Module, _: object) -> None:
+        block.to(device)
+
+    def leave(block: nn.Module, *_: object) -> None:
+        block.to("cpu")
+
+    for block in blocks(module):
+        block.to("cpu")
+        block.register_forward_pre_hook(come)
+        block.register_forward_hook(leave)
+    return module
+
+
+FLEX_STEPS = (1, 3)  # that look for what is used, and that are timed, before it plans
+
+
+def flextensor_offloading(module: nn.Module, device: torch.device) -> nn.Module:
+    """NVIDIA's FlexTensor, as its README has it: blocks on the host, the rest on the device."""
+    import flextensor
+
+    for block in blocks(module):
+        block.to("cpu")
+    config = flextensor.OffloadConfig(
+        gpu_device=device.index, discovery_iters=FLEX_STEPS[0], profiling_iters=FLEX_STEPS[1],
+        include_patterns=["transformer_blocks.*", "single_transformer_blocks.*"],
+    )  # fmt: skip
+    offloaded: nn.Module = flextensor.offload(module, config=config)
     return offloaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,43 @@ def clock_of(device: torch.device) -> Now:
         return clock()
 
     return now
+
+
+class Times(NamedTuple):
+    """Seconds of some work."""
+
+    device: float  # between two events of the current stream
+    wall: float  # of the host, until the device had ended
+
+
+def times_of(device: torch.device, work: Callable[[], object]) -> Times:
+    """Of one run, from an idle device on. Where the host computes, both are the same."""
+    now = clock_of(device)
+    start = now()
+    if device.type == "cpu":
+        work()
+        wall = now() - start
+        return Times(wall, wall)
+    stream = torch.accelerator.current_stream(device)
+    first, last = (torch.Event(device, enable_timing=True) for _ in range(2))
+    first.record(stream)
+    work()
+    last.record(stream)
+    wall = now() - start
+    return Times(first.elapsed_time(last) / 1e3, wall)
+
+
+def interleaved_on(
+    device: torch.device, calls: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, float]:
+    """`interleaved`, in seconds of the device."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(times_of(device, call).device)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def interleaved(

@@ -2,13 +2,34 @@
 
   links     pinned host memory to the device through the engine, beside the best plain copy of the
             same bytes (non_blocking, from torch's pinned memory and from ours), and other devices
-  kernels   decoding and merging, in bytes read and written, beside a copy on the device
+  kernels   a copy on the device, then decoding and merging: bytes read and written per second, in
+            turn on as many buffers as four times the L2 cache
   hook      what an operator costs the host on a weight in the ring, beside a plain one
   overlap   a FLUX transformer's step / max(compute, bytes / link), 25 to 100 % of it offloaded
   systems   the same transformer resident, with distorch, with diffusers' group offloading (blocks
-            and leaves, on streams) and accelerate's cpu_offload: step, peak memory, same bits
+            and leaves, on streams), accelerate's cpu_offload, blocks moved by hand with .to(), and
+            NVIDIA's FlexTensor where it is installed: step, peak memory, same bits
 
-FLUX's blocks have their full size; there are as many as the device's memory and the host's hold.
+Rates and steps are timed by the device's events; steps by the host's clock, too ("wall_s").
+
+FLUX's blocks have their full size. There are 4 double and 8 single ones (5 GB), with --full 19 and
+38 (22 GB), or as many as the device's memory and the host's hold. Weights are made on the device,
+anew and the same for each system.
+
+--json FILE is written anew, in one go, after every row: a run that is killed leaves what it has
+measured. A file that is there already keeps its other sections, so that several runs with --only
+fill one file; overlap takes the link's rate from it, or measures it.
+
+Meant to take less than 70 s for links, kernels and hook, and less than 100 s for overlap and
+systems, on an H100. An estimate, made before it ran on one: 15 s to start a process. links: 3 kinds
+of copies of 2 GB, 16 times, at 25 GB/s, 4 s, and 4 s to pin and fill memory. kernels: 9 of them and
+a copy, 3 s. hook: 12 operators, plain and in the ring, 61 turns of 300 calls of 20 us, 9 s. That is
+35 s. overlap: 5 GB pinned and filled 4 times, 8 s; 4 shares, 2 steps to begin with and 15 more, or
+as many as 2 s hold, 10 s. systems: 8 of them, for each 1 s to make the weights, 3 s to offload and
+pin them, 4 steps beside those that count, and 15 of these, or as many as 2 s hold (3 at least). A
+step takes 50 ms resident, 0.2 s at the link's rate, 0.5 to 1.5 s through memory that is not pinned:
+7 s each on average, 56 s. That is 89 s. FlexTensor would add about 8 s.
+
 With --device sim, or cpu (systems only), all runs tiny on the simulated accelerator, in its virtual
 time, or on the host: to see that it runs. These figures say nothing about any GPU. Group offloading
 is left out on the simulated one: it puts device memory into the host's tensors, which PyTorch
@@ -18,12 +39,15 @@ refuses for devices that were registered at run time.
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import dataclasses
 import gc
-import json
+import importlib
+import importlib.util
+import itertools
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +55,8 @@ import _flux
 import hook_overhead
 import torch
 from _flux import FULL, TINY, Size
-from _timing import clock_of, interleaved
+from _results import Results
+from _timing import Times, clock_of, interleaved_on, times_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,6 +67,9 @@ MB = 1 << 20
 SHARES = (25, 50, 75, 100)  # percent of the model that is offloaded
 CODES = ("float8_e4m3fn", "int8", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS")
 RANKS = (16, 64)
+BLOCKS = (4, 8)  # double and single ones, unless more are asked for
+BEYOND_L2 = 4  # times its size
+STEPS_S = 2.0  # no more steps of a system than take so long
 # Of the device's memory, and of the host's, for a model's weights.
 OF_DEVICE, OF_HOST = 0.6, 0.25
 Row = dict[str, Any]
@@ -59,9 +87,25 @@ class Bench:
     matrix: tuple[int, int]  # that kernels decode
     calls: int  # of an operator, in a turn
 
+    l2: int  # bytes of the device's cache
+
     def interleaved(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """Median seconds of each."""
-        return interleaved(calls, self.rounds, clock_of(self.device))
+        """Median seconds of each on the device."""
+        return interleaved_on(self.device, calls, self.rounds)
+
+    def steps(self, step: Callable[[], object]) -> Row:
+        """Median seconds of a step, on the device and by the host's clock, of as many as there is
+        time for; after one that warms up.
+        """
+        step()
+        end = time.perf_counter() + STEPS_S
+        found: list[Times] = []
+        while len(found) < min(3, self.rounds) or (
+            len(found) < self.rounds and time.perf_counter() < end
+        ):
+            found.append(times_of(self.device, step))
+        device, wall = (statistics.median(times) for times in zip(*found, strict=True))
+        return {"step_s": device, "wall_s": wall, "steps": len(found)}
 
     def settle(self) -> None:
         """Everything that was let go is gone."""
@@ -85,11 +129,17 @@ class Bench:
 # ---- links -----------------------------------------------------------------
 
 
-def links(bench: Bench) -> list[Row]:
+def links(bench: Bench) -> Iterator[Row]:
     """From the host, and from every other device: bytes per second."""
     module = torch.get_device_module(bench.device)
     others = [f"{bench.device.type}:{i}" for i in range(module.device_count())]
-    return [_link(bench, donor) for donor in ("cpu", *others) if donor != str(bench.device)]
+    return (_link(bench, donor) for donor in ("cpu", *others) if donor != str(bench.device))
+
+
+def best_plain(row: Row) -> float:
+    """Of a link: the rate of the fastest plain copy."""
+    rates: dict[str, float] = row["bytes_per_s"]
+    return max(rate for name, rate in rates.items() if name != "engine")
 
 
 def _link(bench: Bench, donor: str) -> Row:
@@ -125,61 +175,67 @@ def _link(bench: Bench, donor: str) -> Row:
         for name, seconds in bench.interleaved({"engine": fetches, **calls}).items()
     }
     del ring
-    best = max(rate for name, rate in rates.items() if name != "engine")
-    return {"from": donor, "to": str(bench.device), "bytes": total, "bytes_per_s": rates,
-            "engine_over_best_plain": rates["engine"] / best}  # fmt: skip
+    row = {"from": donor, "to": str(bench.device), "bytes": total, "bytes_per_s": rates}
+    return {**row, "engine_over_best_plain": rates["engine"] / best_plain(row)}
 
 
 # ---- kernels ---------------------------------------------------------------
 
 
-def kernels(bench: Bench) -> list[Row]:
-    """Every code to bfloat16, and merges into bfloat16: bytes read and written per second."""
+def kernels(bench: Bench) -> Iterator[Row]:
+    """A copy, then every code to bfloat16, and merges into bfloat16."""
     rows, columns = bench.matrix
     into = torch.empty(rows, columns, dtype=torch.bfloat16, device=bench.device)
-    found = []
-    for code in tqdm(CODES, desc="kernels"):
-        stored = _stored(code, rows, columns).to(bench.device)
-        found.append(_kernel(bench, code, into, stored, None))
-    base = torch.randn(rows, columns).bfloat16().to(bench.device)
-    for rank in RANKS:
-        terms = _ops.Terms()
-        terms.add(torch.randn(rows, rank), torch.randn(rank, columns), 0.5, 0)
-        found.append(_kernel(bench, f"merge, rank {rank}", into, base, terms))
-    return found
+    copied = _kernel(bench, "copy on the device", into, torch.empty_like(into), None)
+    yield {**copied, "over_copy": 1.0}
+    base = torch.randn(rows, columns, device=bench.device).bfloat16()
+    every = [(code, _stored(bench, code), None) for code in CODES]
+    every += [(f"merge, rank {rank}", base, _terms(bench, rank)) for rank in RANKS]
+    for name, stored, terms in tqdm(every, desc="kernels"):
+        row = _kernel(bench, name, into, stored, terms)
+        yield {**row, "over_copy": row["bytes_per_s"] / copied["bytes_per_s"]}
 
 
-def _stored(code: str, rows: int, columns: int) -> Tensor:
+def _stored(bench: Bench, code: str) -> Tensor:
+    rows, columns = bench.matrix
     elements = _ops.block_elements(code)
     if elements == 1:
-        return torch.randn(rows, columns).to(getattr(torch, code))
+        return torch.randn(rows, columns, device=bench.device).to(getattr(torch, code))
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[code]][1]
-    return torch.randint(0, 256, (rows, columns // elements * nbytes), dtype=torch.uint8)
+    shape = (rows, columns // elements * nbytes)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=bench.device)
+
+
+def _terms(bench: Bench, rank: int) -> Any:
+    """Factors on the device already, as fetches have them."""
+    rows, columns = bench.matrix
+    up, down = torch.randn(rows, rank), torch.randn(rank, columns)
+    return _ops.Terms([up.to(bench.device)], [down.to(bench.device)], [0.5], [0])
 
 
 def _kernel(bench: Bench, name: str, into: Tensor, stored: Tensor, terms: Any) -> Row:
+    """Seconds of a call among many, each on the buffers that were used longest ago."""
     moved = stored.nbytes + into.nbytes
-    source = torch.empty(moved // 2, dtype=torch.uint8, device=bench.device)
-    target = torch.empty_like(source)
-    code = name if terms is None else "bfloat16"
-    call = _decoding(into, stored, code, terms)
-    seconds = bench.interleaved({"kernel": call, "copy": lambda: target.copy_(source)})
-    return {"kernel": name, "bytes": moved,
-            "bytes_per_s": {who: moved / value for who, value in seconds.items()},
-            "over_copy": seconds["copy"] / seconds["kernel"]}  # fmt: skip
+    pairs = [(into, stored)]
+    for _ in range(-(-BEYOND_L2 * bench.l2 // moved)):
+        pairs.append((torch.empty_like(into), stored.clone()))
 
+    def call(target: Tensor, source: Tensor) -> object:
+        if name in CODES:
+            return _ops.decode(target, source, name)
+        if terms is not None:
+            return _ops.decode(target, source, "bfloat16", terms=terms)
+        return target.copy_(source)
 
-def _decoding(into: Tensor, stored: Tensor, code: str, terms: Any) -> Callable[[], object]:
-    """The operator with its factors on the device already, as fetches have them."""
-    if terms is None:
-        return lambda: _ops.decode(into, stored, code)
-    there = _ops.Terms(
-        [up.to(into.device) for up in terms.ups], [down.to(into.device) for down in terms.downs],
-        terms.strengths, terms.first_rows,
-    )  # fmt: skip
-    return lambda: _ops.decode(into, stored, code, terms=there)
+    def calls() -> None:
+        for pair in itertools.chain(pairs, pairs):
+            call(*pair)
+
+    seconds = bench.interleaved({name: calls})[name] / (2 * len(pairs))
+    return {"kernel": name, "bytes": moved, "buffers": len(pairs), "seconds": seconds,
+            "bytes_per_s": moved / seconds}  # fmt: skip
 
 
 def hook(bench: Bench) -> list[Row]:
@@ -191,28 +247,18 @@ def hook(bench: Bench) -> list[Row]:
 # ---- a FLUX transformer ----------------------------------------------------
 
 
-def step_seconds(bench: Bench, step: Callable[[], object]) -> float:
-    """Median seconds, after two steps that warm up and learn the order."""
-    now = clock_of(bench.device)
-    for _ in range(2):
-        step()
-    seconds = []
-    for _ in range(bench.rounds):
-        start = now()
-        step()
-        seconds.append(now() - start)
-    return statistics.median(seconds)
+def overlap(bench: Bench, rate: float) -> Iterator[Row]:
+    """Shares of the model offloaded to RAM, all with a ring of two blocks, against the floor.
 
-
-def overlap(bench: Bench, base: nn.Module, rate: float) -> list[Row]:
-    """Shares of the model offloaded to RAM, all with a ring of two blocks, against the floor."""
+    `rate` is the link's, in bytes per second. One module is placed anew for each share.
+    """
     arguments = _flux.inputs(bench.size, bench.device)
-    ring = 2 * _flux.largest_block(base)
-    module = _flux.resident(copy.deepcopy(base), bench.device)
-    rows = []
+    module = _flux.transformer(bench.size, bench.device)
+    ring = 2 * _flux.largest_block(module)
     with torch.no_grad():
         wanted = module(**arguments)[0]
-        compute = step_seconds(bench, lambda: module(**arguments))
+        resident = bench.steps(lambda: module(**arguments))
+        compute = resident["step_s"]
         distorch.distribute(module, f"{bench.device},*", min_bytes=_flux.MATRICES)
         for share in tqdm(SHARES, desc="overlap"):
             spec = f"{bench.device},{100 - share}%;cpu,*"
@@ -220,84 +266,108 @@ def overlap(bench: Bench, base: nn.Module, rate: float) -> list[Row]:
             report = distorch.report(module)
             assert report.ok, report.problems
             assert torch.equal(module(**arguments)[0], wanted), "not the bits of the resident model"
-            step = step_seconds(bench, lambda: module(**arguments))
+            times = bench.steps(lambda: module(**arguments))
             link = report.bytes["cpu"] / rate
-            rows.append({
-                "offloaded_percent": share, "bytes": report.bytes["cpu"], "ring": ring,
-                "step_s": step, "compute_s": compute, "link_s": link,
-                "over_floor": step / max(compute, link),
-            })  # fmt: skip
-    return rows
+            yield {
+                "offloaded_percent": share, "bytes": report.bytes["cpu"], "ring": ring, **times,
+                "compute_s": compute, "compute_wall_s": resident["wall_s"], "link_s": link,
+                "over_floor": times["step_s"] / max(compute, link),
+            }  # fmt: skip
 
 
-def systems(bench: Bench, base: nn.Module) -> list[Row]:
-    """Each on its own copy of the model, one after the other; resident first and last."""
-    ring = 2 * _flux.largest_block(base)
-    rows = {"resident": _system(bench, base, "resident", _flux.resident, None)}
-    wanted = rows["resident"].pop("result")
+def systems(bench: Bench) -> Iterator[Row]:
+    """One after the other, each on weights of its own; resident first and last.
 
-    def add(name: str, offload: _flux.Offloader) -> Row:
-        rows[name] = _system(bench, base, name, offload, wanted)
-        return rows[name]
+    A system that fails has a row that says how; the others are measured all the same.
+    """
+    ring = 2 * _flux.largest_block(_flux.transformer(bench.size, "meta"))
+    wanted, row = _system(bench, "resident", _flux.resident, None)
+    yield row
 
-    ours = add("distorch", _flux.streamed(ring))
-    add("accelerate cpu_offload", _flux.accelerate_offloading)
+    def other(name: str, offload: _flux.Offloader, warm: int = 1) -> Row:
+        tqdm.write(f"  {name} ...")
+        try:
+            return _system(bench, name, offload, wanted, warm)[1]
+        except Exception as error:
+            return {"system": name, "error": f"{type(error).__name__}: {error}"[:2000]}
+
+    yield (ours := other("distorch", _flux.streamed(ring)))
+    yield other("accelerate cpu_offload", _flux.accelerate_offloading)
+    yield other(".to() per block", _flux.moved_by_hand)
     if bench.device.type != "sim":
         streams = bench.device.type == "cuda"
         how = "on streams" if streams else "without streams"
-        theirs = add(f"diffusers group offloading, blocks, {how}",
-                     _flux.group_offloading(leaves=False, streams=streams))  # fmt: skip
-        add(f"diffusers group offloading, leaves, {how}",
-            _flux.group_offloading(leaves=True, streams=streams))  # fmt: skip
-        spare = max(0, theirs["peak_bytes"] - ours["peak_bytes"])
-        equal = add("distorch, memory of group offloading", _flux.streamed(ring, spare))
-        equal["over_group_offloading"] = equal["step_s"] / theirs["step_s"]
-    add("resident, again", _flux.resident)
-    return list(rows.values())
+        for groups in ("blocks", "leaves"):
+            offload = _flux.group_offloading(leaves=groups == "leaves", streams=streams)
+            theirs = other(f"diffusers group offloading, {groups}, {how}", offload)
+            yield theirs
+            if groups == "blocks" and "error" not in {**theirs, **ours}:
+                spare = max(0, theirs["peak_bytes"] - ours["peak_bytes"])
+                equal = other("distorch, memory of group offloading", _flux.streamed(ring, spare))
+                if "error" not in equal:
+                    equal["over_group_offloading"] = equal["step_s"] / theirs["step_s"]
+                yield equal
+    yield _flextensor(bench, other)
+    yield other("resident, again", _flux.resident)
+
+
+def _flextensor(bench: Bench, other: Callable[..., Row]) -> Row:
+    name = "FlexTensor"
+    if bench.device.type != "cuda":
+        return {"system": name, "error": "needs CUDA"}
+    if importlib.util.find_spec("flextensor") is None:
+        return {"system": name, "error": "not installed (PyPI has it as flextensor)"}
+    row = other(name, _flux.flextensor_offloading, 1 + sum(_flux.FLEX_STEPS))
+    with contextlib.suppress(Exception):  # whatever is left of it, the row stays
+        importlib.import_module("flextensor").release(preserve_model=False)
+    return row
 
 
 def _system(
-    bench: Bench, base: nn.Module, name: str, offload: _flux.Offloader, wanted: Tensor | None
-) -> Row:
-    tqdm.write(f"  {name} ...")
+    bench: Bench, name: str, offload: _flux.Offloader, wanted: Tensor | None, warm: int = 1
+) -> tuple[Tensor, Row]:
+    """The result, on the host, and the row. `warm` steps are taken before the result is."""
     bench.settle()
-    module = offload(copy.deepcopy(base), bench.device)
+    module = offload(_flux.transformer(bench.size, bench.device), bench.device)
     arguments = _flux.inputs(bench.size, bench.device)
     with torch.no_grad():
+        for _ in range(warm):
+            module(**arguments)
         result = module(**arguments)[0].cpu()
         if wanted is not None:
-            assert torch.equal(result, wanted), f"{name}: not the bits of the resident model"
-        step = step_seconds(bench, lambda: module(**arguments))
+            assert torch.equal(result, wanted), "not the bits of the resident model"
+        times = bench.steps(lambda: module(**arguments))
         peak = bench.peak(lambda: module(**arguments))
-    row = {"system": name, "step_s": step, "peak_bytes": peak}
-    return row if wanted is not None else {**row, "result": result}
+    return result, {"system": name, **times, "peak_bytes": peak}
 
 
 # ---- the program -----------------------------------------------------------
 
 
-def fitting(device: torch.device) -> Size:
-    """FLUX, with as many blocks as fit: in the same proportion, one of each at least."""
+def fitting(device: torch.device, wanted: Size) -> Size:
+    """A FLUX with as many of its blocks as fit: in the same proportion, one of each at least."""
     import psutil
 
     free = torch.get_device_module(device).mem_get_info(device)[0]
     room = min(free * OF_DEVICE, psutil.virtual_memory().available * OF_HOST)
     double, single = _flux.block_bytes(FULL)
-    share = min(1.0, room / (FULL.double * double + FULL.single * single))
+    share = min(1.0, room / (wanted.double * double + wanted.single * single))
     return dataclasses.replace(
-        FULL,
-        double=max(1, int(FULL.double * share)), single=max(1, int(FULL.single * share)),
+        wanted,
+        double=max(1, int(wanted.double * share)), single=max(1, int(wanted.single * share)),
     )  # fmt: skip
 
 
 def bench_on(options: argparse.Namespace) -> Bench:
     device = torch.device("cpu") if options.device == "cpu" else torch.device(options.device, 0)
     if device.type != "cuda":
-        return Bench(device, options.rounds, TINY, 1 << 16, 8, (96, 512), 20)
-    size = fitting(device)
+        return Bench(device, options.rounds, TINY, 1 << 16, 8, (96, 512), 20, 1 << 16)
+    double, single = (FULL.double, FULL.single) if options.full else BLOCKS
+    size = fitting(device, dataclasses.replace(FULL, double=double, single=single))
     given = {"double": options.double, "single": options.single}
     size = dataclasses.replace(size, **{k: v for k, v in given.items() if v is not None})
-    return Bench(device, options.rounds, size, 64 * MB, 32, (12288, 3072), 300)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return Bench(device, options.rounds, size, 64 * MB, 32, (12288, 3072), 300, l2)
 
 
 def card(device: torch.device) -> Row:
@@ -305,8 +375,8 @@ def card(device: torch.device) -> Row:
     if device.type != "cuda":
         return {"card": f"none: {device.type}"}
     facts = torch.cuda.get_device_properties(device)
-    return {"card": facts.name, "memory": facts.total_memory, "cuda": torch.version.cuda,
-            "capability": f"{facts.major}.{facts.minor}"}  # fmt: skip
+    return {"card": facts.name, "memory": facts.total_memory, "l2": facts.L2_cache_size,
+            "cuda": torch.version.cuda, "capability": f"{facts.major}.{facts.minor}"}  # fmt: skip
 
 
 def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -335,33 +405,25 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
 SECTIONS = ("links", "kernels", "hook", "overlap", "systems")
 
 
-def measure(bench: Bench, chosen: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if {"links", "overlap"} & set(chosen):
-        found["links"] = _told("links", links(bench))
-    for name, section in (("kernels", kernels), ("hook", hook)):
+def measure(bench: Bench, chosen: list[str], results: Results) -> None:
+    """Every section that was chosen, into the results as it comes."""
+    for name, section in (("links", links), ("kernels", kernels), ("hook", hook)):
         if name in chosen:
-            found[name] = _told(name, section(bench))
-    if not {"overlap", "systems"} & set(chosen):
-        return found
-    base = _flux.transformer(bench.size)
-    found["model"] = {
-        "blocks": [bench.size.double, bench.size.single], "bytes": _flux.nbytes(base),
-        "tokens": [bench.size.image, bench.size.text],
-    }  # fmt: skip
+            results.add(name, section(bench))
+    if {"overlap", "systems"} & set(chosen):
+        results.put("model", {
+            "blocks": [bench.size.double, bench.size.single],
+            "bytes": _flux.nbytes(_flux.transformer(bench.size, "meta")),
+            "tokens": [bench.size.image, bench.size.text],
+        })  # fmt: skip
     if "overlap" in chosen:
-        rates = found["links"][0]["bytes_per_s"]
-        best = max(rate for name, rate in rates.items() if name != "engine")
-        found["overlap"] = _told("overlap", overlap(bench, base, best))
+        if "links" not in results.found:
+            quick = dataclasses.replace(bench, rounds=min(3, bench.rounds))
+            results.add("links", iter([_link(quick, "cpu")]))
+        results.add("overlap", overlap(bench, best_plain(results.found["links"][0])))
+        bench.settle()
     if "systems" in chosen:
-        found["systems"] = _told("systems", systems(bench, base))
-    return found
-
-
-def _told(name: str, rows: list[Row]) -> list[Row]:
-    for row in rows:
-        tqdm.write(f"{name}: {json.dumps(row)}")
-    return rows
+        results.add("systems", systems(bench))
 
 
 def main() -> None:
@@ -373,18 +435,20 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=15, help="of each measurement (default 15)")
-    parser.add_argument("--double", type=int, help="double blocks (default: what fits, up to 19)")
-    parser.add_argument("--single", type=int, help="single blocks (default: what fits, up to 38)")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--full", action="store_true", help="19 double and 38 single blocks")
+    parser.add_argument("--double", type=int, help="double blocks (default: 4, or what fits)")
+    parser.add_argument("--single", type=int, help="single blocks (default: 8, or what fits)")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file, or add it")
     options = parser.parse_args()
     prepare(parser, options)
     bench = bench_on(options)
     facts = {"torch": torch.__version__, "distorch": distorch.__version__, **card(bench.device)}
-    tqdm.write(json.dumps(facts))
-    found = {**facts, "rounds": bench.rounds, **measure(bench, options.only)}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        results = Results(options.json, facts)
+    except ValueError as error:
+        parser.error(str(error))
+    results.put("rounds", bench.rounds)
+    measure(bench, options.only, results)
 
 
 if __name__ == "__main__":

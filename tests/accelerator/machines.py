@@ -16,13 +16,15 @@ class Machine:
     """A kind of accelerator.
 
     `width` is that of a square float32 weight that its allocator cuts exactly; `most_workspace`
-    what its libraries may keep for themselves, in bytes; `dtype` what models are computed in.
+    what its libraries may keep for themselves, in bytes; `dtype` what models are computed in;
+    `setup` the code that a new process begins with.
     """
 
     type: str
     dtype: torch.dtype
     width: int
     most_workspace: int
+    setup: str = ""
 
     def __init__(self) -> None:
         self.device = torch.device(self.type, 0)
@@ -37,6 +39,9 @@ class Machine:
         if self.module.device_count() < 2:
             pytest.skip("there is only one device")
         return torch.device(self.type, 1)
+
+    def busy(self) -> None:
+        """The current stream has work for a while: what is issued next waits for it."""
 
     def settle(self) -> None:
         """Everything that was let go is gone."""
@@ -66,6 +71,9 @@ class Cuda(Machine):
     width = 4096
     most_workspace = 80 * MB  # cuBLAS and cuBLASLt, 32 MiB each on some
 
+    def busy(self) -> None:
+        torch.cuda._sleep(50_000_000)  # cycles: about 30 ms
+
     @contextlib.contextmanager
     def capturing(self) -> Iterator[Any]:
         graph = torch.cuda.CUDAGraph()
@@ -94,6 +102,11 @@ class Simulated(Machine):
     )  # the CPU's layer norm saves other dtypes for bfloat16 than fake tensors say
     width = 128
     most_workspace = 0
+    setup = (
+        "from distorch.testing import sim\n"
+        "slow = {('cpu', 'sim:0'): (1e9, 1e-5), ('sim:0', 'cpu'): (1e9, 1e-5)}\n"
+        "sim.configure(devices=2, memory='64mb', links=slow)\n"
+    )
 
     def capturing(self) -> AbstractContextManager[Any]:
         from distorch.testing import sim
