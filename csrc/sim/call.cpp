@@ -4,6 +4,7 @@
 #include <ATen/ops/clone.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <unordered_set>
 
 namespace distorch::sim {
@@ -101,6 +102,12 @@ class DeviceCall {
       if (mode() == Mode::kDeferred) machine().synchronize_stream(current_stream(device_.index()));
       run_now();
       issue({});
+      // A number that the host was given (of aten::equal): it waited for the operator.
+      const auto is_tensor = [](const c10::IValue& value) { return value.isTensor(); };
+      if (!results_.empty() && std::none_of(results_.begin(), results_.end(), is_tensor) &&
+          !results_.front().isList()) {
+        machine().synchronize_stream(current_stream(device_.index()));
+      }
     }
     torch::jit::drop(*stack_, given);
     for (c10::IValue& value : results_) stack_->push_back(std::move(value));

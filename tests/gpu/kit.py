@@ -20,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
+
+from tests.gpu.report.workplace import read_kit, with_kit
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "out" / "gpu-kit"  # the environment, objects, libraries with symbols
@@ -35,9 +36,6 @@ CARRIED = ("gguf", "diffusers", "importlib_metadata")
 MOST_BYTES = 40 << 20
 QUICK = ("tests/hook", "tests/runtime", "tests/planner", "tests/sim",
          "tests/architecture/test_build.py")  # fmt: skip
-# What a workplace is copied from: everything that runs without being built.
-TREE = ("distorch", "tests", "benchmarks", "csrc", "examples", "comfyui-distorch", "docs",
-        "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE")  # fmt: skip
 
 
 def run(*command: str | Path, **settings: Any) -> None:
@@ -115,27 +113,13 @@ def download(python: Path, wheels: Path) -> None:
             raise SystemExit(f"gpu-kit: {wheel.name} is for one platform; expected pure Python")
 
 
-def workplace(kit: Path, folder: Path) -> dict[str, str]:
-    """A copy of the tree with the kit's libraries; the environment variables it runs with."""
-    nothing_built = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in TREE:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=nothing_built)
-        elif source.is_file():
-            shutil.copy(source, folder / name)
-    shutil.copytree(kit / "distorch", folder / "distorch", dirs_exist_ok=True)
-    for wheel in sorted((kit / "wheels").glob("*.whl")):
-        zipfile.ZipFile(wheel).extractall(folder / "site")
-    return {**os.environ, "PYTHONPATH": str(folder / "site"), "CUDA_VISIBLE_DEVICES": ""}
-
-
 def check(kit: Path, python: Path, quick: bool) -> None:
     """The libraries load, and the quick suite passes, with nothing else of ours."""
     folder = WORK / "check"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    settings = {"cwd": folder, "env": workplace(kit, folder)}
+    place = with_kit(kit, read_kit(kit), folder)
+    settings = {"cwd": place.folder, "env": {**place.environment(), "CUDA_VISIBLE_DEVICES": ""}}
     run(python, "-c", "import distorch; from distorch.testing import sim", **settings)
     run(python, "-m", "distorch", "doctor", **settings)
     if not quick:

@@ -64,7 +64,7 @@ def prepared(kit: Path | None, scratch: Path, root: Path = ROOT) -> Workplace:
         known = read_kit(kit)
         abi = sysconfig.get_config_var("SOABI")
         if known["abi"] == abi:
-            return _with_kit(kit, known, scratch, root)
+            return with_kit(kit, known, scratch, root)
         notes.append(f"the kit was not used: it is for {known['abi']}, this Python is {abi}")
     here = Workplace(root, None, [*notes, "items run in the tree itself"])
     if here.built():
@@ -72,7 +72,8 @@ def prepared(kit: Path | None, scratch: Path, root: Path = ROOT) -> Workplace:
     return Workplace(copied(root, scratch / "tree"), None, [*notes, "nothing is built in the tree"])
 
 
-def _with_kit(kit: Path, known: dict[str, Any], scratch: Path, root: Path) -> Workplace:
+def with_kit(kit: Path, known: dict[str, Any], scratch: Path, root: Path = ROOT) -> Workplace:
+    """A copy of the tree under `scratch`, with a kit's libraries and its packages beside it."""
     folder = copied(root, scratch / "tree")
     libraries = sorted((kit / "distorch").rglob("*.so"))
     for library in libraries:
