@@ -8,6 +8,7 @@
 #include "device/device_donor.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
+#include "engine/waiting.h"
 
 namespace py = pybind11;
 using distorch::Counters;

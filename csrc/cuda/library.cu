@@ -120,6 +120,13 @@ int is_capturing(int device, CUstream_st* stream, bool* capturing) {
   return told(asked);
 }
 
+int exchange_capture_mode(int mode) {
+  static_assert(kRelaxedCapture == cudaStreamCaptureModeRelaxed);
+  auto exchanged = static_cast<cudaStreamCaptureMode>(mode);
+  told(cudaThreadExchangeStreamCaptureMode(&exchanged));
+  return exchanged;
+}
+
 const char* describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace
@@ -128,7 +135,8 @@ const char* describe(int error) { return cudaGetErrorString(static_cast<cudaErro
 extern "C" __attribute__((visibility("default"))) const distorch::cuda::Kernels*
 distorch_cuda_kernels() {
   using namespace distorch::cuda;
-  static constexpr Kernels kernels{kLibraryVersion, &usable,       &decode,  &allocate_pinned,
-                                   &free_pinned,    &is_capturing, &describe};
+  static constexpr Kernels kernels{kLibraryVersion,        &usable,      &decode,
+                                   &allocate_pinned,       &free_pinned, &is_capturing,
+                                   &exchange_capture_mode, &describe};
   return &kernels;
 }

@@ -45,9 +45,14 @@ struct Kernels {
   int (*free_pinned)(int device, void* memory);
   // Whether work on `stream` is being recorded for a graph, instead of done.
   int (*is_capturing)(int device, CUstream_st* stream, bool* capturing);
+  // What this thread may do while another one captures a graph, from now on: a
+  // cudaStreamCaptureMode. Gives what it was.
+  int (*exchange_capture_mode)(int mode);
   // Of a cudaError_t, which all functions above return (0: no error).
   const char* (*describe)(int error);
 };
+
+constexpr int kRelaxedCapture = 2;  // cudaStreamCaptureModeRelaxed
 
 constexpr uint64_t kDecodeAlign = 16;
 

@@ -48,7 +48,22 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
   }
 }
 
+// Terms go to memory as arguments do, which are read when the kernel is launched. A copy from the
+// host's memory might read it later.
+__global__ void store_terms(LowRank* into, const __grid_constant__ Terms terms) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < terms.count) into[i] = terms.of[i];
+}
+
 // --- launchers ---
+
+// As many as travel with a launch.
+Terms first_of(std::span<const LowRank> terms) {
+  Terms some{};
+  some.count = static_cast<int>(std::min<size_t>(terms.size(), kInLaunch));
+  std::copy_n(terms.begin(), some.count, some.of);
+  return some;
+}
 
 template <class Sum, class Base, class Out>
 void launch(const void* base, void* out, int64_t rows, int64_t columns, const Terms& terms,
@@ -66,18 +81,14 @@ int merge(Element base_type, const void* base, Element out_type, void* out, int6
           int64_t columns, std::span<const LowRank> terms, void* more_terms, uint8_t* finite,
           CUstream_st* stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  const std::span<const LowRank> first = terms.first(std::min<size_t>(terms.size(), kInLaunch));
-  const std::span<const LowRank> rest = terms.subspan(first.size());
-  Terms passed{};
-  std::copy(first.begin(), first.end(), passed.of);
-  passed.more = static_cast<const LowRank*>(more_terms);
-  passed.count = static_cast<int>(terms.size());
-  if (!rest.empty()) {
-    // From pageable memory: it has been read when the call returns.
-    const cudaError_t error =
-        cudaMemcpyAsync(more_terms, rest.data(), rest.size_bytes(), cudaMemcpyHostToDevice, stream);
-    if (error != cudaSuccess) return error;
+  auto* more = static_cast<LowRank*>(more_terms);
+  for (size_t done = kInLaunch; done < terms.size(); done += kInLaunch) {
+    store_terms<<<1, kInLaunch, 0, stream>>>(more + done - kInLaunch,
+                                             first_of(terms.subspan(done)));
   }
+  Terms passed = first_of(terms);
+  passed.more = more;
+  passed.count = static_cast<int>(terms.size());
   const bool wide = base_type == Element::kFloat32;
   if (out_type == Element::kFloat32) {
     launch<double, float, float>(base, out, rows, columns, passed, finite, stream);

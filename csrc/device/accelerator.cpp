@@ -51,7 +51,7 @@ class StreamCopy : public Readers::Copy {
   explicit StreamCopy(EventPtr ended) : ended_(std::move(ended)) {}
   void wait() override {
     try {
-      ended_->synchronize();
+      wait_until_ended(ended_);
     } catch (const c10::Error&) {
       // The device is out of order, and copies nothing any more.
     }
@@ -120,10 +120,11 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   if (!from.is_cpu()) {
     link.source = own_stream(from);
     if (!can_reach(device_.str(), place)) {
-      link.bounce =
+      link.bounce.emplace(
           Bounce{{pinned_memory(kBounceBytes, device_), pinned_memory(kBounceBytes, device_)},
                  {c10::Event(device_.type()), c10::Event(device_.type())},
-                 0};
+                 EventPool(from.type()),
+                 0});
     }
   }
   return links_.emplace(place, std::move(link)).first->second;
@@ -131,7 +132,6 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
 
 void Accelerator::bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
                         Range part) {
-  if (slot->decoder != nullptr) to_decode_.push_back(slot);
   std::vector<Extent> extents = donor->extents();
   if (slot->staged != nullptr) {
     extents = {{0, donor->size(), "cpu", slot->staged_data, slot->staged.get(), nullptr}};
@@ -160,6 +160,7 @@ void Accelerator::bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr
     waiting.push_back(
         {extent.data, extent.owner, to, extent.bytes, {slot}, {donor}, {extent.readers}});
   }
+  if (slot->decoder != nullptr) to_decode_.push_back(slot);  // once: nothing above has thrown
 }
 
 void Accelerator::took(Slot& slot) { arrival_of(slot).behind = order_->now(); }
@@ -188,11 +189,14 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
     if (was_dropped(slot) || slot->state != Slot::State::kReady) continue;
     try {
       decode(slot);
-    } catch (const std::exception& refused) {
+      continue;
+    } catch (const c10::Error& refused) {
       if (!answers()) out_of_order = std::current_exception();
+      fail(*slot, refused.what_without_backtrace());
+    } catch (const std::exception& refused) {
       fail(*slot, refused.what());
-      failed->push_back(slot);
     }
+    failed->push_back(slot);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
@@ -211,8 +215,10 @@ void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* fail
     } catch (const c10::Error& refused) {
       error = refused.what_without_backtrace();
       if (!answers()) out_of_order = std::current_exception();
-      return false;
+    } catch (const std::exception& refused) {
+      error = refused.what();
     }
+    return false;
   };
   const bool ready = attempt([&] {
     const uint64_t uses = order_->count();
@@ -231,7 +237,12 @@ void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* fail
 }
 
 void Accelerator::issue(Link& link, const Copy& copy) {
-  if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) return;
+  if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) {
+    for (const auto& slot : copy.slots) {  // who still waits for one asks again
+      if (slot->state == Slot::State::kLoading) fail(*slot, "");
+    }
+    return;
+  }
   std::exception_ptr refused;
   {
     const DeviceSpan span(link.stream, [&]() -> SpanText {
@@ -290,15 +301,13 @@ void Accelerator::bounce(Link& link, const Copy& copy) {
     const uint64_t bytes = std::min(kBounceBytes, copy.bytes - begin);
     const size_t turn = through.next++ % 2;
     const at::Tensor buffer = through.buffer[turn].narrow(0, 0, static_cast<int64_t>(bytes));
-    c10::Event down(link.from.type());
     through.free[turn].block(*link.source);
     {
       const c10::StreamGuard on_source(*link.source);
       copy_bytes(bytes_at(copy.from + begin, bytes, link.from), buffer, true);
-      down.record(*link.source);
     }
+    through.down.record(*link.source)->block(link.stream);
     const c10::StreamGuard on_target(link.stream);
-    down.block(link.stream);
     copy_bytes(buffer, bytes_at(copy.to + begin, bytes, device_), true);
     through.free[turn].record(link.stream);
   }

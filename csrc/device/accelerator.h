@@ -58,6 +58,7 @@ class Accelerator : public RingDevice {
   struct Bounce {
     at::Tensor buffer[2];
     c10::Event free[2];
+    EventPool down;  // of the other device: the bytes are in the buffer
     size_t next = 0;
   };
   struct Link {

@@ -27,7 +27,7 @@ EventPtr now_on(const c10::Stream& stream) {
 }
 
 double seconds_since(const EventPtr& begin, const EventPtr& event) {
-  event->synchronize();
+  wait_until_ended(event);
   return begin->elapsedTime(*event) / 1e3;
 }
 
@@ -35,8 +35,7 @@ double seconds_since(const EventPtr& begin, const EventPtr& event) {
 
 bool DeviceTime::known() const {
   try {
-    const auto ended = [](const EventPtr& event) { return event->query(); };
-    return ended(needed_) && std::all_of(arrived_.begin(), arrived_.end(), ended);
+    return has_ended(needed_) && std::all_of(arrived_.begin(), arrived_.end(), has_ended);
   } catch (const c10::Error&) {
     return true;  // it will not get any later
   }
@@ -45,7 +44,7 @@ bool DeviceTime::known() const {
 uint64_t DeviceTime::nanoseconds() {
   try {
     double seconds = 0;
-    needed_->synchronize();
+    wait_until_ended(needed_);
     for (const EventPtr& event : arrived_) {
       seconds = std::max(seconds, seconds_since(needed_, event));
     }

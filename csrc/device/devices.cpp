@@ -3,7 +3,6 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
-#include <atomic>
 #include <map>
 #include <new>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "device/accelerator.h"
 #include "device/storages.h"
 #include "device/threads.h"
+#include "engine/waiting.h"
 
 namespace distorch {
 namespace {
@@ -98,19 +98,12 @@ void let_go_in_child() {
   registry().mutex.unlock();
 }
 
-std::atomic<WaitWrapper> wait_wrapper{nullptr};
-
+// Its threads end with it. See Note [Waiting for threads].
 void end_ring(Ring* ring) {
-  if (const WaitWrapper wrapper = wait_wrapper) {
-    wrapper([ring] { delete ring; });
-  } else {
-    delete ring;
-  }
+  waiting([ring] { delete ring; });
 }
 
 }  // namespace
-
-void set_wait_wrapper(WaitWrapper wrapper) { wait_wrapper = wrapper; }
 
 std::shared_ptr<Ring> ring_for(const std::string& device) {
   Registry& all = registry();

@@ -1,7 +1,6 @@
 // The rings of this process, one per compute device, and their memory.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <string>
 
@@ -32,14 +31,6 @@ class Reservation {
 // Where scratch files go when a weight must leave the file it came from.
 void set_scratch_directory(std::string directory);
 std::string scratch_directory();
-
-// Note [Waiting for threads]
-// The last holder of a ring waits for its threads to end, and one of them may
-// be letting go of the last tensor over some memory, which needs the lock of
-// the host language if that knows the tensor. So whoever waits gives that lock
-// up: `wrapper` runs what it is given without it.
-using WaitWrapper = void (*)(const std::function<void()>& wait);
-void set_wait_wrapper(WaitWrapper wrapper);
 
 // Threads that read files; takes effect for rings made afterwards.
 void set_io_threads(size_t threads);

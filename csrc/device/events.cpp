@@ -29,7 +29,40 @@ bool ask_captured(const Guard& guard, const c10::Stream& stream) {
   }
 }
 
+// While it lives, what this thread asks of CUDA breaks no capture of another thread.
+class BesideCaptures {
+ public:
+  explicit BesideCaptures(c10::DeviceType type)
+      : kernels_(type == c10::kCUDA ? cuda_kernels() : nullptr) {
+    if (kernels_ != nullptr) before_ = kernels_->exchange_capture_mode(cuda::kRelaxedCapture);
+  }
+  ~BesideCaptures() {
+    if (kernels_ != nullptr) kernels_->exchange_capture_mode(before_);
+  }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  const cuda::Kernels* const kernels_;
+  int before_ = 0;
+};
+
 }  // namespace
+
+bool has_ended(const EventPtr& event) {
+  const BesideCaptures beside(event->device_type());
+  return event->query();
+}
+
+void wait_until_ended(const EventPtr& event) {
+  const BesideCaptures beside(event->device_type());
+  event->synchronize();
+}
+
+void wait_for_device(c10::Device device) {
+  const BesideCaptures beside(device.type());
+  c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+}
 
 c10::Stream own_stream(c10::Device device) {
   constexpr int kHigh = -1;

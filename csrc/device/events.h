@@ -38,6 +38,13 @@ class EventPool {
   const std::shared_ptr<Idle> idle_;
 };
 
+// Questions to a device, and waiting for it. Another thread may be capturing a graph in CUDA's
+// "global" mode, which PyTorch uses: a thread that asks then, or waits, breaks that capture, unless
+// it says that it knows what it does. These functions do. They throw c10::Error.
+bool has_ended(const EventPtr& event);
+void wait_until_ended(const EventPtr& event);
+void wait_for_device(c10::Device device);
+
 // A stream for the engine's own work. It is of high priority: PyTorch has a few streams of each
 // priority and gives them out in turn, and users ask for those of the default one. A stream that a
 // user captures on must not be ours.

@@ -86,24 +86,36 @@ at::Tensor pinned_memory(uint64_t bytes, c10::Device device) {
   return pinned;
 }
 
+struct PinnedBuffers::Known {
+  std::mutex mutex;
+  std::map<std::string, std::weak_ptr<PinnedBuffers>> by_device;  // guarded by mutex
+};
+
+// Never destroyed: rings may outlive every static object.
+PinnedBuffers::Known& PinnedBuffers::all() {
+  static Known& instance = *new Known;
+  return instance;
+}
+
 std::shared_ptr<PinnedBuffers> PinnedBuffers::of(c10::Device device) {
-  struct Known {
-    std::mutex mutex;
-    std::map<std::string, std::weak_ptr<PinnedBuffers>> by_device;  // guarded by mutex
-  };
-  static Known& known = *new Known;  // never destroyed: rings may outlive every static object
-  std::lock_guard lock(known.mutex);
-  std::weak_ptr<PinnedBuffers>& there = known.by_device[device.str()];
+  std::lock_guard lock(all().mutex);
+  std::weak_ptr<PinnedBuffers>& there = all().by_device[device.str()];
   if (auto buffers = there.lock()) return buffers;
   auto buffers = std::make_shared<PinnedBuffers>(device);
   there = buffers;
   return buffers;
 }
 
+std::shared_ptr<PinnedBuffers> PinnedBuffers::known(c10::Device device) {
+  std::lock_guard lock(all().mutex);
+  const auto found = all().by_device.find(device.str());
+  return found == all().by_device.end() ? nullptr : found->second.lock();
+}
+
 PinnedBuffers::Buffer::~Buffer() {
   std::lock_guard lock(from_->mutex_);
   if (copied == nullptr) {
-    from_->slabs_[slab_]->arena.free(range_.begin, range_.end - range_.begin);
+    from_->release(slab_, range_);
   } else {
     from_->busy_.push_back({slab_, range_, std::move(copied)});
   }
@@ -120,9 +132,11 @@ PinnedBuffers::~PinnedBuffers() {
 std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::take(uint64_t bytes) {
   const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
   std::lock_guard lock(mutex_);
+  if (auto buffer = carve(room)) return buffer;  // the device need not be asked
   collect();
   for (;;) {
     if (auto buffer = carve(room)) return buffer;
+    if (slab_bytes_ + room > kManyBytes) drop_idle_slabs();
     if (busy_.empty() || slab_bytes_ + room <= std::max(kManyBytes, 4 * room)) {
       add_slab(room);
     } else {
@@ -132,14 +146,14 @@ std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::take(uint64_t bytes) {
 }
 
 std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::carve(uint64_t bytes) {
-  for (size_t i = 0; i < slabs_.size(); ++i) {
-    const auto begin = slabs_[i]->arena.allocate(bytes);
+  for (const auto& slab : slabs_) {
+    const auto begin = slab->arena.allocate(bytes);
     if (!begin) continue;
     auto buffer = std::make_shared<Buffer>();
     buffer->from_ = shared_from_this();
-    buffer->slab_ = i;
+    buffer->slab_ = slab;
     buffer->range_ = {*begin, *begin + bytes};
-    buffer->data = static_cast<std::byte*>(slabs_[i]->memory.mutable_data_ptr()) + *begin;
+    buffer->data = static_cast<std::byte*>(slab->memory.mutable_data_ptr()) + *begin;
     return buffer;
   }
   return nullptr;
@@ -147,28 +161,54 @@ std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::carve(uint64_t bytes) {
 
 void PinnedBuffers::add_slab(uint64_t bytes) {
   const uint64_t size = std::max(bytes, kSlabBytes);
-  slabs_.push_back(std::make_unique<Slab>(pinned_memory(size, device_), size));
+  slabs_.push_back(std::make_shared<Slab>(pinned_memory(size, device_), size));
   slab_bytes_ += size;
 }
 
-// Buffers whose copies have ended are free again.
-void PinnedBuffers::collect() {
-  std::erase_if(busy_, [this](const Busy& busy) {
-    if (!busy.copied->query()) return false;
-    slabs_[busy.slab]->arena.free(busy.range.begin, busy.range.end - busy.range.begin);
+// A slab that was made for one very large buffer is not kept for the next.
+void PinnedBuffers::release(const std::shared_ptr<Slab>& slab, Range range) {
+  slab->arena.free(range.begin, range.end - range.begin);
+  if (slab->arena.capacity() > kManyBytes) drop_idle_slabs();
+}
+
+void PinnedBuffers::drop_idle_slabs() {
+  std::erase_if(slabs_, [this](const auto& slab) {
+    if (slab->arena.used() > 0) return false;
+    slab_bytes_ -= slab->arena.capacity();
     return true;
   });
 }
 
+// Buffers whose copies have ended are free again. Copies end about in the order in which they were
+// asked for, so the first one that has not ended is where the search ends: each question costs.
+void PinnedBuffers::collect() {
+  while (!busy_.empty() && has_ended(busy_.front().copied)) {
+    const Busy done = std::move(busy_.front());
+    busy_.pop_front();
+    release(done.slab, done.range);
+  }
+}
+
 void PinnedBuffers::wait_for_oldest() {
-  busy_.front().copied->synchronize();
+  wait_until_ended(busy_.front().copied);
   collect();
+}
+
+std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device) {
+  if (const auto pinned = PinnedBuffers::known(device)) return pinned->take(bytes);
+  struct Ordinary : Staged {
+    at::Tensor memory;
+  };
+  auto buffer = std::make_shared<Ordinary>();
+  buffer->memory = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte));
+  buffer->data = static_cast<std::byte*>(buffer->memory.mutable_data_ptr());
+  return buffer;
 }
 
 std::shared_ptr<Staged> bring_back(const c10::Storage& memory) {
   const c10::Device device = memory.device();
   const uint64_t bytes = memory.nbytes();
-  const auto buffer = PinnedBuffers::of(device)->take(bytes);
+  auto buffer = host_buffer(bytes, device);
   const at::Tensor into = bytes_at(buffer->data, bytes, c10::Device(c10::kCPU));
   copy_bytes(bytes_at(static_cast<const std::byte*>(memory.data()), bytes, device), into, false);
   return buffer;

@@ -26,6 +26,12 @@ at::Tensor pinned_memory(uint64_t bytes, c10::Device device);
 // Safe for every thread. The ring takes buffers with its mutex held, so nothing in here may wait
 // for the ring.
 class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
+  struct Slab {
+    Slab(at::Tensor pinned, uint64_t bytes) : memory(std::move(pinned)), arena(bytes, kPage) {}
+    const at::Tensor memory;
+    Arena arena;
+  };
+
  public:
   // Memory of one slab. `copied` is set by whoever has a device copy from it.
   class Buffer : public Staged {
@@ -36,12 +42,14 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
    private:
     friend class PinnedBuffers;
     std::shared_ptr<PinnedBuffers> from_;
-    size_t slab_ = 0;
+    std::shared_ptr<Slab> slab_;
     Range range_{};
   };
 
-  // Those of a device, the same for all who hold them.
+  // Those of a device, the same for all who hold them. Rings do.
   static std::shared_ptr<PinnedBuffers> of(c10::Device device);
+  // Null: nobody holds any.
+  static std::shared_ptr<PinnedBuffers> known(c10::Device device);
 
   explicit PinnedBuffers(c10::Device device) : device_(device) {}
   ~PinnedBuffers();  // waits for copies from it
@@ -51,29 +59,32 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
   std::shared_ptr<Buffer> take(uint64_t bytes);
 
  private:
-  struct Slab {
-    Slab(at::Tensor pinned, uint64_t bytes) : memory(std::move(pinned)), arena(bytes, kPage) {}
-    const at::Tensor memory;
-    Arena arena;
-  };
+  struct Known;
   struct Busy {
-    size_t slab;
+    std::shared_ptr<Slab> slab;
     Range range;
     EventPtr copied;
   };
 
+  static Known& all();
   std::shared_ptr<Buffer> carve(uint64_t bytes);
   void add_slab(uint64_t bytes);
+  void release(const std::shared_ptr<Slab>& slab, Range range);
+  void drop_idle_slabs();
   void collect();
   void wait_for_oldest();
 
   const c10::Device device_;
   std::mutex mutex_;
   // Guarded by mutex_, all of them.
-  std::vector<std::unique_ptr<Slab>> slabs_;
+  std::vector<std::shared_ptr<Slab>> slabs_;
   uint64_t slab_bytes_ = 0;
   std::deque<Busy> busy_;  // given back before their copies had ended; the oldest first
 };
+
+// Host memory for bytes that come from a device: a pinned buffer where a ring has some for that
+// device, else ordinary memory.
+std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device);
 
 // The bytes of a device's memory, on the host, behind what was issued on the current stream. Waits.
 std::shared_ptr<Staged> bring_back(const c10::Storage& memory);

@@ -7,9 +7,10 @@
 namespace distorch {
 namespace {
 
-void wait_for_device(c10::Device device) {
+// A stream is gone; what it was given may still run.
+void wait_instead(c10::Device device) {
   try {
-    c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+    wait_for_device(device);
   } catch (const c10::Error&) {
     // The device is out of order, and says so at the next fetch.
   }
@@ -33,7 +34,7 @@ Lease::~Lease() {
     try {
       order_->add(stream);
     } catch (const c10::Error&) {
-      wait_for_device(stream.device());  // the stream is gone; what it was given may still run
+      wait_instead(stream.device());
     }
   }
 }

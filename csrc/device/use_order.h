@@ -69,7 +69,7 @@ class Lease {
  private:
   const std::shared_ptr<UseOrder> order_;
   std::vector<c10::Stream> streams_;
-  // Destroyed last: the room is free only behind the events above.
+  // Let go of behind the events, which the destructor's body records first.
   const std::shared_ptr<void> room_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "core/bulk_read.h"
 #include "core/error.h"
+#include "engine/waiting.h"
 
 namespace distorch {
 namespace {
@@ -46,6 +47,14 @@ void Readers::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
 }
 
 void Readers::wait() const {
+  {
+    std::lock_guard lock(mutex_);
+    if (latest_.empty()) return;
+  }
+  waiting([this] { wait_for_all(); });
+}
+
+void Readers::wait_for_all() const {
   std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> under_way;
   {
     std::lock_guard lock(mutex_);
@@ -151,6 +160,10 @@ void StripedDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) 
   for_each_part(begin, bytes, [&](Donor& part, uint64_t at, uint64_t count, uint64_t done) {
     part.write(at, count, from + done);
   });
+}
+
+void StripedDonor::settle() const {
+  for (const auto& part : parts_) part->settle();
 }
 
 std::shared_ptr<std::byte> StripedDonor::map() {

@@ -26,16 +26,20 @@ class Readers {
   };
 
   Readers() = default;
-  ~Readers() { wait(); }
+  // The last resort: whoever lets go of a donor has called Donor::settle() if it could.
+  ~Readers() { wait_for_all(); }
   Readers(const Readers&) = delete;
   Readers& operator=(const Readers&) = delete;
 
   // Copies on one stream run one after the other: the latest stands for all of them.
   void add(uint64_t stream, std::shared_ptr<Copy> copy) const;
   // Blocks until every copy has ended. Copies asked for meanwhile are the caller's to prevent.
+  // REQUIRES: no lock of ours is held (Note [Waiting for threads]).
   void wait() const;
 
  private:
+  void wait_for_all() const;
+
   mutable std::mutex mutex_;  // not held while waiting
   mutable std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> latest_;  // guarded by mutex_
 };
@@ -83,6 +87,10 @@ class Donor {
     read(begin, bytes, into, false);
   }
 
+  // Blocks until no device copies from here any more. Before a donor goes.
+  // REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+  virtual void settle() const {}
+
   // Rows of that many bytes, those of these numbers, one after the other.
   // REQUIRES: they are within the donor. Throws Error(kFetch).
   virtual void gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const;
@@ -117,6 +125,7 @@ class HostDonor : public Donor {
   }
   std::shared_ptr<std::byte> map() override { return {owner_, data_}; }
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  void settle() const override { readers_.wait(); }
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 
@@ -173,6 +182,7 @@ class StripedDonor : public Donor {
   std::vector<Extent> extents() const override;
   std::shared_ptr<std::byte> map() override;
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
+  void settle() const override;
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 

@@ -83,11 +83,29 @@ void Ring::refuse_recording(const Weight& weight) const {
   throw refused;
 }
 
+// What was asked of the device is issued before the mutex is given up, also where an exception
+// leaves: threads may be waiting for it, and only this one knows of it.
+struct Ring::FlushAtEnd {
+  ~FlushAtEnd() {
+    if (std::uncaught_exceptions() == before) return;
+    try {
+      if (!lock.owns_lock()) lock.lock();
+      ring.flush();
+    } catch (...) {
+      // The exception that leaves already says that the device, or this fetch, failed.
+    }
+  }
+  Ring& ring;
+  Lock& lock;
+  const int before = std::uncaught_exceptions();
+};
+
 std::shared_ptr<void> Ring::acquire(Weight& weight) {
   refuse_recording(weight);
   Counters& counters = weight.counters();
   pool_->catch_up();
   Lock lock(mutex_);
+  const FlushAtEnd flushing{*this, lock};
   if (lean_ > 0) --lean_;
   if (!staged_.empty()) bring_staged();
   Window& window = window_of_this_thread();
@@ -126,8 +144,9 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     }
     // An early read that failed may have met a passing fault, and another thread
     // may have dropped the slot meanwhile: ask once more.
-    if (asked_now && slot->state == Slot::State::kFailed)
-      throw Error(slot->error_kind, slot->error);
+    if (!asked_now || slot->state != Slot::State::kFailed) continue;
+    if (slot->out_of_order) std::rethrow_exception(slot->out_of_order);
+    if (!slot->error.empty()) throw Error(slot->error_kind, slot->error);
   }
 }
 
@@ -135,6 +154,7 @@ void Ring::released() {
   if (device_->recording()) return;  // what was captured needed nothing of the ring
   pool_->catch_up();
   Lock lock(mutex_);
+  const FlushAtEnd flushing{*this, lock};
   look_ahead(window_of_this_thread());
   if (!staged_.empty()) bring_staged();
   flush();
@@ -352,16 +372,19 @@ void Ring::enter(const SlotPtr& slot, Weight& weight, const Donor& donor) {
 
 // What readers brought to host memory goes on to the device.
 void Ring::bring_staged() {
-  for (const SlotPtr& slot : std::exchange(staged_, {})) {
-    if (slot->weight == nullptr) continue;  // let go of in the meantime
+  std::vector<SlotPtr> later;
+  for (const SlotPtr& slot : staged_) {
+    // Let go of in the meantime, or brought before something threw.
+    if (slot->weight == nullptr || slot->state != Slot::State::kStaged) continue;
     if (!slot->whole()) {
-      staged_.push_back(slot);
+      later.push_back(slot);
       continue;
     }
-    slot->state = Slot::State::kLoading;
     const auto donor = slot->weight->donor();
     device_->bring(slot, donor, {0, donor->size()});
+    slot->state = Slot::State::kLoading;
   }
+  staged_ = std::move(later);
 }
 
 void Ring::flush() {
@@ -377,8 +400,10 @@ void Ring::flush() {
     const Error named = could_not_bring(ErrorKind::kFetch, slot->weight->name(),
                                         *slot->weight->donor(), slot->error);
     slot->error = named.what();
+    slot->out_of_order = out_of_order;
     drop(slot);
   }
+  part_done_->notify_all();
   // The error is not one of these weights: it is told as what it is.
   if (out_of_order) std::rethrow_exception(out_of_order);
 }

@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <list>
 #include <memory>
@@ -44,8 +45,9 @@ struct Slot {
   Weight* weight = nullptr;  // null once the weight has let go of the slot
   size_t parts_left = 0;
   bool overflow = false;  // ordinary memory: let go as soon as it was handed out
-  std::string error;
+  std::string error;      // empty: failed only because it was dropped; who wants it asks again
   ErrorKind error_kind = ErrorKind::kFetch;
+  std::exception_ptr out_of_order;  // the device's own error, which is about no weight
   std::list<std::shared_ptr<Slot>>::iterator place;
   // What the weight is made of, if not of the donor's own bytes.
   std::shared_ptr<const Decoder> decoder;
@@ -246,6 +248,7 @@ class Ring {
   void drop(const SlotPtr& slot);
   void bring_staged();
   void flush();
+  struct FlushAtEnd;
   void queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
                    std::byte* into, uint64_t phase, IoPool::Urgency urgency);
   IoPool::Task part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work);

@@ -12,6 +12,11 @@ constexpr size_t kMostLater = 8192;  // stalls in the dark
 
 std::atomic<uint64_t> next_weight{1};
 
+// The last holder of a donor waits for its copies here, where no lock is held.
+void let_go(Source source) {
+  if (source.donor.use_count() == 1) source.donor->settle();
+}
+
 struct Groups {
   std::mutex mutex;
   std::map<uint64_t, std::weak_ptr<Counters>> known;  // guarded by mutex
@@ -89,7 +94,10 @@ Weight::Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
   ring_->enlist(*this);
 }
 
-Weight::~Weight() { ring_->delist(*this); }
+Weight::~Weight() {
+  ring_->delist(*this);
+  let_go(std::move(source_));
+}
 
 std::string Weight::name() const {
   std::lock_guard lock(mutex_);
@@ -113,9 +121,12 @@ void Weight::count_in(std::shared_ptr<Counters> counters) {
 }
 
 void Weight::move_to(Source source) {
-  std::lock_guard lock(mutex_);
-  source_ = std::move(source);
-  ++moves_;
+  {
+    std::lock_guard lock(mutex_);
+    std::swap(source_, source);
+    ++moves_;
+  }
+  let_go(std::move(source));
 }
 
 uint64_t Weight::moves() const {
@@ -124,10 +135,13 @@ uint64_t Weight::moves() const {
 }
 
 bool Weight::move_to(Source source, uint64_t moves) {
-  std::lock_guard lock(mutex_);
-  if (moves_ != moves) return false;
-  source_ = std::move(source);
-  ++moves_;
+  {
+    std::lock_guard lock(mutex_);
+    if (moves_ != moves) return false;
+    std::swap(source_, source);
+    ++moves_;
+  }
+  let_go(std::move(source));
   return true;
 }
 

@@ -50,16 +50,10 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
     if (is_sharded(self) && overwrites_everything(self) && !handle_of(self).in_place) {
       Handle& handle = handle_of(self);
       const auto bytes = static_cast<uint64_t>(self.numel()) * self.itemsize();
-      std::shared_ptr<Staged> staged;
-      at::Tensor whole;
-      if (from.device().is_cpu()) {
-        whole = at::empty(self.sizes(), at::TensorOptions().dtype(self.dtype()));
-      } else {
-        staged = PinnedBuffers::of(from.device())->take(bytes);
-        whole = bytes_at(staged->data, bytes, c10::Device(c10::kCPU))
-                    .view(self.scalar_type())
-                    .view(self.sizes());
-      }
+      const std::shared_ptr<Staged> buffer = host_buffer(bytes, from.device());
+      const at::Tensor whole = bytes_at(buffer->data, bytes, c10::Device(c10::kCPU))
+                                   .view(self.scalar_type())
+                                   .view(self.sizes());
       whole.copy_(from);
       handle.weight->store(static_cast<const std::byte*>(whole.data_ptr()), whole.nbytes(), 0,
                            whole.nbytes(), scratch_directory());

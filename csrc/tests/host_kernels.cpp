@@ -70,6 +70,8 @@ int is_capturing(int, CUstream_st*, bool* capturing) {
   return 0;
 }
 
+int exchange_capture_mode(int mode) { return mode; }
+
 const char* describe(int error) { return error == 2 ? "out of memory" : "invalid argument"; }
 
 }  // namespace
@@ -82,7 +84,13 @@ EXPORTED int device_of_last_call() { return last_device; }
 EXPORTED void* stream_of_last_call() { return last_stream; }
 
 EXPORTED const cuda::Kernels* distorch_cuda_kernels() {
-  static constexpr cuda::Kernels kernels{VERSION,      &usable,       &decode,  &allocate_pinned,
-                                         &free_pinned, &is_capturing, &describe};
+  static constexpr cuda::Kernels kernels{VERSION,
+                                         &usable,
+                                         &decode,
+                                         &allocate_pinned,
+                                         &free_pinned,
+                                         &is_capturing,
+                                         &exchange_capture_mode,
+                                         &describe};
   return &kernels;
 }

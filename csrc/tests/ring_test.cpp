@@ -596,6 +596,42 @@ void what_is_waited_for_may_go() {
   CHECK(model.donors[2]->reads == before + 1);
 }
 
+// Host memory for what readers bring that is used up now and then.
+class ScarceStaging : public StagedMemory {
+ public:
+  std::shared_ptr<Staged> staging(uint64_t bytes) override {
+    if (none_left) throw std::bad_alloc();
+    return StagedMemory::staging(bytes);
+  }
+  inline static bool none_left = false;
+};
+
+// A thread asks the device for what readers have brought for another one, and then its own fetch
+// fails. What it asked for is issued all the same: the other thread would wait for ever.
+void a_failed_fetch_leaves_nothing_behind() {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  Model model(ring, 2, 10'000);
+  ring->reserve(100'000);
+  bool failed = false;
+  late.meanwhile = [&] {
+    CHECK(late.run_next());  // the first weight's bytes are in host memory
+    std::thread([&] {
+      ScarceStaging::none_left = true;
+      try {
+        ring->acquire(*model.weights[1]);
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+      ScarceStaging::none_left = false;
+    }).join();
+  };
+  model.use(*ring, 0);
+  CHECK(failed);
+  model.use(*ring, 1);
+}
+
 }  // namespace
 
 int main() {
@@ -610,6 +646,7 @@ int main() {
   the_order_is_learned();
   rooms_are_filled_part_by_part();
   what_is_waited_for_may_go();
+  a_failed_fetch_leaves_nothing_behind();
   copying = false;
   failed_reads();
   decoded_weights();

@@ -379,7 +379,7 @@ def _swap_in(
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
             owner._buffers[key] = buffers[name]
     for place in let_go - {"cpu"}:
-        torch.accelerator.synchronize(place)
+        machine.synchronize(place)
 
 
 def _replace_parameter(

@@ -59,8 +59,9 @@ def _memory(kind: str, index: int, place_there: bool) -> tuple[int, int]:
         return free, total
     total = module.get_device_properties(index).total_memory
     try:
-        return total - module.device_memory_used(index), total
-    except (ImportError, RuntimeError):
+        # Of a slice of a GPU, NVML tells what the whole GPU has in use.
+        return max(0, total - module.device_memory_used(index)), total
+    except Exception:  # NVML is not installed, or refuses (containers, boards with shared memory)
         return total, total
 
 
@@ -90,6 +91,17 @@ def devices() -> dict[str, DeviceInfo]:
         if not needs_values(torch.device(accelerator.type)):
             found["cpu"] = DeviceInfo("cpu", _BOUNDLESS, _BOUNDLESS)
     return found
+
+
+def synchronize(place: str) -> None:
+    """Waits until an accelerator, such as "cuda:0", has done all that it was given.
+
+    torch.accelerator.synchronize does not reach devices that were registered at run time before
+    PyTorch 2.13.
+    """
+    device = torch.device(place)
+    with torch.accelerator.device_index(device.index):
+        torch.get_device_module(device).synchronize()
 
 
 def default_compute(entries: tuple[str, ...]) -> str:

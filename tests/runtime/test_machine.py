@@ -11,7 +11,7 @@ class Gpus:
 
     def __init__(self):
         self.contexts = {0}
-        self.nvml = True
+        self.nvml = 4 << 30
 
     def mem_get_info(self, index):
         self.contexts.add(index)
@@ -24,9 +24,9 @@ class Gpus:
         return Properties
 
     def device_memory_used(self, index):
-        if not self.nvml:
-            raise ModuleNotFoundError("pynvml is not installed")
-        return 4 << 30
+        if isinstance(self.nvml, Exception):
+            raise self.nvml
+        return self.nvml
 
 
 @pytest.fixture
@@ -48,8 +48,11 @@ def free(devices):
 
 def test_no_context_is_made(gpus):
     assert free(machine.devices()) == [10, 20, 20]
-    gpus.nvml = False
-    assert free(machine.devices()) == [10, 24, 24]
+    for refused in (ModuleNotFoundError("pynvml is not installed"), Exception("Not Supported")):
+        gpus.nvml = refused
+        assert free(machine.devices()) == [10, 24, 24]
+    gpus.nvml = 80 << 30  # of the whole GPU, where this one is a slice of it
+    assert free(machine.devices()) == [10, 0, 0]
     assert gpus.contexts == {0}
 
 

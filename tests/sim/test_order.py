@@ -1,5 +1,6 @@
 """What waits for what on an accelerator: copies, streams, donors, captures, and the errors of others."""
 
+import sys
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 import distorch
 from distorch import _ops
 from distorch.testing import sim
+from tests.accelerator.machines import TELLS_CAPTURES
 from tests.accelerator.streams import in_threads
 
 WIDTH = 64
@@ -193,8 +195,10 @@ def test_an_error_that_was_there_before_is_told_as_what_it_is(prefetch, x):
         assert not isinstance(caught.value, distorch.DistorchError)
         sim.reset()
         assert torch.equal(model(there).cpu(), chain()(x))
-        with pytest.raises(distorch.FetchError, match="a graph is being captured"), sim.capturing():
-            model(there)
+        if TELLS_CAPTURES:  # as before the error
+            refused = pytest.raises(distorch.FetchError, match="a graph is being captured")
+            with refused, sim.capturing():
+                model(there)
 
 
 def test_no_room_for_the_ring_is_asked_for_once_a_step(x):
@@ -210,6 +214,54 @@ def test_no_room_for_the_ring_is_asked_for_once_a_step(x):
         for _ in range(2):
             model(there)
         assert torch.sim.memory_allocated("sim:0") >= held + 3 * WEIGHT
+
+
+@pytest.mark.usefixtures("slow_link")
+def test_other_threads_run_while_a_donor_waits_for_its_copies(x):
+    """The last holder of a donor waits without the interpreter's lock: a kernel that it waits for
+    may wait for one that another thread has yet to launch.
+    """
+    model, there = offloaded(prefetch=4 * WEIGHT), x.to("sim:0")
+    turns, ended = [0], threading.Event()
+
+    def count():
+        while not ended.wait(0.001):
+            turns[0] += 1
+
+    other = threading.Thread(target=count)
+    with torch.no_grad():
+        for _ in range(2):
+            model(there)
+        busy = torch.ones(512, 512, device="sim:0")
+        for _ in range(20):  # before the forward, so that its copies are a while to come
+            torch.mm(busy, busy)
+        result = model(there)
+        other.start()
+        switch = sys.getswitchinterval()
+        sys.setswitchinterval(1000)  # nobody gives the lock up but whoever waits
+        try:
+            before = turns[0]
+            del model
+            after = turns[0]
+        finally:
+            sys.setswitchinterval(switch)
+            ended.set()
+    other.join()
+    assert after > before
+    assert torch.equal(result.cpu(), chain()(x))
+
+
+def test_pinned_buffers_are_bounded(x):
+    """Larger and larger weights are written. Buffers for the earlier ones are not kept for ever."""
+    sim.configure(memory="1gb")
+    donors = 0
+    with torch.no_grad():
+        weights = []
+        for rows in range(17, 27):  # 68 MB and more
+            weights.append(distorch.shard(torch.ones(rows << 10, 1 << 10), "cpu", "sim:0"))
+            donors += weights[-1].nbytes
+            weights[-1].mul_(2)
+            assert sim.pinned_bytes() - donors <= 300 << 20
 
 
 def test_what_is_written_comes_back_through_pinned_memory(x):

@@ -1,0 +1,22 @@
+#include "engine/waiting.h"
+
+#include <atomic>
+
+namespace distorch {
+namespace {
+
+std::atomic<WaitWrapper> wait_wrapper{nullptr};
+
+}  // namespace
+
+void set_wait_wrapper(WaitWrapper wrapper) { wait_wrapper = wrapper; }
+
+void waiting(const std::function<void()>& wait) {
+  if (const WaitWrapper wrapper = wait_wrapper) {
+    wrapper(wait);
+  } else {
+    wait();
+  }
+}
+
+}  // namespace distorch
