@@ -123,12 +123,19 @@ def freeing(device: torch.device) -> dict[str, Any]:
 
 
 def pinning(_: torch.device) -> dict[str, Any]:
-    """Bytes per second of getting pinned memory, and of giving it back."""
+    """Bytes per second of getting pinned memory, and of giving it back.
+
+    In pieces as large as weights are, and in slabs: whether it pays for weights to share slabs.
+    """
     runtime = Runtime()
     found = {
-        f"cudaHostAlloc of {nbytes // MB} MiB": said(lambda nbytes=nbytes: _alloc(runtime, nbytes))
-        for nbytes in (64 * MB, 256 * MB, 1024 * MB)
-    }
+        f"cudaHostAlloc, {count} x {nbytes // MB} MiB": said(
+            lambda nbytes=nbytes, count=count: _alloc(runtime, nbytes, count)
+        )
+        for nbytes, count in (
+            (MB, 64), (4 * MB, 16), (32 * MB, 8), (64 * MB, 4), (256 * MB, 1), (1024 * MB, 1),
+        )
+    }  # fmt: skip
     found["cudaHostAlloc of 256 MiB in each of 4 threads"] = said(lambda: _in_threads(runtime, 4))
     found["1 GiB mapped in large pages, touched by all cores, registered"] = said(
         lambda: _registered(runtime, 1024 * MB)
@@ -136,14 +143,15 @@ def pinning(_: torch.device) -> dict[str, Any]:
     return found
 
 
-def _alloc(runtime: Runtime, nbytes: int) -> dict[str, float]:
+def _alloc(runtime: Runtime, nbytes: int, count: int) -> dict[str, float]:
     start = time.perf_counter()
-    address = runtime.host_alloc(nbytes)
+    addresses = [runtime.host_alloc(nbytes) for _ in range(count)]
     middle = time.perf_counter()
-    runtime.host_free(address)
+    for address in addresses:
+        runtime.host_free(address)
     end = time.perf_counter()
-    return {"pinning, bytes_per_s": nbytes / (middle - start),
-            "freeing, bytes_per_s": nbytes / (end - middle)}  # fmt: skip
+    return {"pinning, bytes_per_s": count * nbytes / (middle - start),
+            "freeing, bytes_per_s": count * nbytes / (end - middle)}  # fmt: skip
 
 
 def _in_threads(runtime: Runtime, count: int) -> dict[str, float]:
