@@ -107,7 +107,10 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   Lock lock(mutex_);
   const FlushAtEnd flushing{*this, lock};
   if (lean_ > 0) --lean_;
-  if (!staged_.empty()) bring_staged();
+  if (!staged_.empty()) {
+    bring_staged();
+    flush();  // at once: what was asked for but not issued holds memory that may be needed below
+  }
   Window& window = window_of_this_thread();
   advance(window, weight.id());
   const SlotPtr held = usable_slot(weight);
@@ -430,8 +433,15 @@ void Ring::drop(const SlotPtr& slot) {
   slot->weight->in_ring.slot.reset();
   slot->weight = nullptr;
   slots_.erase(slot->place);
-  if (slot->whole()) return;
-  for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
+  if (!slot->whole()) {
+    for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
+  }
+  // Its readers go on, but they write to host memory: the device's is free for others now. (Where
+  // the device was asked for a copy, that copy still has to find the room.)
+  const bool asked = slot->parts_left == 0 && slot->state != Slot::State::kStaged;
+  if (slot->staged == nullptr || asked) return;
+  slot->wrapped.reset();
+  slot->room.reset();
 }
 
 void Ring::after_fork_in_child() {

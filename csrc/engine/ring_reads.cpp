@@ -61,7 +61,7 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
       drop(slot);
     } else if (slot->staged != nullptr) {
       slot->state = Slot::State::kStaged;
-      staged_.push_back(slot);
+      if (slot->weight != nullptr) staged_.push_back(slot);
     } else if (slot->encoded != nullptr) {
       slot->state = Slot::State::kStored;
     }

@@ -13,8 +13,8 @@ def chain(width, count=6):
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
 
 
-@pytest.fixture
-def tight(machine):
+@pytest.fixture(params=["cpu", "disk"])
+def tight(machine, request):
     """(model, x, its result): a ring of four weights, nothing else on the device but x."""
     torch.manual_seed(0)
     plain = chain(machine.width).to(machine.device)
@@ -22,8 +22,9 @@ def tight(machine):
     with torch.no_grad():
         wanted = plain(x).cpu()
         model = distorch.distribute(
-            plain, f"{machine.device},0b;cpu,*", min_bytes=0, prefetch=4 * machine.weight_bytes
-        )
+            plain, f"{machine.device},0b;{request.param},*",
+            min_bytes=0, prefetch=4 * machine.weight_bytes,
+        )  # fmt: skip
         for _ in range(2):
             assert torch.equal(model(x).cpu(), wanted)
     return model, x, wanted

@@ -22,6 +22,7 @@ def prompt(machine):
 
 def language_model(machine, kind):
     """A tiny language model of transformers with random weights, on the device."""
+    pytest.importorskip("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     options = {
@@ -73,6 +74,7 @@ def test_transformers_generate(machine, prompt, kind):
 
 def test_peft(machine, prompt):
     """An adapter on a distributed model: trained, switched off, merged and let go of."""
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     results = []
@@ -101,6 +103,7 @@ def test_peft(machine, prompt):
 
 def test_another_model_under_accelerate(machine):
     """Two ways of offloading in one program, layer by layer in turn."""
+    pytest.importorskip("accelerate")
     from accelerate import cpu_offload
 
     plain, x = chain(machine), batch(machine)
