@@ -15,8 +15,11 @@
 namespace distorch {
 namespace {
 
-constexpr uint64_t kSlabBytes = 64 << 20;        // at least
-constexpr uint64_t kManyBytes = 4 * kSlabBytes;  // beyond which copies are waited for instead
+constexpr uint64_t kSlabBytes = 64 << 20;  // at least
+// Buffers of one size beyond which a copy is waited for, unless all fit into a slab.
+constexpr uint64_t kMostBehind = 4;
+// What is larger, and passes only once, takes ordinary memory: to pin it takes longer.
+constexpr uint64_t kLargest = 256 << 20;
 
 bool on_page(const void* address) { return reinterpret_cast<uintptr_t>(address) % kPage == 0; }
 
@@ -115,7 +118,7 @@ std::shared_ptr<PinnedBuffers> PinnedBuffers::known(c10::Device device) {
 PinnedBuffers::Buffer::~Buffer() {
   std::lock_guard lock(from_->mutex_);
   if (copied == nullptr) {
-    from_->release(slab_, range_);
+    slab_->arena.free(range_.begin, range_.end - range_.begin);
   } else {
     from_->busy_.push_back({slab_, range_, std::move(copied)});
   }
@@ -136,8 +139,9 @@ std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::take(uint64_t bytes) {
   collect();
   for (;;) {
     if (auto buffer = carve(room)) return buffer;
-    if (slab_bytes_ + room > kManyBytes) drop_idle_slabs();
-    if (busy_.empty() || slab_bytes_ + room <= std::max(kManyBytes, 4 * room)) {
+    const uint64_t most = std::max(kSlabBytes, kMostBehind * room);
+    if (slab_bytes_ + room > most) drop_idle_slabs();
+    if (busy_.empty() || slab_bytes_ + room <= most) {
       add_slab(room);
     } else {
       wait_for_oldest();
@@ -165,12 +169,6 @@ void PinnedBuffers::add_slab(uint64_t bytes) {
   slab_bytes_ += size;
 }
 
-// A slab that was made for one very large buffer is not kept for the next.
-void PinnedBuffers::release(const std::shared_ptr<Slab>& slab, Range range) {
-  slab->arena.free(range.begin, range.end - range.begin);
-  if (slab->arena.capacity() > kManyBytes) drop_idle_slabs();
-}
-
 void PinnedBuffers::drop_idle_slabs() {
   std::erase_if(slabs_, [this](const auto& slab) {
     if (slab->arena.used() > 0) return false;
@@ -185,7 +183,7 @@ void PinnedBuffers::collect() {
   while (!busy_.empty() && has_ended(busy_.front().copied)) {
     const Busy done = std::move(busy_.front());
     busy_.pop_front();
-    release(done.slab, done.range);
+    done.slab->arena.free(done.range.begin, done.range.end - done.range.begin);
   }
 }
 
@@ -195,7 +193,8 @@ void PinnedBuffers::wait_for_oldest() {
 }
 
 std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device) {
-  if (const auto pinned = PinnedBuffers::known(device)) return pinned->take(bytes);
+  const auto pinned = bytes <= kLargest ? PinnedBuffers::known(device) : nullptr;
+  if (pinned != nullptr) return pinned->take(bytes);
   struct Ordinary : Staged {
     at::Tensor memory;
   };

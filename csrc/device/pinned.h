@@ -69,7 +69,6 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
   static Known& all();
   std::shared_ptr<Buffer> carve(uint64_t bytes);
   void add_slab(uint64_t bytes);
-  void release(const std::shared_ptr<Slab>& slab, Range range);
   void drop_idle_slabs();
   void collect();
   void wait_for_oldest();
@@ -83,7 +82,7 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
 };
 
 // Host memory for bytes that come from a device: a pinned buffer where a ring has some for that
-// device, else ordinary memory.
+// device and the bytes are not too many, else ordinary memory.
 std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device);
 
 // The bytes of a device's memory, on the host, behind what was issued on the current stream. Waits.
