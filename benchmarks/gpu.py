@@ -184,6 +184,9 @@ def _link(bench: Bench, donor: str) -> Row:
 
 def kernels(bench: Bench) -> Iterator[Row]:
     """A copy, then every code to bfloat16, and merges into bfloat16."""
+    if not _ops.can_decode(bench.device):
+        yield {"error": "distorch was built without kernels for CUDA: DISTORCH_CUDA=1 says why"}
+        return
     rows, columns = bench.matrix
     into = torch.empty(rows, columns, dtype=torch.bfloat16, device=bench.device)
     copied = _kernel(bench, "copy on the device", into, torch.empty_like(into), None)
@@ -397,8 +400,6 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
             f"{torch.version.cuda}): expected a GPU, its driver, and a torch for CUDA. To see "
             "this program run without one: --device sim"
         )
-    if not _ops.can_decode(torch.device("cuda")):
-        parser.error("distorch was built without kernels for CUDA: DISTORCH_CUDA=1 says why")
     torch.cuda.set_device(0)
 
 
@@ -409,7 +410,7 @@ def measure(bench: Bench, chosen: list[str], results: Results) -> None:
     """Every section that was chosen, into the results as it comes."""
     for name, section in (("links", links), ("kernels", kernels), ("hook", hook)):
         if name in chosen:
-            results.add(name, section(bench))
+            results.section(name, section(bench))
     if {"overlap", "systems"} & set(chosen):
         results.put("model", {
             "blocks": [bench.size.double, bench.size.single],
@@ -420,10 +421,10 @@ def measure(bench: Bench, chosen: list[str], results: Results) -> None:
         if "links" not in results.found:
             quick = dataclasses.replace(bench, rounds=min(3, bench.rounds))
             results.add("links", iter([_link(quick, "cpu")]))
-        results.add("overlap", overlap(bench, best_plain(results.found["links"][0])))
+        results.section("overlap", overlap(bench, best_plain(results.found["links"][0])))
         bench.settle()
     if "systems" in chosen:
-        results.add("systems", systems(bench))
+        results.section("systems", systems(bench))
 
 
 def main() -> None:

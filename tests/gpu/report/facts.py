@@ -23,6 +23,7 @@ PACKAGES = (
     "peft", "pytest", "psutil",
 )  # fmt: skip
 TOOLS = ("nvcc", "compute-sanitizer", "cuda-gdb", "nvidia-smi", "g++")
+NO_CUDA = 3  # the exit status where torch sees no device: building distorch would not help
 _SETTINGS = ("CUDA_", "NVIDIA_", "PYTORCH_", "TORCH", "DISTORCH_", "NCCL_", "OMP_", "MKL_", "LD_")
 _SMI = (
     "name", "driver_version", "memory.total", "memory.used", "pcie.link.gen.current",
@@ -143,5 +144,21 @@ def of_torch(device: str) -> dict[str, Any]:
     })  # fmt: skip
 
 
+def without_cuda() -> str:
+    """Why torch sees no device, as far as its versions tell; "" if it sees one."""
+    import torch
+
+    from .health import driver_for
+
+    if torch.cuda.is_available():
+        return ""
+    return (f"torch {torch.__version__}, which is built for CUDA {torch.version.cuda}, sees no "
+            f"device; the driver is for CUDA {got({'': driver_for})['']}")  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(json.dumps(of_torch(sys.argv[1]), default=str))
+    print(json.dumps(of_torch(sys.argv[1]), default=str), flush=True)
+    trouble = without_cuda() if sys.argv[1] == "cuda" else ""
+    if trouble:
+        print(trouble)
+        sys.exit(NO_CUDA)

@@ -35,9 +35,16 @@ def _head(report: Any, facts: Mapping[str, Any], done: bool) -> str:
         f"card     {cards or 'none'}",
         f"versions Python {facts.get('python')}, torch {torch}, commit {facts.get('commit')}",
         f"place    {'; '.join(report.workplace.notes)}",
+        *_without_kernels(report, facts),
         f"time     {report.schedule.spent():.0f} s of {report.schedule.seconds:.0f} s",
     ]
     return "\n".join(line[:_MOST_LINE] for line in lines)
+
+
+def _without_kernels(report: Any, facts: Mapping[str, Any]) -> list[str]:
+    if report.device == "cuda" and facts.get("kernels for CUDA") is False:
+        return ["kernels  kernels for CUDA: false. Quantised weights on the device do not work"]
+    return []
 
 
 def _items(report: Any) -> str:
