@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,11 +17,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .tools import where
+
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "accelerate", "gguf",
     "peft", "pytest", "psutil",
 )  # fmt: skip
-TOOLS = ("nvcc", "compute-sanitizer", "cuda-gdb", "nvidia-smi", "g++")
+TOOLS = ("nvcc", "compute-sanitizer", "cuda-gdb", "gdb", "nvidia-smi", "g++", "gcc", "cc", "clang",
+         "ninja")  # fmt: skip
 NO_CUDA = 3  # the exit status where torch sees no device: building distorch would not help
 _SETTINGS = ("CUDA_", "NVIDIA_", "PYTORCH_", "TORCH", "DISTORCH_", "NCCL_", "OMP_", "MKL_", "LD_")
 _SMI = (
@@ -56,7 +58,7 @@ def host(commit: str | None, root: Path) -> dict[str, Any]:
         "memory": lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "locked memory limit": _locked,
         "packages": _packages,
-        "tools": lambda: {tool: shutil.which(tool) for tool in TOOLS},
+        "tools": lambda: {tool: where(tool) for tool in TOOLS},
         "environment": _environment,
         "commit": lambda: commit or _commit(root),
         "gpus": _gpus,

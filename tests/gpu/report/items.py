@@ -15,6 +15,7 @@ from . import benchmarks, facts, reruns, sanitizer
 from .probes import NAMES, ON_SIM
 from .results import FAILED, PASSED, SKIPPED, Result, result_of
 from .runner import Ended
+from .workers import LONG
 from .workplace import ROOT
 
 CHILD = (sys.executable, "-m", "tests.gpu.report.child")
@@ -22,7 +23,6 @@ FAULTS = ("segfault", "hang", "flood", "sticky")
 _FAULT_FILE = "tests/gpu_report/faults.py"
 _HANG_S, _FAULT_S = 3.0, 20.0  # what faults may last: the one that hangs, and the others
 _TEST_S, _LONG_S = 40.0, 75.0
-_LONG = ("compile", "overhead")  # with the compiler's first run
 _PROBE_S = 31.0
 _DOCTOR_S, _AGAIN_S = 30.0, 90.0
 _TESTS = {"cuda": "tests/gpu", "sim": "tests/sim/test_accelerator.py"}
@@ -174,7 +174,7 @@ def tests(report: Any, limit: float) -> None:
 def _limit_of(test: str) -> float:
     if _FAULT_FILE in test:
         return _HANG_S if "hang" in test else _FAULT_S
-    return _LONG_S if any(word in test for word in _LONG) else _TEST_S
+    return _LONG_S if any(word in test for word in LONG) else _TEST_S
 
 
 def day_one(report: Any, limit: float) -> None:

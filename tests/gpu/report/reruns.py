@@ -69,7 +69,9 @@ def _again(device: str, cases: Sequence[Result]) -> list[Way]:
     if device == "sim":
         return [Way(case, "again", case.command, {}, _AGAIN_S) for case in cases]
     env = {"CUDA_LAUNCH_BLOCKING": "1"}
-    return [Way(case, "blocking launches", case.command, env, _AGAIN_S) for case in cases]
+    return [
+        Way(case, "blocking launches", case.command, env, case.limit or _AGAIN_S) for case in cases
+    ]
 
 
 def _side_by_side(report: Any, ways: Sequence[Way], until: float) -> None:

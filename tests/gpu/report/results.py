@@ -20,7 +20,9 @@ _MOST_MESSAGE = 600  # characters
 
 @dataclasses.dataclass
 class Result:
-    """`message` is one line; `text` and `stacks` go to failures.txt; `command` runs it again."""
+    """`message` is one line; `text` and `stacks` go to failures.txt; `command` runs it again, for at
+    most `limit` seconds if that is told.
+    """
 
     item: str
     status: str
@@ -32,6 +34,7 @@ class Result:
     stacks: str = ""
     command: Sequence[str] = ()
     env: dict[str, str] = dataclasses.field(default_factory=dict)
+    limit: float | None = None
 
     @property
     def bad(self) -> bool:
