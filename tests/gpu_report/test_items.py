@@ -28,7 +28,7 @@ def report(tmp_path):
         device="cuda", scratch=tmp_path, schedule=Schedule(300), benchmark={}, usable=True, ends=[],
         workplace=SimpleNamespace(built=lambda: True), options=SimpleNamespace(), results=results,
         pack=SimpleNamespace(benchmark=lambda _: None), limits=limits, told=told, gpus=list,
-        run=run, add=results.append, tell_facts=told.update, use_copy=lambda: None,
+        side_by_side=lambda _: 1, run=run, add=results.append, tell_facts=told.update, use_copy=lambda: None,
     )  # fmt: skip
     return found
 

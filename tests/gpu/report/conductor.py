@@ -16,7 +16,7 @@ from .child import DEVICE
 from .packing import Pack
 from .processes import end_all
 from .reruns import ITEM as RERUNS
-from .results import FAILED, SKIPPED, Result, last_line, whole
+from .results import FAILED, SKIPPED, STOPPED, Result, counted, last_line, whole
 from .runner import Ended, run
 from .schedule import Schedule
 from .workers import Pool, Suite
@@ -37,9 +37,11 @@ class Report:
         self.device: str = options.device
         self.results: list[Result] = []  # items and parts, in the order in which they ended
         self.whole: list[Result] = []  # items only
-        self.benchmark: dict[str, Any] = {}
+        self.benchmark: dict[str, Any] = {} if self.device == "cuda" else {"simulated": True}
         self.usable = True  # distorch can be imported
         self._facts: dict[str, Any] = {}
+        self._running: tuple[items.Item, float, int] | None = None  # since when, from which result
+        self._alone = False
 
     # ---- what items use ----
 
@@ -74,6 +76,19 @@ class Report:
         )  # fmt: skip
         jobs = self.options.jobs
         Pool(suite, jobs, until, self.schedule.grace, self.add, self.pack.log).run()
+
+    def one_at_a_time(self) -> None:
+        """The card lets one process in."""
+        self._alone = True
+        self.options.jobs = 1
+        self.workplace.notes.append(
+            "the card's compute mode is exclusive: one process at a time, and tests and probes that "
+            "start processes of their own fail (nvidia-smi -c 0 changes it)"
+        )
+        self.say(self.workplace.notes[-1])
+
+    def side_by_side(self, most: int) -> int:
+        return 1 if self._alone else most
 
     def tell_facts(self, facts: Mapping[str, Any]) -> None:
         self._facts |= facts
@@ -114,6 +129,7 @@ class Report:
             return
         self.say(f"{item.name}: starts, {limit:.0f} s at most")
         start, before = time.monotonic(), len(self.results)
+        self._running = (item, start, before)
         try:
             item.work(self, limit)
         except Exception as error:
@@ -125,6 +141,7 @@ class Report:
         if result is None:
             result = whole(item.name, mine, 0.0)
         result.seconds = time.monotonic() - start
+        self._running = None
         self._ended(result)
         if result.bad and item.name != RERUNS:
             self._health(item.name)
@@ -159,14 +176,33 @@ class Report:
     def stopped(self, why: str) -> None:
         """Somebody ends the report: everything that runs ends, and what there is is packed."""
         end_all()
-        self._ended(Result("report", FAILED, message=why))
+        if self._running is not None:
+            item, start, before = self._running
+            parts = ", ".join(
+                f"{n} {status}" for status, n in counted(self.results[before:]).items()
+            )
+            message = f"{why}; until then {parts or 'nothing'}"
+            self._ended(Result(item.name, STOPPED, "", time.monotonic() - start, message))
+        ended = {result.item for result in self.whole}
+        for item in items.listed(self.options.inject):
+            if item.name not in ended:
+                self._ended(Result(item.name, SKIPPED, message=self._unwanted(item) or why))
         self._keep(done=True)
 
     def _keep(self, done: bool = False) -> None:
         """Files that are written anew after every item."""
         left_out = (RERUNS, "health")  # evidence about failures, not failures
-        self.pack.junit([r for r in self.results if r.item not in left_out and r not in self.whole])
+        self.pack.junit([r for r in summary.parts(self) if r.item not in left_out])
+        self.pack.benchmark(self.benchmark)
+        if done:
+            self.pack.finish()
         self.pack.summary(summary.told(self, self._facts, done))
+
+    @property
+    def ran(self) -> bool:
+        """Whether anything did that could fail; facts alone are what was asked for, or nothing."""
+        about = [] if self.options.only == ["facts"] else ["facts"]
+        return any(r.status != SKIPPED for r in self.whole if r.item not in about)
 
     @property
     def failed(self) -> bool:
@@ -179,6 +215,7 @@ class Report:
         cuda = self.device == "cuda"
         return {
             **self.workplace.environment(), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+            "DISTORCH_REPORT_TREE": str(ROOT),
             "DISTORCH_REQUIRE_CUDA": "1" if cuda else "0", DEVICE: self.device,
             **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}), **more,
         }  # fmt: skip

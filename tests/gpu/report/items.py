@@ -49,7 +49,10 @@ class Item:
 
 def host_facts(report: Any, _: float) -> None:
     found = facts.host(report.commit, ROOT)
-    report.tell_facts({"report": report.about(), **found})
+    report.tell_facts(found)
+    if facts.exclusive(report.gpus()):
+        report.one_at_a_time()
+    report.tell_facts({"report": report.about()})
     report.add(Result("facts", PASSED, message=f"{len(found)} facts"))
 
 
@@ -127,7 +130,7 @@ def probes(report: Any, limit: float) -> None:
     """Four at a time; those that take times measure alone (probes/__main__.py)."""
     until = time.monotonic() + limit
     names = report.options.probes or NAMES
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    with concurrent.futures.ThreadPoolExecutor(report.side_by_side(4)) as threads:
         runs = [threads.submit(_probe, report, name, until) for name in names]
         for run in concurrent.futures.as_completed(runs):
             report.add(run.result())
@@ -196,7 +199,12 @@ def injected(fault: str) -> Item:
 
 
 def _measured(name: str, *sections: str) -> Callable[[Any, float], None]:
-    return lambda report, limit: benchmarks.measured(report, name, sections, limit)
+    def work(report: Any, limit: float) -> None:
+        benchmarks.measured(report, name, sections, limit)
+        if report.device == "cuda":
+            report.tell_facts({f"links after {name}": facts.links()})
+
+    return work
 
 
 ITEMS = (

@@ -86,6 +86,8 @@ def _side_by_side(report: Any, ways: Sequence[Way], until: float) -> None:
         result.message = found_wrong(ended.log) or result.message
         return result
 
-    with concurrent.futures.ThreadPoolExecutor(min(4, report.options.jobs)) as threads:
+    with concurrent.futures.ThreadPoolExecutor(
+        report.side_by_side(min(4, report.options.jobs))
+    ) as threads:
         for result in threads.map(one, ways):
             report.add(result)

@@ -71,7 +71,7 @@ def checked(report: Any, limit: float) -> None:
     elif command() is None:
         report.add(Result("sanitizer", SKIPPED, message="there is no compute-sanitizer"))
     else:
-        with concurrent.futures.ThreadPoolExecutor(len(CASES)) as threads:
+        with concurrent.futures.ThreadPoolExecutor(report.side_by_side(len(CASES))) as threads:
             runs = {name: threads.submit(_run, report, name, limit) for name in CASES}
         for name, run in runs.items():
             _judge(report, name, run.result())

@@ -55,6 +55,8 @@ class Workplace:
 
 def read_kit(kit: Path) -> dict[str, Any]:
     """A kit's description. OSError, ValueError."""
+    if not (kit / "kit.json").exists():
+        raise ValueError("expected kit.json, made by make gpu-kit")
     found = json.loads((kit / "kit.json").read_text())
     if not isinstance(found, dict) or "abi" not in found:
         raise ValueError(f"{kit / 'kit.json'}: expected an object with 'abi'")
