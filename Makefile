@@ -64,7 +64,7 @@ test-gpu: ## on a CUDA device, and no skips; installs and builds nothing (GPU_PY
 
 MINUTES ?= 9
 REPORT ?= out/gpu-report
-gpu-report: ## what an owner of a GPU can run and send in: seven files in REPORT (docs/gpu.md)
+gpu-report: ## what an owner of a GPU can run and send in: seven files in REPORT, in MINUTES (9) at most
 	$(GPU_PYTHON) -m tests.gpu.report --minutes $(MINUTES) --out $(REPORT)
 
 # racecheck looks at memory that threads share; only our kernels are to be judged there, and they
