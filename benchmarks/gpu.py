@@ -29,14 +29,14 @@ is left out on the simulated one: it puts device memory into the host's tensors,
 refuses for devices that were registered at run time.
 """
 
-# The estimate: 15 s to start a process. links: 3 kinds of copies of 2 GB, 16 times, at 25 GB/s, 4 s,
-# and 4 s to pin and fill memory. kernels: 9 of them and a copy, 3 s. hook: 12 operators, plain and in
-# the ring, 61 turns of 300 calls of 20 us, 9 s. That is 35 s. overlap: 5 GB pinned and filled 4 times,
-# 8 s; 4 shares, 2 steps to begin with and 15 more, or as many as 2 s hold, 10 s. systems: 8 of them,
-# for each 1 s to make the weights, 3 s to offload and pin them, 4 steps beside those that count, and
-# 15 of these, or as many as 2 s hold (3 at least). A step takes 50 ms resident, 0.2 s at the link's
-# rate, 0.5 to 1.5 s through memory that is not pinned: 7 s each on average, 56 s. That is 89 s.
-# FlexTensor would add about 8 s.
+# The estimate: 15 s to start a process. links: 3 kinds of copies of 2 GB, 16 times, at 25 GB/s, 4
+# s, and 4 s to pin and fill memory. kernels: 9 of them and a copy, 3 s. hook: 12 operators, plain
+# and in the ring, 61 turns of 300 calls of 20 us, 9 s. That is 35 s. overlap: 5 GB pinned and
+# filled 4 times, 8 s; 4 shares, 2 steps to begin with and 15 more, or as many as 2 s hold, 10 s.
+# systems: 8 of them, for each 1 s to make the weights, 3 s to offload and pin them, 4 steps beside
+# those that count, and 15 of these, or as many as 2 s hold (3 at least). A step takes 50 ms
+# resident, 0.2 s at the link's rate, 0.5 to 1.5 s through memory that is not pinned: 7 s each on
+# average, 56 s. That is 89 s. FlexTensor would add about 8 s.
 
 from __future__ import annotations
 
