@@ -19,7 +19,7 @@ def report(tmp_path):
     """A report whose processes end as `ends` says, in turn."""
     results, limits, told = [], [], {}
 
-    def run(title, command, limit, env=None):
+    def run(title, command, limit, env=None, watched=None):
         limits.append((title, limit))
         end = found.ends.pop(0)
         return end(command) if callable(end) else end

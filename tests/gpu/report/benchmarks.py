@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .results import FAILED, PASSED, SKIPPED, Result, result_of
-from .runner import Ended
+from .runner import Ended, Watched
 
 PROGRAM = "benchmarks/gpu.py"
 _LEAST_S = 8.0  # of use to a section
+_QUIET_S = 45.0  # without a new row, the process's start included
 
 
 def measured(report: Any, item: str, sections: Sequence[str], limit: float) -> None:
@@ -42,7 +43,9 @@ def _run(report: Any, item: str, sections: list[str], limit: float) -> tuple[End
                "--json", str(path), "--only", *sections]  # fmt: skip
     if report.device == "sim":
         command += ["--rounds", "1"]
-    ended = report.run(f"{item}: {' '.join(sections)}", command, limit)
+    # Rows come every few seconds. One that hangs must not take the time of the sections after it.
+    watched = Watched(path, _QUIET_S)
+    ended = report.run(f"{item}: {' '.join(sections)}", command, limit, watched=watched)
     return ended, _read(path)
 
 

@@ -17,7 +17,7 @@ from .packing import Pack
 from .processes import end_all
 from .reruns import ITEM as RERUNS
 from .results import FAILED, SKIPPED, STOPPED, Result, counted, last_line, whole
-from .runner import Ended, run
+from .runner import Ended, Watched, run
 from .schedule import Schedule
 from .workers import Pool, Suite
 from .workplace import ROOT, Workplace, copied
@@ -55,11 +55,12 @@ class Report:
             self.say(f"  {result.status}: {result.name}: {result.message[:160]}")
 
     def run(
-        self, title: str, command: Sequence[str], limit: float, env: Mapping[str, str] | None = None
-    ) -> Ended:
+        self, title: str, command: Sequence[str], limit: float, env: Mapping[str, str] | None = None,
+        watched: Watched | None = None,
+    ) -> Ended:  # fmt: skip
         ended = run(
             command, limit=limit, cwd=self.workplace.folder, env=self._environment(env or {}),
-            scratch=self.scratch, grace=self.schedule.grace(),
+            scratch=self.scratch, grace=self.schedule.grace(), watched=watched,
         )  # fmt: skip
         self.pack.log(f"{title} ({ended.how}, {ended.seconds:.1f} s)", ended.log)
         return ended
@@ -148,7 +149,7 @@ class Report:
 
     def _unwanted(self, item: items.Item) -> str | None:
         if item.needs_distorch and not self.usable:
-            return "distorch does not import"
+            return "import has failed"
         asked = not self.options.only or item.name in self.options.only
         if item.name.startswith("injected-") or (asked and item.name not in self.options.skip):
             return None

@@ -137,7 +137,7 @@ def _short(value: Any, unit: str = "") -> str:
     if isinstance(value, bool) or not isinstance(value, (dict, int, float)):
         return value if isinstance(value, str) else json.dumps(value, default=str)
     if isinstance(value, dict):
-        return ", ".join(
+        return "; ".join(
             f"{key}: {_within(inner, _unit(key) or unit)}" for key, inner in value.items()
         )
     if unit == "bytes_per_s":
@@ -145,7 +145,7 @@ def _short(value: Any, unit: str = "") -> str:
     if unit == "bytes":
         return f"{value / 1e6:.4g} MB"
     if unit == "s":
-        return f"{1e3 * value:.4g} ms"
+        return f"{1e3 * value:.4g} ms" if value >= 1e-4 else f"{1e6 * value:.4g} µs"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -159,7 +159,7 @@ def _unit(key: Any) -> str:
     for unit in ("bytes_per_s", "bytes"):
         if name.endswith(unit):
             return unit
-    return "s" if name.endswith("_s") else ""
+    return "s" if name.endswith("_s") or name == "seconds" else ""
 
 
 def _benchmark(report: Any) -> str:
