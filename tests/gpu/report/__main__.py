@@ -20,6 +20,7 @@ Exit status: 0 all passed, 1 something failed, was stopped, or nothing ran; 2 wr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -36,9 +37,11 @@ from .probes import NAMES as PROBES
 from .processes import end_all
 from .schedule import Schedule
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT: whoever waits for something must not catch it."""
+    """One of these signals: whoever waits for something must not catch it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,8 +128,8 @@ def _there_is_a_gpu(found: argparse.ArgumentParser) -> None:
         told = {"error": f"{done.stdout}{done.stderr}"[-300:]}
     if not told.get("count"):
         found.error(
-            f"there is no CUDA device here ({told.get('error', 'the driver has none')}): expected a GPU and its driver. To see what the "
-            "report does without one: --device sim"
+            f"there is no CUDA device here ({told.get('error', 'the driver has none')}): expected a GPU "
+            "and its driver. To see what the report does without one: --device sim"
         )
 
 
@@ -135,7 +138,7 @@ def listing() -> str:
 
 
 def _stop(number: int, _: Any) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in _STOPS:
         signal.signal(each, signal.SIG_IGN)
     end_all()
     raise Stopped(signal.Signals(number).name)
@@ -148,9 +151,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(listing())
         return 0
     schedule = Schedule(60 * options.minutes)
-    checked(found, options)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    try:
+        checked(found, options)
+    except OSError as error:  # a folder that may not be looked into
+        found.error(str(error))
+    for number in _STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or in the background
+            signal.signal(number, _stop)
     scratch = Path(tempfile.mkdtemp(prefix="distorch-report-"))
     try:
         try:
@@ -168,9 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _private(scratch: Path) -> dict[str, str]:
     """Paths that are nobody's business, and what stands for them. The longest first."""
-    home = str(Path.home())
+    home = os.environ.get("HOME", "/").rstrip("/")
     paths = {str(scratch / "tree"): "<tree>", str(scratch): "<scratch>"}
-    return paths | ({home: "~"} if home != "/" else {})
+    return paths | ({home: "~"} if home else {})
 
 
 def _reported(
@@ -186,8 +193,11 @@ def _reported(
     except Stopped as why:
         stopped = True
         report.stopped(f"stopped by {why}")
-    print("\n" + (options.out / "summary.txt").read_text())
-    print(f"{summary.last_words(report)}. The report is in {options.out}: please send all of it")
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("\n" + (options.out / "summary.txt").read_text())
+        print(
+            f"{summary.last_words(report)}. The report is in {options.out}: please send all of it"
+        )
     return 1 if stopped or report.failed or not report.ran else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import time
@@ -116,7 +117,10 @@ class Report:
 
     def conduct(self) -> None:
         for item in items.listed(self.options.inject):
-            self._item(item)
+            try:
+                self._item(item)
+            except Exception as error:  # no process could be started, say: the next item may do
+                self._own_error(item.name, error)
             self._keep()
         self._keep(done=True)
 
@@ -134,9 +138,7 @@ class Report:
         try:
             item.work(self, limit)
         except Exception as error:
-            text = traceback.format_exc()
-            message = f"the report itself: {last_line(text) or error}"
-            self.add(Result(item.name, FAILED, "report", message=message, text=text))
+            self._own_error(item.name, error)
         mine = self.results[before:]
         result = mine[0] if len(mine) == 1 and not mine[0].part else None
         if result is None:
@@ -146,6 +148,11 @@ class Report:
         self._ended(result)
         if result.bad and item.name != RERUNS:
             self._health(item.name)
+
+    def _own_error(self, item: str, error: Exception) -> None:
+        text = traceback.format_exc()
+        message = f"the report itself: {last_line(text) or error}"
+        self.add(Result(item, FAILED, "report", message=message, text=text))
 
     def _unwanted(self, item: items.Item) -> str | None:
         if item.needs_distorch and not self.usable:
@@ -197,7 +204,13 @@ class Report:
         self.pack.benchmark(self.benchmark)
         if done:
             self.pack.finish()
-        self.pack.summary(summary.told(self, self._facts, done))
+        try:
+            told = summary.told(self, self._facts, done)
+        except Exception:  # what a device told is not what was expected: the other files have it
+            told = (
+                f"the summary could not be written; see the other files\n{traceback.format_exc()}"
+            )
+        self.pack.summary(told)
 
     @property
     def ran(self) -> bool:
@@ -210,7 +223,8 @@ class Report:
         return any(result.bad for result in self.whole if result.item != RERUNS)
 
     def say(self, text: str) -> None:
-        print(f"[{self.schedule.spent():4.0f} s] {text}", flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"[{self.schedule.spent():4.0f} s] {text}", flush=True)
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         cuda = self.device == "cuda"

@@ -47,6 +47,7 @@ class Pack:
             for path, instead in (private or {}).items()
         ]
         self._index: list[str] = []
+        self._finished = False
         folder.mkdir(parents=True, exist_ok=True)
         self._held = held(folder)
         _set_aside(folder)
@@ -74,7 +75,10 @@ class Pack:
         self._append(FAILURES, _entry(result.name, text, 6 * most))
 
     def finish(self) -> None:
-        """An index before the failures."""
+        """An index before the failures, once."""
+        if self._finished:
+            return
+        self._finished = True
         lines = [f"{len(self._index)} failures", *self._index, "", ""]
         index = middle_out("\n".join(lines), self._largest // 8)
         body = (self._folder / FAILURES).read_text(errors="replace")

@@ -39,19 +39,23 @@ def grouped(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def rerun(report: Any, limit: float) -> None:
-    """One of each group that can be run again: all with blocking launches, then under memcheck."""
+    """One of each group that can be run again: with blocking launches, then under memcheck."""
     until = time.monotonic() + limit
     cases = [next((r for r in group if r.command), None) for group in grouped(report.results)]
     known = [case for case in cases if case is not None]
     if not known:
         report.add(Result(ITEM, SKIPPED, message="nothing has failed that can be run again"))
         return
+    # What hangs may take all of the time, so it comes last.
+    hanging = [case for case in known if case.status == TIMED_OUT]
+    known = [case for case in known if case.status != TIMED_OUT]
     _side_by_side(report, _again(report.device, known), until)
     memcheck = sanitizer.command("--tool", "memcheck")
     if memcheck and report.device == "cuda":
         under = [Way(case, "memcheck", [*memcheck, *case.command], {}, _MEMCHECK_S)
-                 for case in known if case.status != TIMED_OUT]  # fmt: skip
+                 for case in known]  # fmt: skip
         _side_by_side(report, under, until)
+    _side_by_side(report, _again(report.device, hanging), until)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,8 @@ def parts(report: Any) -> list[Result]:
 def _failures(report: Any) -> str:
     groups = grouped(part for part in parts(report) if part.item != "health")
     if not groups:
-        return "nothing failed" if report.ran else "nothing ran"
+        until = " until it was stopped" if any(r.status == STOPPED for r in report.whole) else ""
+        return f"nothing failed{until}" if report.ran else "nothing ran"
     lines = ["failures, by message (stacks and texts: failures.txt)"]
     for group in groups[:_MOST_GROUPS]:
         first = group[0]
