@@ -14,6 +14,7 @@ import os
 import shutil
 import sysconfig
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -101,7 +102,7 @@ def with_kit(
                 if any(map(lacks or _lacks, _modules(archive.namelist()))):
                     archive.extractall(site)
                     taken.append(wheel.name.partition("-")[0])
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{wheel.name}: {error}") from None
     there = f"{len(wheels) - len(taken)} are here already" if len(wheels) > len(taken) else ""
     notes = [

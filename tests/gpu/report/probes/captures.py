@@ -99,7 +99,7 @@ def _beside(make: Callable[[], Callable[[], object]], mode: int) -> dict[str, st
     def meanwhile() -> None:
         thread = threading.Thread(target=other, daemon=True)  # it may hang for ever
         thread.start()
-        thread.join(5)
+        thread.join(1)
 
     told = said(lambda: Runtime().captured(mode, memory.data_ptr(), meanwhile) or "captured")
     said(torch.cuda.synchronize)
