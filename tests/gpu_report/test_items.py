@@ -61,6 +61,11 @@ def test_what_building_may_help(report, ends, built):
     assert report.results[0].status in ("failed", "timed out")
 
 
+def test_cards_that_let_one_process_in():
+    assert facts.exclusive([{"compute_mode": "Default"}, {"compute_mode": "Exclusive_Process"}])
+    assert not facts.exclusive([{"compute_mode": "Default"}, {}])
+
+
 def test_a_section_that_dies_midway_has_failed(report):
     path = report.scratch / "benchmark.json"
 

@@ -105,6 +105,7 @@ def test_seven_files(run):
     # The last line's totals are junit.xml's.
     parts = printed.rpartition("tests, probes and sections: ")[2].partition(".")[0]
     assert sum(int(part.split()[0]) for part in parts.split(", ")) == len(cases)
+    assert "health: after injected-segfault: passed: answers: true" in summary
     assert "probes (simulated: says nothing about a GPU)" in summary
     assert json.loads((out / packing.BENCHMARK).read_text()) == {"simulated": True}
     everything = "".join((out / name).read_text() for name in packing.NAMES)

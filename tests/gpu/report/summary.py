@@ -106,10 +106,18 @@ def _failures(report: Any) -> str:
 def _reruns(report: Any) -> str:
     found = [r for r in report.results if r.item in (RERUNS, "health") and r.part]
     lines = [
-        _cut(f"  {r.item}: {r.part}: {r.status}{': ' + r.message if r.message else ''}")
+        _cut(f"  {r.item}: {r.part}: {r.status}{': ' + _words(r.message) if r.message else ''}")
         for r in found
     ]
     return "\n".join(["after failures", *lines]) if lines else ""
+
+
+def _words(message: str) -> str:
+    """Health tells JSON."""
+    try:
+        return _short(json.loads(message)) if message.startswith("{") else message
+    except ValueError:
+        return message
 
 
 def _probes(report: Any) -> str:
