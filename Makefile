@@ -64,13 +64,14 @@ test-gpu: ## on a CUDA device, and no skips; installs and builds nothing (GPU_PY
 
 MINUTES ?= 9
 REPORT ?= out/gpu-report
-gpu-report: ## what an owner of a GPU can run and send in: seven files in REPORT (docs/gpu.md)
+gpu-report: ## what an owner of a GPU can run and send in: seven files in REPORT, in MINUTES (9) at most
 	$(GPU_PYTHON) -m tests.gpu.report --minutes $(MINUTES) --out $(REPORT)
 
 # racecheck looks at memory that threads share; only our kernels are to be judged there, and they
 # run without PyTorch's cache in memcheck, which would hide what lies beyond the end of a block.
-SANITIZER ?= compute-sanitizer
-SANITIZE := DISTORCH_REQUIRE_CUDA=1 $(SANITIZER) --error-exitcode 9 --target-processes all
+# The toolkit's folder is often not on the PATH. What CUDA refuses an engine that asks is no error.
+SANITIZER ?= $(or $(shell PATH="$$PATH:$(CUDA_HOME)/bin:/usr/local/cuda/bin"; command -v compute-sanitizer),compute-sanitizer)
+SANITIZE = DISTORCH_REQUIRE_CUDA=1 $(SANITIZER) --error-exitcode 9 --target-processes all --report-api-errors no
 sanitizer-there:
 	@command -v "$(SANITIZER)" > /dev/null || { echo "there is no $(SANITIZER) on the PATH: it comes \
 	with the CUDA Toolkit (bin/compute-sanitizer); give SANITIZER=/where/it/is"; exit 2; }

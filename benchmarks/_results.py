@@ -41,8 +41,15 @@ class Results:
         temporary.write_text(json.dumps(self.found, indent=1) + "\n")
         temporary.replace(self._path)
 
+    def section(self, name: str, rows: Iterable[Row]) -> None:
+        """All of a section: "done" names it once it has ended, so that half a section is told."""
+        done = [other for other in self.found.get("done", []) if other != name]
+        self.put("done", done)
+        self.add(name, rows)
+        self.put("done", [*done, name])
+
     def add(self, name: str, rows: Iterable[Row]) -> None:
-        """A section, row by row as they are measured."""
+        """Rows, one by one as they are measured."""
         kept: list[Row] = []
         for row in rows:
             tqdm.write(f"{name}: {json.dumps(row)}")

@@ -21,20 +21,22 @@ measured. A file that is there already keeps its other sections, so that several
 fill one file; overlap takes the link's rate from it, or measures it.
 
 Meant to take less than 70 s for links, kernels and hook, and less than 100 s for overlap and
-systems, on an H100. An estimate, made before it ran on one: 15 s to start a process. links: 3 kinds
-of copies of 2 GB, 16 times, at 25 GB/s, 4 s, and 4 s to pin and fill memory. kernels: 9 of them and
-a copy, 3 s. hook: 12 operators, plain and in the ring, 61 turns of 300 calls of 20 us, 9 s. That is
-35 s. overlap: 5 GB pinned and filled 4 times, 8 s; 4 shares, 2 steps to begin with and 15 more, or
-as many as 2 s hold, 10 s. systems: 8 of them, for each 1 s to make the weights, 3 s to offload and
-pin them, 4 steps beside those that count, and 15 of these, or as many as 2 s hold (3 at least). A
-step takes 50 ms resident, 0.2 s at the link's rate, 0.5 to 1.5 s through memory that is not pinned:
-7 s each on average, 56 s. That is 89 s. FlexTensor would add about 8 s.
+systems, on an H100. That is an estimate: it has not run on one yet.
 
 With --device sim, or cpu (systems only), all runs tiny on the simulated accelerator, in its virtual
 time, or on the host: to see that it runs. These figures say nothing about any GPU. Group offloading
 is left out on the simulated one: it puts device memory into the host's tensors, which PyTorch
 refuses for devices that were registered at run time.
 """
+
+# The estimate: 15 s to start a process. links: 3 kinds of copies of 2 GB, 16 times, at 25 GB/s, 4
+# s, and 4 s to pin and fill memory. kernels: 9 of them and a copy, 3 s. hook: 12 operators, plain
+# and in the ring, 61 turns of 300 calls of 20 us, 9 s. That is 35 s. overlap: 5 GB pinned and
+# filled 4 times, 8 s; 4 shares, 2 steps to begin with and 15 more, or as many as 2 s hold, 10 s.
+# systems: 8 of them, for each 1 s to make the weights, 3 s to offload and pin them, 4 steps beside
+# those that count, and 15 of these, or as many as 2 s hold (3 at least). A step takes 50 ms
+# resident, 0.2 s at the link's rate, 0.5 to 1.5 s through memory that is not pinned: 7 s each on
+# average, 56 s. That is 89 s. FlexTensor would add about 8 s.
 
 from __future__ import annotations
 
@@ -184,6 +186,9 @@ def _link(bench: Bench, donor: str) -> Row:
 
 def kernels(bench: Bench) -> Iterator[Row]:
     """A copy, then every code to bfloat16, and merges into bfloat16."""
+    if not _ops.can_decode(bench.device):
+        yield {"error": "distorch was built without kernels for CUDA: DISTORCH_CUDA=1 says why"}
+        return
     rows, columns = bench.matrix
     into = torch.empty(rows, columns, dtype=torch.bfloat16, device=bench.device)
     copied = _kernel(bench, "copy on the device", into, torch.empty_like(into), None)
@@ -397,8 +402,6 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
             f"{torch.version.cuda}): expected a GPU, its driver, and a torch for CUDA. To see "
             "this program run without one: --device sim"
         )
-    if not _ops.can_decode(torch.device("cuda")):
-        parser.error("distorch was built without kernels for CUDA: DISTORCH_CUDA=1 says why")
     torch.cuda.set_device(0)
 
 
@@ -409,7 +412,7 @@ def measure(bench: Bench, chosen: list[str], results: Results) -> None:
     """Every section that was chosen, into the results as it comes."""
     for name, section in (("links", links), ("kernels", kernels), ("hook", hook)):
         if name in chosen:
-            results.add(name, section(bench))
+            results.section(name, section(bench))
     if {"overlap", "systems"} & set(chosen):
         results.put("model", {
             "blocks": [bench.size.double, bench.size.single],
@@ -420,10 +423,10 @@ def measure(bench: Bench, chosen: list[str], results: Results) -> None:
         if "links" not in results.found:
             quick = dataclasses.replace(bench, rounds=min(3, bench.rounds))
             results.add("links", iter([_link(quick, "cpu")]))
-        results.add("overlap", overlap(bench, best_plain(results.found["links"][0])))
+        results.section("overlap", overlap(bench, best_plain(results.found["links"][0])))
         bench.settle()
     if "systems" in chosen:
-        results.add("systems", systems(bench))
+        results.section("systems", systems(bench))
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ def test_on_the_simulated_accelerator(tmp_path):
     run(*options, "hook", "overlap", "systems")
     found = json.loads(path.read_text())
     assert found["card"] == "none: sim"
+    assert found["done"] == ["links", "kernels", "hook", "overlap", "systems"]
     assert found["links"] == links  # the rate of overlap is taken from there
     host, peer = links
     assert [host["from"], peer["from"]] == ["cpu", "sim:1"]
@@ -84,6 +85,7 @@ def test_a_killed_run_leaves_what_it_measured(tmp_path):
     run(*options, before=killed, status=9)
     found = json.loads(path.read_text())
     assert [row["system"] for row in found["systems"]] == ["resident", "distorch"]
+    assert found["done"] == []
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,7 +1,10 @@
 """What is sent in: seven files, none beyond the cap, whatever came of the items."""
 
 import json
+import os
 from xml.etree import ElementTree
+
+import pytest
 
 from tests.accelerator import kernels
 from tests.gpu.report import packing, reruns, sanitizer
@@ -34,6 +37,7 @@ def test_files_stay_below_the_cap(tmp_path):
     pack.facts({"much": text})
     pack.benchmark({"links": [1]})
     pack.summary(text)
+    pack.finish()
     files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert set(files) == set(packing.NAMES)
     assert max(files.values()) <= cap
@@ -42,6 +46,27 @@ def test_files_stay_below_the_cap(tmp_path):
     lines = (tmp_path / "out" / packing.RESULTS).read_text().splitlines()
     assert all(json.loads(line)["status"] == FAILED for line in lines)
     ElementTree.parse(tmp_path / "out" / packing.JUNIT)
+
+
+def test_two_reports_into_one_folder(tmp_path):
+    """Never at the same time; and what was there is kept."""
+    for number in range(3):
+        pack = packing.Pack(tmp_path)
+        with pytest.raises(OSError, match="another report is writing"):
+            packing.Pack(tmp_path)
+        pack.summary(f"report {number}")
+        os.close(pack._held)
+    names = ("earlier", "earlier-2", ".")
+    kept = [(tmp_path / name / packing.SUMMARY).read_text() for name in names]
+    assert kept == ["report 0", "report 1", "report 2"]
+
+
+def test_paths_that_are_private(tmp_path):
+    private = {"/home/me/scratch": "<scratch>", "/home/me": "~"}
+    pack = packing.Pack(tmp_path, private=private)
+    pack.facts({"a": "/home/me/scratch/x", "b": "/home/me/y", "c": "/home/mean", "d": "/home/me"})
+    found = json.loads((tmp_path / packing.FACTS).read_text())
+    assert list(found.values()) == ["<scratch>/x", "~/y", "/home/mean", "~"]
 
 
 def test_the_last_log_has_room_too(tmp_path):

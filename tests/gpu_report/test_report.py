@@ -89,19 +89,36 @@ def test_seven_files(run):
     assert "killed by SIGSEGV" in summary
     failures = (out / packing.FAILURES).read_text()
     assert "in hang" in failures
+    assert failures.splitlines()[0] == f"{2 * len(items.FAULTS)} failures"
+    assert failures.splitlines()[1].startswith("  injected-segfault: crashed: ")
     assert "in segfault" in failures
     assert "replaced, since the device was sick" in (out / packing.LOGS).read_text()
     facts = json.loads((out / packing.FACTS).read_text())
     assert facts["distorch"]
     assert facts["packages"]["torch"]
-    cases = ElementTree.parse(out / packing.JUNIT).findall(".//testcase")
+    tree = ElementTree.parse(out / packing.JUNIT)
+    cases = tree.findall(".//testcase")
     assert {"test_threads", "test_hang"} <= {case.get("name") for case in cases}
+    suite = tree.find("testsuite")
+    assert int(suite.get("tests")) == len(cases)
+    assert int(suite.get("errors")) == len(tree.findall(".//error"))
+    # The last line's totals are junit.xml's.
+    parts = printed.rpartition("tests, probes and sections: ")[2].partition(".")[0]
+    assert sum(int(part.split()[0]) for part in parts.split(", ")) == len(cases)
+    assert "health: after injected-segfault: passed: answers: true" in summary
+    assert "probes (simulated: says nothing about a GPU)" in summary
+    assert json.loads((out / packing.BENCHMARK).read_text()) == {"simulated": True}
+    everything = "".join((out / name).read_text() for name in packing.NAMES)
+    assert f"{Path.home()}/" not in everything
+    assert "distorch-report-" not in everything
 
 
 def test_the_deadline_is_said(tmp_path):
     """What no longer fits is skipped, and says so."""
     out = tmp_path / "out"
-    report("--device", "sim", "--minutes", "0.05", "--out", str(out), status=0)
+    done = report("--device", "sim", "--minutes", "0.05", "--out", str(out), status=1)
+    assert "nothing ran" in done.stdout
+    assert "nothing failed" not in done.stdout
     found = {line["item"]: line for line in lines_of(out)}
     assert set(found) == set(items.names())
     assert found["facts"]["status"] == "passed"
@@ -123,7 +140,12 @@ def test_told_to_stop(tmp_path):
     assert process.returncode == 1
     assert "stopped by SIGTERM" in printed
     assert "stopped by SIGTERM" in (out / packing.SUMMARY).read_text()
-    assert lines_of(out)[0]["item"] == "facts"
+    found = {line["item"]: line["status"] for line in lines_of(out)}
+    assert found["facts"] == "passed"
+    assert found["injected-hang"] == "stopped"
+    assert found["tests"] == "skipped"
+    assert set(found) == {"injected-hang", *items.names()}
+    assert (out / packing.FAILURES).read_text() == "nothing failed\n"
 
 
 @pytest.mark.parametrize(
@@ -132,12 +154,19 @@ def test_told_to_stop(tmp_path):
         ([], "expected --out DIR"),
         (["--out", "tests"], "has other files in it"),
         (["--out", "out/new", "--minutes", "0"], "expected --minutes above 0"),
-        (["--out", "out/new", "--kit", "tests"], "not a kit"),
+        (["--out", "out/new", "--minutes", "nan"], "expected --minutes above 0"),
+        (
+            ["--out", "out/new", "--kit", "tests"],
+            "not a kit: expected kit.json, made by make gpu-kit",
+        ),
+        (["--out", "/proc/new", "--device", "sim"], "nothing was run: "),
         (["--out", "out/new", "--only", "everything"], "invalid choice: 'everything'"),
     ],
 )
 def test_wrong_use(options, said):
-    assert said in report(*options, status=2).stderr
+    told = report(*options, status=2).stderr
+    assert said in told
+    assert len(told.splitlines()) == 1
 
 
 def test_without_a_gpu():
@@ -145,6 +174,7 @@ def test_without_a_gpu():
     done = report("--out", "out/new", status=2)
     assert "there is no CUDA device here" in done.stderr
     assert "--device sim" in done.stderr
+    assert "{" not in done.stderr
 
 
 def test_help_and_list():

@@ -55,6 +55,18 @@ def test_a_hang_tells_its_stack(run):
     assert time.monotonic() - start < 1 + AMPLE_S
 
 
+def test_one_that_goes_on_no_more(tmp_path):
+    """Its file is as good as a log: it hangs when no row comes."""
+    program = "import time, pathlib; pathlib.Path('rows').write_text(''); time.sleep(1e6)"
+    watched = runner.Watched(tmp_path / "rows", 1.0)
+    ended = runner.run(
+        [sys.executable, "-c", program], limit=10 * AMPLE_S, cwd=tmp_path, env=os.environ,
+        scratch=tmp_path, watched=watched,
+    )  # fmt: skip
+    assert ended.timed_out
+    assert 1 <= ended.seconds < AMPLE_S
+
+
 def test_one_that_will_not_end_is_killed(run):
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)"
     ended = run(sys.executable, "-c", program, limit=1.0)

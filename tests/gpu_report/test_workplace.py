@@ -32,6 +32,9 @@ def kit(tmp_path):
     (folder / "wheels").mkdir()
     with zipfile.ZipFile(folder / "wheels" / "pure-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("pure_of_the_kit/__init__.py", "value = 1")
+    with zipfile.ZipFile(folder / "wheels" / "tqdm-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tqdm/__init__.py", "older = True")
+        wheel.writestr("tqdm-1.dist-info/METADATA", "")
     (folder / "kit.json").write_text(json.dumps({"abi": ABI, "torch": "0.1", "commit": "abc"}))
     return folder
 
@@ -50,6 +53,15 @@ def test_a_kit_that_fits(tree, kit, tmp_path):
     assert (place.site / "pure_of_the_kit" / "__init__.py").exists()
     assert place.environment()["PYTHONPATH"].split(":")[:2] == [str(place.folder), str(place.site)]
     assert "built for torch 0.1" in " ".join(place.notes)
+    # What this Python has itself stays what it was.
+    assert not (place.site / "tqdm").exists()
+    assert "3 libraries and 1 of 2 packages (pure; 1 are here already)" in place.notes[0]
+
+
+def test_a_wheel_that_is_broken(tree, kit, tmp_path):
+    (kit / "wheels" / "pure-1-py3-none-any.whl").write_text("half")
+    with pytest.raises(ValueError, match="pure-1-py3-none-any.whl: File is not a zip file"):
+        workplace.prepared(kit, tmp_path / "scratch", tree)
 
 
 def test_a_kit_for_another_python(tree, kit, tmp_path):

@@ -14,34 +14,45 @@ What no longer fits is said to be skipped. DIR gets seven files, which are writt
   logs.txt        what every process printed, head and tail
   benchmark.json  what was measured
 
-Exit status: 0 all passed, 1 something failed or was stopped, 2 wrong use.
+Exit status: 0 all passed, 1 something failed, was stopped, or nothing ran; 2 wrong use.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import items, summary, workplace
 from .conductor import Report, forget
-from .packing import NAMES, Pack
+from .packing import EARLIER, NAMES, Pack
 from .probes import NAMES as PROBES
 from .processes import end_all
 from .schedule import Schedule
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT: whoever waits for something must not catch it."""
+    """One of these signals: whoever waits for something must not catch it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="python -m tests.gpu.report", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -75,12 +86,16 @@ def checked(found: argparse.ArgumentParser, options: argparse.Namespace) -> None
     """Ends with an error that says what to do."""
     if options.out is None:
         found.error("expected --out DIR, a folder for the files of the report")
-    if options.minutes <= 0 or options.jobs < 1:
-        found.error("expected --minutes above 0, and --jobs 1 or more")
+    if not 0 < options.minutes < float("inf") or options.jobs < 1:
+        found.error("expected --minutes above 0 (a number), and --jobs 1 or more")
     if options.out.exists() and not options.out.is_dir():
         found.error(f"{options.out} is not a folder")
     others = (
-        [p.name for p in options.out.glob("*") if p.name not in NAMES]
+        [
+            p.name
+            for p in options.out.glob("*")
+            if p.name not in NAMES and not p.name.startswith(EARLIER)
+        ]
         if options.out.exists()
         else []
     )
@@ -105,13 +120,16 @@ def _there_is_a_gpu(found: argparse.ArgumentParser) -> None:
         done = subprocess.run(
             command, cwd=workplace.ROOT, capture_output=True, text=True, timeout=20, check=False
         )
-        said = done.stdout.strip() or done.stderr.strip()[-300:]
     except subprocess.TimeoutExpired:
         found.error("the CUDA driver does not answer within 20 s")
-    if done.returncode != 0 or '"count": 0' in said:
+    try:
+        told = json.loads(done.stdout)
+    except ValueError:
+        told = {"error": f"{done.stdout}{done.stderr}"[-300:]}
+    if not told.get("count"):
         found.error(
-            f"there is no CUDA device here ({said}): expected a GPU and its driver. To see what the "
-            "report does without one: --device sim"
+            f"there is no CUDA device here ({told.get('error', 'the driver has none')}): expected a GPU "
+            "and its driver. To see what the report does without one: --device sim"
         )
 
 
@@ -120,7 +138,7 @@ def listing() -> str:
 
 
 def _stop(number: int, _: Any) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in _STOPS:
         signal.signal(each, signal.SIG_IGN)
     end_all()
     raise Stopped(signal.Signals(number).name)
@@ -133,30 +151,54 @@ def main(arguments: list[str] | None = None) -> int:
         print(listing())
         return 0
     schedule = Schedule(60 * options.minutes)
-    checked(found, options)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    try:
+        checked(found, options)
+    except OSError as error:  # a folder that may not be looked into
+        found.error(str(error))
+    for number in _STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or in the background
+            signal.signal(number, _stop)
     scratch = Path(tempfile.mkdtemp(prefix="distorch-report-"))
     try:
-        return _reported(options, schedule, scratch)
+        try:
+            place = workplace.prepared(options.kit, scratch)
+            pack = Pack(options.out, private=_private(scratch))
+        except (OSError, ValueError) as error:
+            found.error(f"nothing was run: {error}")
+        return _reported(options, schedule, scratch, place, pack)
+    except Stopped as why:
+        print(f"stopped by {why}, before anything was run", file=sys.stderr)
+        return 1
     finally:
         forget(scratch)
 
 
-def _reported(options: argparse.Namespace, schedule: Schedule, scratch: Path) -> int:
-    place = workplace.prepared(options.kit, scratch)
+def _private(scratch: Path) -> dict[str, str]:
+    """Paths that are nobody's business, and what stands for them. The longest first."""
+    home = os.environ.get("HOME", "/").rstrip("/")
+    paths = {str(scratch / "tree"): "<tree>", str(scratch): "<scratch>"}
+    return paths | ({home: "~"} if home else {})
+
+
+def _reported(
+    options: argparse.Namespace, schedule: Schedule, scratch: Path, place: workplace.Workplace,
+    pack: Pack,
+) -> int:  # fmt: skip
     known = workplace.read_kit(options.kit) if options.kit else {}
     commit = known.get("commit") if place.folder != workplace.ROOT else None
-    report = Report(options, Pack(options.out), place, scratch, schedule, commit)
+    report = Report(options, pack, place, scratch, schedule, commit)
     stopped = False
     try:
         report.conduct()
     except Stopped as why:
         stopped = True
         report.stopped(f"stopped by {why}")
-    print("\n" + (options.out / "summary.txt").read_text())
-    print(f"{summary.last_words(report)}. The report is in {options.out}: please send all of it")
-    return 1 if stopped or report.failed else 0
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("\n" + (options.out / "summary.txt").read_text())
+        print(
+            f"{summary.last_words(report)}. The report is in {options.out}: please send all of it"
+        )
+    return 1 if stopped or report.failed or not report.ran else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PARENT = "DISTORCH_REPORT_PARENT"  # the report's process
 # What workers are told (worker.py).
 CHANNEL = "DISTORCH_REPORT_CHANNEL"  # two descriptors: where ids come from, where lines go to
 DEVICE = "DISTORCH_REPORT_DEVICE"
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_PTRACER = 1, 0x59616D61
 
 
 def watch() -> None:
@@ -31,9 +31,12 @@ def watch() -> None:
     stream = Path(f"{path}.{os.getpid()}").open("a")  # noqa: SIM115 - for the life of the process
     faulthandler.enable(stream, all_threads=True)
     faulthandler.register(signal.SIGUSR1, stream, all_threads=True, chain=False)
-    if os.environ.get(PARENT) == str(os.getppid()):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError, AttributeError):
+        prctl = ctypes.CDLL(None).prctl
+        # A debugger is no parent of this process: Yama forbids it to attach, unless told.
+        prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+        if os.environ.get(PARENT) == str(os.getppid()):
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:

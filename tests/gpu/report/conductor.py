@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 import time
@@ -16,13 +17,13 @@ from .child import DEVICE
 from .packing import Pack
 from .processes import end_all
 from .reruns import ITEM as RERUNS
-from .results import FAILED, SKIPPED, Result, last_line, whole
-from .runner import Ended, run
+from .results import FAILED, SKIPPED, STOPPED, Result, counted, last_line, whole
+from .runner import Ended, Watched, run
 from .schedule import Schedule
 from .workers import Pool, Suite
 from .workplace import ROOT, Workplace, copied
 
-_HEALTH_S = {"cuda": 5.0, "sim": 15.0}  # the simulated device needs torch to be imported
+_HEALTH_S = 15.0  # a driver that makes a context takes seconds, and so does importing torch
 
 
 class Report:
@@ -37,9 +38,11 @@ class Report:
         self.device: str = options.device
         self.results: list[Result] = []  # items and parts, in the order in which they ended
         self.whole: list[Result] = []  # items only
-        self.benchmark: dict[str, Any] = {}
+        self.benchmark: dict[str, Any] = {} if self.device == "cuda" else {"simulated": True}
         self.usable = True  # distorch can be imported
         self._facts: dict[str, Any] = {}
+        self._running: tuple[items.Item, float, int] | None = None  # since when, from which result
+        self._alone = False
 
     # ---- what items use ----
 
@@ -53,11 +56,12 @@ class Report:
             self.say(f"  {result.status}: {result.name}: {result.message[:160]}")
 
     def run(
-        self, title: str, command: Sequence[str], limit: float, env: Mapping[str, str] | None = None
-    ) -> Ended:
+        self, title: str, command: Sequence[str], limit: float, env: Mapping[str, str] | None = None,
+        watched: Watched | None = None,
+    ) -> Ended:  # fmt: skip
         ended = run(
             command, limit=limit, cwd=self.workplace.folder, env=self._environment(env or {}),
-            scratch=self.scratch, grace=self.schedule.grace(),
+            scratch=self.scratch, grace=self.schedule.grace(), watched=watched,
         )  # fmt: skip
         self.pack.log(f"{title} ({ended.how}, {ended.seconds:.1f} s)", ended.log)
         return ended
@@ -74,6 +78,19 @@ class Report:
         )  # fmt: skip
         jobs = self.options.jobs
         Pool(suite, jobs, until, self.schedule.grace, self.add, self.pack.log).run()
+
+    def one_at_a_time(self) -> None:
+        """The card lets one process in."""
+        self._alone = True
+        self.options.jobs = 1
+        self.workplace.notes.append(
+            "the card's compute mode is exclusive: one process at a time, and tests and probes that "
+            "start processes of their own fail (nvidia-smi -c 0 changes it)"
+        )
+        self.say(self.workplace.notes[-1])
+
+    def side_by_side(self, most: int) -> int:
+        return 1 if self._alone else most
 
     def tell_facts(self, facts: Mapping[str, Any]) -> None:
         self._facts |= facts
@@ -100,7 +117,10 @@ class Report:
 
     def conduct(self) -> None:
         for item in items.listed(self.options.inject):
-            self._item(item)
+            try:
+                self._item(item)
+            except Exception as error:  # no process could be started, say: the next item may do
+                self._own_error(item.name, error)
             self._keep()
         self._keep(done=True)
 
@@ -114,24 +134,29 @@ class Report:
             return
         self.say(f"{item.name}: starts, {limit:.0f} s at most")
         start, before = time.monotonic(), len(self.results)
+        self._running = (item, start, before)
         try:
             item.work(self, limit)
         except Exception as error:
-            text = traceback.format_exc()
-            message = f"the report itself: {last_line(text) or error}"
-            self.add(Result(item.name, FAILED, "report", message=message, text=text))
+            self._own_error(item.name, error)
         mine = self.results[before:]
         result = mine[0] if len(mine) == 1 and not mine[0].part else None
         if result is None:
             result = whole(item.name, mine, 0.0)
         result.seconds = time.monotonic() - start
+        self._running = None
         self._ended(result)
         if result.bad and item.name != RERUNS:
             self._health(item.name)
 
+    def _own_error(self, item: str, error: Exception) -> None:
+        text = traceback.format_exc()
+        message = f"the report itself: {last_line(text) or error}"
+        self.add(Result(item, FAILED, "report", message=message, text=text))
+
     def _unwanted(self, item: items.Item) -> str | None:
         if item.needs_distorch and not self.usable:
-            return "distorch does not import"
+            return "import has failed"
         asked = not self.options.only or item.name in self.options.only
         if item.name.startswith("injected-") or (asked and item.name not in self.options.skip):
             return None
@@ -148,9 +173,10 @@ class Report:
     def _health(self, item: str) -> None:
         """Whether the device has survived what failed."""
         command = [sys.executable, "-m", "tests.gpu.report.health", self.device]
-        ended = self.run(
-            f"health after {item}", command, min(_HEALTH_S[self.device], self.schedule.grace())
-        )
+        if self.schedule.to_the_end() < _HEALTH_S:
+            self.add(Result("health", SKIPPED, f"after {item}", message="no time"))
+            return
+        ended = self.run(f"health after {item}", command, _HEALTH_S)
         result = Result("health", "passed" if ended.ok else FAILED, f"after {item}", ended.seconds)
         result.message = last_line(ended.log) if not ended.timed_out else ended.how
         self.add(result)
@@ -158,26 +184,53 @@ class Report:
     def stopped(self, why: str) -> None:
         """Somebody ends the report: everything that runs ends, and what there is is packed."""
         end_all()
-        self._ended(Result("report", FAILED, message=why))
+        if self._running is not None:
+            item, start, before = self._running
+            parts = ", ".join(
+                f"{n} {status}" for status, n in counted(self.results[before:]).items()
+            )
+            message = f"{why}; until then {parts or 'nothing'}"
+            self._ended(Result(item.name, STOPPED, "", time.monotonic() - start, message))
+        ended = {result.item for result in self.whole}
+        for item in items.listed(self.options.inject):
+            if item.name not in ended:
+                self._ended(Result(item.name, SKIPPED, message=self._unwanted(item) or why))
         self._keep(done=True)
 
     def _keep(self, done: bool = False) -> None:
         """Files that are written anew after every item."""
         left_out = (RERUNS, "health")  # evidence about failures, not failures
-        self.pack.junit([r for r in self.results if r.item not in left_out and r not in self.whole])
-        self.pack.summary(summary.told(self, self._facts, done))
+        self.pack.junit([r for r in summary.parts(self) if r.item not in left_out])
+        self.pack.benchmark(self.benchmark)
+        if done:
+            self.pack.finish()
+        try:
+            told = summary.told(self, self._facts, done)
+        except Exception:  # what a device told is not what was expected: the other files have it
+            told = (
+                f"the summary could not be written; see the other files\n{traceback.format_exc()}"
+            )
+        self.pack.summary(told)
+
+    @property
+    def ran(self) -> bool:
+        """Whether anything did that could fail; facts alone are what was asked for, or nothing."""
+        about = [] if self.options.only == ["facts"] else ["facts"]
+        return any(r.status != SKIPPED for r in self.whole if r.item not in about)
 
     @property
     def failed(self) -> bool:
         return any(result.bad for result in self.whole if result.item != RERUNS)
 
     def say(self, text: str) -> None:
-        print(f"[{self.schedule.spent():4.0f} s] {text}", flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"[{self.schedule.spent():4.0f} s] {text}", flush=True)
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         cuda = self.device == "cuda"
         return {
             **self.workplace.environment(), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+            "DISTORCH_REPORT_TREE": str(ROOT),
             "DISTORCH_REQUIRE_CUDA": "1" if cuda else "0", DEVICE: self.device,
             **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""}), **more,
         }  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,18 +17,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .tools import where
+
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "accelerate", "gguf",
     "peft", "pytest", "psutil",
 )  # fmt: skip
-TOOLS = ("nvcc", "compute-sanitizer", "cuda-gdb", "nvidia-smi", "g++")
+TOOLS = ("nvcc", "compute-sanitizer", "cuda-gdb", "gdb", "nvidia-smi", "g++", "gcc", "cc", "clang",
+         "ninja")  # fmt: skip
+NO_CUDA = 3  # the exit status where torch sees no device: building distorch would not help
 _SETTINGS = ("CUDA_", "NVIDIA_", "PYTORCH_", "TORCH", "DISTORCH_", "NCCL_", "OMP_", "MKL_", "LD_")
 _SMI = (
-    "name", "driver_version", "memory.total", "memory.used", "pcie.link.gen.current",
+    "name", "driver_version", "memory.total", "memory.free", "pcie.link.gen.current",
     "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max", "compute_cap",
     "power.limit", "clocks.max.sm", "clocks.max.memory", "temperature.gpu", "ecc.mode.current",
     "compute_mode", "mig.mode.current",
 )  # fmt: skip
+_LINK = tuple(name for name in _SMI if name.startswith("pcie"))
 
 
 def got(facts: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -53,9 +57,10 @@ def host(commit: str | None, root: Path) -> dict[str, Any]:
         "cores": os.cpu_count,
         "usable cores": lambda: len(os.sched_getaffinity(0)),
         "memory": lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory, available": _available,
         "locked memory limit": _locked,
         "packages": _packages,
-        "tools": lambda: {tool: shutil.which(tool) for tool in TOOLS},
+        "tools": lambda: {tool: where(tool) for tool in TOOLS},
         "environment": _environment,
         "commit": lambda: commit or _commit(root),
         "gpus": _gpus,
@@ -67,6 +72,13 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "not told"
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise ValueError("the kernel does not tell")
 
 
 def _locked() -> list[int]:
@@ -109,6 +121,16 @@ def _gpus() -> list[dict[str, str]]:
         return _queried(_SMI[:3])
 
 
+def links() -> Any:
+    """How the cards' links are now. A card that idles tells a slower one than it has."""
+    return got({"links": lambda: _queried(_LINK)})["links"]
+
+
+def exclusive(gpus: Any) -> bool:
+    """Whether a card lets one process in at a time."""
+    return any("exclusive" in gpu.get("compute_mode", "").lower() for gpu in gpus)
+
+
 def _queried(names: Sequence[str]) -> list[dict[str, str]]:
     text = _said("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
     return [
@@ -143,5 +165,21 @@ def of_torch(device: str) -> dict[str, Any]:
     })  # fmt: skip
 
 
+def without_cuda() -> str:
+    """Why torch sees no device, as far as its versions tell; "" if it sees one."""
+    import torch
+
+    from .health import driver_for
+
+    if torch.cuda.is_available():
+        return ""
+    return (f"torch {torch.__version__}, which is built for CUDA {torch.version.cuda}, sees no "
+            f"device; the driver is for CUDA {got({'': driver_for})['']}")  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(json.dumps(of_torch(sys.argv[1]), default=str))
+    print(json.dumps(of_torch(sys.argv[1]), default=str), flush=True)
+    trouble = without_cuda() if sys.argv[1] == "cuda" else ""
+    if trouble:
+        print(trouble)
+        sys.exit(NO_CUDA)

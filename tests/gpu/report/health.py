@@ -37,6 +37,13 @@ class Driver:
         return found.value
 
 
+def driver_for() -> str:
+    """The newest CUDA that the driver knows."""
+    found = ctypes.c_int()
+    Driver().call("cuDriverGetVersion", ctypes.byref(found))
+    return f"{found.value // 1000}.{found.value % 1000 // 10}"
+
+
 def cuda() -> dict[str, Any]:
     """Memory of the first device is filled, and read back."""
     driver = Driver()

@@ -6,8 +6,12 @@ of the room that is left, so that there is always some for the next.
 
 from __future__ import annotations
 
+import collections
+import fcntl
+import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,19 +24,33 @@ from .results import CRASHED, FAILED, SKIPPED, TIMED_OUT, Result
 FACTS, RESULTS, JUNIT = "facts.json", "results.jsonl", "junit.xml"
 LOGS, BENCHMARK, FAILURES, SUMMARY = "logs.txt", "benchmark.json", "failures.txt", "summary.txt"
 NAMES = (FACTS, RESULTS, JUNIT, LOGS, BENCHMARK, FAILURES, SUMMARY)
+EARLIER = "earlier"  # where an earlier report's files go
 LARGEST = 16 << 20  # bytes
 _MOST_TEXT = 16 << 10  # of one failure; its stacks may take four times as much
-_TAGS = {FAILED: "failure", CRASHED: "error", TIMED_OUT: "error"}
+_TAGS = {FAILED: "failure", CRASHED: "error", TIMED_OUT: "error", SKIPPED: "skipped"}
 
 
 class Pack:
-    """A folder with exactly these files."""
+    """A folder with exactly these files. OSError: it cannot be made, or is another report's.
 
-    def __init__(self, folder: Path, largest: int = LARGEST) -> None:
+    `private` says what is written instead of paths that nobody needs to know.
+    """
+
+    def __init__(
+        self, folder: Path, largest: int = LARGEST, private: Mapping[str, str] | None = None
+    ) -> None:
         self._folder = folder
         self._largest = largest
         self._lock = threading.Lock()  # of the files: logs come from several threads
+        self._private = [
+            (re.compile(re.escape(path) + r"(?![\w.-])"), instead)
+            for path, instead in (private or {}).items()
+        ]
+        self._index: list[str] = []
+        self._finished = False
         folder.mkdir(parents=True, exist_ok=True)
+        self._held = held(folder)
+        _set_aside(folder)
         for name in NAMES:
             (folder / name).write_text("")
         self.facts({})
@@ -49,11 +67,24 @@ class Pack:
         self._append(LOGS, _entry(title, text, min(2 * CAP, self._room(LOGS) // 4)))
 
     def failure(self, result: Result) -> None:
+        self._index.append(_line(f"{result.name}: {result.status}: {result.message}"))
         most = min(_MOST_TEXT, self._room(FAILURES) // 8)
         text = f"{result.status}: {result.message}\n\n{middle_out(result.text, most)}\n"
         if result.stacks:
             text += f"\nstacks:\n{middle_out(result.stacks, 4 * most)}\n"
         self._append(FAILURES, _entry(result.name, text, 6 * most))
+
+    def finish(self) -> None:
+        """An index before the failures, once."""
+        if self._finished:
+            return
+        self._finished = True
+        lines = [f"{len(self._index)} failures", *self._index, "", ""]
+        index = middle_out("\n".join(lines), self._largest // 8)
+        body = (self._folder / FAILURES).read_text(errors="replace")
+        most = self._largest - len(index.encode(errors="replace")) - 100
+        text = index + middle_out(body, most) if self._index else "nothing failed\n"
+        self._replace(FAILURES, text)
 
     def facts(self, facts: Mapping[str, Any]) -> None:
         self._replace(FACTS, self._json(facts))
@@ -66,20 +97,27 @@ class Pack:
 
     def junit(self, results: Iterable[Result]) -> None:
         """What CI systems read. It holds as many tests as fit."""
-        head = '<?xml version="1.0" encoding="utf-8"?>\n<testsuites><testsuite name="gpu-report">\n'
         tail = "</testsuite></testsuites>\n"
-        cases, size = [], len(head) + len(tail)
+        cases, kept, size = [], [], 1000
         for result in results:
             case = _case(result)
             size += len(case.encode())
             if size < self._largest:
                 cases.append(case)
+                kept.append(result)
+        tags = collections.Counter(_TAGS.get(result.status) for result in kept)
+        head = (
+            '<?xml version="1.0" encoding="utf-8"?>\n<testsuites><testsuite name="gpu-report" '
+            f'tests="{len(kept)}" failures="{tags["failure"]}" errors="{tags["error"]}" '
+            f'skipped="{tags["skipped"]}" time="{sum(r.seconds for r in kept):.3f}">\n'
+        )
         self._replace(JUNIT, head + "".join(cases) + tail)
 
     def _room(self, name: str) -> int:
         return self._largest - (self._folder / name).stat().st_size
 
     def _append(self, name: str, text: str) -> None:
+        text = self._public(text)
         with self._lock, (self._folder / name).open("a", errors="replace") as file:
             if len(text.encode(errors="replace")) > self._room(name):
                 return
@@ -90,14 +128,47 @@ class Pack:
     def _replace(self, name: str, text: str) -> None:
         """At one blow: who kills the report finds the old file or the new one."""
         part = self._folder / f".{name}"
-        part.write_text(text, errors="replace")
+        part.write_text(self._public(text), errors="replace")
         part.replace(self._folder / name)
+
+    def _public(self, text: str) -> str:
+        for pattern, instead in self._private:
+            text = pattern.sub(instead, text)
+        return text
 
     def _json(self, found: Mapping[str, Any]) -> str:
         text = json.dumps(found, indent=1, default=str) + "\n"
         if len(text.encode()) > self._largest:
             return json.dumps({"left out": f"{len(text)} bytes"}) + "\n"
         return text
+
+
+def held(folder: Path) -> int:
+    """A lock on the folder, for as long as this process lives: two reports would mix their files."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OSError(f"another report is writing into {folder}: give another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def _set_aside(folder: Path) -> None:
+    """An earlier report's files go into a folder of their own."""
+    files = [folder / name for name in NAMES if (folder / name).exists()]
+    if files:
+        names = (f"{EARLIER}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+        aside = next(folder / name for name in names if not (folder / name).exists())
+        aside.mkdir()
+        for file in files:
+            file.replace(aside / file.name)
+
+
+def _line(text: str) -> str:
+    return "  " + " ".join(middle_out(text, 300).split())
 
 
 def _entry(title: str, text: str, most: int) -> str:

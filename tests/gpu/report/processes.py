@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ _KILL_S = 5.0  # after that a process is given up: the driver may hold it for ev
 _FRAMES = ("/pluggy/", "/_pytest/", "/pytest/__main__.py", "<frozen runpy>", "gpu/report/child.py")
 _numbers = itertools.count()
 _alive: set[Child] = set()
+_stopping = threading.Event()
 
 
 class Child:
@@ -31,6 +33,8 @@ class Child:
         self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], scratch: Path,
         pass_fds: Sequence[int] = (),
     ) -> None:  # fmt: skip
+        if _stopping.is_set():
+            raise RuntimeError("the report was stopped")
         self.name = f"{os.getpid()}-{next(_numbers)}"
         self.log = CappedLog()
         self.notes: list[str] = []
@@ -142,7 +146,8 @@ def _environment(entry: Path) -> list[bytes]:
 
 
 def end_all() -> None:
-    """Kills whatever still runs: the report itself was told to stop."""
+    """Kills whatever still runs, and lets nothing start: the report itself was told to stop."""
+    _stopping.set()
     for child in list(_alive):
         for pid in child.family():
             with contextlib.suppress(OSError):

@@ -39,19 +39,23 @@ def grouped(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def rerun(report: Any, limit: float) -> None:
-    """One of each group that can be run again: all with blocking launches, then under memcheck."""
+    """One of each group that can be run again: with blocking launches, then under memcheck."""
     until = time.monotonic() + limit
     cases = [next((r for r in group if r.command), None) for group in grouped(report.results)]
     known = [case for case in cases if case is not None]
     if not known:
         report.add(Result(ITEM, SKIPPED, message="nothing has failed that can be run again"))
         return
+    # What hangs may take all of the time, so it comes last.
+    hanging = [case for case in known if case.status == TIMED_OUT]
+    known = [case for case in known if case.status != TIMED_OUT]
     _side_by_side(report, _again(report.device, known), until)
     memcheck = sanitizer.command("--tool", "memcheck")
     if memcheck and report.device == "cuda":
         under = [Way(case, "memcheck", [*memcheck, *case.command], {}, _MEMCHECK_S)
-                 for case in known if case.status != TIMED_OUT]  # fmt: skip
+                 for case in known]  # fmt: skip
         _side_by_side(report, under, until)
+    _side_by_side(report, _again(report.device, hanging), until)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,9 @@ def _again(device: str, cases: Sequence[Result]) -> list[Way]:
     if device == "sim":
         return [Way(case, "again", case.command, {}, _AGAIN_S) for case in cases]
     env = {"CUDA_LAUNCH_BLOCKING": "1"}
-    return [Way(case, "blocking launches", case.command, env, _AGAIN_S) for case in cases]
+    return [
+        Way(case, "blocking launches", case.command, env, case.limit or _AGAIN_S) for case in cases
+    ]
 
 
 def _side_by_side(report: Any, ways: Sequence[Way], until: float) -> None:
@@ -84,6 +90,8 @@ def _side_by_side(report: Any, ways: Sequence[Way], until: float) -> None:
         result.message = found_wrong(ended.log) or result.message
         return result
 
-    with concurrent.futures.ThreadPoolExecutor(min(4, report.options.jobs)) as threads:
+    with concurrent.futures.ThreadPoolExecutor(
+        report.side_by_side(min(4, report.options.jobs))
+    ) as threads:
         for result in threads.map(one, ways):
             report.add(result)

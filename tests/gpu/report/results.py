@@ -11,6 +11,7 @@ from typing import Any
 from .runner import Ended
 
 PASSED, FAILED, CRASHED, TIMED_OUT, SKIPPED = "passed", "failed", "crashed", "timed out", "skipped"
+STOPPED = "stopped"  # an item, by who runs the report: no failure
 BAD = (CRASHED, TIMED_OUT, FAILED)
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 _SANITIZER = "========="
@@ -20,7 +21,9 @@ _MOST_MESSAGE = 600  # characters
 
 @dataclasses.dataclass
 class Result:
-    """`message` is one line; `text` and `stacks` go to failures.txt; `command` runs it again."""
+    """`message` is one line; `text` and `stacks` go to failures.txt; `command` runs it again, for at
+    most `limit` seconds if that is told.
+    """
 
     item: str
     status: str
@@ -32,6 +35,7 @@ class Result:
     stacks: str = ""
     command: Sequence[str] = ()
     env: dict[str, str] = dataclasses.field(default_factory=dict)
+    limit: float | None = None
 
     @property
     def bad(self) -> bool:
@@ -104,9 +108,9 @@ def innermost(stacks: str) -> str:
 
 
 def counted(results: Iterable[Result]) -> dict[str, int]:
-    """How many ended how, in the order passed, failed, crashed, timed out, skipped."""
+    """How many ended how, in the order passed, failed, crashed, timed out, stopped, skipped."""
     found = collections.Counter(result.status for result in results)
-    order = (PASSED, FAILED, CRASHED, TIMED_OUT, SKIPPED)
+    order = (PASSED, FAILED, CRASHED, TIMED_OUT, STOPPED, SKIPPED)
     return {status: found[status] for status in order if found[status]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -52,9 +53,24 @@ def told(status: int | None) -> str:
     return f"exit status {status}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A file that a process replaces as it goes on. One that does not for so long hangs."""
+
+    path: Path
+    seconds: float
+
+    def left(self, start: float) -> float:
+        """Seconds until it counts as hanging."""
+        since = time.monotonic() - start
+        with contextlib.suppress(OSError):
+            since = min(since, max(0.0, time.time() - self.path.stat().st_mtime))
+        return self.seconds - since
+
+
 def run(
     command: Sequence[str], *, limit: float, cwd: Path, env: Mapping[str, str], scratch: Path,
-    grace: float = GRACE_S,
+    grace: float = GRACE_S, watched: Watched | None = None,
 ) -> Ended:  # fmt: skip
     """Runs a command for at most `limit` seconds, then for `grace` to take its stacks."""
     start = time.monotonic()
@@ -63,6 +79,8 @@ def run(
     try:
         while child.running():
             left = start + limit - time.monotonic()
+            if watched is not None:
+                left = min(left, watched.left(start))
             if left <= 0:
                 timed_out = True
                 told_stacks = stacks.taken(child, grace)

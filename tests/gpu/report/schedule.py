@@ -35,4 +35,8 @@ class Schedule:
 
     def grace(self) -> float:
         """What taking stacks may last after a timeout now."""
-        return max(0.5, min(12.0, self.seconds - self.spent() - 3))
+        return max(0.5, min(12.0, self.to_the_end()))
+
+    def to_the_end(self) -> float:
+        """Seconds until the last files are written: packing's, too."""
+        return self.seconds - self.spent() - 3

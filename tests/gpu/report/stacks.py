@@ -1,10 +1,9 @@
-"""Where the threads of a hanging process are: in Python, and in C where there is cuda-gdb."""
+"""Where the threads of a hanging process are: in Python, and in C where there is a debugger."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from .logs import middle_out
 from .processes import Child
+from .tools import where
 
 _PYTHON_S, _GDB_S = 2.0, 10.0
 _MOST_GDB = 2  # processes
@@ -29,11 +29,13 @@ def taken(child: Child, limit: float) -> str:
     if listening:
         _wait_for_stacks(child, min(_PYTHON_S, limit))
     found = [child.stacks()]
-    debugger = shutil.which("cuda-gdb")
+    debugger = where("cuda-gdb") or where("gdb")
     for pid in listening[:_MOST_GDB] if debugger else []:
         left = min(_GDB_S, until - time.monotonic())
         if left > 1:
-            found.append(f"cuda-gdb, process {pid}:\n{_backtrace(str(debugger), pid, left)}")
+            found.append(
+                f"{Path(str(debugger)).name}, process {pid}:\n{_backtrace(str(debugger), pid, left)}"
+            )
     return middle_out("\n".join(found), _MOST_BYTES)
 
 

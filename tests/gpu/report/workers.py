@@ -25,7 +25,13 @@ PYTEST = (sys.executable, "-m", "tests.gpu.report.child", "-m", "pytest", "-q",
 _START_S = 60.0  # to import and to collect
 _MOST_LOST = 3  # workers that end before they have collected
 _MOST_SICK = 6  # workers in a row that lose the device with their first test
-_FIRST = ("compile", "overhead", "expandable")  # these take long: started first
+LONG = (
+    "compile",
+    "overhead",
+    "malloc_async",
+    "exit_code",
+)  # the compiler, or processes of their own
+_FIRST = (*LONG, "expandable")  # these take long: started first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +214,8 @@ class Pool:
     def _result(self, test: str, status: str, **more: Any) -> Result:
         part = f"{test} ({self._suite.label})" if self._suite.label else test
         command = [*PYTEST, test] if "::" in test else ()  # only a test can be run again
-        return Result(self._suite.item, status, part, command=command,
-                      env=dict(self._suite.more), **more)  # fmt: skip
+        return Result(self._suite.item, status, part, command=command, env=dict(self._suite.more),
+                      limit=self._suite.limit(test), **more)  # fmt: skip
 
     def _gone(self, one: Worker) -> None:
         """It has ended by itself: a test has crashed it, or left it with a sick device."""

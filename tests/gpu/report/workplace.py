@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
 import sysconfig
 import zipfile
+import zlib
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,9 @@ _LEFT = shutil.ignore_patterns("__pycache__", "*.so", ".pytest_cache", "*.egg-in
 
 @dataclasses.dataclass(frozen=True)
 class Workplace:
-    """`folder` is what items run in, `site` the kit's packages; `notes` say what was chosen."""
+    """`folder` is what items run in, `site` the kit's packages that this Python lacks; `notes` say
+    what was chosen.
+    """
 
     folder: Path
     site: Path | None
@@ -51,6 +56,8 @@ class Workplace:
 
 def read_kit(kit: Path) -> dict[str, Any]:
     """A kit's description. OSError, ValueError."""
+    if not (kit / "kit.json").exists():
+        raise ValueError("expected kit.json, made by make gpu-kit")
     found = json.loads((kit / "kit.json").read_text())
     if not isinstance(found, dict) or "abi" not in found:
         raise ValueError(f"{kit / 'kit.json'}: expected an object with 'abi'")
@@ -72,8 +79,13 @@ def prepared(kit: Path | None, scratch: Path, root: Path = ROOT) -> Workplace:
     return Workplace(copied(root, scratch / "tree"), None, [*notes, "nothing is built in the tree"])
 
 
-def with_kit(kit: Path, known: dict[str, Any], scratch: Path, root: Path = ROOT) -> Workplace:
-    """A copy of the tree under `scratch`, with a kit's libraries and its packages beside it."""
+def with_kit(
+    kit: Path, known: dict[str, Any], scratch: Path, root: Path = ROOT, *,
+    lacks: Callable[[str], bool] | None = None,
+) -> Workplace:  # fmt: skip
+    """A copy of the tree under `scratch`, with a kit's libraries, and those of its packages beside
+    it that this Python `lacks`: what the machine has itself goes with its other packages.
+    """
     folder = copied(root, scratch / "tree")
     libraries = sorted((kit / "distorch").rglob("*.so"))
     for library in libraries:
@@ -83,14 +95,34 @@ def with_kit(kit: Path, known: dict[str, Any], scratch: Path, root: Path = ROOT)
     wheels = sorted((kit / "wheels").glob("*.whl"))
     site = scratch / "site"
     site.mkdir()
+    taken = []
     for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
-    notes = [f"the kit gave {len(libraries)} libraries and {len(wheels)} wheels"]
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                if any(map(lacks or _lacks, _modules(archive.namelist()))):
+                    archive.extractall(site)
+                    taken.append(wheel.name.partition("-")[0])
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{wheel.name}: {error}") from None
+    there = f"{len(wheels) - len(taken)} are here already" if len(wheels) > len(taken) else ""
+    notes = [
+        f"the kit gave {len(libraries)} libraries and {len(taken)} of {len(wheels)} packages "
+        f"({'; '.join(filter(None, [', '.join(taken), there]))})"
+    ]
     torch = _version("torch")
     if torch and known.get("torch") and torch != known["torch"]:
         notes.append(f"the kit was built for torch {known['torch']}, this one is {torch}")
     return Workplace(folder, site, notes)
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    """The modules at the top of a wheel."""
+    tops = {name.partition("/")[0] for name in names}
+    return {top.removesuffix(".py") for top in tops if not top.endswith((".dist-info", ".data"))}
+
+
+def _lacks(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
 
 
 def copied(root: Path, folder: Path) -> Path:

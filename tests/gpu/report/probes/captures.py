@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import distorch
 from .cudart import Runtime, said
 from .lives import _model
 
-MODES = ("global", "thread_local", "relaxed")
+# cudaStreamCaptureMode; what forbids the most comes last.
+MODES = {"relaxed": 2, "thread_local": 1, "global": 0}
 
 
 def capture(device: torch.device) -> dict[str, Any]:
@@ -25,16 +27,18 @@ def capture(device: torch.device) -> dict[str, Any]:
         with sim.capturing():
             told = said(lambda: model(x))
         return {"a fetch": told, "wrong": _unexpected(told)}
+    beside = {
+        name: {mode: _beside(make, number) for mode, number in MODES.items()}
+        for name, make in _others().items()
+    }
+    found: dict[str, Any] = {"beside a capture": beside}
+    print(json.dumps(found), flush=True)  # what follows may hang
     torch.cuda.synchronize()
-    told = said(lambda: _captured(lambda: model(x), "global"))
+    # By PyTorch, as people capture. Last: one that breaks leaves PyTorch in its middle.
+    told = said(lambda: _captured(lambda: model(x)))
     torch.cuda.synchronize()
     after = said(lambda: "works" if model(x).isfinite().all().item() else "gives no numbers")
-    # Last, and what breaks captures last of these: a broken one leaves PyTorch in its middle.
-    found = {
-        name: {mode: _beside(work, mode) for mode in MODES} for name, work in _others().items()
-    }
-    return {"a fetch": told, "a forward afterwards": after, "beside a capture": found,
-            "wrong": _unexpected(told)}  # fmt: skip
+    return {"a fetch": told, "a forward afterwards": after, **found, "wrong": _unexpected(told)}
 
 
 def _unexpected(told: Any) -> list[str]:
@@ -42,50 +46,62 @@ def _unexpected(told: Any) -> list[str]:
     return [] if expected else [f"a fetch in a capture gave {str(told)[:200]!r}"]
 
 
-def _captured(work: Callable[[], object], mode: str) -> str:
+def _captured(work: Callable[[], object]) -> str:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode=mode):
+    with torch.cuda.graph(graph):
         work()
     graph.replay()
     torch.cuda.synchronize()
     return "captured"
 
 
-def _others() -> dict[str, Callable[[], object]]:
-    """What a thread of the engine does while another captures."""
-    stream, event = torch.cuda.Stream(), torch.cuda.Event()
-    event.record(stream)
-    torch.cuda.synchronize()
+def _others() -> dict[str, Callable[[], Callable[[], object]]]:
+    """What a thread of the engine does while another captures; each made anew, before."""
     runtime = Runtime()
+
+    def recorded(
+        work: Callable[[torch.cuda.Stream, torch.cuda.Event], object],
+    ) -> Callable[[], Any]:
+        def make() -> Callable[[], object]:
+            stream, event = torch.cuda.Stream(), torch.cuda.Event()
+            event.record(stream)
+            return lambda: work(stream, event)
+
+        return make
+
     return {
-        "query": event.query,
-        "record": lambda: event.record(stream),
-        "wait": lambda: stream.wait_event(event),
-        "synchronize": event.synchronize,
-        "create": lambda: torch.cuda.Event().record(stream),
-        "pin": lambda: runtime.host_free(runtime.host_alloc(1 << 20)),
-        "allocate": lambda: torch.empty(64 << 20, dtype=torch.uint8, device="cuda"),
+        "query": recorded(lambda _, event: event.query()),
+        "record": recorded(lambda stream, event: event.record(stream)),
+        "wait": recorded(lambda stream, event: stream.wait_event(event)),
+        "synchronize": recorded(lambda _, event: event.synchronize()),
+        "create": recorded(lambda stream, _: torch.cuda.Event().record(stream)),
+        "pin": lambda: lambda: runtime.host_free(runtime.host_alloc(1 << 20)),
+        "allocate": _allocating,
     }
 
 
-def _beside(work: Callable[[], object], mode: str) -> dict[str, str]:
+def _allocating() -> Callable[[], object]:
+    torch.cuda.empty_cache()  # so that PyTorch has to ask CUDA for memory
+    return lambda: torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+
+
+def _beside(make: Callable[[], Callable[[], object]], mode: int) -> dict[str, str]:
     """What the other thread, and the capture, say of it."""
     heard: list[str] = []
-    x = torch.ones(8, device="cuda")
+    memory = torch.zeros(64, dtype=torch.uint8, device="cuda")
+    work = make()
+    torch.cuda.synchronize()
 
     def other() -> None:
         result = said(work)
         heard.append(result if isinstance(result, str) else "works")
 
-    def capturing() -> None:
-        x.add(1)
-        thread = threading.Thread(target=other)
+    def meanwhile() -> None:
+        thread = threading.Thread(target=other, daemon=True)  # it may hang for ever
         thread.start()
-        thread.join(5)
-        x.add(1)
+        thread.join(1)
 
-    told = said(lambda: _captured(capturing, mode))
-    torch.cuda.set_stream(torch.cuda.default_stream())
+    told = said(lambda: Runtime().captured(mode, memory.data_ptr(), meanwhile) or "captured")
     said(torch.cuda.synchronize)
     return {"the thread": heard[0][:160] if heard else "hangs", "the capture": str(told)[:160]}
 

@@ -22,14 +22,21 @@ def contexts(_: torch.device) -> dict[str, Any]:
         "import distorch": lambda: None,
         "loading _cuda.so": lambda: ctypes.CDLL(str(library)) and None,
         "asking for kernels": lambda: bool(_native.has_cuda_kernels()),
-        "distorch.plan": lambda: distorch.plan(module, "cuda:0,50%;cpu,*") and None,
         "distorch.devices": lambda: len(distorch.devices()),
+        "distorch.plan": lambda: distorch.plan(module, "cuda:0,50%;cpu,*") and None,
     }
-    found = {}
+    found: dict[str, Any] = {}
+    wrong, before = [], set(_present())
     for name, step in steps.items():
         gave = said(step)
-        found[name] = {"gave": gave, "contexts on": _present()}
-    return {"after": found}
+        present = set(_present())
+        found[name] = {"gave": gave, "contexts on": sorted(present)}
+        # Where weights are to be placed, free memory is asked of CUDA, which makes a context.
+        new = present - before - ({0} if name == "distorch.plan" else set())
+        if new and name in ("distorch.devices", "distorch.plan"):
+            wrong.append(f"{name} made contexts on {sorted(new)}, where nothing is placed")
+        before = present
+    return {"after": found, "wrong": wrong}
 
 
 def _present() -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ class Runtime:
         self.call("cudaStreamCreateWithFlags", ctypes.byref(found), 1)
         assert found.value is not None
         return found.value
+
+    def captured(self, mode: int, address: int, work: Callable[[], object]) -> None:
+        """Captures two memsets on a new stream, and does some work between them.
+
+        Not by torch.cuda.graph: a capture that breaks leaves PyTorch's allocator in its middle.
+        """
+        stream, graph = ctypes.c_void_p(self.stream()), ctypes.c_void_p()
+        memset = (ctypes.c_void_p(address), 0, ctypes.c_size_t(64), stream)
+        self.call("cudaStreamBeginCapture", stream, mode)
+        try:
+            self.call("cudaMemsetAsync", *memset)
+            work()
+            self.call("cudaMemsetAsync", *memset)
+        finally:
+            self.call("cudaStreamEndCapture", stream, ctypes.byref(graph))
+        self.call("cudaGraphDestroy", graph)
 
     def event(self, flags: int = NO_TIMING) -> ctypes.c_void_p:
         found = ctypes.c_void_p()

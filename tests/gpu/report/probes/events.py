@@ -47,15 +47,23 @@ def _of_the_runtime() -> dict[str, Any]:
             ctypes.byref(milliseconds), timed[i - 1], timed[i]
         ),
     }
-    result = {name: said(lambda work=work: nanoseconds(work)) for name, work in found.items()}
-    result["create and destroy"] = said(lambda: nanoseconds(lambda i: _lived(runtime)))
+    result = {name: said(lambda work=work: _checked(work)) for name, work in found.items()}
+    result["create and destroy"] = said(lambda: _checked(lambda i: _lived(runtime)))
     return result
 
 
-def _lived(runtime: Runtime) -> None:
+def _checked(work: Callable[[int], int]) -> float:
+    """Of calls that give a status: what fails would be fast, and say nothing."""
+    status = work(1)
+    if status != 0:
+        raise RuntimeError(f"status {status}")
+    return nanoseconds(work)
+
+
+def _lived(runtime: Runtime) -> int:
     event = ctypes.c_void_p()
-    runtime.library.cudaEventCreateWithFlags(ctypes.byref(event), NO_TIMING)
-    runtime.library.cudaEventDestroy(event)
+    status: int = runtime.library.cudaEventCreateWithFlags(ctypes.byref(event), NO_TIMING)
+    return status or int(runtime.library.cudaEventDestroy(event))
 
 
 def _of_torch(device: torch.device) -> dict[str, Any]:
@@ -63,7 +71,8 @@ def _of_torch(device: torch.device) -> dict[str, Any]:
     plain = [torch.Event(device) for _ in range(_CALLS)]
     timed = [torch.Event(device, enable_timing=True) for _ in range(_CALLS)]
     found = {
-        "create and destroy": lambda i: torch.Event(device),
+        # It makes CUDA's event when it is recorded.
+        "create and destroy, never recorded": lambda i: torch.Event(device),
         "record": lambda i: plain[i].record(stream),
         "record, timed": lambda i: timed[i].record(stream),
         "query": lambda i: plain[i].query(),

@@ -47,18 +47,38 @@ def addresses(device: torch.device) -> dict[str, Any]:
 def direct_reads(device: torch.device) -> dict[str, Any]:
     """preadv on a file opened with O_DIRECT, into pinned memory at several offsets."""
     wanted = os.urandom(MB)
-    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
+    folder = _on_a_disk()
+    system = {"file system": _file_system(folder)}
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(wanted)
         file.flush()
         os.fsync(file.fileno())
         try:
             descriptor = os.open(file.name, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
-            return {"open": errno.errorcode.get(error.errno or 0, str(error))}
+            return {**system, "open": errno.errorcode.get(error.errno or 0, str(error))}
         try:
-            return _direct_reads(descriptor, wanted, device)
+            return system | _direct_reads(descriptor, wanted, device)
         finally:
             os.close(descriptor)
+
+
+def _on_a_disk() -> Path:
+    """Where weights would be. The items' own folder may be in memory, as /tmp often is."""
+    wanted = [os.environ.get("DISTORCH_DISK"), os.environ.get("DISTORCH_REPORT_TREE"), "/var/tmp"]
+    known = [Path(folder) for folder in wanted if folder and os.access(folder, os.W_OK)]
+    return next((folder for folder in known if _file_system(folder) != "tmpfs"), Path.cwd())
+
+
+def _file_system(folder: Path) -> str:
+    """The name of the one that is mounted there last and deepest."""
+    found, depth = "not told", -1
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, point, kind, *_ = line.split()
+        there = Path(point.replace("\\040", " "))
+        if folder.resolve().is_relative_to(there) and len(there.parts) >= depth:
+            found, depth = kind, len(there.parts)
+    return found
 
 
 def _direct_reads(descriptor: int, wanted: bytes, device: torch.device) -> dict[str, Any]:

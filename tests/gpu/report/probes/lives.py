@@ -64,10 +64,10 @@ def endings(device: torch.device) -> dict[str, Any]:
     until = time.monotonic() + _LIMIT_S
     found = {name: _ended(process, until) for name, process in running.items()}
     statuses = {name: status for name, (status, _) in found.items()}
-    right = {name: {status} for name, (_, status) in ENDINGS.items()}
-    right |= {PLAIN: {statuses[PLAIN]}, OURS: {0, -signal.SIGABRT}}
+    right: dict[str, set[int | str]] = {name: {status} for name, (_, status) in ENDINGS.items()}
+    right |= {PLAIN: {statuses[PLAIN]}, OURS: {0, -signal.SIGABRT, statuses[PLAIN]}}
     wrong = [
-        f"{name}: {status}, not exit status {sorted(right[name])} {told[-300:]}".strip()
+        f"{name}: {status}, not exit status {sorted(right[name], key=str)} {told[-300:]}".strip()
         for name, (status, told) in found.items()
         if status not in right[name]
     ]
