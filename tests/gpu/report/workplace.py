@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sysconfig
 import zipfile
 import zlib
@@ -112,7 +113,20 @@ def with_kit(
     torch = _version("torch")
     if torch and known.get("torch") and torch != known["torch"]:
         notes.append(f"the kit was built for torch {known['torch']}, this one is {torch}")
+    here = _commit(root)
+    if here and known.get("commit") and here != known["commit"]:
+        notes.append(f"the kit was built from commit {known['commit'][:12]}, this is {here[:12]}")
     return Workplace(folder, site, notes)
+
+
+def _commit(root: Path) -> str:
+    """Of the checkout, if it is one."""
+    try:
+        asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def _modules(names: Iterable[str]) -> set[str]:
