@@ -37,9 +37,11 @@ void Ring::enlist(Weight& weight) {
 }
 
 void Ring::delist(Weight& weight) {
+  SlotPtr slot;  // goes after the lock, as in written()
   Lock lock(mutex_);
   weights_.erase(weight.id());
-  if (weight.in_ring.slot != nullptr) drop(SlotPtr(weight.in_ring.slot));
+  slot = weight.in_ring.slot;
+  if (slot != nullptr) drop(slot);
 }
 
 uint64_t Ring::capacity() const {
@@ -457,8 +459,9 @@ void Ring::after_fork_in_child() {
 }
 
 void Ring::written(Weight& weight, const std::byte* data) {
+  SlotPtr slot;  // goes after the lock: its decoder may hold tensors that the interpreter knows
   Lock lock(mutex_);
-  const SlotPtr slot = weight.in_ring.slot;
+  slot = weight.in_ring.slot;
   if (slot == nullptr) return;
   if (slot->data == nullptr || slot->data != data) drop(slot);
 }

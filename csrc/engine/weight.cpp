@@ -3,6 +3,7 @@
 #include <map>
 
 #include "engine/ring.h"
+#include "engine/waiting.h"
 
 namespace distorch {
 namespace {
@@ -95,7 +96,8 @@ Weight::Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
 }
 
 Weight::~Weight() {
-  ring_->delist(*this);
+  // Without the interpreter's lock: who has the ring's may be waiting for that one.
+  waiting([this] { ring_->delist(*this); });
   let_go(std::move(source_));
 }
 
