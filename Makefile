@@ -69,7 +69,8 @@ gpu-report: ## what an owner of a GPU can run and send in: seven files in REPORT
 
 # racecheck looks at memory that threads share; only our kernels are to be judged there, and they
 # run without PyTorch's cache in memcheck, which would hide what lies beyond the end of a block.
-# The toolkit's folder is often not on the PATH. What CUDA refuses an engine that asks is no error.
+# The toolkit's folder is often not on the PATH. Libraries ask CUDA for things that it refuses, and
+# go on without them: such refusals are not reported as errors.
 SANITIZER ?= $(or $(shell PATH="$$PATH:$(CUDA_HOME)/bin:/usr/local/cuda/bin"; command -v compute-sanitizer),compute-sanitizer)
 SANITIZE = DISTORCH_REQUIRE_CUDA=1 $(SANITIZER) --error-exitcode 9 --target-processes all --report-api-errors no
 sanitizer-there:

@@ -36,11 +36,10 @@ def nvcc():
     choice = cuda_choice()
     if choice == "0":
         return None
-    found = None
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and found is None:  # some images set it to a folder without the compiler
-            found = shutil.which("nvcc", path=str(Path(home, "bin")))
-    found = found or shutil.which("nvcc")
+    # Some images set CUDA_HOME to a folder that has no compiler: then the PATH is searched.
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    folders = [*(str(Path(home, "bin")) for home in homes), os.environ.get("PATH", os.defpath)]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders))
     if choice == "1":
         if found is None:
             raise SystemExit(

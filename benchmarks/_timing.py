@@ -59,25 +59,31 @@ def interleaved_on(
     device: torch.device, calls: dict[str, Callable[[], object]], rounds: int
 ) -> dict[str, float]:
     """`interleaved`, in seconds of the device."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(times_of(device, call).device)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return _in_turns(calls, rounds, lambda call: times_of(device, call).device)
 
 
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, now: Now = time.perf_counter
 ) -> dict[str, float]:
     """Median seconds of each call, one after the other, `rounds` times; once before to warm up."""
+
+    def timed(call: Callable[[], object]) -> float:
+        start = now()
+        call()
+        return now() - start
+
+    return _in_turns(calls, rounds, timed)
+
+
+def _in_turns(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    seconds_of: Callable[[Callable[[], object]], float],
+) -> dict[str, float]:
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = now()
-            call()
-            seconds[name].append(now() - start)
+            seconds[name].append(seconds_of(call))
     return {name: statistics.median(times) for name, times in seconds.items()}

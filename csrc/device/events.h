@@ -38,16 +38,16 @@ class EventPool {
   const std::shared_ptr<Idle> idle_;
 };
 
-// Questions to a device, and waiting for it. Another thread may be capturing a graph in CUDA's
-// "global" mode, which PyTorch uses: a thread that asks then, or waits, breaks that capture, unless
-// it says that it knows what it does. These functions do. They throw c10::Error.
+// Ask a device, or wait for it. Another thread may be capturing a graph in CUDA's "global" mode,
+// which is PyTorch's default. An ordinary query or wait would break that capture. These functions
+// switch the calling thread to the "relaxed" mode meanwhile. They throw c10::Error.
 bool has_ended(const EventPtr& event);
 void wait_until_ended(const EventPtr& event);
 void wait_for_device(c10::Device device);
 
-// A stream for the engine's own work. It is of high priority: PyTorch has a few streams of each
-// priority and gives them out in turn, and users ask for those of the default one. A stream that a
-// user captures on must not be ours.
+// A stream for the engine's own work, of high priority. PyTorch keeps a small pool of streams for
+// each priority and gives them out in turn, and users take theirs from the default one. From the
+// same pool, a stream that a user captures on could be one of ours.
 c10::Stream own_stream(c10::Device device);
 
 // Whether what is issued on `stream` is recorded for a graph (CUDA graphs) instead of done.

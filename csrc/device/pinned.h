@@ -16,9 +16,9 @@
 namespace distorch {
 
 // Pinned memory for copies to and from a device: uint8 [bytes], aligned to kPage. Of exactly that
-// size where the kernels for the device can be asked for it. PyTorch's allocator rounds up to a
-// power of two. It goes when the tensor does, and nothing waits for copies then: who has a device
-// copy from it keeps it until the copy has ended.
+// size where the library of kernels is there; PyTorch's allocator rounds up to a power of two.
+// The memory is freed with the tensor. Freeing does not wait for copies: a caller that starts a
+// copy keeps the tensor until the copy has ended. Throws c10::Error.
 at::Tensor pinned_memory(uint64_t bytes, c10::Device device);
 
 // Buffers through which bytes pass on their way to a device and back. Pinning is slow, so they are
@@ -46,16 +46,17 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
     Range range_{};
   };
 
-  // Those of a device, the same for all who hold them. Rings do.
+  // The buffers of a device. Every ring of that device holds the same object.
   static std::shared_ptr<PinnedBuffers> of(c10::Device device);
-  // Null: nobody holds any.
+  // The same, or null if no ring of that device is there.
   static std::shared_ptr<PinnedBuffers> known(c10::Device device);
 
   explicit PinnedBuffers(c10::Device device) : device_(device) {}
   ~PinnedBuffers();  // waits for copies from it
 
-  // `bytes` of pinned memory, aligned to kPage. Where the device is far behind with its copies,
-  // this waits for the oldest one: the device would let the host run ahead without end.
+  // `bytes` of pinned memory, aligned to kPage. If many buffers still wait for their copies, this
+  // waits for the oldest copy. Otherwise the host could run ahead of the device without limit.
+  // Throws c10::Error where no memory can be pinned or the device is out of order.
   std::shared_ptr<Buffer> take(uint64_t bytes);
 
  private:

@@ -21,7 +21,8 @@ void wait_instead(c10::Device device) {
 UseOrder::UseOrder(c10::Device device) : stream_(own_stream(device)), events_(device.type()) {}
 
 void UseOrder::add(const c10::Stream& user) {
-  if (!is_captured(user)) add(events_.record(user));  // else see the header
+  if (is_captured(user)) return;  // an event would become a part of the graph
+  add(events_.record(user));
 }
 
 void UseOrder::add(const EventPtr& event) {

@@ -33,15 +33,17 @@ class UseOrder {
  public:
   explicit UseOrder(c10::Device device);
 
-  // What was issued on `user` until now. Nothing if a graph is being captured there: an event
-  // would become a part of the graph. PyTorch waits for the device before it captures.
+  // Adds what was issued on `user` until now. Does nothing while a graph is captured there:
+  // torch.cuda.graph() waits for the device before it captures, so earlier work has ended.
+  // Throws c10::Error where the stream or the device is gone.
   void add(const c10::Stream& user);
   // The work that `event` stands behind.
   void add(const EventPtr& event);
 
   // A point behind everything that was added until now.
   EventPtr now() { return events_.record(stream_); }
-  // How often something was added. Who has waited for now() since then has nothing to wait for.
+  // How often something was added. A copy stream that waited for now() at the same count need not
+  // wait again.
   uint64_t count() const { return count_.load(std::memory_order_acquire); }
 
   EventPool& events() { return events_; }

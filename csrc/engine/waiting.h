@@ -1,4 +1,4 @@
-// Waiting for something that may take long, as the process's host language wants it.
+// Waits that may take long give up the lock of the host language (Python's GIL).
 #pragma once
 
 #include <functional>
@@ -6,12 +6,12 @@
 namespace distorch {
 
 // Note [Waiting for threads]
-// Who waits for other threads, or for a device, must not keep the lock of the host language
-// (Python's GIL): what is waited for may need it. A reader may be letting go of the last tensor
-// over some memory, which Python knows; a kernel may wait for one that another Python thread has
-// yet to launch. `wrapper` runs what it is given without that lock.
-// So nobody may call waiting() with a lock of ours held: to get the lock of the host language back
-// while another thread holds it, and waits for ours, would be a dead-lock.
+// A thread that waits for other threads, or for a device, must not hold the GIL, because what it
+// waits for may need the GIL. A reader thread may free the last tensor over some memory, and Python
+// knows that tensor. A kernel may wait for another kernel that a Python thread has yet to launch.
+// `wrapper` releases the GIL, runs what it is given, and takes the GIL again.
+// Never call waiting() while holding a mutex of the engine. Taking the GIL again could then wait
+// for a thread that has the GIL and wants that mutex: a dead-lock.
 using WaitWrapper = void (*)(const std::function<void()>& wait);
 void set_wait_wrapper(WaitWrapper wrapper);
 
