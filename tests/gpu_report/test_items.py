@@ -84,3 +84,25 @@ def test_a_section_that_dies_midway_has_failed(report):
     assert "in kernels" in report.results[1].message
     assert report.results[2].message == "none"
     assert report.benchmark["links"] == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"),
+    [("accelerate cpu_offload", "passed"), ("distorch", "failed"), ("resident, again", "failed")],
+)
+def test_a_system_of_ours_must_not_fail(report, wrong, status):
+    """Another system's error is told in its row. Ours is a failure of the section."""
+
+    def run(_):
+        names = ("resident", "distorch", "accelerate cpu_offload", "resident, again")
+        rows = [{"system": name, "step_s": 1} for name in names if name != wrong]
+        rows.append({"system": wrong, "error": "not the bits of the resident model"})
+        found = {"systems": rows, "done": ["systems"]}
+        (report.scratch / "benchmark.json").write_text(json.dumps(found))
+        return ended()
+
+    report.ends = [run]
+    benchmarks.measured(report, "systems", ["systems"], 60)
+    assert outcomes(report) == [("systems", status)]
+    if status == "failed":
+        assert report.results[0].message == f"{wrong}: not the bits of the resident model"
