@@ -77,7 +77,8 @@ PYBIND11_MODULE(_sim, module) {
   module.def("fail_copy", [](uint64_t nth) { Machine::instance().fail_copy(nth); });
   module.def("fail_alloc", &fail_allocation);
   module.def("fail_device", [](int device) { Machine::instance().fail_device(device); });
-  module.def("set_capturing", &set_capturing);
+  module.def("begin_capture", &begin_capture);
+  module.def("end_capture", &end_capture);
   module.def("event_counts", &event_counts);
   module.def("real_address", [](uintptr_t address) {
     return reinterpret_cast<uintptr_t>(real_bytes(reinterpret_cast<const void*>(address)));

@@ -9,7 +9,7 @@
 
 #include <atomic>
 #include <cstring>
-#include <set>
+#include <map>
 #include <unordered_map>
 
 #include "sim/memory.h"
@@ -31,11 +31,11 @@ Pool& pool() {
   return instance;
 }
 
-// Streams whose work is being captured. An event that somebody else records there breaks the
-// capture, as on CUDA.
+// Streams whose work is being captured, and whether somebody has recorded an event there. That
+// breaks the capture, as on CUDA: the caller gets an error, and so does whoever ends the capture.
 struct Captures {
   std::mutex mutex;
-  std::set<int> streams;
+  std::map<int, bool> broken;  // by stream; guarded by mutex
 };
 
 Captures& captures() {
@@ -45,7 +45,15 @@ Captures& captures() {
 
 bool is_captured(int stream) {
   std::lock_guard lock(captures().mutex);
-  return captures().streams.count(stream) > 0;
+  return captures().broken.count(stream) > 0;
+}
+
+// False: nobody captures there.
+bool break_capture(int stream) {
+  std::lock_guard lock(captures().mutex);
+  const auto found = captures().broken.find(stream);
+  if (found == captures().broken.end()) return false;
+  return found->second = true;
 }
 
 std::atomic<uint64_t> events_recorded{0}, events_waited{0};
@@ -120,7 +128,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex,
               const c10::EventFlag) const override {
     check_alive(stream.device_index());
-    TORCH_CHECK(!is_captured(machine_stream(stream)), "sim: an event was recorded on ", stream,
+    TORCH_CHECK(!break_capture(machine_stream(stream)), "sim: an event was recorded on ", stream,
                 ", where a graph is being captured: that breaks the capture");
     ++events_recorded;
     if (*event == nullptr) *event = new MarkPtr;
@@ -316,14 +324,17 @@ MemoryNumbers memory_numbers(int device) {
 
 void reset_peak(int device) { device_memory(device)->reset_peak(); }
 
-void set_capturing(bool now) {
+void begin_capture() {
   const int stream = current_stream(current_device);
   std::lock_guard lock(captures().mutex);
-  if (now) {
-    captures().streams.insert(stream);
-  } else {
-    captures().streams.erase(stream);
-  }
+  captures().broken.emplace(stream, false);
+}
+
+bool end_capture() {
+  const int stream = current_stream(current_device);
+  std::lock_guard lock(captures().mutex);
+  const auto ended = captures().broken.extract(stream);
+  return !ended.empty() && !ended.mapped();
 }
 
 std::pair<uint64_t, uint64_t> event_counts() { return {events_recorded, events_waited}; }

@@ -23,8 +23,10 @@ void register_device();
 // The operators that the fallback does not reach.
 void register_kernels();
 
-// Whether work on this thread's current stream counts as being captured in a graph.
-void set_capturing(bool capturing);
+// From here on, work on this thread's current stream counts as being captured in a graph.
+void begin_capture();
+// Ends that. False: somebody has broken the capture.
+bool end_capture();
 
 // Events that PyTorch's users have recorded, and waits for them that were put on streams.
 std::pair<uint64_t, uint64_t> event_counts();

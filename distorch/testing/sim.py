@@ -126,13 +126,17 @@ def slow(link: Link, *, factor: float, start: float = 0.0, end: float = float("i
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
     """What is issued on this thread's current stream counts as being captured in a graph (it runs
-    all the same). An event that anybody records on that stream is an error: it breaks a capture.
+    all the same). Whoever records an event on that stream gets an error, and breaks the capture:
+    then this raises RuntimeError at the end of the block, unless another exception leaves it.
     """
-    _sim.set_capturing(True)
+    _sim.begin_capture()
     try:
         yield
-    finally:
-        _sim.set_capturing(False)
+    except BaseException:
+        _sim.end_capture()
+        raise
+    if not _sim.end_capture():
+        raise RuntimeError("sim: somebody recorded an event on a stream that was being captured")
 
 
 @contextlib.contextmanager

@@ -152,11 +152,12 @@ def test_events_of_a_step_that_fetches_everything(x):
         assert waited - before[1] <= 3 * len(model)
 
 
+@pytest.mark.skipif(not TELLS_CAPTURES, reason="PyTorch before 2.13 does not tell of captures")
 def test_a_stream_that_is_being_captured_is_left_alone(x):
     """A slot was lent to a stream on which another thread captures now. Letting go of the slot
     records no event there: that would break the capture.
     """
-    model = offloaded(prefetch=3 * WEIGHT)
+    model = offloaded(prefetch="1mb")  # room for all: slots stay until a write drops them
     there = x.to("sim:0")
     side, ready, done = torch.Stream(device="sim:0"), threading.Event(), threading.Event()
     with torch.no_grad():
@@ -174,6 +175,8 @@ def test_a_stream_that_is_being_captured_is_left_alone(x):
             assert ready.wait(60)
             try:
                 with torch.no_grad():
+                    for weight in model.parameters():
+                        weight.mul_(1)
                     return [model(there) for _ in range(3)]
             finally:
                 done.set()
