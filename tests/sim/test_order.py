@@ -193,9 +193,11 @@ def test_an_error_that_was_there_before_is_told_as_what_it_is(prefetch, x):
     with torch.no_grad():
         model(there)
         sim.fail("device", "sim:0")
-        with pytest.raises(RuntimeError, match="sim:0 is lost") as caught:
-            model(there)
-        assert not isinstance(caught.value, distorch.DistorchError)
+        # The first layer is in the ring, if there is one. The fourth has to be copied there.
+        for layer in (model[0], model[3]):
+            with pytest.raises(RuntimeError, match="sim:0 is lost") as caught:
+                layer(there)
+            assert not isinstance(caught.value, distorch.DistorchError)
         sim.reset()
         assert torch.equal(model(there).cpu(), chain()(x))
         if TELLS_CAPTURES:  # as before the error
@@ -236,7 +238,7 @@ def test_other_threads_run_while_a_donor_waits_for_its_copies(x):
         for _ in range(2):
             model(there)
         busy = torch.ones(512, 512, device="sim:0")
-        for _ in range(20):  # before the forward, so that its copies are a while to come
+        for _ in range(60):  # before the forward, so that its copies are a while to come
             torch.mm(busy, busy)
         result = model(there)
         other.start()
@@ -250,7 +252,8 @@ def test_other_threads_run_while_a_donor_waits_for_its_copies(x):
             sys.setswitchinterval(switch)
             ended.set()
     other.join()
-    assert after > before
+    # A switch that was asked for before the interval was changed may still come, but not several.
+    assert after - before > 5
     assert torch.equal(result.cpu(), chain()(x))
 
 
