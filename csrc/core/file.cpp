@@ -203,7 +203,7 @@ bool File::read_direct(uint64_t begin, uint64_t end, std::byte* into) const {
   while (at < end) {
     const ssize_t got = ::pread(direct_fd_, into + (at - begin), end - at, static_cast<off_t>(at));
     if (got < 0 && errno == EINTR) continue;
-    // EFAULT: this memory takes buffered reads only (some of a driver's, for one).
+    // EFAULT: the disk cannot write to this memory (some of a driver's). Buffered reads can.
     if (got < 0 && (errno == EINVAL || errno == EFAULT)) return false;
     if (got < 0) throw Error(ErrorKind::kFetch, "reading '" + path_ + "': " + reason(errno));
     at += static_cast<uint64_t>(got);

@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kWarp* kWarps, 2)
   }
 }
 
-// Terms go to memory as arguments do, which are read when the kernel is launched. A copy from the
-// host's memory might read it later.
+// Brings terms to the device's memory as arguments of a launch. The launch itself reads arguments,
+// so the caller's list may go at once. A copy from host memory might read the list later.
 __global__ void store_terms(LowRank* into, const __grid_constant__ Terms terms) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < terms.count) into[i] = terms.of[i];

@@ -201,8 +201,8 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
 
-// What is refused for its own sake fails its slots. An error that was there before (a failed
-// assertion in somebody's kernel, a lost device) is thrown: it is about none of these weights.
+// If the device refuses a copy, the slots of that copy fail. If the device takes no work at all (a
+// kernel of the user's has failed an assertion, the device is lost), its error is thrown as it is.
 void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed) {
   const std::vector<Copy> copies = std::exchange(link.waiting, {});
   const auto is_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
@@ -333,8 +333,8 @@ void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
   arrival.events = {order_->events().record(stream, Timing::kTimed)};
 }
 
-// The memory of a slot that was lent is free behind its lease. Of any other one, it is free behind
-// the copies that are on their way to it.
+// The room of a slot that was lent is free behind its lease. Otherwise it is free behind the copies
+// that are on their way to it.
 void Accelerator::dropped(Slot& slot) {
   const Arrival& arrival = arrival_of(slot);
   if (!arrival.waited.empty()) return;

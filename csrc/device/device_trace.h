@@ -41,13 +41,12 @@ class DeviceSpan {
 };
 
 // Note [How long a stream waits]
-// One event on the stream before the operator's wait, and the ones behind the
-// copies that it waits for, which are there anyway: a stall is the time from the
-// former to the last of the latter, or nothing where that was earlier. So the
-// host needs no clock and waits for nothing. Where the host itself has to wait
-// (for a reader), the first event is recorded before that, so that a stream that
-// runs dry meanwhile is seen to wait. The times are read when they are asked
-// for, or when many are known.
+// One event is recorded on the stream before the operator's wait. The copies have
+// events behind them anyway. A stall is the time from the former to the last of
+// the latter, and zero if the copies ended earlier. So the host needs no clock
+// and does not wait. If the host itself has to wait for a reader, the first event
+// is recorded before that: the stream may run dry meanwhile, and that is a stall,
+// too. The times are read when somebody asks for them, or when many have ended.
 
 // The time from an event on a stream to the last of those that it waits for.
 class DeviceTime : public LateTime {

@@ -16,14 +16,14 @@ namespace distorch {
 namespace {
 
 constexpr uint64_t kSlabBytes = 64 << 20;  // at least
-// Buffers of one size beyond which a copy is waited for, unless all fit into a slab.
+// So many buffers of one size may wait for their copies. More may if all fit into one slab.
 constexpr uint64_t kMostBehind = 4;
-// What is larger, and passes only once, takes ordinary memory: to pin it takes longer.
+// Larger buffers for bytes that come back take ordinary memory: pinning takes longer than copying.
 constexpr uint64_t kLargest = 256 << 20;
 
 bool on_page(const void* address) { return reinterpret_cast<uintptr_t>(address) % kPage == 0; }
 
-// Else memory would be pinned, or given back, by way of the first GPU, in a context that takes
+// Without this, the driver would pin and free memory by way of the first GPU, and make a context of
 // hundreds of megabytes there.
 void make_current(c10::OptionalDeviceGuard& guard, c10::Device device) {
   if (c10::impl::hasDeviceGuardImpl(device.type())) guard.reset_device(device);
@@ -177,8 +177,8 @@ void PinnedBuffers::drop_idle_slabs() {
   });
 }
 
-// Buffers whose copies have ended are free again. Copies end about in the order in which they were
-// asked for, so the first one that has not ended is where the search ends: each question costs.
+// Frees the buffers whose copies have ended. Copies end about in the order in which they were asked
+// for, so this stops at the first one that has not ended: each question to the device costs time.
 void PinnedBuffers::collect() {
   while (!busy_.empty() && has_ended(busy_.front().copied)) {
     const Busy done = std::move(busy_.front());

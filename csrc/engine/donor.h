@@ -26,15 +26,15 @@ class Readers {
   };
 
   Readers() = default;
-  // The last resort: whoever lets go of a donor has called Donor::settle() if it could.
+  // Waits, as a last resort. Owners call Donor::settle() before, where they hold no lock.
   ~Readers() { wait_for_all(); }
   Readers(const Readers&) = delete;
   Readers& operator=(const Readers&) = delete;
 
   // Copies on one stream run one after the other: the latest stands for all of them.
   void add(uint64_t stream, std::shared_ptr<Copy> copy) const;
-  // Blocks until every copy has ended. Copies asked for meanwhile are the caller's to prevent.
-  // REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+  // Blocks until every copy has ended. The caller makes sure that no new one is asked for
+  // meanwhile. REQUIRES: no lock of ours is held (Note [Waiting for threads]).
   void wait() const;
 
  private:
@@ -46,7 +46,7 @@ class Readers {
 
 // A piece of a weight that a device can copy by itself. `place` is "cpu" or a
 // device ("sim:1"); pieces with one owner may be copied together where they lie
-// side by side. `readers` is told of the copy; null: nobody needs to know.
+// side by side. `readers` is told of each copy; it is null for memory that is no donor's.
 struct Extent {
   uint64_t begin, bytes;
   std::string place;
@@ -87,7 +87,7 @@ class Donor {
     read(begin, bytes, into, false);
   }
 
-  // Blocks until no device copies from here any more. Before a donor goes.
+  // Blocks until no device copies from here any more. Call it before letting go of a donor.
   // REQUIRES: no lock of ours is held (Note [Waiting for threads]).
   virtual void settle() const {}
 

@@ -85,8 +85,8 @@ void Ring::refuse_recording(const Weight& weight) const {
   throw refused;
 }
 
-// What was asked of the device is issued before the mutex is given up, also where an exception
-// leaves: threads may be waiting for it, and only this one knows of it.
+// When an exception leaves, issues what this thread has asked of the device. Another thread may be
+// waiting for one of these copies, and nobody else would issue it.
 struct Ring::FlushAtEnd {
   ~FlushAtEnd() {
     if (std::uncaught_exceptions() == before) return;
@@ -111,7 +111,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   if (lean_ > 0) --lean_;
   if (!staged_.empty()) {
     bring_staged();
-    flush();  // at once: what was asked for but not issued holds memory that may be needed below
+    flush();  // a copy that is not issued holds its room, which may be needed below
   }
   Window& window = window_of_this_thread();
   advance(window, weight.id());
@@ -409,7 +409,7 @@ void Ring::flush() {
     drop(slot);
   }
   part_done_->notify_all();
-  // The error is not one of these weights: it is told as what it is.
+  // This error is the device's own and concerns no weight, so it is not wrapped in ours.
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
 
@@ -438,8 +438,8 @@ void Ring::drop(const SlotPtr& slot) {
   if (!slot->whole()) {
     for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
   }
-  // Its readers go on, but they write to host memory: the device's is free for others now. (Where
-  // the device was asked for a copy, that copy still has to find the room.)
+  // Readers that are under way write to host memory, so the room on the device is free now. If the
+  // device was asked for the copy already, that copy still needs the room.
   const bool asked = slot->parts_left == 0 && slot->state != Slot::State::kStaged;
   if (slot->staged == nullptr || asked) return;
   slot->wrapped.reset();

@@ -45,7 +45,7 @@ struct Slot {
   Weight* weight = nullptr;  // null once the weight has let go of the slot
   size_t parts_left = 0;
   bool overflow = false;  // ordinary memory: let go as soon as it was handed out
-  std::string error;      // empty: failed only because it was dropped; who wants it asks again
+  std::string error;      // empty: it was only dropped, and is asked for again
   ErrorKind error_kind = ErrorKind::kFetch;
   std::exception_ptr out_of_order;  // the device's own error, which is about no weight
   std::list<std::shared_ptr<Slot>>::iterator place;

@@ -49,7 +49,7 @@ int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, con
 
 int usable() { return DRIVER < 13 ? 35 : 0; }
 
-// Not on a page, which CUDA does not promise either. What is before the memory says how much it is.
+// Memory that does not begin at a page: CUDA does not promise that it does.
 int allocate_pinned(int, void** memory, uint64_t bytes) {
   if (bytes > kMost) return 2;
   auto* whole = static_cast<std::byte*>(std::aligned_alloc(4096, 4096 + round_up(bytes, 4096)));
