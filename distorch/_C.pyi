@@ -1,5 +1,7 @@
 from collections.abc import Callable
 
+import torch
+
 class Counters:
     def __init__(self) -> None: ...
     @property
@@ -21,6 +23,8 @@ class Reservation:
     def capacity(self) -> int: ...
     @property
     def used(self) -> int: ...
+
+def set_data(tensor: torch.Tensor, data: torch.Tensor, only_idle: bool) -> bool: ...
 
 fetch_count: Callable[[], int]
 

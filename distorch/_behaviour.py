@@ -26,9 +26,10 @@ from distorch.errors import PlacementError
 # address must not get further than that: what launches kernels gets the error.
 _COMPARE_ADDRESSES = ("peft.",)
 
-# Weight id -> the tensor that state_dict gave out for it, so that tied weights stay tied, and
-# its version then: once somebody wrote to it, it is theirs and says nothing of the weight.
-_given_out: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+# Weight id and how often the weight has moved -> the tensor that state_dict gave out for it, so that
+# tied weights stay tied, and its version then: once somebody wrote to it, it is theirs and says
+# nothing of the weight.
+_given_out: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
 
 
 def alias_of_donor(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,12 +84,12 @@ def _rebuild(
 
 def copy_of_donor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
     """An independent sharded tensor: a checkpoint is shared, other donors are copied once."""
-    info = _ops.state(tensor)
-    key = ("distorch", info.id)
+    key = ("distorch", _ops.state(tensor).id)
     if key not in memo:
-        root = tensor.detach()
+        root = _ops.share(tensor.detach())  # does not move, whatever another thread does
+        info = _ops.state(root)
         if info.read_only:
-            memo[key] = _ops.share(root)
+            memo[key] = root
         else:
             data = _ops.donor_bytes(root).clone()
             copied = _donors.shard_on(info.tier, data, tensor.device, info.name)
@@ -218,7 +219,7 @@ def detach_behaviour(parameter: torch.Tensor) -> None:
 @torch.inference_mode(False)  # tensors made in it have no version to remember
 def saved_values(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor's values for a state dict: over the donor's bytes, nothing read yet."""
-    key = _ops.state(tensor).id
+    key = _ops.state(tensor).id, _ops.moves(tensor)
     ref, version = _given_out.get(key, (None, 0))
     known = ref() if ref is not None else None
     if known is not None and known._version == version:
@@ -228,9 +229,11 @@ def saved_values(tensor: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def replace_data(parameter: nn.Parameter, value: torch.Tensor) -> None:
+def replace_data(
+    parameter: nn.Parameter, value: torch.Tensor, patience: _ops.Patience | None = None
+) -> None:
     """`parameter.data = value`, with the behaviour that goes with it, sharded or plain."""
-    _ops.set_data(parameter, value.detach())
+    _ops.set_data(parameter, value.detach(), patience)
     if _ops.is_sharded(parameter):
         attach_behaviour(parameter)
     else:

@@ -80,6 +80,7 @@ Reservation = _C.Reservation
 fetch_count = _C.fetch_count
 has_cuda_kernels = _C.has_cuda_kernels
 scratch_directory = _C.scratch_directory
+set_data = _C.set_data
 set_peer_access = _C.set_peer_access
 set_read_clock = _C.set_read_clock
 start_trace = _C.start_trace

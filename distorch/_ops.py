@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -13,6 +14,8 @@ from distorch import _native
 from distorch.errors import PlacementError
 
 _ops = torch.ops.distorch
+
+_MOMENT = 2e-4  # seconds
 
 
 class WeightState(NamedTuple):
@@ -228,16 +231,35 @@ def shard_striped(
     return cast(torch.Tensor, _ops.shard_striped(list(parts), like, compute, name))
 
 
-def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """`tensor.data = data`, also between devices where PyTorch refuses."""
-    if torch._has_compatible_shallow_copy_type(tensor, data):
-        tensor.data = data
-    else:
-        _ops.set_data(tensor, data)
+class Patience:
+    """How many seconds, in all, one change waits for operators of other threads to end."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.left = seconds
+
+    def lasts(self) -> bool:
+        """Waits a moment, without the GIL. False: there is no time left, and it did not wait."""
+        if self.left <= 0:
+            return False
+        start = time.monotonic()
+        time.sleep(_MOMENT)
+        self.left -= time.monotonic() - start
+        return True
+
+
+def set_data(tensor: torch.Tensor, data: torch.Tensor, patience: Patience | None = None) -> None:
+    """`tensor.data = data`, also between devices where PyTorch refuses.
+
+    Waits for operators of other threads that have `tensor`, as long as `patience` lasts. An
+    operator that runs meanwhile may fail.
+    """
+    while not _native.set_data(tensor, data, only_idle=patience is not None):
+        if patience is None or not patience.lasts():
+            patience = None
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
-    """A second, independent sharded tensor on the same read-only donor."""
+    """A second sharded tensor made of what the first is made of now. Both write to one donor."""
     return cast(torch.Tensor, _ops.share(tensor))
 
 

@@ -130,11 +130,11 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   return links_.emplace(place, std::move(link)).first->second;
 }
 
-void Accelerator::bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
-                        Range part) {
-  std::vector<Extent> extents = donor->extents();
+void Accelerator::bring(const std::shared_ptr<Slot>& slot, Range part) {
+  const Donor& donor = *slot->source.donor;
+  std::vector<Extent> extents = donor.extents();
   if (slot->staged != nullptr) {
-    extents = {{0, donor->size(), "cpu", slot->staged_data, slot->staged.get(), nullptr}};
+    extents = {{0, donor.size(), "cpu", slot->staged_data, slot->staged.get(), nullptr}};
   }
   for (Extent extent : extents) {
     const uint64_t from = std::max(part.begin, extent.begin);
@@ -152,15 +152,14 @@ void Accelerator::bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr
           extent.data == last.from + last.bytes + gap) {
         last.bytes += gap + extent.bytes;
         last.slots.push_back(slot);
-        last.donors.push_back(donor);
         last.readers.push_back(extent.readers);
         continue;
       }
     }
-    waiting.push_back(
-        {extent.data, extent.owner, to, extent.bytes, {slot}, {donor}, {extent.readers}});
+    waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}, {extent.readers}});
   }
-  if (slot->decoder != nullptr) to_decode_.push_back(slot);  // once: nothing above has thrown
+  if (slot->source.decoder != nullptr)
+    to_decode_.push_back(slot);  // once: nothing above has thrown
 }
 
 void Accelerator::took(Slot& slot) { arrival_of(slot).behind = order_->now(); }
@@ -175,17 +174,18 @@ bool Accelerator::answers() const {
   }
 }
 
-void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
+void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* done) {
   std::exception_ptr out_of_order;
   for (auto& [place, link] : links_) {
     if (link.waiting.empty()) continue;
     try {
-      issue_all(link, failed);
+      issue_all(link, done);
     } catch (const c10::Error&) {
       out_of_order = std::current_exception();
     }
   }
-  for (const auto& slot : std::exchange(to_decode_, {})) {
+  for (auto& slot : std::exchange(to_decode_, {})) {
+    done->push_back(slot);
     if (was_dropped(slot) || slot->state != Slot::State::kReady) continue;
     try {
       decode(slot);
@@ -196,14 +196,13 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
     } catch (const std::exception& refused) {
       fail(*slot, refused.what());
     }
-    failed->push_back(slot);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
 
 // If the device refuses a copy, the slots of that copy fail. If the device takes no work at all (a
 // kernel of the user's has failed an assertion, the device is lost), its error is thrown as it is.
-void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed) {
+void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* done) {
   const std::vector<Copy> copies = std::exchange(link.waiting, {});
   const auto is_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
   std::exception_ptr out_of_order;
@@ -227,11 +226,9 @@ void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* fail
     link.behind = uses;
   });
   for (const Copy& copy : copies) {
+    done->insert(done->end(), copy.slots.begin(), copy.slots.end());
     if (ready && attempt([&] { issue(link, copy); })) continue;
-    for (const auto& slot : copy.slots) {
-      fail(*slot, error);
-      failed->push_back(slot);
-    }
+    for (const auto& slot : copy.slots) fail(*slot, error);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
@@ -317,7 +314,7 @@ void Accelerator::bounce(Link& link, const Copy& copy) {
 void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
   if (!decoding_) decoding_ = own_stream(device_);
   const c10::Stream& stream = *decoding_;
-  const auto& decoder = static_cast<const RowDecoder&>(*slot->decoder);
+  const auto& decoder = static_cast<const RowDecoder&>(*slot->source.decoder);
   Arrival& arrival = arrival_of(*slot);
   order_->now()->block(stream);
   for (const EventPtr& event : arrival.events) event->block(stream);

@@ -35,10 +35,9 @@ class Accelerator : public RingDevice {
   bool recording() const override;
   std::shared_ptr<Staged> staging(uint64_t bytes) override { return buffers_->take(bytes); }
   bool in_parts() const override { return true; }
-  void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
-             Range part) override;
+  void bring(const std::shared_ptr<Slot>& slot, Range part) override;
   void took(Slot& slot) override;
-  void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
+  void flush(std::vector<std::shared_ptr<Slot>>* done) override;
   void dropped(Slot& slot) override;
   bool waits(Slot& slot) override;
   void lend(Slot& slot, Counters& counters) override;
@@ -51,8 +50,7 @@ class Accelerator : public RingDevice {
     std::byte* to;
     uint64_t bytes;
     std::vector<std::shared_ptr<Slot>> slots;
-    std::vector<std::shared_ptr<Donor>> donors;  // kept until the copy was issued
-    std::vector<const Readers*> readers;         // of these donors, or of their parts
+    std::vector<const Readers*> readers;  // of the donors of these slots, or of their parts
   };
   // Two buffers in host memory for a device that this one cannot reach.
   struct Bounce {
@@ -71,7 +69,7 @@ class Accelerator : public RingDevice {
   };
 
   Link& link_from(const std::string& place);
-  void issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed);
+  void issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* done);
   void issue(Link& link, const Copy& copy);
   void send(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);

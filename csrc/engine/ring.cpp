@@ -31,44 +31,72 @@ Ring::Ring(std::unique_ptr<RingDevice> device, std::unique_ptr<Executor> readers
 
 Ring::~Ring() = default;
 
+void Ring::Lock::lock() {
+  held_.lock();
+  lock_taken();
+}
+
+void Ring::Lock::unlock() {
+  std::vector<Source> sources = std::exchange(ring_.let_go_, {});
+  lock_given_up();
+  held_.unlock();
+  for (Source& source : sources) let_go(std::move(source));
+}
+
+void Ring::Lock::wait(std::condition_variable& condition) {
+  if (ring_.let_go_.empty()) return condition.wait(held_);
+  unlock();  // lets go of them: nobody else would while we wait
+  lock();
+}
+
+// A slot that this thread wants. It may be dropped meanwhile, and this is then its last holder.
+struct Ring::Waiter {
+  Waiter(Ring& of, SlotPtr wanted) : ring(of), slot(std::move(wanted)) {}
+  ~Waiter() {
+    if (slot->weight == nullptr) ring.let_go_.push_back(slot->source);
+  }
+  Waiter(const Waiter&) = delete;
+  Waiter& operator=(const Waiter&) = delete;
+  Ring& ring;
+  const SlotPtr slot;
+};
+
 void Ring::enlist(Weight& weight) {
-  Lock lock(mutex_);
+  Lock lock(*this);
   weights_.emplace(weight.id(), &weight);
 }
 
 void Ring::delist(Weight& weight) {
-  SlotPtr slot;  // goes after the lock, as in written()
-  Lock lock(mutex_);
+  Lock lock(*this);
   weights_.erase(weight.id());
-  slot = weight.in_ring.slot;
-  if (slot != nullptr) drop(slot);
+  if (const SlotPtr slot = weight.in_ring.slot) drop(slot);
 }
 
 uint64_t Ring::capacity() const {
-  Lock lock(mutex_);
+  Lock lock(*this);
   return capacity_;
 }
 
 uint64_t Ring::used() const {
-  Lock lock(mutex_);
+  Lock lock(*this);
   return region_ ? region_->arena.used() : 0;
 }
 
 uint64_t Ring::reserve(uint64_t bytes) {
-  Lock lock(mutex_);
+  Lock lock(*this);
   reservations_.emplace(next_ticket_, bytes);
   resize();
   return next_ticket_++;
 }
 
 void Ring::release(uint64_t ticket) {
-  Lock lock(mutex_);
+  Lock lock(*this);
   reservations_.erase(ticket);
   resize();
 }
 
 void Ring::give_back() {
-  Lock lock(mutex_);
+  Lock lock(*this);
   lean_ = weights_.size() + 1;
   let_go_of_region();
 }
@@ -91,14 +119,12 @@ struct Ring::FlushAtEnd {
   ~FlushAtEnd() {
     if (std::uncaught_exceptions() == before) return;
     try {
-      if (!lock.owns_lock()) lock.lock();
       ring.flush();
     } catch (...) {
       // The exception that leaves already says that the device, or this fetch, failed.
     }
   }
   Ring& ring;
-  Lock& lock;
   const int before = std::uncaught_exceptions();
 };
 
@@ -106,8 +132,8 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   refuse_recording(weight);
   Counters& counters = weight.counters();
   pool_->catch_up();
-  Lock lock(mutex_);
-  const FlushAtEnd flushing{*this, lock};
+  Lock lock(*this);
+  const FlushAtEnd flushing{*this};
   if (lean_ > 0) --lean_;
   if (!staged_.empty()) {
     bring_staged();
@@ -125,9 +151,10 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
     return bytes;
   }
   for (bool planned = false;;) {
-    SlotPtr slot = usable_slot(weight);
-    const bool asked_now = slot == nullptr;
-    if (asked_now) slot = load(weight, IoPool::Urgency::kNow, nullptr);
+    const SlotPtr known = usable_slot(weight);
+    const bool asked_now = known == nullptr;
+    const Waiter waiter(*this, asked_now ? load(weight, IoPool::Urgency::kNow, nullptr) : known);
+    const SlotPtr& slot = waiter.slot;
     if (!planned) {
       const bool is_there = slot->state == Slot::State::kStored;
       (is_there ? counters.hits : counters.misses).fetch_add(1, std::memory_order_relaxed);
@@ -158,8 +185,8 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
 void Ring::released() {
   if (device_->recording()) return;  // what was captured needed nothing of the ring
   pool_->catch_up();
-  Lock lock(mutex_);
-  const FlushAtEnd flushing{*this, lock};
+  Lock lock(*this);
+  const FlushAtEnd flushing{*this};
   look_ahead(window_of_this_thread());
   if (!staged_.empty()) bring_staged();
   flush();
@@ -194,12 +221,13 @@ void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const bool timed = device_->waits(*slot);
   const auto start = std::chrono::steady_clock::now();
   pool_->hurry();
+  const auto run_next = [&] {
+    const Unlocked other_threads_go_on(lock);
+    return pool_->run_next();
+  };
   while (slot->state == Slot::State::kLoading) {
-    lock.unlock();
-    const bool ran = pool_->run_next();
-    lock.lock();
-    if (ran) continue;
-    part_done_->wait(lock, [&] { return slot->state != Slot::State::kLoading; });
+    if (run_next()) continue;
+    while (slot->state == Slot::State::kLoading) lock.wait(*part_done_);
   }
   if (timed) return;
   const auto waited = std::chrono::steady_clock::now() - start;
@@ -238,7 +266,7 @@ Ring::Window& Ring::window_of_this_thread() {
 }
 
 void Ring::suggest(Weight& weight, uint64_t next) {
-  Lock lock(mutex_);
+  Lock lock(*this);
   weight.in_ring.next = next;
 }
 
@@ -311,21 +339,19 @@ void Ring::look_ahead(Window& window) {
 
 // Null when there is no room and nobody waits for it.
 Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* window) {
-  const Source source = weight.source();
+  auto slot = std::make_shared<Slot>(weight, weight.source());
+  const Source& source = slot->source;
   const Donor& donor = *source.donor;
   const uint64_t bytes = source.size();
   const bool host = device_->is_host();
   const bool by_device = device_->brings(donor);
-  const uint64_t phase = donor.phase() % weight.alignment() == 0 ? donor.phase() : 0;
-  auto slot = std::make_shared<Slot>();
-  slot->decoder = source.decoder;
-  if (host && source.decoder != nullptr) slot->donor = source.donor;
+  const uint64_t phase = donor.phase() % source.alignment == 0 ? donor.phase() : 0;
   if (decoded_from_memory(source)) {
     expect_decoded(room_for(bytes));
     slot->encoded = source.donor->host();
     slot->cheap = true;
     slot->state = Slot::State::kStored;
-    enter(slot, weight, donor);
+    enter(slot, weight);
     return slot;
   }
   if (!host && !by_device) slot->staged = device_->staging(round_up(phase + donor.size(), kPage));
@@ -354,25 +380,24 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   }
   if (apart) slot->stored = begin + own + stored_phase;
   if (!decoded_room_later) slot->data = begin + data_phase;
-  if (slot->donor != nullptr) slot->encoded = slot->landing();
+  if (host && source.decoder != nullptr) slot->encoded = slot->landing();
   slot->wrapped = decoded_room_later
                       ? device_->wrap(*slot, slot->stored, donor.size(), std::move(block))
                       : device_->wrap(*slot, slot->data, bytes, std::move(block));
-  enter(slot, weight, donor);
+  enter(slot, weight);
   if (slot->staged != nullptr) slot->staged_data = slot->staged->data + phase;
   if (!host && slot->whole()) fill(slot, {0, donor.size()});
   grow(slot);
   if (by_device) return slot;
-  queue_reads(slot, weight.name(), source.donor, host ? slot->landing() : slot->staged_data,
+  queue_reads(slot, host ? slot->landing() : slot->staged_data,
               host && apart ? stored_phase : phase, urgency);
   return slot;
 }
 
-void Ring::enter(const SlotPtr& slot, Weight& weight, const Donor& donor) {
-  slot->weight = &weight;
+void Ring::enter(const SlotPtr& slot, Weight& weight) {
   slot->place = slots_.insert(slots_.end(), slot);
   weight.in_ring.slot = slot;
-  count_bytes(weight.counters(), donor);
+  count_bytes(weight.counters(), *slot->source.donor);
 }
 
 // What readers brought to host memory goes on to the device.
@@ -380,30 +405,33 @@ void Ring::bring_staged() {
   std::vector<SlotPtr> later;
   for (const SlotPtr& slot : staged_) {
     // Let go of in the meantime, or brought before something threw.
-    if (slot->weight == nullptr || slot->state != Slot::State::kStaged) continue;
+    if (slot->weight == nullptr || slot->state != Slot::State::kStaged) {
+      let_go_.push_back(slot->source);
+      continue;
+    }
     if (!slot->whole()) {
       later.push_back(slot);
       continue;
     }
-    const auto donor = slot->weight->donor();
-    device_->bring(slot, donor, {0, donor->size()});
+    device_->bring(slot, {0, slot->source.donor->size()});
     slot->state = Slot::State::kLoading;
   }
   staged_ = std::move(later);
 }
 
 void Ring::flush() {
-  std::vector<SlotPtr> failed;
+  std::vector<SlotPtr> done;
   std::exception_ptr out_of_order;
   try {
-    device_->flush(&failed);
+    device_->flush(&done);
   } catch (...) {
     out_of_order = std::current_exception();
   }
-  for (const SlotPtr& slot : failed) {
-    if (slot->weight == nullptr) continue;
-    const Error named = could_not_bring(ErrorKind::kFetch, slot->weight->name(),
-                                        *slot->weight->donor(), slot->error);
+  for (const SlotPtr& slot : done) {
+    if (slot->weight == nullptr) let_go_.push_back(slot->source);
+    if (slot->weight == nullptr || slot->state != Slot::State::kFailed) continue;
+    const Error named =
+        could_not_bring(ErrorKind::kFetch, slot->weight->name(), *slot->source.donor, slot->error);
     slot->error = named.what();
     slot->out_of_order = out_of_order;
     drop(slot);
@@ -417,12 +445,12 @@ void Ring::flush() {
 void Ring::fill(const SlotPtr& slot, Range part) {
   try {
     if (slot->staged != nullptr) return device_->took(*slot);
-    if (slot->decoder != nullptr) {  // decoded as a whole
+    const uint64_t stored = slot->source.donor->size();
+    if (slot->source.decoder != nullptr) {  // decoded as a whole
       if (!slot->whole() || std::exchange(slot->asked, true)) return;
-      part = {0, slot->weight->donor()->size()};
+      part = {0, stored};
     }
-    const auto donor = slot->weight->donor();
-    device_->bring(slot, donor, {part.begin, std::min(part.end, donor->size())});
+    device_->bring(slot, {part.begin, std::min(part.end, stored)});
   } catch (...) {  // nobody would ask for that part again
     drop(slot);
     throw;
@@ -431,6 +459,7 @@ void Ring::fill(const SlotPtr& slot, Range part) {
 
 void Ring::drop(const SlotPtr& slot) {
   if (slot->weight == nullptr) return;
+  let_go_.push_back(slot->source);
   device_->dropped(*slot);
   slot->weight->in_ring.slot.reset();
   slot->weight = nullptr;
@@ -459,11 +488,9 @@ void Ring::after_fork_in_child() {
 }
 
 void Ring::written(Weight& weight, const std::byte* data) {
-  SlotPtr slot;  // goes after the lock: its decoder may hold tensors that the interpreter knows
-  Lock lock(mutex_);
-  slot = weight.in_ring.slot;
-  if (slot == nullptr) return;
-  if (slot->data == nullptr || slot->data != data) drop(slot);
+  Lock lock(*this);
+  const SlotPtr slot = weight.in_ring.slot;
+  if (slot != nullptr && (slot->data == nullptr || slot->data != data)) drop(slot);
 }
 
 }  // namespace distorch

@@ -21,6 +21,7 @@
 #include "core/io_pool.h"
 #include "core/layout.h"
 #include "engine/room.h"
+#include "engine/waiting.h"
 #include "engine/weight.h"
 
 namespace distorch {
@@ -34,6 +35,8 @@ struct Staged {
 // One weight's room in the ring. All members are guarded by the ring's mutex,
 // but for the bytes themselves while `state` is kLoading.
 struct Slot {
+  Slot(Weight& owner, Source made_of) : weight(&owner), source(std::move(made_of)) {}
+
   // kStaged: in host memory, and the device was not yet asked to copy it.
   // kStored: its donor's bytes are there; who asks for the weight decodes them.
   enum class State { kLoading, kStaged, kStored, kReady, kFailed };
@@ -42,15 +45,15 @@ struct Slot {
   std::shared_ptr<Room> room;  // null: overflow, or none needed yet
   uint64_t used_at = 0;        // when it was handed out, by the ring's clock
   State state = State::kLoading;
-  Weight* weight = nullptr;  // null once the weight has let go of the slot
+  Weight* weight;  // null once the weight has let go of the slot
+  // What the slot is filled from. The weight may be made of something else by now.
+  Source source;
   size_t parts_left = 0;
   bool overflow = false;  // ordinary memory: let go as soon as it was handed out
   std::string error;      // empty: it was only dropped, and is asked for again
   ErrorKind error_kind = ErrorKind::kFetch;
   std::exception_ptr out_of_order;  // the device's own error, which is about no weight
   std::list<std::shared_ptr<Slot>>::iterator place;
-  // What the weight is made of, if not of the donor's own bytes.
-  std::shared_ptr<const Decoder> decoder;
   // Of devices that are not the host: bytes that readers brought to host
   // memory, and what the device knows of the copies on their way.
   std::shared_ptr<Staged> staged;
@@ -61,9 +64,8 @@ struct Slot {
   // null: in place.
   std::byte* stored = nullptr;
   bool asked = false;  // for all bytes of a decoded weight
-  // What the host decodes, and whose it is: see Note [Who decodes].
+  // What the host decodes: see Note [Who decodes]. Null: it is decoded, or kept as it is.
   const std::byte* encoded = nullptr;
-  std::shared_ptr<Donor> donor;
   // Made of what is in host memory anyway: kept only while nothing else wants the
   // room.
   bool cheap = false;
@@ -102,17 +104,16 @@ class RingDevice {
   // Whether slots may be filled part by part.
   virtual bool in_parts() const { return false; }
   // Asks for a copy of a part of the donor's bytes (or of what is staged) to the
-  // slot. The donor is kept until the copy was issued.
-  virtual void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
-                     Range part) {}
+  // slot, which is kept until the copy was issued.
+  virtual void bring(const std::shared_ptr<Slot>& slot, Range part) {}
   // A slot that waits for readers has got more of its room: what is copied there
   // later goes behind what has used it until now, and behind nothing else.
   virtual void took(Slot& slot) {}
   // Issues what was asked for, in that order, behind everything that used the
   // slots' memory, and decodes it. Slots that are whole are then kReady, or
-  // kFailed with an error. Where the device is out of order, throws the device's
-  // own error, with all of them kFailed.
-  virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
+  // kFailed with an error. Appends those that the device lets go of to `done`. Where the device is
+  // out of order, throws the device's own error, with all of them kFailed.
+  virtual void flush(std::vector<std::shared_ptr<Slot>>* done) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
   // All rows, for the calling thread, which waits. Without the ring's mutex, and
@@ -201,8 +202,35 @@ class Ring {
   void delist(Weight& weight);
 
  private:
-  using Lock = std::unique_lock<std::mutex>;
   using SlotPtr = std::shared_ptr<Slot>;
+
+  // The ring's mutex. Whoever lets go of a slot under it adds the slot's source to let_go_, so that
+  // no donor or decoder ends before the mutex is given up. They may hold the last tensor over some
+  // memory that Python knows, and the end of that one waits for the GIL: see
+  // Note [Waiting for threads].
+  class Lock {
+   public:
+    explicit Lock(const Ring& ring) : ring_(ring) { lock(); }
+    ~Lock() {
+      if (held_.owns_lock()) unlock();
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    void lock();
+    void unlock();
+    // Gives the mutex up for a while, at most until somebody notifies `condition`.
+    void wait(std::condition_variable& condition);
+
+   private:
+    const Ring& ring_;
+    std::unique_lock<std::mutex> held_{ring_.mutex_, std::defer_lock};
+  };
+  // The lock is given up as long as this lives.
+  struct Unlocked {
+    explicit Unlocked(Lock& held) : lock(held) { lock.unlock(); }
+    ~Unlocked() { lock.lock(); }
+    Lock& lock;
+  };
 
   // What one thread did and what is under way for it.
   struct Window {
@@ -226,7 +254,7 @@ class Ring {
   // to decode, which leave room for what is decoded.
   std::shared_ptr<Room> find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window,
                                   bool aside);
-  void enter(const SlotPtr& slot, Weight& weight, const Donor& donor);
+  void enter(const SlotPtr& slot, Weight& weight);
   bool decoded_from_memory(const Source& source) const;
   bool is_large(uint64_t room) const;
   void expect_decoded(uint64_t room);
@@ -246,11 +274,11 @@ class Ring {
   bool evict_one();
   void evict_from(Range range);
   void drop(const SlotPtr& slot);
+  struct Waiter;
   void bring_staged();
   void flush();
   struct FlushAtEnd;
-  void queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
-                   std::byte* into, uint64_t phase, IoPool::Urgency urgency);
+  void queue_reads(const SlotPtr& slot, std::byte* into, uint64_t phase, IoPool::Urgency urgency);
   IoPool::Task part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work);
   void finish_part(const SlotPtr& slot, const Error* error);
   void wait_for(const SlotPtr& slot, Counters& counters, Lock& lock);
@@ -272,10 +300,11 @@ class Ring {
   uint64_t clock_ = 0;
   std::unordered_map<uint64_t, Weight*> weights_;
   std::unordered_map<std::thread::id, Window> windows_;
-  std::thread::id latest_thread_;    // whose window was asked for last,
-  Window* latest_window_ = nullptr;  // and that window
-  std::list<SlotPtr> slots_;         // least recently used first
-  std::vector<SlotPtr> staged_;      // read to host memory, not yet copied
+  std::thread::id latest_thread_;       // whose window was asked for last,
+  Window* latest_window_ = nullptr;     // and that window
+  std::list<SlotPtr> slots_;            // least recently used first
+  std::vector<SlotPtr> staged_;         // read to host memory, not yet copied
+  mutable std::vector<Source> let_go_;  // after the mutex was given up: see Lock
   // Last, so that its threads end before what they use.
   const std::unique_ptr<Executor> pool_;
 };

@@ -30,8 +30,10 @@ IoPool::Task Ring::part(const SlotPtr& slot, uint64_t bytes, std::function<void(
   return {run, bytes};
 }
 
-void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared_ptr<Donor> donor,
-                       std::byte* into, uint64_t phase, IoPool::Urgency urgency) {
+void Ring::queue_reads(const SlotPtr& slot, std::byte* into, uint64_t phase,
+                       IoPool::Urgency urgency) {
+  const std::shared_ptr<Donor>& donor = slot->source.donor;
+  const std::string name = slot->weight->name();
   const uint64_t bytes = donor->size();
   std::vector<IoPool::Task> tasks;
   // Parts end at whole pages of the block, so that no two share one.
@@ -50,7 +52,7 @@ void Ring::queue_reads(const SlotPtr& slot, const std::string& name, std::shared
 
 void Ring::finish_part(const SlotPtr& slot, const Error* error) {
   {
-    Lock lock(mutex_);
+    Lock lock(*this);
     if (error != nullptr && slot->error.empty()) {
       slot->error = error->what();
       slot->error_kind = error->kind();
@@ -83,15 +85,13 @@ void Ring::decode(const SlotPtr& slot, Counters& counters, Lock& lock) {
   }
   slot->state = Slot::State::kLoading;
   std::exception_ptr failure;
-  lock.unlock();
   try {
-    const HostSpan span("decodes", name, slot->donor->size());
-    device_->decode(*slot->decoder, slot->encoded, slot->data);
+    const Unlocked other_threads_go_on(lock);
+    const HostSpan span("decodes", name, slot->source.donor->size());
+    device_->decode(*slot->source.decoder, slot->encoded, slot->data);
   } catch (...) {
     failure = std::current_exception();
   }
-  lock.lock();
-  const std::shared_ptr<Donor> donor = std::move(slot->donor);  // nobody needs it any more
   slot->encoded = nullptr;
   slot->state = failure ? Slot::State::kFailed : Slot::State::kReady;
   part_done_->notify_all();
@@ -107,7 +107,7 @@ void Ring::decode(const SlotPtr& slot, Counters& counters, Lock& lock) {
   } catch (const std::exception& error) {
     why = error.what();
   }
-  const Error named = could_not_bring(kind, name, *donor, why);
+  const Error named = could_not_bring(kind, name, *slot->source.donor, why);
   slot->error = named.what();
   slot->error_kind = kind;
 }

@@ -84,7 +84,7 @@ std::shared_ptr<Room> Ring::find_room(uint64_t bytes, IoPool::Urgency urgency, c
 // For the decoded bytes. What was read ahead stays: where it has left no room,
 // they take ordinary memory, and it leaves more the next time.
 void Ring::room_to_decode(const SlotPtr& slot, const Window& window, Counters& counters) {
-  const uint64_t bytes = slot->decoder->decoded_bytes();
+  const uint64_t bytes = slot->source.size();
   const uint64_t needed = room_for(bytes);
   const std::shared_ptr<Room> room = find_room(needed, IoPool::Urgency::kNow, &window, false);
   std::shared_ptr<void> block = room;
@@ -126,7 +126,7 @@ bool Ring::may_stay(const Slot& slot) const {
     const Range range = slot.room->range();
     if (!is_large(range.end - range.begin)) return true;
   }
-  const uint64_t more = slot.data == nullptr ? room_for(slot.decoder->decoded_bytes()) : 0;
+  const uint64_t more = slot.data == nullptr ? room_for(slot.source.size()) : 0;
   return region_->arena.has_hole(spare_ + more);
 }
 

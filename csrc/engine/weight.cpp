@@ -13,11 +13,6 @@ constexpr size_t kMostLater = 8192;  // stalls in the dark
 
 std::atomic<uint64_t> next_weight{1};
 
-// The last holder of a donor waits for its copies here, where no lock is held.
-void let_go(Source source) {
-  if (source.donor.use_count() == 1) source.donor->settle();
-}
-
 struct Groups {
   std::mutex mutex;
   std::map<uint64_t, std::weak_ptr<Counters>> known;  // guarded by mutex
@@ -29,6 +24,11 @@ Groups& groups() {
 }
 
 }  // namespace
+
+void let_go(Source source) {
+  check_no_lock_held();
+  if (source.donor.use_count() == 1) source.donor->settle();
+}
 
 uint64_t Counters::next_id() {
   static std::atomic<uint64_t> next{1};
@@ -84,9 +84,8 @@ std::map<std::string, uint64_t> Counters::bytes() const {
 }
 
 Weight::Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
-               std::shared_ptr<Counters> counters, uint64_t alignment)
+               std::shared_ptr<Counters> counters)
     : id_(next_weight++),
-      alignment_(alignment),
       ring_(std::move(ring)),
       name_(std::move(name)),
       source_(std::move(source)),
@@ -162,7 +161,7 @@ void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint6
     target = FileDonor::scratch(scratch_directory, total);
   }
   target->write(0, total, whole);
-  move_to({std::move(target), nullptr});
+  move_to({std::move(target), nullptr, now.alignment});
 }
 
 }  // namespace distorch

@@ -63,23 +63,26 @@ inline std::atomic<uint64_t> process_fetches{0};
 struct Source {
   std::shared_ptr<Donor> donor;
   std::shared_ptr<const Decoder> decoder;  // null: the donor has the weight's bytes
+  uint64_t alignment = kAlign;             // what the address of fetched bytes is a multiple of
 
   // Of the weight, in bytes.
   uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
 };
 
+// Lets go of it. The last holder of a donor waits for the copies that devices make from there.
+// REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+void let_go(Source source);
+
 class Weight {
  public:
   // `ring` brings the bytes of donors that cannot be used in place.
   Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
-         std::shared_ptr<Counters> counters, uint64_t alignment = kAlign);
+         std::shared_ptr<Counters> counters);
   ~Weight();
   Weight(const Weight&) = delete;
   Weight& operator=(const Weight&) = delete;
 
   uint64_t id() const { return id_; }
-  // What the address of fetched bytes is a multiple of.
-  uint64_t alignment() const { return alignment_; }
   std::string name() const;
   void rename(std::string name);
   uint64_t size() const { return source().size(); }
@@ -89,7 +92,7 @@ class Weight {
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
   // The old counters stay alive with the weight: an op may be counting there.
   void count_in(std::shared_ptr<Counters> counters);
-  // From now on made of something else. What the ring holds is not touched.
+  // From now on made of something else. What the ring holds is not touched: Ring::written().
   void move_to(Source source);
   // How often it was.
   uint64_t moves() const;
@@ -114,7 +117,6 @@ class Weight {
 
  private:
   const uint64_t id_;
-  const uint64_t alignment_;
   const std::shared_ptr<Ring> ring_;
   mutable std::mutex mutex_;
   std::string name_;    // guarded by mutex_

@@ -128,13 +128,13 @@ void Call::run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 
 c10::Storage Call::memory_of(Handle& handle) {
   for (const Fetched& known : fetched_) {
-    if (known.weight != handle.weight.get()) continue;
+    if (known.weight != handle.weight) continue;
     return c10::Storage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(known.memory));
   }
   at::RecordFunction profiled(at::RecordScope::USER_SCOPE);
   if (profiled.isActive()) profiled.before("distorch::fetch " + handle.weight->name());
   c10::Storage memory = fetch(handle);
-  fetched_.push_back({handle.weight.get(), memory.unsafeGetStorageImpl(), handle.compute});
+  fetched_.push_back({handle.weight, memory.unsafeGetStorageImpl(), handle.compute});
   if (TraceLog::instance().active()) begin_trace(handle);
   return memory;
 }
@@ -142,8 +142,9 @@ c10::Storage Call::memory_of(Handle& handle) {
 at::Tensor Call::real(const at::Tensor& tensor, bool writes) {
   if (!is_sharded(tensor)) return tensor;
   Handle& handle = handle_of(tensor);
-  const bool in_place = bool(handle.in_place);
   at::Tensor real = make_real(tensor, memory_of(handle), Likeness::kExact);
+  const bool in_place =
+      handle.in_place.memory().unsafeGetStorageImpl() == real.storage().unsafeGetStorageImpl();
   swapped_.push_back({tensor, real, writes, in_place, false});
   return real;
 }
@@ -203,7 +204,7 @@ void Call::commit(Swapped& argument) {
     auto owner = std::make_shared<c10::Storage>(memory);
     auto* data = static_cast<std::byte*>(owner->mutable_data());
     handle.weight->move_to({std::make_shared<HostDonor>(owner, data, total), nullptr});
-    handle.in_place.publish(memory);
+    handle.in_place.set(memory);
   }
   argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));
   if (!same_geometry(argument.sharded, argument.real)) {

@@ -63,15 +63,15 @@ class Call {
 
  private:
   struct Fetched {
-    Weight* weight;
-    c10::StorageImpl* memory;  // kept alive by the real tensors over it
+    std::shared_ptr<Weight> weight;  // another thread may give the tensor other data meanwhile
+    c10::StorageImpl* memory;        // kept alive by the real tensors over it
     c10::Device device;
   };
   struct Swapped {
     at::Tensor sharded;
     at::Tensor real;
     bool writes;
-    bool in_place;  // was when its memory was asked for
+    bool in_place;  // `real` is over the donor's own memory
     bool committed;
   };
 

@@ -115,9 +115,9 @@ at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory, Likeness li
 
 c10::Storage fetch(Handle& handle) {
   process_fetches.fetch_add(1, std::memory_order_relaxed);
-  if (handle.in_place) {
+  if (c10::Storage memory = handle.in_place.memory()) {
     handle.weight->counters().hits.fetch_add(1, std::memory_order_relaxed);
-    return handle.in_place.memory();
+    return memory;
   }
   const std::shared_ptr<void> slot = handle.weight->ring().acquire(*handle.weight);
   return *static_cast<c10::Storage*>(slot.get());

@@ -6,6 +6,8 @@
 
 #include <atomic>
 #include <memory>
+#include <thread>
+#include <utility>
 
 #include "engine/weight.h"
 
@@ -19,8 +21,8 @@ namespace distorch {
 // a tensor what it is gets the answer of an ordinary tensor of that device.
 inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
 
-// A donor's own memory, where operators may use it. It may come while operators
-// run (see adopt in ops/ops.cpp), and does not go.
+// A donor's own memory, where operators may use it. It may come, change and go while operators run
+// in other threads (see adopt in ops/ops.cpp). An operator keeps the memory that it has got.
 class InPlace {
  public:
   InPlace() = default;
@@ -30,17 +32,36 @@ class InPlace {
       : memory_(std::move(other.memory_)), there_(other.there_.load()) {}
 
   explicit operator bool() const { return there_.load(std::memory_order_acquire); }
-  // REQUIRES: bool(*this).
-  const c10::Storage& memory() const { return memory_; }
-  // Other memory, if there was some, must not be in use.
-  void publish(c10::Storage memory) {
-    memory_ = std::move(memory);
-    there_.store(true, std::memory_order_release);
+  // Null where there is none.
+  c10::Storage memory() const {
+    if (!*this) return {};
+    const Held held(busy_);
+    return memory_;
+  }
+  // Null: none from now on.
+  void set(c10::Storage memory) {
+    const bool there = bool(memory);
+    {
+      const Held held(busy_);
+      std::swap(memory_, memory);
+      there_.store(there, std::memory_order_release);
+    }
+    // The old memory, if nobody else has it, goes here: outside the lock.
   }
 
  private:
-  c10::Storage memory_;
+  // A mutex would cost an operator twice as much. It is held for a few instructions only.
+  struct Held {
+    explicit Held(std::atomic_flag& flag) : busy(flag) {
+      while (busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+    }
+    ~Held() { busy.clear(std::memory_order_release); }
+    std::atomic_flag& busy;
+  };
+
+  c10::Storage memory_;  // guarded by busy_
   std::atomic<bool> there_{false};
+  mutable std::atomic_flag busy_;
 };
 
 // What the tag on a storage says.

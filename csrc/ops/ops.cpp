@@ -44,18 +44,17 @@ Geometry geometry_of(const at::Tensor& tensor) {
 }
 
 at::Tensor wrap_source(Source source, c10::Storage in_place, const Geometry& geometry,
-                       at::Device compute, const std::string& name, uint64_t alignment = kAlign) {
+                       at::Device compute, const std::string& name) {
   sweep_operators();
-  auto weight = std::make_shared<Weight>(name, std::move(source), ring_for(compute.str()),
-                                         no_group(), alignment);
+  auto weight =
+      std::make_shared<Weight>(name, std::move(source), ring_for(compute.str()), no_group());
   return make_sharded(make_tagged_storage({std::move(weight), compute, std::move(in_place)}),
                       geometry.dtype, geometry.sizes, geometry.strides, geometry.offset);
 }
 
 at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, const Geometry& geometry,
-                      at::Device compute, const std::string& name, uint64_t alignment = kAlign) {
-  return wrap_source({std::move(donor), nullptr}, std::move(in_place), geometry, compute, name,
-                     alignment);
+                      at::Device compute, const std::string& name) {
+  return wrap_source({std::move(donor), nullptr}, std::move(in_place), geometry, compute, name);
 }
 
 // The donor is the storage of `data` itself (host memory).
@@ -115,12 +114,6 @@ at::Tensor shard_striped(at::TensorList parts, const at::Tensor& like, at::Devic
                     compute, name);
 }
 
-// `self.data = data` for tensors of devices that PyTorch does not let change
-// places. The version of `self` is kept.
-void set_data(at::Tensor self, const at::Tensor& data) {
-  self.unsafeGetTensorImpl()->shallow_copy_from(data.getIntrusivePtr());
-}
-
 // The donor is a range of a file, which is only ever read. Sizes and strides
 // in elements; the range is what they span.
 at::Tensor shard_file(std::string path, int64_t offset, at::IntArrayRef sizes, at::ScalarType dtype,
@@ -129,8 +122,8 @@ at::Tensor shard_file(std::string path, int64_t offset, at::IntArrayRef sizes, a
     const int64_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
     auto donor = std::make_shared<FileDonor>(File::open(path), offset, bytes);
     const std::vector<int64_t> strides = at::detail::defaultStrides(sizes);
-    return wrap_donor(std::move(donor), {}, {dtype, sizes, strides, 0}, compute, name,
-                      alignment_of(dtype));
+    return wrap_source({std::move(donor), nullptr, alignment_of(dtype)}, {},
+                       {dtype, sizes, strides, 0}, compute, name);
   });
 }
 
@@ -210,8 +203,8 @@ at::Tensor decoded(const at::Tensor& stored, std::string code, at::ScalarType dt
     TORCH_CHECK_VALUE(donor->size() == decoder->stored_bytes(), "decoded: ", donor->size(),
                       " bytes stored, ", decoder->stored_bytes(), " expected");
     const std::vector<int64_t> strides = at::detail::defaultStrides(sizes);
-    return wrap_source({donor, std::move(decoder)}, {}, {dtype, sizes, strides, 0}, handle.compute,
-                       name, alignment_of(dtype));
+    return wrap_source({donor, std::move(decoder), alignment_of(dtype)}, {},
+                       {dtype, sizes, strides, 0}, handle.compute, name);
   });
 }
 
@@ -219,12 +212,13 @@ at::Tensor decoded(const at::Tensor& stored, std::string code, at::ScalarType dt
 at::Tensor decoded_like(const at::Tensor& stored, const at::Tensor& like) {
   const Handle& handle = handle_of(stored);
   const Handle& known = handle_of(like);
-  const auto decoder = known.weight->source().decoder;
-  TORCH_CHECK_VALUE(decoder != nullptr && handle.compute == known.compute &&
-                        handle.weight->donor()->size() == decoder->stored_bytes(),
+  Source source = known.weight->source();
+  source.donor = handle.weight->donor();
+  TORCH_CHECK_VALUE(source.decoder != nullptr && handle.compute == known.compute &&
+                        source.donor->size() == source.decoder->stored_bytes(),
                     "decoded_like takes the stored bytes of a decoded weight");
-  return wrap_source({handle.weight->donor(), decoder}, {}, geometry_of(like), handle.compute,
-                     known.weight->name(), known.weight->alignment());
+  return wrap_source(std::move(source), {}, geometry_of(like), handle.compute,
+                     known.weight->name());
 }
 
 // The recipe of a weight; of one that is kept as it is, that of its dtype.
@@ -276,7 +270,7 @@ at::Tensor patched(const at::Tensor& weight, at::TensorList ups, at::TensorList 
     source.decoder = std::move(decoder);
     c10::Storage in_place = in_place_memory(source, handle.compute);
     return wrap_source(std::move(source), std::move(in_place), geometry_of(weight), handle.compute,
-                       handle.weight->name(), handle.weight->alignment());
+                       handle.weight->name());
   });
 }
 
@@ -309,7 +303,7 @@ bool adopt(const at::Tensor& weight, const at::Tensor& same, int64_t moves) {
     TORCH_CHECK_VALUE(source.size() == weight.storage().nbytes() && handle.compute == other.compute,
                       "adopt takes a weight of as many bytes for the same device");
     if (!handle.weight->move_to(std::move(source), static_cast<uint64_t>(moves))) return false;
-    if (other.in_place) handle.in_place.publish(other.in_place.memory());
+    handle.in_place.set(other.in_place.memory());
     handle.weight->ring().written(*handle.weight, nullptr);  // what it was read from may go
     return true;
   });
@@ -322,13 +316,14 @@ std::tuple<std::string, int64_t> file_range(const at::Tensor& tensor) {
   return {donor->path(), static_cast<int64_t>(donor->offset())};
 }
 
-// A second sharded tensor on the same donor: for copies of a module. Donors
-// that can be written are copied by the caller instead.
+// A second sharded tensor made of what the first is made of now. The first may move on, and this
+// one does not. Both write to the same donor: a copy of a module copies donors that can be written.
 at::Tensor share(const at::Tensor& tensor) {
   const Handle& handle = handle_of(tensor);
-  TORCH_CHECK_VALUE(!handle.weight->donor()->writable(), "share takes a read-only donor");
-  return wrap_source(handle.weight->source(), {}, geometry_of(tensor), handle.compute,
-                     handle.weight->name(), handle.weight->alignment());
+  Source source = handle.weight->source();
+  c10::Storage in_place = in_place_memory(source, handle.compute);
+  return wrap_source(std::move(source), std::move(in_place), geometry_of(tensor), handle.compute,
+                     handle.weight->name());
 }
 
 // The donor's bytes as a CPU tensor of them, without a copy: host memory
@@ -441,7 +436,6 @@ TORCH_LIBRARY(distorch, library) {
   library.def("shard_device(Tensor data, Device compute, str name) -> Tensor", &shard_device);
   library.def("shard_striped(Tensor[] parts, Tensor like, Device compute, str name) -> Tensor",
               &shard_striped);
-  library.def("set_data(Tensor(a!) self, Tensor data) -> ()", &set_data);
   library.def("is_sharded(Tensor tensor) -> bool", &is_sharded_op);
   library.def("weight_info(Tensor tensor) -> (int, int, str, str, bool, str, str, int)",
               &weight_info);

@@ -50,9 +50,8 @@ struct DecodedModel {
         donor->read(0, kBytes, memory->host(), false);
         donor = memory;
       }
-      weights.push_back(std::make_unique<Weight>("w" + std::to_string(i),
-                                                 Source{donor, std::make_shared<Tripling>(kBytes)},
-                                                 ring, counters, kLooseAlign));
+      const Source source{donor, std::make_shared<Tripling>(kBytes), kLooseAlign};
+      weights.push_back(std::make_unique<Weight>("w" + std::to_string(i), source, ring, counters));
       CHECK(weights[i]->size() == 3 * kBytes);
     }
   }

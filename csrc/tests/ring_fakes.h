@@ -52,11 +52,11 @@ class CopyingMemory : public PlainMemory {
   bool is_host() const override { return false; }
   bool brings(const Donor&) const override { return true; }
   bool in_parts() const override { return true; }
-  void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
-             Range part) override {
+  void bring(const std::shared_ptr<Slot>& slot, Range part) override {
     if (part.begin >= part.end) return;
-    donor->read(part.begin, part.end - part.begin, slot->data + part.begin, false);
-    parts += part.end - part.begin < donor->size();
+    const Donor& donor = *slot->source.donor;
+    donor.read(part.begin, part.end - part.begin, slot->data + part.begin, false);
+    parts += part.end - part.begin < donor.size();
     asked_.push_back(slot);
   }
   void flush(std::vector<std::shared_ptr<Slot>>*) override {
@@ -85,10 +85,10 @@ class StagedMemory : public CopyingMemory {
     buffer->data = buffer->bytes.data() + (round_up(begin, kPage) - begin);
     return buffer;
   }
-  void bring(const std::shared_ptr<Slot>& slot, const std::shared_ptr<Donor>& donor,
-             Range part) override {
-    CHECK(part.begin == 0 && part.end == donor->size());
-    std::memcpy(slot->data, slot->staged_data, donor->size());
+  void bring(const std::shared_ptr<Slot>& slot, Range part) override {
+    const uint64_t bytes = slot->source.donor->size();
+    CHECK(part.begin == 0 && part.end == bytes);
+    std::memcpy(slot->data, slot->staged_data, bytes);
     asked_.push_back(slot);
   }
 };
@@ -151,7 +151,7 @@ struct Model {
     for (size_t i = 0; i < count; ++i) {
       donors.push_back(std::make_shared<Numbered>(i, bytes + i * 999));
       weights.push_back(std::make_unique<Weight>(
-          "w" + std::to_string(i), Source{donors.back(), nullptr}, ring, counters, kLooseAlign));
+          "w" + std::to_string(i), Source{donors.back(), nullptr, kLooseAlign}, ring, counters));
     }
   }
   void use(Ring& ring, size_t i) {

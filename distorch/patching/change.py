@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from distorch import _ops
 from distorch.errors import PlacementError
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import LoraSource, Patches
@@ -150,6 +151,7 @@ def _apply(
     show = sys.stderr.isatty() if progress is None else progress
     total = sum(change.group.nbytes for change in changes)
     begun: list[_Change] = []
+    patience = _ops.Patience()
     try:
         with (
             tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar,
@@ -158,11 +160,11 @@ def _apply(
             for change in changes:
                 values = originals.next()
                 begun.append(change)
-                redo(change.group, change.new, known, Work(options, plan), values)
+                redo(change.group, change.new, known, Work(options, plan, patience), values)
                 bar.update(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
-            redo(change.group, change.old, known, Work(change.old_options, plan))
+            redo(change.group, change.old, known, Work(change.old_options, plan, patience))
         raise
 
 

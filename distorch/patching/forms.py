@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ class Work:
 
     options: PatchOptions
     plan: Plan
+    patience: _ops.Patience = field(default_factory=_ops.Patience)
 
     @property
     def compute(self) -> torch.device:
@@ -69,17 +70,17 @@ def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: Wo
         return _ops.set_patches(parameter, terms)
     base = _restored(group, original, work)
     if not len(terms):
-        return _put(group, base)
+        return _put(group, work, base)
     if original.rows is None:
         original.kept = base
         if not _ops.is_sharded(base):
             base = _donors.shard_on(current_place(base), base, work.compute, group.name)
         if base.dtype in _ops.DECODED_DTYPES:
-            return _put(group, _ops.patched(base, terms))
+            return _put(group, work, _ops.patched(base, terms))
         code, dtype = _ops.code_of(base.dtype), work.options.dtype_of(base.dtype, original.dtype)
         base = _ops.decoded(base, code, dtype, base.shape, name=group.name)
     _ops.set_patches(base, terms)
-    return _put(group, base)
+    return _put(group, work, base)
 
 
 def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
@@ -132,7 +133,7 @@ def _redo_merged(
     elif original.kept is None:
         original.kept = group.first.detach()
     if not patches and (original.kept is not None or not _takes(group.first, original)):
-        return _put(group, _restored(group, original, work))
+        return _put(group, work, _restored(group, original, work))
     parameter = group.first
     value = original.values() if values is None else values
     if patches:
@@ -148,8 +149,8 @@ def _redo_merged(
     place = work.place_of(group)
     value = value.clone() if values is not None and value.device.type == "cpu" else value
     if place == str(compute) and not _ops.is_sharded(parameter):
-        return _put(group, value.to(compute))
-    return _put(group, _donors.shard_on(place, value, compute, group.name))
+        return _put(group, work, value.to(compute))
+    return _put(group, work, _donors.shard_on(place, value, compute, group.name))
 
 
 def _memory_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -174,10 +175,10 @@ def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
     return not state.decoded and not state.read_only
 
 
-def _put(group: Group, value: torch.Tensor) -> None:
+def _put(group: Group, work: Work, value: torch.Tensor) -> None:
     """Makes `value` the data of every parameter of the group."""
     for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
-        replace_data(parameter, value)
+        replace_data(parameter, value, work.patience)
 
 
 def merged_value(

@@ -362,6 +362,7 @@ def _swap_in(
     it. With a plain tensor its owner would call record_stream, but nobody has the old weight here.
     """
     let_go = set()
+    patience = _ops.Patience()
     for index, tensor in staged.items():
         group = groups[index]
         if not group.first.is_meta and ":" in (place := current_place(group.first)):
@@ -372,14 +373,40 @@ def _swap_in(
             if parameter.is_inference() or wrapped.is_wrapper(parameter):
                 _replace_parameter(group, parameter, values[identity], undo)
                 continue
-            undo.append(partial(replace_data, parameter, parameter.data))
-            replace_data(parameter, values[identity])
+            _give(parameter, values[identity], patience, undo)
     for name, owner, key, buffer in unique_buffers(module):
         if name in buffers:
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
             owner._buffers[key] = buffers[name]
     for place in let_go - {"cpu"}:
         machine.synchronize(place)
+
+
+def _give(
+    parameter: nn.Parameter, value: torch.Tensor, patience: _ops.Patience, undo: _Undo
+) -> None:
+    """The same bits from another place. Operators that run in other threads see either place."""
+    if _can_adopt(parameter, value):
+        before = _ops.share(parameter.detach())
+        undo.append(lambda: _ops.adopt(parameter, before, _ops.moves(parameter)))
+        _ops.adopt(parameter, value, _ops.moves(parameter))
+    else:
+        undo.append(partial(replace_data, parameter, parameter.data))
+        replace_data(parameter, value, patience)
+
+
+def _can_adopt(parameter: nn.Parameter, value: torch.Tensor) -> bool:
+    """Whether only the place differs, so that the tensor itself need not change."""
+    return (
+        _ops.is_sharded(parameter)
+        and _ops.is_sharded(value)
+        and parameter.device == value.device
+        and parameter.dtype == value.dtype
+        and parameter.shape == value.shape
+        and parameter.stride() == value.stride()
+        and parameter.storage_offset() == value.storage_offset()
+        and parameter.untyped_storage().nbytes() == value.untyped_storage().nbytes()
+    )
 
 
 def _replace_parameter(

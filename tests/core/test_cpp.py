@@ -20,7 +20,7 @@ def library(request, tmp_path_factory):
     """Core and engine as an archive, built with one sanitizer; and the flags for it."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = [
-        COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}",
+        COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}", "-DDISTORCH_CHECK_LOCKS",
         f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all",
     ]  # fmt: skip
     jobs = [
