@@ -26,9 +26,9 @@ from distorch.errors import PlacementError
 # address must not get further than that: what launches kernels gets the error.
 _COMPARE_ADDRESSES = ("peft.",)
 
-# Weight id and how often the weight has moved -> the tensor that state_dict gave out for it, so that
-# tied weights stay tied, and its version then: once somebody wrote to it, it is theirs and says
-# nothing of the weight.
+# (weight id, how often the weight has moved) -> the tensor that state_dict gave out for it, so that
+# tied weights stay tied, and its version then. Once somebody wrote to that tensor, it is theirs and
+# says nothing of the weight.
 _given_out: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], int]] = {}
 
 

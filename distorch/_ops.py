@@ -253,9 +253,12 @@ def set_data(tensor: torch.Tensor, data: torch.Tensor, patience: Patience | None
     Waits for operators of other threads that have `tensor`, as long as `patience` lasts. An
     operator that runs meanwhile may fail.
     """
-    while not _native.set_data(tensor, data, only_idle=patience is not None):
-        if patience is None or not patience.lasts():
-            patience = None
+    while patience is not None:
+        if _native.set_data(tensor, data, only_idle=True):
+            return
+        if not patience.lasts():
+            break
+    _native.set_data(tensor, data, only_idle=False)
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:

@@ -402,21 +402,16 @@ void Ring::enter(const SlotPtr& slot, Weight& weight) {
 
 // What readers brought to host memory goes on to the device.
 void Ring::bring_staged() {
-  std::vector<SlotPtr> later;
-  for (const SlotPtr& slot : staged_) {
-    // Let go of in the meantime, or brought before something threw.
-    if (slot->weight == nullptr || slot->state != Slot::State::kStaged) {
-      let_go_.push_back(slot->source);
-      continue;
-    }
+  for (auto next = staged_.begin(); next != staged_.end();) {
+    const SlotPtr slot = *next;
     if (!slot->whole()) {
-      later.push_back(slot);
+      ++next;
       continue;
     }
     device_->bring(slot, {0, slot->source.donor->size()});
     slot->state = Slot::State::kLoading;
+    next = staged_.erase(next);
   }
-  staged_ = std::move(later);
 }
 
 void Ring::flush() {
@@ -467,6 +462,7 @@ void Ring::drop(const SlotPtr& slot) {
   if (!slot->whole()) {
     for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
   }
+  if (slot->state == Slot::State::kStaged) std::erase(staged_, slot);
   // Readers that are under way write to host memory, so the room on the device is free now. If the
   // device was asked for the copy already, that copy still needs the room.
   const bool asked = slot->parts_left == 0 && slot->state != Slot::State::kStaged;

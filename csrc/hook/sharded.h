@@ -21,6 +21,17 @@ namespace distorch {
 // a tensor what it is gets the answer of an ordinary tensor of that device.
 inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
 
+// Note [Weights that move while they are used]
+// redistribute() and merging in the background give a weight other bytes to come from, while other
+// threads run operators on it.
+// * Sharded before and after: the tensor is not touched, so views and copies of it follow. The
+//   weight gets another source (Weight::move_to). A fetch that is under way goes on with the source
+//   that it began with: the slot keeps it. Then the ring lets go of that slot (Ring::written).
+// * Plain before or after: the tensor's storage and dispatch keys change together. An operator
+// reads
+//   the keys first and the storage later, so no operator may have the tensor meanwhile: see
+//   set_data in bindings/module.cpp.
+
 // A donor's own memory, where operators may use it. It may come, change and go while operators run
 // in other threads (see adopt in ops/ops.cpp). An operator keeps the memory that it has got.
 class InPlace {

@@ -241,6 +241,69 @@ void a_failed_fetch_leaves_nothing_behind() {
   model.use(*ring, 1);
 }
 
+// A weight gets another source while its bytes are on their way. The slot goes on with the source
+// that it began with: the other one may have more bytes than the slot has room for.
+void a_weight_that_moves_while_it_is_read() {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::make_unique<StagedMemory>(), std::move(reader));
+  Model model(ring, 1, 10'000);
+  ring->reserve(100'000);
+  late.meanwhile = [&] {
+    CHECK(late.run_next());  // its bytes are in host memory
+    model.weights[0]->move_to({std::make_shared<Numbered>(0, 90'000), nullptr, kLooseAlign});
+  };
+  model.use(*ring, 0);
+  CHECK(model.donors[0]->reads == 1);
+}
+
+// A donor that may be the last to hold memory which the host language knows.
+class Watched : public Numbered {
+ public:
+  using Numbered::Numbered;
+  ~Watched() override {
+    check_no_lock_held();
+    ++ended;
+  }
+  inline static std::atomic<int> ended{0};
+};
+
+// Whoever lets go of a slot, the ring's mutex is not held when the slot's donor ends.
+void donors_end_outside_the_lock() {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::make_unique<StagedMemory>(), std::move(reader));
+  const auto watched = [](uint64_t number) {
+    return Source{std::make_shared<Watched>(number, 30'000), nullptr, kLooseAlign};
+  };
+  const auto counters = Counters::make();
+  std::vector<std::unique_ptr<Weight>> weights;
+  for (uint64_t i = 0; i < 4; ++i) {
+    weights.push_back(std::make_unique<Weight>("w", watched(i), ring, counters));
+  }
+  ring->reserve(70'000);
+  // Moved, but the ring was not told: evicting the slot ends the donor.
+  ring->acquire(*weights[0]);
+  weights[0]->move_to(watched(10));
+  for (const auto& weight : weights) ring->acquire(*weight);
+  CHECK(Watched::ended == 1);
+  // Moved while a thread waits for it: that thread is the last to hold the slot.
+  late.meanwhile = [&] {
+    weights[0]->move_to(watched(11));
+    ring->written(*weights[0], nullptr);
+  };
+  ring->acquire(*weights[0]);
+  CHECK(Watched::ended == 2);
+  // The ring gives up its slots, and the weights go.
+  weights[0]->move_to(watched(12));
+  ring->give_back();
+  CHECK(Watched::ended == 3);
+  weights.clear();
+  while (late.run_next()) {
+  }
+  CHECK(Watched::ended == 7);  // of four weights and three moves
+}
+
 }  // namespace
 
 int main() {
@@ -256,6 +319,8 @@ int main() {
   rooms_are_filled_part_by_part();
   what_is_waited_for_may_go();
   a_failed_fetch_leaves_nothing_behind();
+  a_weight_that_moves_while_it_is_read();
+  donors_end_outside_the_lock();
   copying = false;
   failed_reads();
   CHECK(allocated == 0);

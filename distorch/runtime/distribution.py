@@ -387,12 +387,15 @@ def _give(
 ) -> None:
     """The same bits from another place. Operators that run in other threads see either place."""
     if _can_adopt(parameter, value):
-        before = _ops.share(parameter.detach())
-        undo.append(lambda: _ops.adopt(parameter, before, _ops.moves(parameter)))
-        _ops.adopt(parameter, value, _ops.moves(parameter))
+        undo.append(partial(_adopt, parameter, _ops.share(parameter.detach())))
+        _adopt(parameter, value)
     else:
         undo.append(partial(replace_data, parameter, parameter.data))
         replace_data(parameter, value, patience)
+
+
+def _adopt(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    _ops.adopt(parameter, value, _ops.moves(parameter))
 
 
 def _can_adopt(parameter: nn.Parameter, value: torch.Tensor) -> bool:
