@@ -82,6 +82,7 @@ has_cuda_kernels = _C.has_cuda_kernels
 scratch_directory = _C.scratch_directory
 set_data = _C.set_data
 set_peer_access = _C.set_peer_access
+set_host_access = _C.set_host_access
 set_read_clock = _C.set_read_clock
 start_trace = _C.start_trace
 stop_trace = _C.stop_trace

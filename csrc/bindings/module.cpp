@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "bindings/errors.h"
+#include "core/host_access.h"
 #include "core/virtual_reads.h"
 #include "device/cuda.h"
 #include "device/device_donor.h"
@@ -89,6 +90,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("possible"));
   module.def("set_read_clock", [](const std::string& device_type, uintptr_t clock) {
     distorch::set_read_clock(device_type, reinterpret_cast<const distorch::ReadClock*>(clock));
+  });
+  module.def("set_host_access", [](uintptr_t told) {
+    distorch::set_host_access(reinterpret_cast<distorch::HostAccess>(told));
   });
   module.def("start_trace", &distorch::start_trace, py::call_guard<py::gil_scoped_release>());
   module.def("stop_trace", &stopped_trace, py::call_guard<py::gil_scoped_release>());

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "core/bulk_read.h"
+#include "core/host_access.h"
 #include "core/error.h"
 #include "engine/waiting.h"
 
@@ -69,12 +70,21 @@ std::shared_ptr<HostDonor> HostDonor::make(uint64_t bytes) {
 }
 
 void HostDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const {
+  host_reads(data_ + begin, bytes, "reading a donor");
   std::memcpy(into, data_ + begin, bytes);
+}
+
+std::shared_ptr<std::byte> HostDonor::map() {
+  host_reads(data_, bytes_, "mapping a donor");
+  return {owner_, data_};
 }
 
 void HostDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
   readers_.wait();
-  if (data_ + begin != from) std::memmove(data_ + begin, from, bytes);
+  if (data_ + begin == from) return;
+  host_reads(from, bytes, "reading what a donor gets");
+  host_writes(data_ + begin, bytes, "writing to a donor");
+  std::memmove(data_ + begin, from, bytes);
 }
 
 FileDonor::FileDonor(std::shared_ptr<File> checkpoint, uint64_t offset, uint64_t bytes)
@@ -115,6 +125,7 @@ void FileDonor::read_whole(std::byte* into) const {
 }
 
 void FileDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
+  host_reads(from, bytes, "writing to a file");
   file_->write(offset_ + begin, bytes, from);
 }
 

@@ -123,7 +123,7 @@ class HostDonor : public Donor {
   std::vector<Extent> extents() const override {
     return {{0, bytes_, "cpu", data_, owner_id_, &readers_}};
   }
-  std::shared_ptr<std::byte> map() override { return {owner_, data_}; }
+  std::shared_ptr<std::byte> map() override;
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   void settle() const override { readers_.wait(); }
   bool writable() const override { return true; }

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "core/host_access.h"
 #include "engine/trace_log.h"
 
 namespace distorch {
@@ -14,6 +15,7 @@ Error could_not_bring(ErrorKind kind, const std::string& name, const Donor& dono
 void read_part(const Donor& donor, const std::string& name, uint64_t begin, uint64_t end,
                std::byte* into) {
   const HostSpan span("reads", name, end - begin);
+  host_writes(into, end - begin, "reading a file to host memory");
   try {
     donor.read(begin, end - begin, into, true);
   } catch (const Error& error) {
@@ -25,6 +27,7 @@ void gather_rows(const Source& source, std::span<const int64_t> rows, std::byte*
   const Decoder& decoder = *source.decoder;
   const uint64_t stored = decoder.stored_row(), decoded = decoder.decoded_row();
   const std::byte* memory = source.donor->host();
+  if (memory != nullptr) host_reads(memory, source.donor->size(), "reading rows of a donor");
   std::vector<std::byte> packed(memory == nullptr ? rows.size() * stored : 0);
   if (memory == nullptr) source.donor->gather(rows, stored, packed.data());
   for (size_t i = 0; i < rows.size(); ++i) {

@@ -44,6 +44,13 @@ const distorch::ReadClock read_clock{
     [](void* read) { delete static_cast<MarkPtr*>(read); },
 };
 
+// See Note [The host and copies]. Streams know pinned memory only.
+void host_access(const void* data, uint64_t bytes, bool writes, const char* who) {
+  if (!is_pinned(data)) return;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  Machine::instance().host_access({begin, begin + bytes, writes}, who);
+}
+
 std::vector<std::tuple<double, double, std::string, std::string>> timeline() {
   std::vector<std::tuple<double, double, std::string, std::string>> found;
   for (const Span& span : Machine::instance().timeline()) {
@@ -62,6 +69,7 @@ PYBIND11_MODULE(_sim, module) {
   });
   module.def("configure", &configure, released);
   module.def("read_clock", [] { return reinterpret_cast<uintptr_t>(&read_clock); });
+  module.def("host_access", [] { return reinterpret_cast<uintptr_t>(&host_access); });
   module.def("reset", [] { Machine::instance().reset(); }, released);
   module.def("now", [] { return Machine::instance().now(); });
   module.def("host_work", [](double seconds) { Machine::instance().host_work(seconds); });

@@ -246,35 +246,6 @@ def everywhere(machine):
     return places
 
 
-@pytest.mark.parametrize("form", ["plain", "patched"])
-def test_other_placements_beside_forwards_in_threads(machine, form):
-    """Each on a stream of its own: no output differs, whatever lies where."""
-    plain, x = chain(machine), batch(machine)
-    model = offloaded(machine, plain)
-    if form == "patched":
-        distorch.set_loras(model, [(lora(machine, width_of(machine)), 0.5)], lora_mode="fetch")
-    wanted = result(model, x)
-    machine.module.synchronize()  # other threads' streams do not wait for this one's
-    ended = threading.Event()
-
-    def work(index):
-        if index == 0:
-            for place in 2 * everywhere(machine):
-                distorch.redistribute(model, place)
-            ended.set()
-            return True
-        right = True
-        while right and not ended.is_set():
-            right = torch.equal(on_a_stream(machine, lambda: result(model, x)), wanted)
-        return right
-
-    try:
-        assert all(in_threads(3, work))
-    finally:
-        ended.set()
-    assert torch.equal(result(model, x), wanted)
-
-
 def test_a_weight_is_one_tensor_wherever_its_bytes_are(machine):
     """Another donor is no other tensor: what was detached before sees what is written after."""
     model = offloaded(machine, chain(machine))

@@ -21,9 +21,9 @@ from distorch.runtime import links
 from .day_one import (
     COUNT,
     DONORS,
-    PLACES,
     batch,
     chain,
+    everywhere,
     issued,
     offloaded,
     result,
@@ -48,8 +48,8 @@ def test_placements_change_beside_forwards_in_threads(machine, donor, streams):
     ended = threading.Event()
 
     def change():
-        for place in PLACES[1 if streams == "one stream" else 2 :] * 2:
-            distorch.redistribute(model, place.format(machine.device))
+        for place in everywhere(machine)[1 if streams == "one stream" else 2 :] * 2:
+            distorch.redistribute(model, place)
             copy.deepcopy(model)
             torch.save(model.state_dict(), io.BytesIO())
 
