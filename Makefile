@@ -41,7 +41,7 @@ test: dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 PROGRAMS ?= 10000
-test-long: dev ## PROGRAMS (10000) random programs on the simulated accelerator: about an hour
+test-long: dev ## PROGRAMS (10000) random programs of each kind on the simulated accelerator: two hours
 	DISTORCH_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -n 2 tests/sim/test_engine.py -k test_random_programs
 
 sweep: dev ## every operator and module of PyTorch's own databases, with sharded tensors: about half an hour

@@ -6,8 +6,8 @@
 #include <mutex>
 
 #include "core/bulk_read.h"
-#include "core/host_access.h"
 #include "core/error.h"
+#include "core/host_access.h"
 #include "engine/waiting.h"
 
 namespace distorch {

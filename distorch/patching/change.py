@@ -28,8 +28,9 @@ from distorch.patching.state import (
     shapes_of,
 )
 from distorch.planner import Plan
-from distorch.runtime import distribution
+from distorch.runtime import distribution, machine
 from distorch.runtime.groups import Group, group_members, has_bytes
+from distorch.runtime.staging import current_place
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -75,8 +76,10 @@ def set_loras(
         changes = _changes(groups, patches, known, options)
         _check_unchanged(changes, known)
         state.patching = known
+        machine.synchronize_all(_places(changes))
         with torch.no_grad():
             _apply(changes, known, options, state.plan, progress)
+        machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
         distribution.refresh(module)
     if options.mode == "background" and known.merging is None:
@@ -90,6 +93,10 @@ class _Change:
     old: Applied
     new: Applied
     old_options: PatchOptions
+
+
+def _places(changes: Iterable[_Change]) -> list[str]:
+    return [current_place(change.group.first) for change in changes]
 
 
 def _same(old: Applied, new: Applied) -> bool:

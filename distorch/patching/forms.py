@@ -50,6 +50,9 @@ def redo(
         _redo_merged(group, patches, original, work, values)
     known.applied[name] = list(patches)
     original.version = group.first._version
+    if not patches and original.stored is None and original.rows is None:
+        # The weight is its original again. `.data = ` would give it another one, unseen.
+        del known.originals[name]
 
 
 def _can_fetch(original: Original, shape: tuple[int, ...]) -> bool:
@@ -85,10 +88,16 @@ def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: Wo
 
 def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
     """The unpatched weight, where it belongs or, if it is merged in the background, in its file."""
-    if original.kept is not None:
-        return original.kept
     parameter, compute = group.first.detach(), work.compute
     place, stored, rows = work.place_of(group), original.stored, original.rows
+    if original.kept is not None:
+        if current_place(original.kept) != place:  # the module was redistributed since
+            value = alias_of_donor(original.kept)
+            if place == str(compute):
+                original.kept = value.to(compute)
+            else:
+                original.kept = _donors.shard_on(place, value, compute, group.name)
+        return original.kept
     if stored is None:
         return parameter
     in_file = place == "disk" or original.merges_later(work.options)

@@ -358,15 +358,13 @@ def _swap_in(
 ) -> None:
     """Gives the module what was staged; how to go back is noted first, step by step.
 
-    Waits for devices whose memory the module lets go of. A forward on another stream may still read
-    it. With a plain tensor its owner would call record_stream, but nobody has the old weight here.
+    Waits for devices whose memory the module gets, and then for those whose memory it lets go of.
     """
-    let_go = set()
+    machine.synchronize_all(str(t.device) for t in staged.values() if not _ops.is_sharded(t))
+    let_go = [current_place(groups[i].first) for i in staged if not groups[i].first.is_meta]
     patience = _ops.Patience()
     for index, tensor in staged.items():
         group = groups[index]
-        if not group.first.is_meta and ":" in (place := current_place(group.first)):
-            let_go.update(place.split("+"))
         parameters = {id(member.parameter): member.parameter for member in group.members}
         values = {i: member_tensor(tensor, group, p) for i, p in parameters.items()}
         for identity, parameter in parameters.items():
@@ -378,8 +376,7 @@ def _swap_in(
         if name in buffers:
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
             owner._buffers[key] = buffers[name]
-    for place in let_go - {"cpu"}:
-        machine.synchronize(place)
+    machine.synchronize_all(let_go)
 
 
 def _give(

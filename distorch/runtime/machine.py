@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
@@ -91,6 +91,16 @@ def devices() -> dict[str, DeviceInfo]:
         if not needs_values(torch.device(accelerator.type)):
             found["cpu"] = DeviceInfo("cpu", _BOUNDLESS, _BOUNDLESS)
     return found
+
+
+def synchronize_all(places: Iterable[str]) -> None:
+    """Waits for all accelerators among places such as "cpu", "disk", "cuda:0", "cpu+cuda:1".
+
+    For weights that operators use where they are. A forward on another stream may still read the
+    old ones, or be the first to read the new ones, and nobody but its owner knows that stream.
+    """
+    for device in {part for place in places for part in place.split("+") if ":" in part}:
+        synchronize(device)
 
 
 def synchronize(place: str) -> None:

@@ -14,7 +14,7 @@ import distorch
 from distorch import _donors, _ops
 from distorch.testing import sim
 
-from .programs import run_program
+from . import behind, programs
 
 SPECS = [
     "sim:0,0b;cpu,*",
@@ -381,10 +381,11 @@ def test_learning():
 
 
 @pytest.mark.parametrize("worker", range(WORKERS))
-def test_random_programs(worker):
+@pytest.mark.parametrize("kind", [programs, behind], ids=["waiting", "behind"])
+def test_random_programs(kind, worker):
     for seed in range(worker, PROGRAMS, WORKERS):
         try:
-            run_program(seed)
+            kind.run_program(seed)
         except BaseException as error:
             error.add_note(f"program {seed}")
             raise

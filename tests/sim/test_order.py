@@ -300,3 +300,27 @@ def _sim_free_under_a_copy(target):
     alias = torch.from_numpy(memory.numpy()[64:])
     target[64:].copy_(alias, non_blocking=True)
     del alias, memory
+
+
+@pytest.mark.parametrize("host", ["writes", "reads"])
+def test_the_host_takes_part_in_races(host):
+    """A copy that the donor does not know of is on its way while the host touches the donor."""
+    sim.configure(links={("cpu", "sim:0"): (1e6, 1e-5), ("sim:0", "cpu"): (1e6, 1e-5)})
+    slab = _ops.pinned_memory(WEIGHT, torch.device("sim:0"))
+    weight = _ops.shard_slab(slab, 0, slab, torch.device("sim:0"), "w")
+    there = torch.zeros(WEIGHT, dtype=torch.uint8, device="sim:0")
+    with torch.Stream(device="sim:0"):
+        if host == "writes":
+            there.copy_(slab, non_blocking=True)
+        else:
+            slab.copy_(there, non_blocking=True)
+    if host == "writes":
+        weight.fill_(1)
+        expected = "'writing to a donor' on stream 0 writes bytes that 'copy"
+    else:
+        _ops.donor_bytes(weight)
+        expected = "'mapping a donor' on stream 0 reads bytes that 'copy"
+    found = sim.races()
+    sim.synchronize()
+    sim.reset()  # told, and forgotten
+    assert any(race.startswith(expected) for race in found), found
