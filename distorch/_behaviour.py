@@ -229,11 +229,9 @@ def saved_values(tensor: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def replace_data(
-    parameter: nn.Parameter, value: torch.Tensor, patience: _ops.Patience | None = None
-) -> None:
+def replace_data(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """`parameter.data = value`, with the behaviour that goes with it, sharded or plain."""
-    _ops.set_data(parameter, value.detach(), patience)
+    _ops.set_data(parameter, value.detach())
     if _ops.is_sharded(parameter):
         attach_behaviour(parameter)
     else:

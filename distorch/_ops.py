@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -14,8 +13,6 @@ from distorch import _native
 from distorch.errors import PlacementError
 
 _ops = torch.ops.distorch
-
-_MOMENT = 2e-4  # seconds
 
 
 class WeightState(NamedTuple):
@@ -231,34 +228,12 @@ def shard_striped(
     return cast(torch.Tensor, _ops.shard_striped(list(parts), like, compute, name))
 
 
-class Patience:
-    """How many seconds, in all, one change waits for operators of other threads to end."""
-
-    def __init__(self, seconds: float = 1.0) -> None:
-        self.left = seconds
-
-    def lasts(self) -> bool:
-        """Waits a moment, without the GIL. False: there is no time left, and it did not wait."""
-        if self.left <= 0:
-            return False
-        start = time.monotonic()
-        time.sleep(_MOMENT)
-        self.left -= time.monotonic() - start
-        return True
-
-
-def set_data(tensor: torch.Tensor, data: torch.Tensor, patience: Patience | None = None) -> None:
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """`tensor.data = data`, also between devices where PyTorch refuses.
 
-    Waits for operators of other threads that have `tensor`, as long as `patience` lasts. An
-    operator that runs meanwhile may fail.
+    Operators of other threads must not run on `tensor` meanwhile: see `runtime.at_rest`.
     """
-    while patience is not None:
-        if _native.set_data(tensor, data, only_idle=True):
-            return
-        if not patience.lasts():
-            break
-    _native.set_data(tensor, data, only_idle=False)
+    _native.set_data(tensor, data)
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:

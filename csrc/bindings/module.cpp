@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include "bindings/errors.h"
 #include "core/host_access.h"
@@ -28,21 +27,14 @@ std::vector<std::tuple<std::string, std::string, double, double, uint64_t>> stop
   return found;
 }
 
-// `tensor.data = data`, also between devices where PyTorch refuses; the version of `tensor` is
-// kept. If `only_idle`, does nothing and returns false while an operator of another thread has the
-// tensor: it would find the storage of one and the dispatch keys of the other.
-//
-// Such an operator is seen by its reference to the tensor. It took that with the GIL held, and we
-// hold the GIL from the look to the end of the change. Other references that nobody but the tensor
-// object and its gradient's accumulator should have (a graph that was not run backward yet) look
-// the same, so callers do not wait for ever.
-bool set_data(const py::handle& tensor, const py::handle& data, bool only_idle) {
+// `tensor.data = data`, also between devices where PyTorch refuses. The version of `tensor` is
+// kept. The GIL is held all the time, so that no operator begins in between: it would find the
+// dispatch keys of the one and the storage of the other.
+void set_data(const py::handle& tensor, const py::handle& data) {
   TORCH_CHECK_TYPE(THPVariable_Check(tensor.ptr()) && THPVariable_Check(data.ptr()),
                    "set_data takes two tensors");
   const at::Tensor& self = THPVariable_Unpack(tensor.ptr());
   const at::Tensor& other = THPVariable_Unpack(data.ptr());
-  const bool accumulates = bool(torch::autograd::impl::try_get_grad_accumulator(self));
-  if (only_idle && self.use_count() > (accumulates ? 2 : 1)) return false;
   // The end of the old storage may give up the GIL: not before the change is whole.
   const c10::Storage old = self.has_storage() ? self.storage() : c10::Storage();
   c10::TensorImpl* impl = self.unsafeGetTensorImpl();
@@ -51,7 +43,6 @@ bool set_data(const py::handle& tensor, const py::handle& data, bool only_idle) 
   } else {
     impl->shallow_copy_from(other.getIntrusivePtr());
   }
-  return true;
 }
 
 void wait_without_interpreter(const std::function<void()>& wait) {
@@ -79,7 +70,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("capacity", &Reservation::capacity)
       .def_property_readonly("used", &Reservation::used);
 
-  module.def("set_data", &set_data, py::arg("tensor"), py::arg("data"), py::arg("only_idle"));
+  module.def("set_data", &set_data, py::arg("tensor"), py::arg("data"));
   module.def("fetch_count", [] { return distorch::process_fetches.load(); });
   module.def("set_scratch_directory", &distorch::set_scratch_directory);
   module.def("scratch_directory", &distorch::scratch_directory);

@@ -28,9 +28,8 @@ inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
 //   weight gets another source (Weight::move_to). A fetch that is under way goes on with the source
 //   that it began with: the slot keeps it. Then the ring lets go of that slot (Ring::written).
 // * Plain before or after: the tensor's storage and dispatch keys change together. An operator
-// reads
-//   the keys first and the storage later, so no operator may have the tensor meanwhile: see
-//   set_data in bindings/module.cpp.
+//   reads the keys first and the storage later, so none may run on the tensor at that moment:
+//   distorch/runtime/at_rest.py sees to that.
 
 // A donor's own memory, where operators may use it. It may come, change and go while operators run
 // in other threads (see adopt in ops/ops.cpp). An operator keeps the memory that it has got.

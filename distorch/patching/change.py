@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distorch import _ops
 from distorch.errors import PlacementError
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import LoraSource, Patches
@@ -27,10 +26,8 @@ from distorch.patching.state import (
     new_reader,
     shapes_of,
 )
-from distorch.planner import Plan
-from distorch.runtime import distribution, machine
+from distorch.runtime import distribution
 from distorch.runtime.groups import Group, group_members, has_bytes
-from distorch.runtime.staging import current_place
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -76,10 +73,8 @@ def set_loras(
         changes = _changes(groups, patches, known, options)
         _check_unchanged(changes, known)
         state.patching = known
-        machine.synchronize_all(_places(changes))
         with torch.no_grad():
-            _apply(changes, known, options, state.plan, progress)
-        machine.synchronize_all(_places(changes))
+            _apply(module, changes, known, options, progress)
         known.options, known.loras = options, found
         distribution.refresh(module)
     if options.mode == "background" and known.merging is None:
@@ -93,10 +88,6 @@ class _Change:
     old: Applied
     new: Applied
     old_options: PatchOptions
-
-
-def _places(changes: Iterable[_Change]) -> list[str]:
-    return [current_place(change.group.first) for change in changes]
 
 
 def _same(old: Applied, new: Applied) -> bool:
@@ -148,17 +139,17 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
 
 
 def _apply(
+    module: nn.Module,
     changes: list[_Change],
     known: Patching,
     options: PatchOptions,
-    plan: Plan,
     progress: bool | None,
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
+    plan = distribution.distribution_of(module).plan
     show = sys.stderr.isatty() if progress is None else progress
     total = sum(change.group.nbytes for change in changes)
     begun: list[_Change] = []
-    patience = _ops.Patience()
     try:
         with (
             tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar,
@@ -167,11 +158,11 @@ def _apply(
             for change in changes:
                 values = originals.next()
                 begun.append(change)
-                redo(change.group, change.new, known, Work(options, plan, patience), values)
+                redo(change.group, change.new, known, Work(options, plan, module), values)
                 bar.update(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
-            redo(change.group, change.old, known, Work(change.old_options, plan, patience))
+            redo(change.group, change.old, known, Work(change.old_options, plan, module))
         raise
 
 

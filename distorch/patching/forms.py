@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
 from distorch.lora import StoredRows, low_rank_terms, merge
 from distorch.patching.state import INTEGERS, Applied, Original, Patching, PatchOptions, base_name
 from distorch.planner import Plan
+from distorch.runtime import machine
+from distorch.runtime.at_rest import at_rest
 from distorch.runtime.groups import Group
 from distorch.runtime.staging import current_place
 
@@ -22,7 +26,7 @@ class Work:
 
     options: PatchOptions
     plan: Plan
-    patience: _ops.Patience = field(default_factory=_ops.Patience)
+    module: nn.Module  # of the weights
 
     @property
     def compute(self) -> torch.device:
@@ -149,11 +153,15 @@ def _redo_merged(
         dtype = work.options.dtype_of(value.dtype, original.dtype)
         shape = tuple(parameter.shape)
         into = _memory_of(parameter, dtype) if original.kept is None else None
-        value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
+        with _unused(group, work) if into is not None else nullcontext():
+            value = merged_value(
+                patches, value, original.rows, dtype, compute, shape=shape, into=into
+            )
         if into is not None and value.data_ptr() == into.data_ptr():
             return None
     if original.kept is None and _takes(parameter, value):
-        parameter.data.copy_(value)
+        with _unused(group, work):
+            parameter.data.copy_(value)
         return None
     place = work.place_of(group)
     value = value.clone() if values is not None and value.device.type == "cpu" else value
@@ -186,8 +194,20 @@ def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
 
 def _put(group: Group, work: Work, value: torch.Tensor) -> None:
     """Makes `value` the data of every parameter of the group."""
-    for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
-        replace_data(parameter, value, work.patience)
+    with _unused(group, work):
+        for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
+            replace_data(parameter, value)
+
+
+@contextmanager
+def _unused(group: Group, work: Work) -> Iterator[None]:
+    """Around a change: operators see the weight as it was before or as it is after, on whatever
+    thread and stream they run.
+    """
+    with at_rest(work.module):
+        machine.synchronize_all([current_place(group.first)])
+        yield
+        machine.synchronize_all([current_place(group.first)])
 
 
 def merged_value(

@@ -27,6 +27,7 @@ from distorch.planner import (
     virtual_vram_spec,
 )
 from distorch.runtime import compiled, machine, wrapped
+from distorch.runtime.at_rest import at_rest
 from distorch.runtime.groups import (
     Group,
     group_members,
@@ -281,12 +282,13 @@ def _place(
     }
     state.reserve(ring_bytes(groups, plan, state.options))
     undo: _Undo = []
-    try:
-        _swap_in(module, groups, staged, buffers, undo)
-        _install(module, state, groups, undo)
-    except BaseException:
-        _take_back(undo)
-        raise
+    with at_rest(module):
+        try:
+            _swap_in(module, groups, staged, buffers, undo)
+            _install(module, state, groups, undo)
+        except BaseException:
+            _take_back(undo)
+            raise
     return module
 
 
@@ -362,7 +364,6 @@ def _swap_in(
     """
     machine.synchronize_all(str(t.device) for t in staged.values() if not _ops.is_sharded(t))
     let_go = [current_place(groups[i].first) for i in staged if not groups[i].first.is_meta]
-    patience = _ops.Patience()
     for index, tensor in staged.items():
         group = groups[index]
         parameters = {id(member.parameter): member.parameter for member in group.members}
@@ -371,7 +372,7 @@ def _swap_in(
             if parameter.is_inference() or wrapped.is_wrapper(parameter):
                 _replace_parameter(group, parameter, values[identity], undo)
                 continue
-            _give(parameter, values[identity], patience, undo)
+            _give(parameter, values[identity], undo)
     for name, owner, key, buffer in unique_buffers(module):
         if name in buffers:
             undo.append(partial(owner._buffers.__setitem__, key, buffer))
@@ -379,16 +380,14 @@ def _swap_in(
     machine.synchronize_all(let_go)
 
 
-def _give(
-    parameter: nn.Parameter, value: torch.Tensor, patience: _ops.Patience, undo: _Undo
-) -> None:
-    """The same bits from another place. Operators that run in other threads see either place."""
+def _give(parameter: nn.Parameter, value: torch.Tensor, undo: _Undo) -> None:
+    """The same bits from another place."""
     if _can_adopt(parameter, value):
         undo.append(partial(_adopt, parameter, _ops.share(parameter.detach())))
         _adopt(parameter, value)
     else:
         undo.append(partial(replace_data, parameter, parameter.data))
-        replace_data(parameter, value, patience)
+        replace_data(parameter, value)
 
 
 def _adopt(parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -522,17 +521,18 @@ def _unplace(module: Module, device: str | torch.device | None) -> Module:
     }
     buffers = {name: buffer.to(target) for name, _, _, buffer in unique_buffers(module)}
     undo: _Undo = []
-    try:
-        _swap_in(module, groups, staged, buffers, undo)
-        for part in module.modules():
-            undo.append(ModuleAgent.restorer(part))
-            undo.append(partial(setattr, part, "__class__", type(part)))
-            ModuleAgent.remove(part)
-            compiled.stop_fetching(part)
-            _forget(part, undo)
-    except BaseException:
-        _take_back(undo)
-        raise
+    with at_rest(module):
+        try:
+            _swap_in(module, groups, staged, buffers, undo)
+            for part in module.modules():
+                undo.append(ModuleAgent.restorer(part))
+                undo.append(partial(setattr, part, "__class__", type(part)))
+                ModuleAgent.remove(part)
+                compiled.stop_fetching(part)
+                _forget(part, undo)
+        except BaseException:
+            _take_back(undo)
+            raise
     return module
 
 

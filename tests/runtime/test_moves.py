@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import distorch
-from distorch import _native, _ops
+from distorch import _native
+from distorch.runtime import at_rest
 
 PLACES = ["cpu,0b;disk,*", "cpu,50%;disk,50%", "cpu,*", "cpu,10%;disk,90%"]
 
@@ -137,8 +139,7 @@ def test_state_dicts_have_what_was_written_last(path, change):
         assert torch.equal(written[name], distorch.materialize(parameter))
 
 
-def test_gradients_arrive_where_the_graph_is_older_than_the_place(path, monkeypatch):
-    monkeypatch.setattr(_ops.Patience, "__init__", lambda self: setattr(self, "left", 0.05))
+def test_gradients_arrive_where_the_graph_is_older_than_the_place(path):
     model = distorch.load(net(), path, "cpu,50%;disk,50%", compute="cpu", min_bytes=0)
     plain = net()
     plain.load_state_dict(model.state_dict())
@@ -151,16 +152,69 @@ def test_gradients_arrive_where_the_graph_is_older_than_the_place(path, monkeypa
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_a_tensor_that_an_operator_has_is_not_changed():
-    weight, other = nn.Parameter(torch.ones(3)), torch.zeros(3)
-    graphs = [(weight * weight).sum()]  # holds the weight as an operator that runs does
-    assert not _native.set_data(weight, other, only_idle=True)
-    assert weight.detach().tolist() == [1, 1, 1]
-    graphs.clear()
-    assert _native.set_data(weight, other, only_idle=True)
-    assert weight.detach().tolist() == [0, 0, 0]
-    graphs.append((weight * weight).sum())
-    assert _native.set_data(weight, torch.ones(3), only_idle=False)
-    assert weight.detach().tolist() == [1, 1, 1]
+class Methods(nn.Module):
+    """Weights that operators take by reference alone, which no count of references shows."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(64, 64)] * 6
+        self.weights = nn.ParameterList(torch.randn(s, generator=generator) / 8 for s in shapes)
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = (weight @ x.t()).t() + weight.clone().sum(0) + weight.double().mean().float()
+        return x
+
+
+def test_weights_whose_methods_run():
+    model = distorch.distribute(Methods(), "disk,*", compute="cpu", min_bytes=0, prefetch=40_000)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    changes = [partial(distorch.redistribute, spec=spec) for spec in 60 * PLACES]
+    assert changes_beside_forwards(model, x, changes) == []
+
+
+def test_a_forward_that_waits_for_the_change_is_not_waited_for(path, monkeypatch):
+    """It would be a dead-lock."""
+    monkeypatch.setattr(at_rest, "_PATIENCE", 0.2)
+    model = distorch.load(net(), path, "cpu,50%;disk,50%", compute="cpu", min_bytes=0)
+    inside, changed = threading.Event(), threading.Event()
+
+    def wait_inside(*_):
+        inside.set()
+        assert changed.wait(60)
+
+    hook = model[1].register_forward_hook(wait_inside)
+    worker = threading.Thread(target=model, args=(torch.ones(1, 64),))
+    worker.start()
+    assert inside.wait(60)
+    distorch.redistribute(model, "cpu,*")
+    changed.set()
+    worker.join(60)
+    hook.remove()
+    assert not worker.is_alive()
+    assert distorch.report(model).ok
+
+
+def test_other_modules_run_while_one_is_changed(path):
+    """Another module's forward is neither stopped nor waited for."""
+    model = distorch.load(net(), path, "cpu,50%;disk,50%", compute="cpu", min_bytes=0)
+    other, ran, ended = net(), threading.Event(), threading.Event()
+
+    def forward():
+        while not ended.is_set():
+            other(torch.ones(1, 64))
+            ran.set()
+
+    worker = threading.Thread(target=forward)
+    worker.start()
+    with at_rest.at_rest(model):
+        ran.clear()
+        assert ran.wait(60)
+    ended.set()
+    worker.join(60)
+
+
+def test_set_data_takes_tensors():
     with pytest.raises(TypeError, match="two tensors"):
-        _native.set_data(weight, 3, only_idle=False)
+        _native.set_data(torch.ones(3), 3)
