@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <system_error>
 #include <utility>
 
 namespace distorch {
@@ -23,13 +24,11 @@ void IoPool::submit(std::vector<Task> tasks, Urgency urgency) {
   bool all = false;
   {
     std::lock_guard lock(crew.mutex);
+    start_threads(crew, std::min(wanted_threads_, crew.queue.size() + tasks.size()));
     const auto where = urgency == Urgency::kNow ? crew.queue.begin() : crew.queue.end();
     crew.queue.insert(where, std::make_move_iterator(tasks.begin()),
                       std::make_move_iterator(tasks.end()));
     if (urgency == Urgency::kNow) crew.hurried = kHurryTasks;
-    while (crew.threads.size() < std::min(wanted_threads_, crew.queue.size())) {
-      crew.threads.emplace_back([&crew] { work(crew); });
-    }
     if (!may_start(crew)) return;
     all = crew.hurried > 0;
   }
@@ -37,6 +36,15 @@ void IoPool::submit(std::vector<Task> tasks, Urgency urgency) {
     crew.wake.notify_all();
   } else {
     crew.wake.notify_one();
+  }
+}
+
+// Goes on with fewer where the system has no more of them, but not with none.
+void IoPool::start_threads(Crew& crew, size_t wanted) {
+  try {
+    while (crew.threads.size() < wanted) crew.threads.emplace_back([&crew] { work(crew); });
+  } catch (const std::system_error&) {
+    if (crew.threads.empty()) throw;
   }
 }
 

@@ -29,6 +29,7 @@ class IoPool : public Executor {
   IoPool(const IoPool&) = delete;
   IoPool& operator=(const IoPool&) = delete;
 
+  // Throws std::system_error where not a single thread can be started.
   void submit(std::vector<Task> tasks, Urgency urgency) override;
   // All threads are to work for a while.
   void hurry() override;
@@ -49,6 +50,7 @@ class IoPool : public Executor {
   static constexpr size_t kCalmThreads = 2;
   static constexpr size_t kHurryTasks = 256;
 
+  static void start_threads(Crew& crew, size_t wanted);
   static bool may_start(const Crew& crew);
   static void work(Crew& crew);
 

@@ -174,18 +174,17 @@ bool Accelerator::answers() const {
   }
 }
 
-void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* done) {
+void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
   std::exception_ptr out_of_order;
   for (auto& [place, link] : links_) {
     if (link.waiting.empty()) continue;
     try {
-      issue_all(link, done);
+      issue_all(link, failed);
     } catch (const c10::Error&) {
       out_of_order = std::current_exception();
     }
   }
-  for (auto& slot : std::exchange(to_decode_, {})) {
-    done->push_back(slot);
+  for (const auto& slot : std::exchange(to_decode_, {})) {
     if (was_dropped(slot) || slot->state != Slot::State::kReady) continue;
     try {
       decode(slot);
@@ -196,13 +195,14 @@ void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* done) {
     } catch (const std::exception& refused) {
       fail(*slot, refused.what());
     }
+    failed->push_back(slot);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
 
 // If the device refuses a copy, the slots of that copy fail. If the device takes no work at all (a
 // kernel of the user's has failed an assertion, the device is lost), its error is thrown as it is.
-void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* done) {
+void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed) {
   const std::vector<Copy> copies = std::exchange(link.waiting, {});
   const auto is_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
   std::exception_ptr out_of_order;
@@ -226,9 +226,11 @@ void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* done
     link.behind = uses;
   });
   for (const Copy& copy : copies) {
-    done->insert(done->end(), copy.slots.begin(), copy.slots.end());
     if (ready && attempt([&] { issue(link, copy); })) continue;
-    for (const auto& slot : copy.slots) fail(*slot, error);
+    for (const auto& slot : copy.slots) {
+      fail(*slot, error);
+      failed->push_back(slot);
+    }
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
@@ -243,11 +245,9 @@ void Accelerator::issue(Link& link, const Copy& copy) {
   std::exception_ptr refused;
   {
     const DeviceSpan span(link.stream, [&]() -> SpanText {
-      const Weight* weight = copy.slots.front()->weight;
       const size_t more = copy.slots.size() - 1;
       return {"copies " + link.from.str() + "->" + device_.str(),
-              (weight != nullptr ? weight->name() : "") +
-                  (more > 0 ? " and " + std::to_string(more) + " more" : ""),
+              copy.slots.front()->name + (more > 0 ? " and " + std::to_string(more) + " more" : ""),
               copy.bytes};
     });
     try {
@@ -320,7 +320,7 @@ void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
   for (const EventPtr& event : arrival.events) event->block(stream);
   {
     const DeviceSpan span(stream, [&]() -> SpanText {
-      return {"decodes " + device_.str(), slot->weight->name(), decoder.stored_bytes()};
+      return {"decodes " + device_.str(), slot->name, decoder.stored_bytes()};
     });
     const c10::OptionalDeviceGuard on_device{device_};
     const c10::StreamGuard on_stream(stream);
@@ -357,9 +357,8 @@ void Accelerator::lend(Slot& slot, Counters& counters) {
   if (const auto lease = arrival.lease.lock()) lease->lent_to(stream);
   auto& waited = arrival.waited;
   if (std::find(waited.begin(), waited.end(), stream.id()) != waited.end()) return;
-  const DeviceSpan span(stream, [&]() -> SpanText {
-    return {"stalls " + device_.str(), slot.weight != nullptr ? slot.weight->name() : ""};
-  });
+  const DeviceSpan span(stream,
+                        [&]() -> SpanText { return {"stalls " + device_.str(), slot.name}; });
   EventPtr needed;
   if (arrival.asked && arrival.asked->first == stream) {
     needed = std::exchange(arrival.asked, std::nullopt)->second;

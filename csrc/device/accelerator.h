@@ -37,7 +37,7 @@ class Accelerator : public RingDevice {
   bool in_parts() const override { return true; }
   void bring(const std::shared_ptr<Slot>& slot, Range part) override;
   void took(Slot& slot) override;
-  void flush(std::vector<std::shared_ptr<Slot>>* done) override;
+  void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
   void dropped(Slot& slot) override;
   bool waits(Slot& slot) override;
   void lend(Slot& slot, Counters& counters) override;
@@ -69,7 +69,7 @@ class Accelerator : public RingDevice {
   };
 
   Link& link_from(const std::string& place);
-  void issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* done);
+  void issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed);
   void issue(Link& link, const Copy& copy);
   void send(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);

@@ -217,7 +217,7 @@ std::shared_ptr<void> Ring::hand_out(const SlotPtr& slot) {
 
 void Ring::wait_for(const SlotPtr& slot, Counters& counters, Lock& lock) {
   if (slot->state != Slot::State::kLoading) return;
-  const HostSpan span("stalls", slot->weight != nullptr ? slot->weight->name() : "");
+  const HostSpan span("stalls", slot->name);
   const bool timed = device_->waits(*slot);
   const auto start = std::chrono::steady_clock::now();
   pool_->hurry();
@@ -312,7 +312,15 @@ void Ring::forget_predictions(Window& window) {
   }
 }
 
+// A prediction never fails an operator. Whoever needs such a weight asks for it again, and is told.
 void Ring::look_ahead(Window& window) {
+  try {
+    ask_ahead(window);
+  } catch (const std::exception&) {
+  }
+}
+
+void Ring::ask_ahead(Window& window) {
   grow_all(window);
   uint64_t last = window.ahead.empty() ? window.latest : window.ahead.back();
   while (window.growing.size() < kGrowing) {
@@ -389,8 +397,13 @@ Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* 
   if (!host && slot->whole()) fill(slot, {0, donor.size()});
   grow(slot);
   if (by_device) return slot;
-  queue_reads(slot, host ? slot->landing() : slot->staged_data,
-              host && apart ? stored_phase : phase, urgency);
+  try {
+    queue_reads(slot, host ? slot->landing() : slot->staged_data,
+                host && apart ? stored_phase : phase, urgency);
+  } catch (...) {  // nobody would fill it
+    drop(slot);
+    throw;
+  }
   return slot;
 }
 
@@ -408,28 +421,36 @@ void Ring::bring_staged() {
       ++next;
       continue;
     }
-    device_->bring(slot, {0, slot->source.donor->size()});
-    slot->state = Slot::State::kLoading;
     next = staged_.erase(next);
+    slot->state = Slot::State::kLoading;
+    try {
+      device_->bring(slot, {0, slot->source.donor->size()});
+    } catch (const std::exception& refused) {  // this thread may want another weight
+      fail(slot, ErrorKind::kFetch, refused.what());
+    }
   }
 }
 
+void Ring::fail(const SlotPtr& slot, ErrorKind kind, const std::string& why) {
+  slot->state = Slot::State::kFailed;
+  slot->error = could_not_bring(kind, slot->name, *slot->source.donor, why).what();
+  slot->error_kind = kind;
+  drop(slot);
+  part_done_->notify_all();
+}
+
 void Ring::flush() {
-  std::vector<SlotPtr> done;
+  std::vector<SlotPtr> failed;
   std::exception_ptr out_of_order;
   try {
-    device_->flush(&done);
+    device_->flush(&failed);
   } catch (...) {
     out_of_order = std::current_exception();
   }
-  for (const SlotPtr& slot : done) {
-    if (slot->weight == nullptr) let_go_.push_back(slot->source);
-    if (slot->weight == nullptr || slot->state != Slot::State::kFailed) continue;
-    const Error named =
-        could_not_bring(ErrorKind::kFetch, slot->weight->name(), *slot->source.donor, slot->error);
-    slot->error = named.what();
+  for (const SlotPtr& slot : failed) {
+    if (slot->weight == nullptr) continue;
     slot->out_of_order = out_of_order;
-    drop(slot);
+    fail(slot, ErrorKind::kFetch, slot->error);
   }
   part_done_->notify_all();
   // This error is the device's own and concerns no weight, so it is not wrapped in ours.

@@ -35,7 +35,8 @@ struct Staged {
 // One weight's room in the ring. All members are guarded by the ring's mutex,
 // but for the bytes themselves while `state` is kLoading.
 struct Slot {
-  Slot(Weight& owner, Source made_of) : weight(&owner), source(std::move(made_of)) {}
+  Slot(Weight& owner, Source made_of)
+      : name(owner.name()), weight(&owner), source(std::move(made_of)) {}
 
   // kStaged: in host memory, and the device was not yet asked to copy it.
   // kStored: its donor's bytes are there; who asks for the weight decodes them.
@@ -45,7 +46,8 @@ struct Slot {
   std::shared_ptr<Room> room;  // null: overflow, or none needed yet
   uint64_t used_at = 0;        // when it was handed out, by the ring's clock
   State state = State::kLoading;
-  Weight* weight;  // null once the weight has let go of the slot
+  const std::string name;  // the weight's, for messages
+  Weight* weight;          // null once the weight has let go of the slot
   // What the slot is filled from. The weight may be made of something else by now.
   Source source;
   size_t parts_left = 0;
@@ -111,9 +113,9 @@ class RingDevice {
   virtual void took(Slot& slot) {}
   // Issues what was asked for, in that order, behind everything that used the
   // slots' memory, and decodes it. Slots that are whole are then kReady, or
-  // kFailed with an error. Appends those that the device lets go of to `done`. Where the device is
+  // kFailed with an error; the latter are appended to `failed`. Where the device is
   // out of order, throws the device's own error, with all of them kFailed.
-  virtual void flush(std::vector<std::shared_ptr<Slot>>* done) {}
+  virtual void flush(std::vector<std::shared_ptr<Slot>>* failed) {}
   // The slot's memory will be used for something else, whatever is on its way.
   virtual void dropped(Slot& slot) {}
   // All rows, for the calling thread, which waits. Without the ring's mutex, and
@@ -246,6 +248,7 @@ class Ring {
   std::optional<uint64_t> expected_after(const Window& window, uint64_t last) const;
   void forget_predictions(Window& window);
   void look_ahead(Window& window);
+  void ask_ahead(Window& window);
   std::shared_ptr<void> hand_out(const SlotPtr& slot);
   SlotPtr usable_slot(Weight& weight);
   // `window`: that looks ahead, if the weight is not asked for now.
@@ -276,6 +279,7 @@ class Ring {
   void drop(const SlotPtr& slot);
   struct Waiter;
   void bring_staged();
+  void fail(const SlotPtr& slot, ErrorKind kind, const std::string& why);
   void flush();
   struct FlushAtEnd;
   void queue_reads(const SlotPtr& slot, std::byte* into, uint64_t phase, IoPool::Urgency urgency);

@@ -16,16 +16,21 @@ constexpr uint64_t kPartBytes = 4 << 20;
 
 }  // namespace
 
-// A task of several that fill a slot.
+// A task of several that fill a slot. Whatever `work` throws becomes the slot's error: nobody else
+// would be told, and the threads that wait for the slot would wait for ever.
 IoPool::Task Ring::part(const SlotPtr& slot, uint64_t bytes, std::function<void()> work) {
   ++slot->parts_left;
   const auto run = [this, slot, work = std::move(work)] {
+    std::optional<Error> failed;
     try {
       work();
-      finish_part(slot, nullptr);
     } catch (const Error& error) {
-      finish_part(slot, &error);
+      failed.emplace(error);
+    } catch (const std::exception& error) {
+      failed.emplace(
+          could_not_bring(ErrorKind::kFetch, slot->name, *slot->source.donor, error.what()));
     }
+    finish_part(slot, failed ? &*failed : nullptr);
   };
   return {run, bytes};
 }
@@ -33,14 +38,13 @@ IoPool::Task Ring::part(const SlotPtr& slot, uint64_t bytes, std::function<void(
 void Ring::queue_reads(const SlotPtr& slot, std::byte* into, uint64_t phase,
                        IoPool::Urgency urgency) {
   const std::shared_ptr<Donor>& donor = slot->source.donor;
-  const std::string name = slot->weight->name();
   const uint64_t bytes = donor->size();
   std::vector<IoPool::Task> tasks;
   // Parts end at whole pages of the block, so that no two share one.
   for (uint64_t begin = 0; begin < bytes || tasks.empty();) {
     const uint64_t end =
         std::min(bytes, round_down(begin + phase, kPartBytes) + kPartBytes - phase);
-    const auto read = [donor, begin, end, into, name] {
+    const auto read = [donor, begin, end, into, name = slot->name] {
       read_part(*donor, name, begin, end, into + begin);
     };
     tasks.push_back(part(slot, end - begin, read));
@@ -73,7 +77,6 @@ void Ring::finish_part(const SlotPtr& slot, const Error* error) {
 
 // See Note [Who decodes]. Who else wants the weight waits, as for a read.
 void Ring::decode(const SlotPtr& slot, Counters& counters, Lock& lock) {
-  const std::string name = slot->weight != nullptr ? slot->weight->name() : "";
   const std::shared_ptr<void> encoded = slot->wrapped;
   if (slot->data == nullptr) {
     try {
@@ -84,32 +87,18 @@ void Ring::decode(const SlotPtr& slot, Counters& counters, Lock& lock) {
     }
   }
   slot->state = Slot::State::kLoading;
-  std::exception_ptr failure;
   try {
     const Unlocked other_threads_go_on(lock);
-    const HostSpan span("decodes", name, slot->source.donor->size());
+    const HostSpan span("decodes", slot->name, slot->source.donor->size());
     device_->decode(*slot->source.decoder, slot->encoded, slot->data);
-  } catch (...) {
-    failure = std::current_exception();
+  } catch (const Error& error) {
+    return fail(slot, error.kind(), error.what());
+  } catch (const std::exception& error) {
+    return fail(slot, ErrorKind::kFetch, error.what());
   }
   slot->encoded = nullptr;
-  slot->state = failure ? Slot::State::kFailed : Slot::State::kReady;
+  slot->state = Slot::State::kReady;
   part_done_->notify_all();
-  if (!failure) return;
-  drop(slot);
-  ErrorKind kind = ErrorKind::kFetch;
-  std::string why = "decoding failed";
-  try {
-    std::rethrow_exception(failure);
-  } catch (const Error& error) {
-    kind = error.kind();
-    why = error.what();
-  } catch (const std::exception& error) {
-    why = error.what();
-  }
-  const Error named = could_not_bring(kind, name, *slot->source.donor, why);
-  slot->error = named.what();
-  slot->error_kind = kind;
 }
 
 }  // namespace distorch

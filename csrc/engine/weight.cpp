@@ -86,8 +86,8 @@ std::map<std::string, uint64_t> Counters::bytes() const {
 Weight::Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
                std::shared_ptr<Counters> counters)
     : id_(next_weight++),
-      ring_(std::move(ring)),
       name_(std::move(name)),
+      ring_(std::move(ring)),
       source_(std::move(source)),
       counters_(counters.get()),
       counter_owners_{std::move(counters)} {
@@ -98,16 +98,6 @@ Weight::~Weight() {
   // Without the interpreter's lock: who has the ring's may be waiting for that one.
   waiting([this] { ring_->delist(*this); });
   let_go(std::move(source_));
-}
-
-std::string Weight::name() const {
-  std::lock_guard lock(mutex_);
-  return name_;
-}
-
-void Weight::rename(std::string name) {
-  std::lock_guard lock(mutex_);
-  name_ = std::move(name);
 }
 
 Source Weight::source() const {

@@ -83,8 +83,7 @@ class Weight {
   Weight& operator=(const Weight&) = delete;
 
   uint64_t id() const { return id_; }
-  std::string name() const;
-  void rename(std::string name);
+  const std::string& name() const { return name_; }
   uint64_t size() const { return source().size(); }
   Source source() const;
   std::shared_ptr<Donor> donor() const { return source().donor; }
@@ -117,9 +116,9 @@ class Weight {
 
  private:
   const uint64_t id_;
+  const std::string name_;
   const std::shared_ptr<Ring> ring_;
   mutable std::mutex mutex_;
-  std::string name_;    // guarded by mutex_
   Source source_;       // guarded by mutex_
   uint64_t moves_ = 0;  // guarded by mutex_
   std::atomic<Counters*> counters_;

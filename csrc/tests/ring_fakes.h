@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -97,6 +99,9 @@ class StagedMemory : public CopyingMemory {
 class LateReader : public Executor {
  public:
   void submit(std::vector<Task> tasks, Urgency) override {
+    if (std::exchange(refused, false)) {
+      throw std::system_error(std::make_error_code(std::errc::resource_unavailable_try_again));
+    }
     for (Task& task : tasks) tasks_.push_back(std::move(task));
   }
   void start_afresh() override { tasks_.clear(); }
@@ -114,6 +119,7 @@ class LateReader : public Executor {
   }
   std::function<void()> meanwhile;
   bool prompt = false;
+  bool refused = false;  // what is submitted next
 
  private:
   std::deque<Task> tasks_;
@@ -130,6 +136,7 @@ class Numbered : public Donor {
   std::shared_ptr<std::byte> map() override { return nullptr; }
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const override {
     if (failures > 0 && failures-- > 0) throw Error(ErrorKind::kFetch, "a failure of the disk");
+    if (thrown) std::rethrow_exception(std::exchange(thrown, nullptr));
     for (uint64_t i = 0; i < bytes; ++i) into[i] = at(begin + i);
     ++reads;
   }
@@ -140,6 +147,7 @@ class Numbered : public Donor {
     return static_cast<std::byte>((number_ * 131 + position * 7) & 0xff);
   }
   mutable std::atomic<int> failures{0};
+  mutable std::exception_ptr thrown;  // once; not for several threads
   mutable std::atomic<int> reads{0};
 
  private:

@@ -209,10 +209,16 @@ void what_is_waited_for_may_go() {
 class ScarceStaging : public StagedMemory {
  public:
   std::shared_ptr<Staged> staging(uint64_t bytes) override {
-    if (none_left) throw std::bad_alloc();
+    if (left == 0) throw std::bad_alloc();
+    --left;
     return StagedMemory::staging(bytes);
   }
-  inline static bool none_left = false;
+  void bring(const std::shared_ptr<Slot>& slot, Range part) override {
+    if (std::exchange(refuses, false)) throw std::runtime_error("refused");
+    StagedMemory::bring(slot, part);
+  }
+  inline static int left = -1;         // negative: there is no end of it
+  inline static bool refuses = false;  // once
 };
 
 // A thread asks the device for what readers have brought for another one, and then its own fetch
@@ -227,13 +233,13 @@ void a_failed_fetch_leaves_nothing_behind() {
   late.meanwhile = [&] {
     CHECK(late.run_next());  // the first weight's bytes are in host memory
     std::thread([&] {
-      ScarceStaging::none_left = true;
+      ScarceStaging::left = 0;
       try {
         ring->acquire(*model.weights[1]);
       } catch (const std::bad_alloc&) {
         failed = true;
       }
-      ScarceStaging::none_left = false;
+      ScarceStaging::left = -1;
     }).join();
   };
   model.use(*ring, 0);
@@ -255,6 +261,61 @@ void a_weight_that_moves_while_it_is_read() {
   };
   model.use(*ring, 0);
   CHECK(model.donors[0]->reads == 1);
+}
+
+// Whatever goes wrong while bytes are brought is the error of the weight that they were for.
+void faults_of_every_kind() {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  Model model(ring, 1, 10'000);
+  ring->reserve(100'000);
+  // A reader meets something that is no error of ours.
+  model.donors[0]->thrown = std::make_exception_ptr(std::bad_alloc());
+  CHECK_THROWS(kFetch, model.use(*ring, 0));
+  model.use(*ring, 0);
+  // Reads cannot be queued: nobody waits for them.
+  ring->written(*model.weights[0], nullptr);
+  late.refused = true;
+  bool refused = false;
+  try {
+    ring->acquire(*model.weights[0]);
+  } catch (const std::system_error&) {
+    refused = true;
+  }
+  CHECK(refused);
+  model.use(*ring, 0);
+}
+
+// A device refuses what readers brought for a weight, while a thread asks for another one.
+void a_refused_copy_fails_its_own_weight() {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  Model model(ring, 2, 10'000);
+  ring->reserve(100'000);
+  ring->suggest(*model.weights[0], model.weights[1]->id());
+  model.use(*ring, 0);
+  while (late.run_next()) {  // the second weight is in host memory
+  }
+  ScarceStaging::refuses = true;
+  model.use(*ring, 0);
+  CHECK(!ScarceStaging::refuses);
+  model.use(*ring, 1);  // is read again
+  CHECK(model.donors[1]->reads == 2);
+}
+
+// What cannot be brought ahead costs the look-ahead, not the operator.
+void a_prediction_fails_no_operator() {
+  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), 1);
+  Model model(ring, 2, 10'000);
+  ring->reserve(100'000);
+  ring->suggest(*model.weights[0], model.weights[1]->id());
+  ScarceStaging::left = 1;  // for the weight that is asked for
+  model.use(*ring, 0);
+  CHECK(ScarceStaging::left == 0);
+  ScarceStaging::left = -1;
+  model.use(*ring, 1);
 }
 
 // A donor that may be the last to hold memory which the host language knows.
@@ -320,6 +381,9 @@ int main() {
   what_is_waited_for_may_go();
   a_failed_fetch_leaves_nothing_behind();
   a_weight_that_moves_while_it_is_read();
+  faults_of_every_kind();
+  a_refused_copy_fails_its_own_weight();
+  a_prediction_fails_no_operator();
   donors_end_outside_the_lock();
   copying = false;
   failed_reads();
