@@ -1,4 +1,4 @@
-// Donors in the memory of devices, and which devices reach each other.
+// Donors in memory that PyTorch has allocated, and which devices reach each other.
 #pragma once
 
 #include <c10/core/Storage.h>
@@ -10,6 +10,22 @@
 #include "engine/donor.h"
 
 namespace distorch {
+
+// Host memory of a storage: all of it, or `bytes` from `begin` on.
+class StorageDonor : public HostDonor {
+ public:
+  explicit StorageDonor(const c10::Storage& storage) : StorageDonor(storage, 0, storage.nbytes()) {}
+  StorageDonor(const c10::Storage& storage, uint64_t begin, uint64_t bytes)
+      : HostDonor(std::make_shared<c10::Storage>(storage),
+                  static_cast<std::byte*>(storage.mutable_data()) + begin, bytes,
+                  storage.unsafeGetStorageImpl()),
+        storage_(storage) {}
+
+  const c10::Storage& storage() const { return storage_; }
+
+ private:
+  const c10::Storage storage_;
+};
 
 // Bytes on a device.
 class DeviceDonor : public Donor {

@@ -129,8 +129,6 @@ class HostDonor : public Donor {
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 
-  const std::shared_ptr<void>& owner() const { return owner_; }
-
  private:
   const std::shared_ptr<void> owner_;
   const void* const owner_id_;

@@ -141,8 +141,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   }
   Window& window = window_of_this_thread();
   advance(window, weight.id());
-  const SlotPtr held = usable_slot(weight);
-  if (held && held->state == Slot::State::kReady) {
+  if (const SlotPtr held = usable_slot(weight); held && held->state == Slot::State::kReady) {
     std::shared_ptr<void> bytes = hand_out(held);  // held: looking ahead does not evict it
     look_ahead(window);
     flush();
@@ -331,7 +330,7 @@ void Ring::ask_ahead(Window& window) {
       Weight& weight = *found->second;
       const SlotPtr held = weight.in_ring.slot;
       if (held != nullptr && !may_stay(*held)) return;
-      if (held == nullptr && decoded_from_memory(weight.source())) {
+      if (held == nullptr && device_->is_host() && weight.decodes_memory()) {
         if (window.ahead.size() >= kFarAhead) return;
       } else if (held == nullptr) {
         const SlotPtr slot = load(weight, IoPool::Urgency::kAhead, &window);
@@ -349,12 +348,13 @@ void Ring::ask_ahead(Window& window) {
 Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* window) {
   auto slot = std::make_shared<Slot>(weight, weight.source());
   const Source& source = slot->source;
+  let_go_.push_back(source);  // the weight may have moved on when we give up below
   const Donor& donor = *source.donor;
   const uint64_t bytes = source.size();
   const bool host = device_->is_host();
   const bool by_device = device_->brings(donor);
   const uint64_t phase = donor.phase() % source.alignment == 0 ? donor.phase() : 0;
-  if (decoded_from_memory(source)) {
+  if (host && source.decodes_memory()) {
     expect_decoded(room_for(bytes));
     slot->encoded = source.donor->host();
     slot->cheap = true;
@@ -480,9 +480,7 @@ void Ring::drop(const SlotPtr& slot) {
   slot->weight->in_ring.slot.reset();
   slot->weight = nullptr;
   slots_.erase(slot->place);
-  if (!slot->whole()) {
-    for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
-  }
+  for (auto& [thread, window] : windows_) std::erase(window.growing, slot);
   if (slot->state == Slot::State::kStaged) std::erase(staged_, slot);
   // Readers that are under way write to host memory, so the room on the device is free now. If the
   // device was asked for the copy already, that copy still needs the room.

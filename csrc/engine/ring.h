@@ -258,7 +258,6 @@ class Ring {
   std::shared_ptr<Room> find_room(uint64_t bytes, IoPool::Urgency urgency, const Window* window,
                                   bool aside);
   void enter(const SlotPtr& slot, Weight& weight);
-  bool decoded_from_memory(const Source& source) const;
   bool is_large(uint64_t room) const;
   void expect_decoded(uint64_t room);
   bool may_stay(const Slot& slot) const;

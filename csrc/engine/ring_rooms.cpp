@@ -130,11 +130,6 @@ bool Ring::may_stay(const Slot& slot) const {
   return region_->arena.has_hole(spare_ + more);
 }
 
-// Nothing of it can be brought ahead.
-bool Ring::decoded_from_memory(const Source& source) const {
-  return device_->is_host() && source.decoder != nullptr && source.donor->host() != nullptr;
-}
-
 uint64_t Ring::room_for(uint64_t bytes) const {
   return round_up(std::max<uint64_t>(bytes, 1), device_->granule());
 }

@@ -105,6 +105,11 @@ Source Weight::source() const {
   return source_;
 }
 
+bool Weight::decodes_memory() const {
+  std::lock_guard lock(mutex_);
+  return source_.decodes_memory();
+}
+
 void Weight::count_in(std::shared_ptr<Counters> counters) {
   std::lock_guard lock(mutex_);
   counters_.store(counters.get(), std::memory_order_release);

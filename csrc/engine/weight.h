@@ -67,6 +67,8 @@ struct Source {
 
   // Of the weight, in bytes.
   uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
+  // Whether the host decodes it from where it is: nothing of it can be brought ahead.
+  bool decodes_memory() const { return decoder != nullptr && donor->host() != nullptr; }
 };
 
 // Lets go of it. The last holder of a donor waits for the copies that devices make from there.
@@ -86,6 +88,7 @@ class Weight {
   const std::string& name() const { return name_; }
   uint64_t size() const { return source().size(); }
   Source source() const;
+  bool decodes_memory() const;
   std::shared_ptr<Donor> donor() const { return source().donor; }
   Ring& ring() const { return *ring_; }
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }

@@ -7,6 +7,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "device/device_donor.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
 #include "device/pinned.h"
@@ -201,9 +202,7 @@ void Call::commit(Swapped& argument) {
     handle.weight->ring().written(*handle.weight, bytes);
   } else if (memory.device().is_cpu() && memory.data() != handle.weight->donor()->host()) {
     // An out= argument grew: its new memory is the donor now.
-    auto owner = std::make_shared<c10::Storage>(memory);
-    auto* data = static_cast<std::byte*>(owner->mutable_data());
-    handle.weight->move_to({std::make_shared<HostDonor>(owner, data, total), nullptr});
+    handle.weight->move_to({std::make_shared<StorageDonor>(memory), nullptr});
     handle.in_place.set(memory);
   }
   argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));

@@ -22,8 +22,8 @@ namespace distorch {
 inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
 
 // Note [Weights that move while they are used]
-// redistribute() and merging in the background give a weight other bytes to come from, while other
-// threads run operators on it.
+// redistribute(), set_loras() and merging in the background give a weight other bytes to come from,
+// while other threads run operators on it.
 // * Sharded before and after: the tensor is not touched, so views and copies of it follow. The
 //   weight gets another source (Weight::move_to). A fetch that is under way goes on with the source
 //   that it began with: the slot keeps it. Then the ring lets go of that slot (Ring::written).

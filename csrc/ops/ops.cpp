@@ -61,11 +61,9 @@ at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, const
 at::Tensor shard_host(const at::Tensor& data, at::Device compute, std::string name) {
   TORCH_CHECK_VALUE(data.device().is_cpu() && !is_sharded(data),
                     "shard_host takes a plain CPU tensor");
-  auto owner = std::make_shared<c10::Storage>(data.storage());
-  auto donor = std::make_shared<HostDonor>(owner, static_cast<std::byte*>(owner->mutable_data()),
-                                           owner->nbytes());
+  auto donor = std::make_shared<StorageDonor>(data.storage());
   c10::Storage in_place;
-  if (compute.is_cpu()) in_place = *owner;
+  if (compute.is_cpu()) in_place = data.storage();
   return wrap_donor(std::move(donor), std::move(in_place), geometry_of(data), compute, name);
 }
 
@@ -77,10 +75,7 @@ at::Tensor shard_slab(const at::Tensor& slab, int64_t begin, const at::Tensor& l
   const auto bytes = static_cast<int64_t>(like.storage().nbytes());
   TORCH_CHECK_VALUE(begin + bytes <= static_cast<int64_t>(slab.storage().nbytes()),
                     "shard_slab: the weight is outside the slab");
-  auto owner = std::make_shared<c10::Storage>(slab.storage());
-  auto* data = static_cast<std::byte*>(owner->mutable_data()) + begin;
-  const void* slab_id = slab.storage().unsafeGetStorageImpl();
-  auto donor = std::make_shared<HostDonor>(owner, data, bytes, slab_id);
+  auto donor = std::make_shared<StorageDonor>(slab.storage(), begin, bytes);
   return wrap_donor(std::move(donor), {}, geometry_of(like), compute, name);
 }
 
@@ -250,10 +245,8 @@ c10::Storage in_place_memory(const Source& source, at::Device compute) {
   if (const auto* device = dynamic_cast<const DeviceDonor*>(source.donor.get())) {
     return device->storage().device() == compute ? device->storage() : c10::Storage();
   }
-  const auto* host = dynamic_cast<const HostDonor*>(source.donor.get());
-  if (host == nullptr || !compute.is_cpu()) return {};
-  // REQUIRES: donors over host memory are made of storages, by this file.
-  return *static_cast<const c10::Storage*>(host->owner().get());
+  const auto* host = dynamic_cast<const StorageDonor*>(source.donor.get());
+  return host != nullptr && compute.is_cpu() ? host->storage() : c10::Storage();
 }
 
 // A weight on the donor of `weight` with these patches, and no others, added

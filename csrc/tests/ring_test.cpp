@@ -355,14 +355,27 @@ void donors_end_outside_the_lock() {
   };
   ring->acquire(*weights[0]);
   CHECK(Watched::ended == 2);
+  // The same, of a slot that was on its way for this thread.
+  ring->written(*weights[0], nullptr);
+  ring->written(*weights[1], nullptr);
+  std::thread([&] {
+    ring->suggest(*weights[0], weights[1]->id());
+    ring->acquire(*weights[0]);
+    late.meanwhile = [&] {
+      weights[1]->move_to(watched(13));
+      ring->written(*weights[1], nullptr);
+    };
+    ring->acquire(*weights[1]);
+  }).join();
+  CHECK(Watched::ended == 3);
   // The ring gives up its slots, and the weights go.
   weights[0]->move_to(watched(12));
   ring->give_back();
-  CHECK(Watched::ended == 3);
+  CHECK(Watched::ended == 4);
   weights.clear();
   while (late.run_next()) {
   }
-  CHECK(Watched::ended == 7);  // of four weights and three moves
+  CHECK(Watched::ended == 8);  // of four weights and four moves
 }
 
 }  // namespace

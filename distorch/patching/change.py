@@ -26,8 +26,11 @@ from distorch.patching.state import (
     new_reader,
     shapes_of,
 )
-from distorch.runtime import distribution
+from distorch.planner import Plan
+from distorch.runtime import distribution, machine
+from distorch.runtime.at_rest import at_rest
 from distorch.runtime.groups import Group, group_members, has_bytes
+from distorch.runtime.staging import current_place
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -73,8 +76,10 @@ def set_loras(
         changes = _changes(groups, patches, known, options)
         _check_unchanged(changes, known)
         state.patching = known
-        with torch.no_grad():
-            _apply(module, changes, known, options, progress)
+        with torch.no_grad(), at_rest(module):
+            machine.synchronize_all(_places(changes))
+            _apply(changes, known, options, state.plan, progress)
+            machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
         distribution.refresh(module)
     if options.mode == "background" and known.merging is None:
@@ -88,6 +93,10 @@ class _Change:
     old: Applied
     new: Applied
     old_options: PatchOptions
+
+
+def _places(changes: Iterable[_Change]) -> list[str]:
+    return [current_place(change.group.first) for change in changes]
 
 
 def _same(old: Applied, new: Applied) -> bool:
@@ -139,14 +148,13 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
 
 
 def _apply(
-    module: nn.Module,
     changes: list[_Change],
     known: Patching,
     options: PatchOptions,
+    plan: Plan,
     progress: bool | None,
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
-    plan = distribution.distribution_of(module).plan
     show = sys.stderr.isatty() if progress is None else progress
     total = sum(change.group.nbytes for change in changes)
     begun: list[_Change] = []
@@ -158,11 +166,11 @@ def _apply(
             for change in changes:
                 values = originals.next()
                 begun.append(change)
-                redo(change.group, change.new, known, Work(options, plan, module), values)
+                redo(change.group, change.new, known, Work(options, plan), values)
                 bar.update(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
-            redo(change.group, change.old, known, Work(change.old_options, plan, module))
+            redo(change.group, change.old, known, Work(change.old_options, plan))
         raise
 
 

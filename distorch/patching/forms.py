@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
 from distorch.lora import StoredRows, low_rank_terms, merge
 from distorch.patching.state import INTEGERS, Applied, Original, Patching, PatchOptions, base_name
 from distorch.planner import Plan
-from distorch.runtime import machine
-from distorch.runtime.at_rest import at_rest
 from distorch.runtime.groups import Group
 from distorch.runtime.staging import current_place
 
@@ -26,7 +22,6 @@ class Work:
 
     options: PatchOptions
     plan: Plan
-    module: nn.Module  # of the weights
 
     @property
     def compute(self) -> torch.device:
@@ -77,17 +72,17 @@ def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: Wo
         return _ops.set_patches(parameter, terms)
     base = _restored(group, original, work)
     if not len(terms):
-        return _put(group, work, base)
+        return _put(group, base)
     if original.rows is None:
         original.kept = base
         if not _ops.is_sharded(base):
             base = _donors.shard_on(current_place(base), base, work.compute, group.name)
         if base.dtype in _ops.DECODED_DTYPES:
-            return _put(group, work, _ops.patched(base, terms))
+            return _put(group, _ops.patched(base, terms))
         code, dtype = _ops.code_of(base.dtype), work.options.dtype_of(base.dtype, original.dtype)
         base = _ops.decoded(base, code, dtype, base.shape, name=group.name)
     _ops.set_patches(base, terms)
-    return _put(group, work, base)
+    return _put(group, base)
 
 
 def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
@@ -97,7 +92,7 @@ def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
     if original.kept is not None:
         if current_place(original.kept) != place:  # the module was redistributed since
             value = alias_of_donor(original.kept)
-            if place == str(compute):
+            if place == str(compute) and not _ops.is_sharded(parameter):
                 original.kept = value.to(compute)
             else:
                 original.kept = _donors.shard_on(place, value, compute, group.name)
@@ -146,28 +141,24 @@ def _redo_merged(
     elif original.kept is None:
         original.kept = group.first.detach()
     if not patches and (original.kept is not None or not _takes(group.first, original)):
-        return _put(group, work, _restored(group, original, work))
+        return _put(group, _restored(group, original, work))
     parameter = group.first
     value = original.values() if values is None else values
     if patches:
         dtype = work.options.dtype_of(value.dtype, original.dtype)
         shape = tuple(parameter.shape)
         into = _memory_of(parameter, dtype) if original.kept is None else None
-        with _unused(group, work) if into is not None else nullcontext():
-            value = merged_value(
-                patches, value, original.rows, dtype, compute, shape=shape, into=into
-            )
+        value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
         if into is not None and value.data_ptr() == into.data_ptr():
             return None
     if original.kept is None and _takes(parameter, value):
-        with _unused(group, work):
-            parameter.data.copy_(value)
+        parameter.data.copy_(value)
         return None
     place = work.place_of(group)
     value = value.clone() if values is not None and value.device.type == "cpu" else value
     if place == str(compute) and not _ops.is_sharded(parameter):
-        return _put(group, work, value.to(compute))
-    return _put(group, work, _donors.shard_on(place, value, compute, group.name))
+        return _put(group, value.to(compute))
+    return _put(group, _donors.shard_on(place, value, compute, group.name))
 
 
 def _memory_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -192,22 +183,10 @@ def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
     return not state.decoded and not state.read_only
 
 
-def _put(group: Group, work: Work, value: torch.Tensor) -> None:
+def _put(group: Group, value: torch.Tensor) -> None:
     """Makes `value` the data of every parameter of the group."""
-    with _unused(group, work):
-        for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
-            replace_data(parameter, value)
-
-
-@contextmanager
-def _unused(group: Group, work: Work) -> Iterator[None]:
-    """Around a change: operators see the weight as it was before or as it is after, on whatever
-    thread and stream they run.
-    """
-    with at_rest(work.module):
-        machine.synchronize_all([current_place(group.first)])
-        yield
-        machine.synchronize_all([current_place(group.first)])
+    for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
+        replace_data(parameter, value)
 
 
 def merged_value(

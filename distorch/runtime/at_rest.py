@@ -6,10 +6,12 @@ operator first reads how to dispatch on a tensor, then where its memory is, and 
 no reference that could be seen. So no operator of the module may run at that moment.
 
 While a change waits for that, a hook stops every thread that calls the module or a part of it. A
-thread that is inside a forward pass already goes on until it calls the next part, and stops there,
-or until it returns. Which threads are inside is read from their Python frames, so that forward
-passes cost nothing at any other time. Threads outside are not waited for. So operators that a
-thread runs on a weight outside any module's forward pass are not seen.
+thread that is inside such a call already goes on until it calls the next part, and stops there, or
+until it returns. Which threads are inside is read from their Python frames, so that forward passes
+cost nothing at any other time.
+
+Threads that use a weight outside such calls are not seen: backward passes and optimizers, a parent
+of the module that uses a weight of the module itself, graphs that were compiled or captured.
 """
 
 from __future__ import annotations
@@ -21,45 +23,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from distorch.errors import PlacementError
+
 _CALL = nn.Module._call_impl.__code__
 _MOMENT = 2e-4  # seconds
-_PATIENCE = 5.0  # seconds: a forward pass that takes no step so long is not waited for
+_PATIENCE = 60.0  # seconds
 
 
 @contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
-    """No other thread runs operators in a forward pass of the module, or of its parts, meanwhile.
+    """No other thread runs operators in a call of the module, or of its parts, meanwhile.
 
-    Waits for them, at most five seconds: a forward pass that itself waits for this thread would
-    never end. Does nothing in a program of one thread.
+    Waits for such threads. PlacementError if one of them neither calls another part nor returns for
+    a minute: it may be waiting for this thread. Then nothing was changed. Does nothing where Python
+    has one thread.
     """
-    me = threading.get_ident()
     if len(sys._current_frames()) == 1:
         yield
         return
+    me = threading.get_ident()
     parts = {id(part) for part in module.modules()}
     stopped: set[int] = set()
     ended = threading.Event()
 
     def stop(part: nn.Module, _: object) -> None:
-        thread = threading.get_ident()
-        if thread == me or id(part) not in parts:
+        if torch.compiler.is_compiling() or id(part) not in parts:
             return
-        stopped.add(thread)
-        ended.wait()
-        stopped.discard(thread)
+        if (thread := threading.get_ident()) != me:
+            stopped.add(thread)
+            ended.wait()
 
-    hook = register_module_forward_pre_hook(stop)
+    hook = None
     try:
+        hook = register_module_forward_pre_hook(stop)
         latest = time.monotonic() + _PATIENCE
-        while _inside(parts) - stopped - {me} and time.monotonic() < latest:
+        while running := _inside(parts) - stopped - {me}:
+            if time.monotonic() > latest:
+                names = {thread.ident: thread.name for thread in threading.enumerate()}
+                raise PlacementError(
+                    f"a forward pass of this {type(module).__name__} is running in another thread "
+                    f"({names.get(min(running), 'not a thread of Python')}), and has called no "
+                    f"module for {_PATIENCE:.0f} seconds: its weights cannot be changed now. Is it "
+                    "waiting for this thread? Nothing was changed"
+                )
             time.sleep(_MOMENT)
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         ended.set()
 
 

@@ -174,26 +174,60 @@ def test_weights_whose_methods_run():
     assert changes_beside_forwards(model, x, changes) == []
 
 
-def test_a_forward_that_waits_for_the_change_is_not_waited_for(path, monkeypatch):
-    """It would be a dead-lock."""
+@pytest.mark.parametrize("change", ["redistribute", "set_loras", "undistribute"])
+def test_a_forward_that_waits_for_the_change_ends_it(path, monkeypatch, change):
+    """Nothing is changed beside a forward that does not rest, and nobody waits for ever."""
     monkeypatch.setattr(at_rest, "_PATIENCE", 0.2)
     model = distorch.load(net(), path, "cpu,50%;disk,50%", compute="cpu", min_bytes=0)
-    inside, changed = threading.Event(), threading.Event()
+    places, inside, changed = distorch.report(model).bytes, threading.Event(), threading.Event()
 
     def wait_inside(*_):
         inside.set()
         assert changed.wait(60)
 
     hook = model[1].register_forward_hook(wait_inside)
-    worker = threading.Thread(target=model, args=(torch.ones(1, 64),))
+    x = torch.ones(1, 64)
+    worker = threading.Thread(target=model, args=(x,), name="the one that waits")
     worker.start()
     assert inside.wait(60)
-    distorch.redistribute(model, "cpu,*")
+    change = {
+        "redistribute": lambda: distorch.redistribute(model, "cpu,*"),
+        "set_loras": lambda: distorch.set_loras(model, [(lora(), 0.5)]),
+        "undistribute": lambda: distorch.undistribute(model),
+    }[change]
+    with pytest.raises(distorch.PlacementError, match="the one that waits"):
+        change()
+    assert worker.is_alive()
     changed.set()
     worker.join(60)
     hook.remove()
-    assert not worker.is_alive()
-    assert distorch.report(model).ok
+    report = distorch.report(model)
+    assert report.ok
+    assert report.bytes == places
+    plain = net()
+    plain.load_state_dict(load_file(path))
+    assert torch.equal(model(x), plain(x))
+    change()
+
+
+@pytest.mark.parametrize("change", ["copy", "move", "unpatch"])
+def test_a_patched_weight_that_was_written_to(path, change):
+    """It is plain bytes in memory that no tensor of PyTorch has made."""
+    model = distorch.load(
+        net(), path, "cpu,*", compute="cpu", min_bytes=0, loras=[(lora(), 0.5)], lora_mode="fetch"
+    )
+    weight = model[0][0].weight
+    wanted = distorch.materialize(weight) + 1
+    with torch.no_grad():
+        weight.add_(1)
+    if change == "copy":
+        weight = copy.deepcopy(model)[0][0].weight
+    elif change == "move":
+        distorch.redistribute(model, "cpu,0b;disk,*")
+    else:
+        with pytest.raises(distorch.PlacementError, match="was written to"):
+            distorch.set_loras(model, [])
+    assert torch.equal(distorch.materialize(weight), wanted)
 
 
 def test_other_modules_run_while_one_is_changed(path):

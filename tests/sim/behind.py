@@ -91,11 +91,13 @@ class Behind:
             with self.streams[index]:
                 self.issue(self.there, *work[index])
 
+        before = len(self.results)
         workers = [threading.Thread(target=run, args=(index,)) for index in range(2)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
+        assert len(self.results) == before + len(workers)  # an error in a thread is only printed
 
     def _without_loras(self) -> None:
         if self.patched is not None:
