@@ -9,6 +9,7 @@ as soon as it is there, so that an interrupt between two of them leaves nothing 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from distorch import _ops
+from distorch._behaviour import copy_of_donor
 from distorch.errors import PlacementError, SpecError
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import own_scales
@@ -92,6 +94,13 @@ class Original:
         plain = self.rows is None and self.dtype in _ops.DECODED_DTYPES
         return options.mode == "background" and plain
 
+    def copy(self) -> Original:
+        """For a copy of the weight. What is kept is copied, too: the first may be written to."""
+        kept = self.kept
+        if kept is not None:
+            kept = copy_of_donor(kept, {}) if _ops.is_sharded(kept) else kept.clone()
+        return dataclasses.replace(self, kept=kept, version=0)
+
     def values(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """The stored numbers on the host, in new memory or in `into` (uint8); as StoredTensor.read
         gives them.
@@ -115,8 +124,8 @@ class Patching:
     merging: Merging | None = None  # while the mode is "background"
 
     def copy(self) -> Patching:
-        """For a copy of the module."""
-        originals = {name: Original(**vars(known)) for name, known in self.originals.items()}
+        """For a copy of the module, whose tensors have not been written to yet."""
+        originals = {name: known.copy() for name, known in self.originals.items()}
         applied = {name: list(entries) for name, entries in self.applied.items()}
         return Patching(self.reader, self.options, originals, applied, list(self.loras))
 

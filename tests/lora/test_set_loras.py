@@ -1,5 +1,6 @@
 """set_loras: another set, another strength; the same bits as a fresh load, and back to the file's."""
 
+import copy
 import threading
 from pathlib import Path
 
@@ -201,14 +202,60 @@ def test_a_written_weight_is_not_lost(path):
 
 
 def test_copies_have_loras_of_their_own(path):
-    import copy
-
     model = load(path, "cpu,6kb;disk,*", [(lora(), 0.5)], lora_mode="fetch")
     other = copy.deepcopy(model)
     assert_same(other, model)
     distorch.set_loras(other, [(lora(1), 1.0)])
     assert_same(model, load(path, "cpu,*", [(lora(), 0.5)]))
     assert_same(other, load(path, "cpu,*", [(lora(1), 1.0)]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_copies_have_originals_of_their_own(spec, mode):
+    """Where there is no file, they are in memory, and somebody may write to the first model's."""
+    torch.manual_seed(0)
+    plain = Net()
+    model = distorch.distribute(copy.deepcopy(plain), spec, compute="cpu", min_bytes=0)
+    with torch.no_grad():
+        model.head.weight.add_(0)  # written to once
+    distorch.set_loras(model, [(lora(), 0.5)], lora_mode=mode)
+    other = copy.deepcopy(model)
+    distorch.set_loras(model, [])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    distorch.set_loras(other, [(lora(1), 1.0)])
+    distorch.set_loras(other, [])
+    assert_same(other, values(plain))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_originals_come_back_where_the_plan_is_now(mode):
+    torch.manual_seed(0)
+    plain = Net()
+    model = distorch.distribute(copy.deepcopy(plain), "cpu,*", compute="cpu", min_bytes=0)
+    for there, back in (("cpu,0b;disk,*", "cpu,*"), ("cpu,6kb;disk,*", "disk,*")):
+        distorch.set_loras(model, [(lora(), 0.5)], lora_mode=mode)
+        distorch.redistribute(model, there)
+        distorch.set_loras(model, [])
+        assert distorch.report(model).ok
+        assert_same(model, values(plain))
+        distorch.redistribute(model, back)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_data_for_a_weight_without_loras_are_its_original(mode):
+    """`.data = ` is no write that a version counts."""
+    model = distorch.distribute(Net(), "cpu,*", compute="cpu", min_bytes=0)
+    distorch.set_loras(model, [(lora(), 0.5)], lora_mode=mode)
+    distorch.set_loras(model, [])
+    other = Net()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        ours.data = theirs.detach().clone()
+    distorch.set_loras(model, [(lora(1), 0.5)])
+    distorch.set_loras(model, [])
+    assert_same(model, values(other))
 
 
 @pytest.mark.parametrize("mode", MODES)
