@@ -88,8 +88,9 @@ def redistribute(
 ) -> Module:
     """A new placement of a distributed module, without loading it again.
 
-    Options that are not given stay as they were. Raises as `distribute`, and PlacementError on a
-    module that is not distributed.
+    Options that are not given stay as they were. Other threads that call the module wait for a
+    moment, at their next call of a part of it. Raises as `distribute`, and PlacementError on a
+    module that is not distributed, or if such a thread does not come to rest for a minute.
     """
     before = distribution.distribution_of(module)
     kept = {
@@ -102,5 +103,9 @@ def redistribute(
 
 
 def undistribute(module: Module, device: str | torch.device | None = None) -> Module:
-    """A plain module again, on its compute device or on `device`. All or nothing."""
+    """A plain module again, on its compute device or on `device`. All or nothing.
+
+    Other threads that call the module wait for a moment. PlacementError if it is not distributed,
+    or if such a thread does not come to rest for a minute.
+    """
     return distribution.unplace(module, device)

@@ -28,8 +28,9 @@ std::vector<std::tuple<std::string, std::string, double, double, uint64_t>> stop
 }
 
 // `tensor.data = data`, also between devices where PyTorch refuses. The version of `tensor` is
-// kept. The GIL is held all the time, so that no operator begins in between: it would find the
-// dispatch keys of the one and the storage of the other.
+// kept. The GIL is held until the change is whole, so that Python code of other threads sees the
+// old tensor or the new one. Operators that already run do not hold the GIL: see
+// Note [Weights that move while they are used].
 void set_data(const py::handle& tensor, const py::handle& data) {
   TORCH_CHECK_TYPE(THPVariable_Check(tensor.ptr()) && THPVariable_Check(data.ptr()),
                    "set_data takes two tensors");

@@ -8,9 +8,10 @@ namespace distorch {
 
 // Note [The host and copies]
 // A device copies later than it was asked to. So the host must not write to memory that a copy
-// still reads, nor read memory that a copy still writes. Nothing notices on a real device but wrong
-// numbers. A simulator knows when each copy ends. It is told here of each such read and write of
-// the host's, with a word on who did it, and says which ones nothing has ordered.
+// still reads, nor read memory that a copy still writes. A real device gives wrong numbers then,
+// and no error. A simulator knows when each copy ends. The engine tells it here what the host reads
+// and writes, and for what purpose. The simulator reports each access that no event or wait has
+// ordered.
 using HostAccess = void (*)(const void* data, uint64_t bytes, bool writes, const char* who);
 
 // Null: nobody is told. The function stays valid.

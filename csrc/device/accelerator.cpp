@@ -158,8 +158,8 @@ void Accelerator::bring(const std::shared_ptr<Slot>& slot, Range part) {
     }
     waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}, {extent.readers}});
   }
-  if (slot->source.decoder != nullptr)
-    to_decode_.push_back(slot);  // once: nothing above has thrown
+  // Last, so that a slot whose copies could not be queued is not decoded.
+  if (slot->source.decoder != nullptr) to_decode_.push_back(slot);
 }
 
 void Accelerator::took(Slot& slot) { arrival_of(slot).behind = order_->now(); }

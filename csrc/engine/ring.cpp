@@ -348,7 +348,7 @@ void Ring::ask_ahead(Window& window) {
 Ring::SlotPtr Ring::load(Weight& weight, IoPool::Urgency urgency, const Window* window) {
   auto slot = std::make_shared<Slot>(weight, weight.source());
   const Source& source = slot->source;
-  let_go_.push_back(source);  // the weight may have moved on when we give up below
+  let_go_.push_back(source);  // the slot's may be the last one if this gives up below
   const Donor& donor = *source.donor;
   const uint64_t bytes = source.size();
   const bool host = device_->is_host();

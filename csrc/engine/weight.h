@@ -88,7 +88,7 @@ class Weight {
   const std::string& name() const { return name_; }
   uint64_t size() const { return source().size(); }
   Source source() const;
-  bool decodes_memory() const;
+  bool decodes_memory() const;  // as its source says
   std::shared_ptr<Donor> donor() const { return source().donor; }
   Ring& ring() const { return *ring_; }
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }

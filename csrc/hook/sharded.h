@@ -60,7 +60,7 @@ class InPlace {
   }
 
  private:
-  // A mutex would cost an operator twice as much. It is held for a few instructions only.
+  // A spinning lock. It is held for a few instructions only, and every operator takes it.
   struct Held {
     explicit Held(std::atomic_flag& flag) : busy(flag) {
       while (busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();

@@ -52,11 +52,6 @@ at::Tensor wrap_source(Source source, c10::Storage in_place, const Geometry& geo
                       geometry.dtype, geometry.sizes, geometry.strides, geometry.offset);
 }
 
-at::Tensor wrap_donor(std::shared_ptr<Donor> donor, c10::Storage in_place, const Geometry& geometry,
-                      at::Device compute, const std::string& name) {
-  return wrap_source({std::move(donor), nullptr}, std::move(in_place), geometry, compute, name);
-}
-
 // The donor is the storage of `data` itself (host memory).
 at::Tensor shard_host(const at::Tensor& data, at::Device compute, std::string name) {
   TORCH_CHECK_VALUE(data.device().is_cpu() && !is_sharded(data),
@@ -64,7 +59,7 @@ at::Tensor shard_host(const at::Tensor& data, at::Device compute, std::string na
   auto donor = std::make_shared<StorageDonor>(data.storage());
   c10::Storage in_place;
   if (compute.is_cpu()) in_place = data.storage();
-  return wrap_donor(std::move(donor), std::move(in_place), geometry_of(data), compute, name);
+  return wrap_source({std::move(donor)}, std::move(in_place), geometry_of(data), compute, name);
 }
 
 // The donor is pinned host memory for a compute device that copies: bytes
@@ -76,7 +71,7 @@ at::Tensor shard_slab(const at::Tensor& slab, int64_t begin, const at::Tensor& l
   TORCH_CHECK_VALUE(begin + bytes <= static_cast<int64_t>(slab.storage().nbytes()),
                     "shard_slab: the weight is outside the slab");
   auto donor = std::make_shared<StorageDonor>(slab.storage(), begin, bytes);
-  return wrap_donor(std::move(donor), {}, geometry_of(like), compute, name);
+  return wrap_source({std::move(donor)}, {}, geometry_of(like), compute, name);
 }
 
 // Pinned memory for copies to a device, exact in size: uint8 [bytes].
@@ -90,7 +85,7 @@ at::Tensor shard_device(const at::Tensor& data, at::Device compute, std::string 
   auto donor = std::make_shared<DeviceDonor>(data.storage());
   c10::Storage in_place;
   if (compute == data.device()) in_place = data.storage();
-  return wrap_donor(std::move(donor), std::move(in_place), geometry_of(data), compute, name);
+  return wrap_source({std::move(donor)}, std::move(in_place), geometry_of(data), compute, name);
 }
 
 // The donors of several sharded tensors (uint8), one after the other, as the
@@ -105,8 +100,8 @@ at::Tensor shard_striped(at::TensorList parts, const at::Tensor& like, at::Devic
     bytes += donors.back()->size();
   }
   TORCH_CHECK_VALUE(bytes == like.storage().nbytes(), "the stripes do not add up to the weight");
-  return wrap_donor(std::make_shared<StripedDonor>(std::move(donors)), {}, geometry_of(like),
-                    compute, name);
+  return wrap_source({std::make_shared<StripedDonor>(std::move(donors))}, {}, geometry_of(like),
+                     compute, name);
 }
 
 // The donor is a range of a file, which is only ever read. Sizes and strides
@@ -130,7 +125,7 @@ at::Tensor shard_scratch(const at::Tensor& data, std::string directory, at::Devi
     const c10::Storage& storage = host.storage();
     auto donor = FileDonor::scratch(directory, storage.nbytes());
     donor->write(0, storage.nbytes(), static_cast<const std::byte*>(storage.data()));
-    return wrap_donor(std::move(donor), {}, geometry_of(host), compute, name);
+    return wrap_source({std::move(donor)}, {}, geometry_of(host), compute, name);
   });
 }
 

@@ -125,6 +125,16 @@ class LateReader : public Executor {
   std::deque<Task> tasks_;
 };
 
+// A ring over such a device, and its reader.
+template <class Device>
+std::pair<std::shared_ptr<Ring>, LateReader&> late_ring(uint64_t bytes) {
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  auto ring = std::make_shared<Ring>(std::make_unique<Device>(), std::move(reader));
+  ring->reserve(bytes);
+  return {std::move(ring), late};
+}
+
 // A donor whose bytes are a function of its number, and which can fail.
 class Numbered : public Donor {
  public:

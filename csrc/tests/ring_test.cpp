@@ -183,11 +183,8 @@ void rooms_are_filled_part_by_part() {
 
 // Another thread's doings while an op waits for a reader.
 void what_is_waited_for_may_go() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<StagedMemory>(), std::move(reader));
+  const auto [ring, late] = late_ring<StagedMemory>(100'000);
   Model model(ring, 3, 40'000);
-  ring->reserve(100'000);
   late.meanwhile = [&] { ring->written(*model.weights[0], nullptr); };
   model.use(*ring, 0);  // its slot was dropped meanwhile: it is asked for again
   CHECK(model.donors[0]->reads == 2);
@@ -226,11 +223,8 @@ class ScarceStaging : public StagedMemory {
 // A thread asks the device for what readers have brought for another one, and then its own fetch
 // fails. What it asked for is issued all the same: the other thread would wait for ever.
 void a_failed_fetch_leaves_nothing_behind() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  const auto [ring, late] = late_ring<ScarceStaging>(100'000);
   Model model(ring, 2, 10'000);
-  ring->reserve(100'000);
   bool failed = false;
   late.meanwhile = [&] {
     CHECK(late.run_next());  // the first weight's bytes are in host memory
@@ -252,11 +246,8 @@ void a_failed_fetch_leaves_nothing_behind() {
 // A weight gets another source while its bytes are on their way. The slot goes on with the source
 // that it began with: the other one may have more bytes than the slot has room for.
 void a_weight_that_moves_while_it_is_read() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<StagedMemory>(), std::move(reader));
+  const auto [ring, late] = late_ring<StagedMemory>(100'000);
   Model model(ring, 1, 10'000);
-  ring->reserve(100'000);
   late.meanwhile = [&] {
     CHECK(late.run_next());  // its bytes are in host memory
     model.weights[0]->move_to({std::make_shared<Numbered>(0, 90'000), nullptr, kLooseAlign});
@@ -267,11 +258,8 @@ void a_weight_that_moves_while_it_is_read() {
 
 // Whatever goes wrong while bytes are brought is the error of the weight that they were for.
 void faults_of_every_kind() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  const auto [ring, late] = late_ring<ScarceStaging>(100'000);
   Model model(ring, 1, 10'000);
-  ring->reserve(100'000);
   // A reader meets something that is no error of ours.
   model.donors[0]->thrown = std::make_exception_ptr(std::bad_alloc());
   CHECK_THROWS(kFetch, model.use(*ring, 0));
@@ -291,11 +279,8 @@ void faults_of_every_kind() {
 
 // A device refuses what readers brought for a weight, while a thread asks for another one.
 void a_refused_copy_fails_its_own_weight() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  const auto [ring, late] = late_ring<ScarceStaging>(100'000);
   Model model(ring, 2, 10'000);
-  ring->reserve(100'000);
   ring->suggest(*model.weights[0], model.weights[1]->id());
   model.use(*ring, 0);
   while (late.run_next()) {  // the second weight is in host memory
@@ -337,12 +322,9 @@ Source watched(uint64_t number) {
 
 // The weight moves while a thread is bringing it, which is then the last to hold the old donor.
 void a_donor_ends_with_the_fetch_that_needed_it() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::move(reader));
+  const auto [ring, late] = late_ring<ScarceStaging>(200'000);
   const auto counters = Counters::make();
   Weight first("first", watched(0), ring, counters), second("second", watched(1), ring, counters);
-  ring->reserve(200'000);
   ring->suggest(first, second.id());
   ring->acquire(first);  // and the second is on its way
   Watched::ended = 0;
@@ -368,15 +350,12 @@ void a_donor_ends_with_the_fetch_that_needed_it() {
 
 // Whoever lets go of a slot, the ring's mutex is not held when the slot's donor ends.
 void donors_end_outside_the_lock() {
-  auto reader = std::make_unique<LateReader>();
-  LateReader& late = *reader;
-  const auto ring = std::make_shared<Ring>(std::make_unique<StagedMemory>(), std::move(reader));
+  const auto [ring, late] = late_ring<StagedMemory>(70'000);
   const auto counters = Counters::make();
   std::vector<std::unique_ptr<Weight>> weights;
   for (uint64_t i = 0; i < 4; ++i) {
     weights.push_back(std::make_unique<Weight>("w", watched(i), ring, counters));
   }
-  ring->reserve(70'000);
   // Moved, but the ring was not told: evicting the slot ends the donor.
   ring->acquire(*weights[0]);
   weights[0]->move_to(watched(10));

@@ -56,8 +56,9 @@ def set_loras(
     `lora_mode` and `patched_dtype` stay as they were unless given. A patched weight of 8 bits takes
     16 in "merge" mode: plan and report count it so, even where that is more than the spec gave its
     device; `redistribute` then places anew.
-    Raises FormatError, SpecError, PlacementError, FetchError; an error or an interrupt leaves the
-    module with the LoRAs that it had.
+    Other threads that call the module wait meanwhile, at their next call of a part of it.
+    Raises FormatError, SpecError, FetchError, and PlacementError, also if such a thread does not
+    come to rest for a minute. An error or an interrupt leaves the module with the LoRAs it had.
     """
     state = distribution.distribution_of(module)
     known = state.patching
@@ -78,8 +79,10 @@ def set_loras(
         state.patching = known
         with torch.no_grad(), at_rest(module):
             machine.synchronize_all(_places(changes))
-            _apply(changes, known, options, state.plan, progress)
-            machine.synchronize_all(_places(changes))
+            try:
+                _apply(changes, known, options, state.plan, progress)
+            finally:
+                machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
         distribution.refresh(module)
     if options.mode == "background" and known.merging is None:
@@ -96,6 +99,7 @@ class _Change:
 
 
 def _places(changes: Iterable[_Change]) -> list[str]:
+    """Where the weights are now: "cpu", "disk", devices."""
     return [current_place(change.group.first) for change in changes]
 
 

@@ -391,7 +391,8 @@ def _give(parameter: nn.Parameter, value: torch.Tensor, undo: _Undo) -> None:
 
 
 def _adopt(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    _ops.adopt(parameter, value, _ops.moves(parameter))
+    while not _ops.adopt(parameter, value, _ops.moves(parameter)):
+        pass  # another thread moved it between the two calls
 
 
 def _can_adopt(parameter: nn.Parameter, value: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ def narrow(path, tmp_path):
     return tmp_path / "narrow.safetensors"
 
 
-def changes_beside_forwards(model, x, changes, *, threads=3):
+def changes_beside_forwards(model, x, changes):
     """The outputs that differ from the first one, and the errors, while `changes` are made."""
     with torch.no_grad():
         wanted = model(x).clone()
@@ -69,7 +69,7 @@ def changes_beside_forwards(model, x, changes, *, threads=3):
             except Exception as error:
                 wrong.append(repr(error))
 
-    workers = [threading.Thread(target=forward) for _ in range(threads)]
+    workers = [threading.Thread(target=forward) for _ in range(3)]
     for worker in workers:
         worker.start()
     try:
@@ -175,8 +175,8 @@ def test_weights_whose_methods_run():
 
 
 @pytest.mark.parametrize("change", ["redistribute", "set_loras", "undistribute"])
-def test_a_forward_that_waits_for_the_change_ends_it(path, monkeypatch, change):
-    """Nothing is changed beside a forward that does not rest, and nobody waits for ever."""
+def test_a_change_beside_a_forward_that_waits_for_it_is_refused(path, monkeypatch, change):
+    """They would wait for each other. Nothing is changed then, and the forward goes on."""
     monkeypatch.setattr(at_rest, "_PATIENCE", 0.2)
     model = distorch.load(net(), path, "cpu,50%;disk,50%", compute="cpu", min_bytes=0)
     places, inside, changed = distorch.report(model).bytes, threading.Event(), threading.Event()

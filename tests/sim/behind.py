@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import random
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import distorch
 from distorch import _ops
 from distorch.testing import sim
 
-from .programs import WIDTH, Program
+from .programs import WIDTH, Program, assert_nothing_is_left, assert_same_values
 
 PLACES = ["sim:0,0b", "sim:0,4kb", "sim:0,40%"]
 DONORS = ["cpu", "disk", "sim:1", "cpu+sim:1"]
@@ -42,7 +41,7 @@ def _configure(rng: random.Random) -> None:
 class Behind:
     """One program: a model on the device, and what it should be on the CPU.
 
-    `plain` has the weights without LoRAs, and `wanted` is what the outputs should be.
+    `plain` has the weights without LoRAs, `patched` those with them, while there are some.
     """
 
     def __init__(self, seed: int) -> None:
@@ -197,33 +196,18 @@ class Behind:
         right = [torch.equal(got.cpu(), wanted) for got, wanted in self.results]
         assert all(right), right
         self._without_loras()
-        wanted = self.plain.state_dict()
-        assert all(torch.equal(v.cpu(), wanted[k]) for k, v in self.there.state_dict().items())
+        assert_same_values(self.there, self.plain)
         self.results.clear()
         del self.there, self.patched
-        gc.collect()
-        sim.synchronize()
-        assert torch.sim.memory_allocated("sim:0") == 0
-        assert torch.sim.memory_allocated("sim:1") == 0
-        assert sim.pinned_bytes() == 0
-        assert sim.races() == [], sim.races()
+        assert_nothing_is_left()
 
 
 def run_program(seed: int) -> None:
     """Runs one. An error says which actions led there."""
     run = Behind(seed)
     forwards = [run.forward, run.forward_on_a_stream, run.threads]
-    changes = [
-        run.copy,
-        run.load_state_dict,
-        run.step,
-        run.give_data,
-        run.redistribute,
-        run.set_loras,
-        run.copies,
-        run.begin_again,
-    ]
-    writes = changes[:4]
+    writes = [run.copy, run.load_state_dict, run.step, run.give_data]
+    changes = [*writes, run.redistribute, run.set_loras, run.copies, run.begin_again]
     try:
         for _ in range(run.rng.randint(2, 8)):
             for action in (run.rng.choice(forwards), run.rng.choice(changes)):

@@ -197,18 +197,28 @@ class Run:
         x, order = torch.randn(5, WIDTH), list(range(len(self.plain.layers)))
         with torch.no_grad():
             assert torch.equal(self.there(x.to("sim:0"), order).cpu(), self.plain(x, order))
-        wanted = self.plain.state_dict()
-        assert all(torch.equal(v.cpu(), wanted[k]) for k, v in self.there.state_dict().items())
+        assert_same_values(self.there, self.plain)
         distorch.undistribute(self.there)
         with torch.no_grad():
             assert torch.equal(self.there(x.to("sim:0"), order).cpu(), self.plain(x, order))
         del self.there
-        gc.collect()
-        sim.synchronize()
-        assert torch.sim.memory_allocated("sim:0") == 0
-        assert torch.sim.memory_allocated("sim:1") == 0
-        assert sim.pinned_bytes() == 0
-        assert sim.races() == [], sim.races()
+        assert_nothing_is_left()
+
+
+def assert_same_values(there: nn.Module, plain: nn.Module) -> None:
+    """Every entry of the state dicts, wherever the one model is."""
+    wanted = plain.state_dict()
+    assert all(torch.equal(v.cpu(), wanted[k]) for k, v in there.state_dict().items())
+
+
+def assert_nothing_is_left() -> None:
+    """After the last model: no memory of a device, no pinned memory, and no race on the way."""
+    gc.collect()
+    sim.synchronize()
+    assert torch.sim.memory_allocated("sim:0") == 0
+    assert torch.sim.memory_allocated("sim:1") == 0
+    assert sim.pinned_bytes() == 0
+    assert sim.races() == [], sim.races()
 
 
 def run_program(seed: int) -> int:
