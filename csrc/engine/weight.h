@@ -62,8 +62,8 @@ inline std::atomic<uint64_t> process_fetches{0};
 // them if they are not its own.
 struct Source {
   std::shared_ptr<Donor> donor;
-  std::shared_ptr<const Decoder> decoder;  // null: the donor has the weight's bytes
-  uint64_t alignment = kAlign;             // what the address of fetched bytes is a multiple of
+  std::shared_ptr<const Decoder> decoder = nullptr;  // null: the donor has the weight's bytes
+  uint64_t alignment = kAlign;  // what the address of fetched bytes is a multiple of
 
   // Of the weight, in bytes.
   uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
