@@ -4,9 +4,9 @@
 // The whole past is kept (bounded), and a cursor replays it: while the present
 // equals the replayed past, the prediction is what followed then. On a
 // surprise the cursor jumps to the place whose recent past agrees longest with
-// ours. A model that repeats one pass is replayed one pass behind; one that
-// alternates passes (conditional / unconditional, with layers skipped in one)
-// settles two passes behind after two surprises; a backward pass or a tied
+// ours, of the last 15 places of the same id, and to the newest of equals. A model that repeats one
+// pass is replayed one pass behind; one that alternates passes (conditional / unconditional, with
+// layers skipped in one) settles two passes behind after two surprises; a backward pass or a tied
 // weight used twice is told apart by what came before it.
 #pragma once
 

@@ -11,34 +11,14 @@
 #include "device/device_trace.h"
 #include "device/row_decoder.h"
 #include "device/storages.h"
+#include "engine/reads.h"
+#include "engine/weight.h"
 
 namespace distorch {
 namespace {
 
 constexpr uint64_t kBounceBytes = 2 << 20;
 constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
-
-// What a device knows of a slot: the bytes on their way, and who was lent them.
-struct Arrival {
-  std::weak_ptr<Lease> lease;
-  std::vector<EventPtr> events;       // behind the copies; timed
-  EventPtr behind;                    // users of the room, where readers bring the bytes
-  std::vector<c10::StreamId> waited;  // streams that waited for the events
-  // When an operator needed the bytes, if the host had to wait for them; and on which stream.
-  std::optional<std::pair<c10::Stream, EventPtr>> asked;
-};
-
-Arrival& arrival_of(Slot& slot) {
-  if (slot.arrival == nullptr) slot.arrival = std::make_shared<Arrival>();
-  return *static_cast<Arrival*>(slot.arrival.get());
-}
-
-bool was_dropped(const std::shared_ptr<Slot>& slot) { return slot->weight == nullptr; }
-
-void fail(Slot& slot, const std::string& error) {
-  slot.state = Slot::State::kFailed;
-  slot.error = error;
-}
 
 // Another one for each stream of each device.
 uint64_t number_of(const c10::Stream& stream) {
@@ -62,6 +42,29 @@ class StreamCopy : public Readers::Copy {
 };
 
 }  // namespace
+
+struct Accelerator::DeviceSlot : Slot {
+  using Slot::Slot;
+
+  // Where the donor's bytes go. They are decoded to `data`, which is in front, or in place.
+  std::byte* landing = nullptr;
+  uint64_t landing_at = 0;  // offset in the slot's room
+  // Of bytes that readers bring: the host memory that they fill, and where in it the bytes are.
+  std::shared_ptr<PinnedBuffers::Buffer> staged;
+  std::byte* staged_data = nullptr;
+  EventPtr behind;                    // the users of the room before, when all of it was taken
+  bool asked = false;                 // the device was asked for all bytes at once
+  std::vector<EventPtr> events;       // behind the copies, or behind the decoding; timed
+  std::weak_ptr<Lease> lease;         // what operators hold
+  std::vector<c10::StreamId> waited;  // streams that waited for the events
+  // When an operator needed the bytes, if the host had to wait for them; and on which stream.
+  std::optional<std::pair<c10::Stream, EventPtr>> needed;
+};
+
+// Every slot of an Accelerator is made by make_slot().
+Accelerator::DeviceSlot& Accelerator::device_slot(Slot& slot) {
+  return static_cast<DeviceSlot&>(slot);
+}
 
 Accelerator::Accelerator(c10::Device device)
     : device_(device),
@@ -91,16 +94,7 @@ std::shared_ptr<std::byte> Accelerator::allocate(uint64_t bytes) {
   return {std::move(storage), data};
 }
 
-std::shared_ptr<void> Accelerator::wrap(Slot& slot, std::byte* data, uint64_t bytes,
-                                        std::shared_ptr<void> block) {
-  auto lease = std::make_shared<Lease>(order_, std::move(block));
-  arrival_of(slot).lease = lease;
-  return slot_storage(data, bytes, std::move(lease), device_);
-}
-
-bool Accelerator::in_use(const std::shared_ptr<void>& wrapped) const {
-  return slot_in_use(wrapped);
-}
+bool Accelerator::in_use(const Slot& slot) const { return slot_in_use(slot.wrapped); }
 
 bool Accelerator::recording() const {
   try {
@@ -110,7 +104,79 @@ bool Accelerator::recording() const {
   }
 }
 
-bool Accelerator::brings(const Donor& donor) const { return !donor.extents().empty(); }
+// --- A slot's way until its bytes are asked for ---
+
+SlotPtr Accelerator::make_slot(const std::string& name, Source source, uint64_t) {
+  const auto slot = std::make_shared<DeviceSlot>(name, std::move(source));
+  const Source& from = slot->source;
+  const auto rounded = [&](uint64_t bytes) {
+    return round_up(std::max<uint64_t>(bytes, 1), granule());
+  };
+  slot->room_bytes = rounded(from.size());
+  if (from.decoder != nullptr && !from.decoder->in_place()) {
+    slot->landing_at = slot->room_bytes;
+    slot->room_bytes += rounded(from.donor->size());
+  }
+  if (!from.donor->extents().empty()) return slot;  // the device copies from there by itself
+  const uint64_t phase = from.donor->phase() % from.alignment == 0 ? from.donor->phase() : 0;
+  slot->staged = buffers_->take(round_up(phase + from.donor->size(), kPage));
+  slot->staged_data = slot->staged->data + phase;
+  return slot;
+}
+
+void Accelerator::place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) {
+  DeviceSlot& own = device_slot(slot);
+  own.data = memory;
+  own.landing = memory + own.landing_at;
+  auto lease = std::make_shared<Lease>(order_, std::move(block));
+  own.lease = lease;
+  slot.wrapped = slot_storage(memory, slot.source.size(), std::move(lease), device_);
+}
+
+void Accelerator::start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) {
+  const DeviceSlot& own = device_slot(*slot);
+  if (own.staged != nullptr) reads.queue(*this, slot, own.staged_data, urgency);
+}
+
+void Accelerator::was_read(const SlotPtr& slot, std::optional<Failure> failure) {
+  if (failure || slot->dropped()) return fail(*slot, std::move(failure));
+  staged_.push_back(std::static_pointer_cast<DeviceSlot>(slot));
+}
+
+void Accelerator::grew(const SlotPtr& slot, Range part) {
+  const auto own = std::static_pointer_cast<DeviceSlot>(slot);
+  if (own->staged != nullptr) {  // is copied later, behind what has used the room until now
+    own->behind = order_->now();
+    return;
+  }
+  const uint64_t stored = slot->source.donor->size();
+  if (slot->source.decoder != nullptr) {  // is decoded as a whole
+    if (!slot->whole() || std::exchange(own->asked, true)) return;
+    part = {0, stored};
+  }
+  bring(own, {part.begin, std::min(part.end, stored)});
+}
+
+bool Accelerator::dropped(Slot& slot) {
+  DeviceSlot& own = device_slot(slot);
+  if (own.staged != nullptr && !own.asked) {
+    // Readers that are under way write to host memory. Who waits for the slot asks again.
+    const auto same = [&](const DeviceSlotPtr& staged) { return staged.get() == &own; };
+    if (std::erase_if(staged_, same) > 0) fail(slot);
+    return true;
+  }
+  // The room of a slot that was lent is free behind its lease. Otherwise it is free behind the
+  // copies that are on their way to it.
+  if (!own.waited.empty()) return false;
+  try {
+    for (const EventPtr& event : own.events) order_->add(event);
+  } catch (const c10::Error&) {
+    // The device is out of order: nothing will be copied there any more.
+  }
+  return false;
+}
+
+// --- What the device is asked for ---
 
 Accelerator::Link& Accelerator::link_from(const std::string& place) {
   const auto found = links_.find(place);
@@ -130,39 +196,62 @@ Accelerator::Link& Accelerator::link_from(const std::string& place) {
   return links_.emplace(place, std::move(link)).first->second;
 }
 
-void Accelerator::bring(const std::shared_ptr<Slot>& slot, Range part) {
-  const Donor& donor = *slot->source.donor;
-  std::vector<Extent> extents = donor.extents();
+// Asks for a copy of a part of the donor's bytes, or of what readers have brought of them.
+void Accelerator::bring(const DeviceSlotPtr& slot, Range part) {
+  asked_ = true;
+  std::vector<Extent> extents = slot->source.donor->extents();
   if (slot->staged != nullptr) {
-    extents = {{0, donor.size(), "cpu", slot->staged_data, slot->staged.get(), nullptr}};
+    const uint64_t bytes = slot->source.donor->size();
+    extents = {{0, bytes, "cpu", slot->staged_data, slot->staged.get(), nullptr}};
   }
   for (Extent extent : extents) {
     const uint64_t from = std::max(part.begin, extent.begin);
-    const uint64_t to_end = std::min(part.end, extent.begin + extent.bytes);
-    if (from > to_end || (from == to_end && extent.bytes > 0)) continue;
+    const uint64_t to = std::min(part.end, extent.begin + extent.bytes);
+    if (from > to || (from == to && extent.bytes > 0)) continue;
     extent.data += from - extent.begin;
     extent.begin = from;
-    extent.bytes = to_end - from;
-    std::vector<Copy>& waiting = link_from(extent.place).waiting;
-    std::byte* to = slot->landing() + extent.begin;
-    if (!waiting.empty()) {
-      Copy& last = waiting.back();
-      const auto gap = static_cast<uint64_t>(to - (last.to + last.bytes));
-      if (last.owner == extent.owner && to >= last.to + last.bytes && gap < kMergeGap &&
-          extent.data == last.from + last.bytes + gap) {
-        last.bytes += gap + extent.bytes;
-        last.slots.push_back(slot);
-        last.readers.push_back(extent.readers);
-        continue;
-      }
-    }
-    waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}, {extent.readers}});
+    extent.bytes = to - from;
+    ask(extent, slot);
   }
   // Last, so that a slot whose copies could not be queued is not decoded.
   if (slot->source.decoder != nullptr) to_decode_.push_back(slot);
 }
 
-void Accelerator::took(Slot& slot) { arrival_of(slot).behind = order_->now(); }
+// One copy more, or the last one grows if both lie side by side.
+void Accelerator::ask(const Extent& extent, const DeviceSlotPtr& slot) {
+  std::vector<Copy>& waiting = link_from(extent.place).waiting;
+  std::byte* to = slot->landing + extent.begin;
+  if (!waiting.empty()) {
+    Copy& last = waiting.back();
+    const auto gap = static_cast<uint64_t>(to - (last.to + last.bytes));
+    if (last.owner == extent.owner && to >= last.to + last.bytes && gap < kMergeGap &&
+        extent.data == last.from + last.bytes + gap) {
+      last.bytes += gap + extent.bytes;
+      last.slots.push_back(slot);
+      last.readers.push_back(extent.readers);
+      return;
+    }
+  }
+  waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}, {extent.readers}});
+}
+
+// What readers brought to host memory goes on, as soon as its room is whole.
+void Accelerator::bring_staged() {
+  for (auto next = staged_.begin(); next != staged_.end();) {
+    const DeviceSlotPtr slot = *next;
+    if (!slot->whole()) {
+      ++next;
+      continue;
+    }
+    next = staged_.erase(next);
+    slot->asked = true;
+    try {
+      bring(slot, {0, slot->source.donor->size()});
+    } catch (const std::exception& refused) {  // this thread may want another weight
+      fail(*slot, Failure::of(*slot, refused.what()));
+    }
+  }
+}
 
 // Whether the device itself still takes work.
 bool Accelerator::answers() const {
@@ -174,71 +263,67 @@ bool Accelerator::answers() const {
   }
 }
 
-void Accelerator::flush(std::vector<std::shared_ptr<Slot>>* failed) {
+// Does something that the device may refuse.
+template <class Action>
+std::optional<Accelerator::Refusal> Accelerator::attempt(const Action& action) const {
+  try {
+    action();
+    return std::nullopt;
+  } catch (const c10::Error& refused) {
+    const std::exception_ptr error = answers() ? nullptr : std::current_exception();
+    return Refusal{refused.what_without_backtrace(), error};
+  } catch (const std::exception& refused) {
+    return Refusal{refused.what(), nullptr};
+  }
+}
+
+// --- What is issued ---
+
+// If the device refuses something, the slots that it was for fail. If it takes no work at all (a
+// kernel of the user's has failed an assertion, the device is lost), its error is thrown as it is:
+// it is about no weight, and so it is not wrapped in ours.
+void Accelerator::issue() {
+  bring_staged();
+  if (!std::exchange(asked_, false)) return;
   std::exception_ptr out_of_order;
+  const auto refuse = [&](Slot& slot, const Refusal& refusal) {
+    if (!refusal.out_of_order) return fail(slot, Failure::of(slot, refusal.why));
+    out_of_order = refusal.out_of_order;
+    fail(slot, Failure{ErrorKind::kFetch, refusal.why, out_of_order});
+  };
   for (auto& [place, link] : links_) {
     if (link.waiting.empty()) continue;
-    try {
-      issue_all(link, failed);
-    } catch (const c10::Error&) {
-      out_of_order = std::current_exception();
+    const std::vector<Copy> copies = std::exchange(link.waiting, {});
+    const auto no_link = attempt([&] { follow_users(link, copies); });
+    for (const Copy& copy : copies) {
+      const auto refusal = no_link ? no_link : attempt([&] { issue(link, copy); });
+      for (const auto& slot : copy.slots) {
+        if (refusal) refuse(*slot, *refusal);
+      }
     }
   }
   for (const auto& slot : std::exchange(to_decode_, {})) {
-    if (was_dropped(slot) || slot->state != Slot::State::kReady) continue;
-    try {
-      decode(slot);
-      continue;
-    } catch (const c10::Error& refused) {
-      if (!answers()) out_of_order = std::current_exception();
-      fail(*slot, refused.what_without_backtrace());
-    } catch (const std::exception& refused) {
-      fail(*slot, refused.what());
-    }
-    failed->push_back(slot);
+    if (slot->dropped() || slot->state != Slot::State::kReady) continue;
+    if (const auto refusal = attempt([&] { decode(*slot); })) refuse(*slot, *refusal);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
 }
 
-// If the device refuses a copy, the slots of that copy fail. If the device takes no work at all (a
-// kernel of the user's has failed an assertion, the device is lost), its error is thrown as it is.
-void Accelerator::issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed) {
-  const std::vector<Copy> copies = std::exchange(link.waiting, {});
-  const auto is_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
-  std::exception_ptr out_of_order;
-  std::string error;
-  const auto attempt = [&](const auto& action) {
-    try {
-      action();
-      return true;
-    } catch (const c10::Error& refused) {
-      error = refused.what_without_backtrace();
-      if (!answers()) out_of_order = std::current_exception();
-    } catch (const std::exception& refused) {
-      error = refused.what();
-    }
-    return false;
-  };
-  const bool ready = attempt([&] {
-    const uint64_t uses = order_->count();
-    if (uses == link.behind || std::all_of(copies.begin(), copies.end(), is_read)) return;
-    order_->now()->block(link.stream);
-    link.behind = uses;
-  });
-  for (const Copy& copy : copies) {
-    if (ready && attempt([&] { issue(link, copy); })) continue;
-    for (const auto& slot : copy.slots) {
-      fail(*slot, error);
-      failed->push_back(slot);
-    }
-  }
-  if (out_of_order) std::rethrow_exception(out_of_order);
+// The link's stream waits for all that has used the ring's memory until now. Bytes that readers
+// brought wait for less: see send().
+void Accelerator::follow_users(Link& link, const std::vector<Copy>& copies) {
+  const auto was_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
+  const uint64_t uses = order_->count();
+  if (uses == link.behind || std::all_of(copies.begin(), copies.end(), was_read)) return;
+  order_->now()->block(link.stream);
+  link.behind = uses;
 }
 
 void Accelerator::issue(Link& link, const Copy& copy) {
+  const auto was_dropped = [](const DeviceSlotPtr& slot) { return slot->dropped(); };
   if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) {
     for (const auto& slot : copy.slots) {  // who still waits for one asks again
-      if (slot->state == Slot::State::kLoading) fail(*slot, "");
+      if (slot->state == Slot::State::kLoading) fail(*slot);
     }
     return;
   }
@@ -266,7 +351,7 @@ void Accelerator::issue(Link& link, const Copy& copy) {
 
 void Accelerator::send(Link& link, const Copy& copy) {
   for (const auto& slot : copy.slots) {
-    if (const EventPtr& used = arrival_of(*slot).behind) used->block(link.stream);
+    if (slot->behind) slot->behind->block(link.stream);
   }
   if (link.bounce) return bounce(link, copy);
   const at::Tensor from = bytes_at(copy.from, copy.bytes, link.from);
@@ -279,14 +364,14 @@ void Accelerator::send(Link& link, const Copy& copy) {
 // Everybody who has to wait for a copy gets the event behind it.
 void Accelerator::arrived(Link& link, const Copy& copy, const EventPtr& event) {
   for (const Readers* readers : copy.readers) {
-    if (readers != nullptr)
-      readers->add(number_of(link.stream), std::make_shared<StreamCopy>(event));
+    if (readers == nullptr) continue;
+    readers->add(number_of(link.stream), std::make_shared<StreamCopy>(event));
   }
   for (const auto& slot : copy.slots) {
-    arrival_of(*slot).events.push_back(event);
-    if (was_dropped(slot)) order_->add(event);
+    slot->events.push_back(event);
+    if (slot->dropped()) order_->add(event);
     if (slot->staged == nullptr) continue;
-    static_cast<PinnedBuffers::Buffer&>(*slot->staged).copied = event;
+    slot->staged->copied = event;
     slot->staged.reset();
   }
 }
@@ -311,63 +396,52 @@ void Accelerator::bounce(Link& link, const Copy& copy) {
 }
 
 // Behind the copies of a slot, and behind whatever used its room before.
-void Accelerator::decode(const std::shared_ptr<Slot>& slot) {
+void Accelerator::decode(DeviceSlot& slot) {
   if (!decoding_) decoding_ = own_stream(device_);
   const c10::Stream& stream = *decoding_;
-  const auto& decoder = static_cast<const RowDecoder&>(*slot->source.decoder);
-  Arrival& arrival = arrival_of(*slot);
+  const auto& decoder = static_cast<const RowDecoder&>(*slot.source.decoder);
   order_->now()->block(stream);
-  for (const EventPtr& event : arrival.events) event->block(stream);
+  for (const EventPtr& event : slot.events) event->block(stream);
   {
     const DeviceSpan span(stream, [&]() -> SpanText {
-      return {"decodes " + device_.str(), slot->name, decoder.stored_bytes()};
+      return {"decodes " + device_.str(), slot.name, decoder.stored_bytes()};
     });
     const c10::OptionalDeviceGuard on_device{device_};
     const c10::StreamGuard on_stream(stream);
-    decoder.decode_on_device(bytes_at(slot->landing(), decoder.stored_bytes(), device_),
-                             bytes_at(slot->data, decoder.decoded_bytes(), device_), stream);
+    decoder.decode_on_device(bytes_at(slot.landing, decoder.stored_bytes(), device_),
+                             bytes_at(slot.data, decoder.decoded_bytes(), device_), stream);
   }
-  arrival.events = {order_->events().record(stream, Timing::kTimed)};
+  slot.events = {order_->events().record(stream, Timing::kTimed)};
 }
 
-// The room of a slot that was lent is free behind its lease. Otherwise it is free behind the copies
-// that are on their way to it.
-void Accelerator::dropped(Slot& slot) {
-  const Arrival& arrival = arrival_of(slot);
-  if (!arrival.waited.empty()) return;
-  try {
-    for (const EventPtr& event : arrival.events) order_->add(event);
-  } catch (const c10::Error&) {
-    // The device is out of order: nothing will be copied there any more.
-  }
-}
+// --- Operators ---
 
-bool Accelerator::waits(Slot& slot) {
-  Arrival& arrival = arrival_of(slot);
-  if (arrival.asked) return true;
+bool Accelerator::times_wait(Slot& slot) {
+  DeviceSlot& own = device_slot(slot);
+  if (own.needed) return true;
   const c10::Stream stream = guard_.getStream(device_);
-  arrival.asked.emplace(stream, order_->events().record(stream, Timing::kTimed));
+  own.needed.emplace(stream, order_->events().record(stream, Timing::kTimed));
   return true;
 }
 
 // See Note [How long a stream waits].
 void Accelerator::lend(Slot& slot, Counters& counters) {
+  DeviceSlot& own = device_slot(slot);
   const c10::Stream stream = guard_.getStream(device_);
-  Arrival& arrival = arrival_of(slot);
-  if (const auto lease = arrival.lease.lock()) lease->lent_to(stream);
-  auto& waited = arrival.waited;
+  if (const auto lease = own.lease.lock()) lease->lent_to(stream);
+  auto& waited = own.waited;
   if (std::find(waited.begin(), waited.end(), stream.id()) != waited.end()) return;
   const DeviceSpan span(stream,
                         [&]() -> SpanText { return {"stalls " + device_.str(), slot.name}; });
   EventPtr needed;
-  if (arrival.asked && arrival.asked->first == stream) {
-    needed = std::exchange(arrival.asked, std::nullopt)->second;
+  if (own.needed && own.needed->first == stream) {
+    needed = std::exchange(own.needed, std::nullopt)->second;
   } else {
     needed = order_->events().record(stream, Timing::kTimed);
   }
-  for (const EventPtr& event : arrival.events) event->block(stream);
+  for (const EventPtr& event : own.events) event->block(stream);
   waited.push_back(stream.id());
-  counters.stalls(std::make_unique<DeviceTime>(std::move(needed), arrival.events));
+  counters.stalls(std::make_unique<DeviceTime>(std::move(needed), own.events));
 }
 
 }  // namespace distorch

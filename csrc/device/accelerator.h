@@ -5,6 +5,7 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <exception>
 #include <map>
 #include <memory>
 #include <optional>
@@ -15,41 +16,44 @@
 #include "device/pinned.h"
 #include "device/use_order.h"
 #include "engine/donor.h"
-#include "engine/ring.h"
+#include "engine/transfer.h"
 
 namespace distorch {
 
-// What waits for what is in Note [Order on streams] (device/use_order.h).
-class Accelerator : public RingDevice {
+// What waits for what is in Note [Order on streams] (device/use_order.h). All calls come with the
+// ring's mutex held, which guards all members that change.
+class Accelerator : public Transfer {
  public:
   explicit Accelerator(c10::Device device);
   ~Accelerator() override;  // waits for copies through its own buffers
 
   uint64_t granule() const override { return 512; }
   std::shared_ptr<std::byte> allocate(uint64_t bytes) override;
-  std::shared_ptr<void> wrap(Slot& slot, std::byte* data, uint64_t bytes,
-                             std::shared_ptr<void> block) override;
-  bool in_use(const std::shared_ptr<void>& wrapped) const override;
-  bool is_host() const override { return false; }
-  bool brings(const Donor& donor) const override;
-  bool recording() const override;
-  std::shared_ptr<Staged> staging(uint64_t bytes) override { return buffers_->take(bytes); }
+  bool in_use(const Slot& slot) const override;
   bool in_parts() const override { return true; }
-  void bring(const std::shared_ptr<Slot>& slot, Range part) override;
-  void took(Slot& slot) override;
-  void flush(std::vector<std::shared_ptr<Slot>>* failed) override;
-  void dropped(Slot& slot) override;
-  bool waits(Slot& slot) override;
+  bool recording() const override;
+
+  SlotPtr make_slot(const std::string& name, Source source, uint64_t large) override;
+  void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) override;
+  void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) override;
+  void was_read(const SlotPtr& slot, std::optional<Failure> failure) override;
+  void grew(const SlotPtr& slot, Range part) override;
+  void issue() override;
   void lend(Slot& slot, Counters& counters) override;
+  bool times_wait(Slot& slot) override;
+  bool dropped(Slot& slot) override;
 
  private:
+  struct DeviceSlot;
+  using DeviceSlotPtr = std::shared_ptr<DeviceSlot>;
+
   // A copy that was asked for; neighbours become one.
   struct Copy {
     const std::byte* from;
     const void* owner;
     std::byte* to;
     uint64_t bytes;
-    std::vector<std::shared_ptr<Slot>> slots;
+    std::vector<DeviceSlotPtr> slots;
     std::vector<const Readers*> readers;  // of the donors of these slots, or of their parts
   };
   // Two buffers in host memory for a device that this one cannot reach.
@@ -67,24 +71,36 @@ class Accelerator : public RingDevice {
     std::optional<Bounce> bounce;
     uint64_t behind = 0;  // UseOrder::count() when this link waited for it last
   };
+  // Why the device did not do something.
+  struct Refusal {
+    std::string why;
+    std::exception_ptr out_of_order;  // the device's own error; null: it still takes other work
+  };
 
+  static DeviceSlot& device_slot(Slot& slot);
   Link& link_from(const std::string& place);
-  void issue_all(Link& link, std::vector<std::shared_ptr<Slot>>* failed);
+  void bring(const DeviceSlotPtr& slot, Range part);
+  void ask(const Extent& extent, const DeviceSlotPtr& slot);
+  void bring_staged();
+  void follow_users(Link& link, const std::vector<Copy>& copies);
   void issue(Link& link, const Copy& copy);
   void send(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);
   void arrived(Link& link, const Copy& copy, const EventPtr& event);
-  void decode(const std::shared_ptr<Slot>& slot);
+  void decode(DeviceSlot& slot);
   bool answers() const;
+  template <class Action>
+  std::optional<Refusal> attempt(const Action& action) const;
 
   const c10::Device device_;
   const c10::impl::VirtualGuardImpl guard_;
   const std::shared_ptr<UseOrder> order_;
   const std::shared_ptr<PinnedBuffers> buffers_;
-  // Guarded by the ring's mutex, as all calls are.
   std::map<std::string, Link> links_;
+  std::vector<DeviceSlotPtr> staged_;  // read to host memory, and not yet copied
   std::optional<c10::Stream> decoding_;
-  std::vector<std::shared_ptr<Slot>> to_decode_;  // asked for, since the last flush
+  std::vector<DeviceSlotPtr> to_decode_;  // asked for since the last issue()
+  bool asked_ = false;                    // for anything since then
 };
 
 }  // namespace distorch

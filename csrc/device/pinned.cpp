@@ -192,10 +192,10 @@ void PinnedBuffers::wait_for_oldest() {
   collect();
 }
 
-std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device) {
+std::shared_ptr<HostBuffer> host_buffer(uint64_t bytes, c10::Device device) {
   const auto pinned = bytes <= kLargest ? PinnedBuffers::known(device) : nullptr;
   if (pinned != nullptr) return pinned->take(bytes);
-  struct Ordinary : Staged {
+  struct Ordinary : HostBuffer {
     at::Tensor memory;
   };
   auto buffer = std::make_shared<Ordinary>();
@@ -204,7 +204,7 @@ std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device) {
   return buffer;
 }
 
-std::shared_ptr<Staged> bring_back(const c10::Storage& memory) {
+std::shared_ptr<HostBuffer> bring_back(const c10::Storage& memory) {
   const c10::Device device = memory.device();
   const uint64_t bytes = memory.nbytes();
   auto buffer = host_buffer(bytes, device);

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/file.h"
 #include "device/events.h"
-#include "engine/ring.h"
 
 namespace distorch {
 
@@ -21,8 +21,14 @@ namespace distorch {
 // copy keeps the tensor until the copy has ended. Throws c10::Error.
 at::Tensor pinned_memory(uint64_t bytes, c10::Device device);
 
-// Buffers through which bytes pass on their way to a device and back. Pinning is slow, so they are
-// cut from a few large slabs, and used again when the copies from them have ended.
+// Host memory through which bytes pass on their way to a device and back.
+struct HostBuffer {
+  virtual ~HostBuffer() = default;
+  std::byte* data = nullptr;
+};
+
+// Pinned buffers. Pinning is slow, so they are cut from a few large slabs, and used again when the
+// copies from them have ended.
 // Safe for every thread. The ring takes buffers with its mutex held, so nothing in here may wait
 // for the ring.
 class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
@@ -34,7 +40,7 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
 
  public:
   // Memory of one slab. `copied` is set by whoever has a device copy from it.
-  class Buffer : public Staged {
+  class Buffer : public HostBuffer {
    public:
     ~Buffer() override;
     EventPtr copied;
@@ -84,9 +90,9 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
 
 // Host memory for bytes that come from a device: a pinned buffer where a ring has some for that
 // device and the bytes are not too many, else ordinary memory.
-std::shared_ptr<Staged> host_buffer(uint64_t bytes, c10::Device device);
+std::shared_ptr<HostBuffer> host_buffer(uint64_t bytes, c10::Device device);
 
 // The bytes of a device's memory, on the host, behind what was issued on the current stream. Waits.
-std::shared_ptr<Staged> bring_back(const c10::Storage& memory);
+std::shared_ptr<HostBuffer> bring_back(const c10::Storage& memory);
 
 }  // namespace distorch

@@ -25,11 +25,6 @@ Groups& groups() {
 
 }  // namespace
 
-void let_go(Source source) {
-  check_no_lock_held();
-  if (source.donor.use_count() == 1) source.donor->settle();
-}
-
 uint64_t Counters::next_id() {
   static std::atomic<uint64_t> next{1};
   return next++;

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/decoder.h"
-#include "engine/donor.h"
+#include "engine/forecast.h"
+#include "engine/source.h"
 
 namespace distorch {
 
@@ -58,23 +58,6 @@ struct Counters {
 // Every fetch of this process, whatever the model.
 inline std::atomic<uint64_t> process_fetches{0};
 
-// Where a weight comes from: bytes on a donor, and what makes the weight of
-// them if they are not its own.
-struct Source {
-  std::shared_ptr<Donor> donor;
-  std::shared_ptr<const Decoder> decoder = nullptr;  // null: the donor has the weight's bytes
-  uint64_t alignment = kAlign;  // what the address of fetched bytes is a multiple of
-
-  // Of the weight, in bytes.
-  uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
-  // Whether the host decodes it from where it is: nothing of it can be brought ahead.
-  bool decodes_memory() const { return decoder != nullptr && donor->host() != nullptr; }
-};
-
-// Lets go of it. The last holder of a donor waits for the copies that devices make from there.
-// REQUIRES: no lock of ours is held (Note [Waiting for threads]).
-void let_go(Source source);
-
 class Weight {
  public:
   // `ring` brings the bytes of donors that cannot be used in place.
@@ -112,8 +95,7 @@ class Weight {
   // The ring's own bookkeeping, guarded by the ring's mutex.
   struct InRing {
     std::shared_ptr<Slot> slot;
-    uint32_t wanted = 0;  // how often the windows of all threads hold it
-    uint64_t next = 0;    // the weight that is likely to follow, before anything is learned
+    const Forecast::Outlook* outlook = nullptr;  // while the ring knows the weight
   };
   InRing in_ring;
 

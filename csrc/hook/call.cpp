@@ -194,7 +194,7 @@ void Call::commit(Swapped& argument) {
   const c10::Storage& memory = argument.real.storage();
   const uint64_t total = memory.nbytes();
   if (!argument.in_place) {
-    std::shared_ptr<Staged> brought;
+    std::shared_ptr<HostBuffer> brought;
     if (!memory.device().is_cpu()) brought = bring_back(memory);
     const auto* bytes = brought ? brought->data : static_cast<const std::byte*>(memory.data());
     const auto [begin, length] = extent(argument.real);

@@ -8,7 +8,6 @@
 
 #include "core/parts.h"
 #include "device/threads.h"
-#include "engine/reading.h"
 #include "engine/ring.h"
 #include "hook/errors.h"
 
@@ -43,7 +42,7 @@ at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tens
   const int64_t per_part = by_device ? std::max<int64_t>(numbers.numel(), 1) : kRowsPerPart;
   const uint64_t row_bytes = source.decoder->decoded_row();
   for_ranges(numbers.numel(), per_part, compute_threads(), [&](int64_t begin, int64_t end) {
-    gather_rows(source, rows.subspan(begin, end - begin), into + begin * row_bytes);
+    source.gather(rows.subspan(begin, end - begin), into + begin * row_bytes);
   });
   Counters& counters = handle_of(table).weight->counters();
   counters.misses.fetch_add(1, std::memory_order_relaxed);

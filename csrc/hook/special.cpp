@@ -50,7 +50,7 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
     if (is_sharded(self) && overwrites_everything(self) && !handle_of(self).in_place) {
       Handle& handle = handle_of(self);
       const auto bytes = static_cast<uint64_t>(self.numel()) * self.itemsize();
-      const std::shared_ptr<Staged> buffer = host_buffer(bytes, from.device());
+      const std::shared_ptr<HostBuffer> buffer = host_buffer(bytes, from.device());
       const at::Tensor whole = bytes_at(buffer->data, bytes, c10::Device(c10::kCPU))
                                    .view(self.scalar_type())
                                    .view(self.sizes());

@@ -104,10 +104,10 @@ void decoded_weights() {
 // a use that did not come makes room.
 void decoded_by_who_asks() {
   struct Device : PlainMemory {
-    void decode(const Decoder& decoder, const std::byte* encoded, std::byte* into) override {
+    void decode_all(const Decoder& decoder, const std::byte* encoded, std::byte* into) override {
       CHECK(std::this_thread::get_id() == asker);
       ++decoded;
-      PlainMemory::decode(decoder, encoded, into);
+      PlainMemory::decode_all(decoder, encoded, into);
     }
     const std::thread::id asker = std::this_thread::get_id();
     int decoded = 0;

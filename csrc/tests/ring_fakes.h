@@ -1,6 +1,7 @@
 // Devices, readers and donors for tests of the ring: ordinary memory, and bytes that are known.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -13,8 +14,12 @@
 #include <utility>
 #include <vector>
 
+#include "core/io_pool.h"
 #include "engine/donor.h"
+#include "engine/host_transfer.h"
+#include "engine/reads.h"
 #include "engine/ring.h"
+#include "engine/waiting.h"
 #include "tests/check.h"
 
 namespace distorch {
@@ -22,77 +27,119 @@ namespace distorch {
 // Bytes that every PlainMemory has given out and not got back.
 inline std::atomic<uint64_t> allocated{0};
 
-// Slots are handed out as shared pointers to a pair: data, and what holds it.
+// What operators hold of a slot: its bytes, and what keeps them alive.
 struct Wrapped {
   std::byte* data;
   std::shared_ptr<void> block;
 };
 
-class PlainMemory : public RingDevice {
+inline std::shared_ptr<std::byte> plain_memory(uint64_t bytes) {
+  allocated += bytes;
+  auto* memory = static_cast<std::byte*>(std::aligned_alloc(kPage, bytes));
+  return {memory, [bytes](std::byte* at) {
+            allocated -= bytes;
+            std::free(at);
+          }};
+}
+
+// The host.
+class PlainMemory : public HostTransfer {
  public:
-  std::shared_ptr<std::byte> allocate(uint64_t bytes) override {
-    allocated += bytes;
-    auto* memory = static_cast<std::byte*>(std::aligned_alloc(kPage, bytes));
-    return {memory, [bytes](std::byte* at) {
-              allocated -= bytes;
-              std::free(at);
-            }};
-  }
-  std::shared_ptr<void> wrap(Slot&, std::byte* data, uint64_t,
-                             std::shared_ptr<void> block) override {
+  std::shared_ptr<std::byte> allocate(uint64_t bytes) override { return plain_memory(bytes); }
+  bool in_use(const Slot& slot) const override { return slot.wrapped.use_count() > 1; }
+
+ protected:
+  std::shared_ptr<void> wrap(std::byte* data, uint64_t, std::shared_ptr<void> block) override {
     return std::make_shared<Wrapped>(Wrapped{data, std::move(block)});
-  }
-  bool in_use(const std::shared_ptr<void>& wrapped) const override {
-    return wrapped.use_count() > 1;
   }
 };
 
-// A device that copies by itself, part by part; what was asked for is there
-// after flush().
-class CopyingMemory : public PlainMemory {
+// A device that copies by itself, part by part. What was asked for is there after issue().
+class CopyingMemory : public Transfer {
  public:
-  bool is_host() const override { return false; }
-  bool brings(const Donor&) const override { return true; }
+  std::shared_ptr<std::byte> allocate(uint64_t bytes) override { return plain_memory(bytes); }
+  bool in_use(const Slot& slot) const override { return slot.wrapped.use_count() > 1; }
   bool in_parts() const override { return true; }
-  void bring(const std::shared_ptr<Slot>& slot, Range part) override {
-    if (part.begin >= part.end) return;
+  SlotPtr make_slot(const std::string& name, Source source, uint64_t) override {
+    return sized(std::make_shared<Slot>(name, std::move(source)));
+  }
+  void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) override {
+    slot.data = memory;
+    slot.wrapped = std::make_shared<Wrapped>(Wrapped{memory, std::move(block)});
+  }
+  void start(const SlotPtr&, Reads&, Executor::Urgency) override {}
+  void was_read(const SlotPtr&, std::optional<Failure>) override { CHECK(false); }
+  void grew(const SlotPtr& slot, Range part) override {
     const Donor& donor = *slot->source.donor;
+    part.end = std::min(part.end, donor.size());
+    if (part.begin >= part.end) return;
     donor.read(part.begin, part.end - part.begin, slot->data + part.begin, false);
     parts += part.end - part.begin < donor.size();
     asked_.push_back(slot);
   }
-  void flush(std::vector<std::shared_ptr<Slot>>*) override {
+  void issue() override {
     for (const auto& slot : asked_) {
       if (slot->whole()) slot->state = Slot::State::kReady;
     }
     asked_.clear();
   }
+  bool dropped(Slot& slot) override {
+    const auto same = [&](const SlotPtr& asked) { return asked.get() == &slot; };
+    if (std::erase_if(asked_, same) > 0) fail(slot);
+    return false;
+  }
   inline static std::atomic<int> parts{0};  // that were not a whole weight
 
  protected:
-  std::vector<std::shared_ptr<Slot>> asked_;
+  static SlotPtr sized(SlotPtr slot) {
+    slot->room_bytes = round_up(std::max<uint64_t>(slot->source.donor->size(), 1), kPage);
+    return slot;
+  }
+  std::vector<SlotPtr> asked_;
 };
 
 // A device that is filled from what readers bring to host memory.
 class StagedMemory : public CopyingMemory {
  public:
-  bool brings(const Donor&) const override { return false; }
-  std::shared_ptr<Staged> staging(uint64_t bytes) override {
-    struct Buffer : Staged {
-      std::vector<std::byte> bytes;
-    };
-    auto buffer = std::make_shared<Buffer>();
-    buffer->bytes.resize(bytes + kPage);
-    const auto begin = reinterpret_cast<uintptr_t>(buffer->bytes.data());
-    buffer->data = buffer->bytes.data() + (round_up(begin, kPage) - begin);
-    return buffer;
+  SlotPtr make_slot(const std::string& name, Source source, uint64_t) override {
+    const auto slot = std::make_shared<StagedSlot>(name, std::move(source));
+    slot->staged = staging(slot->source.donor->size());
+    return sized(slot);
   }
-  void bring(const std::shared_ptr<Slot>& slot, Range part) override {
-    const uint64_t bytes = slot->source.donor->size();
-    CHECK(part.begin == 0 && part.end == bytes);
-    std::memcpy(slot->data, slot->staged_data, bytes);
+  void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) override {
+    reads.queue(*this, slot, static_cast<StagedSlot&>(*slot).staged.get(), urgency);
+  }
+  void was_read(const SlotPtr& slot, std::optional<Failure> failure) override {
+    if (failure || slot->dropped()) return fail(*slot, std::move(failure));
     asked_.push_back(slot);
   }
+  void grew(const SlotPtr&, Range) override {}
+  void issue() override {
+    for (const SlotPtr& slot : std::exchange(asked_, {})) {
+      if (!slot->whole()) {
+        asked_.push_back(slot);
+      } else if (refused()) {
+        fail(*slot, Failure::of(*slot, "refused"));
+      } else {
+        std::memcpy(slot->data, static_cast<StagedSlot&>(*slot).staged.get(),
+                    slot->source.donor->size());
+        slot->state = Slot::State::kReady;
+      }
+    }
+  }
+
+ protected:
+  struct StagedSlot : Slot {
+    using Slot::Slot;
+    std::shared_ptr<std::byte> staged;
+  };
+  // Room for readers.
+  virtual std::shared_ptr<std::byte> staging(uint64_t bytes) {
+    auto* memory = static_cast<std::byte*>(std::aligned_alloc(kPage, round_up(bytes, kPage)));
+    return {memory, &std::free};
+  }
+  // Whether the device refuses a copy.
+  virtual bool refused() { return false; }
 };
 
 // Reads only when somebody waits, and lets something happen before.
@@ -187,9 +234,9 @@ struct Model {
 inline bool copying = false;
 
 inline std::shared_ptr<Ring> make_ring() {
-  std::unique_ptr<RingDevice> device = std::make_unique<PlainMemory>();
-  if (copying) device = std::make_unique<CopyingMemory>();
-  return std::make_shared<Ring>(std::move(device), 3);
+  std::unique_ptr<Transfer> transfer = std::make_unique<PlainMemory>();
+  if (copying) transfer = std::make_unique<CopyingMemory>();
+  return std::make_shared<Ring>(std::move(transfer), std::make_unique<IoPool>(3));
 }
 
 }  // namespace distorch

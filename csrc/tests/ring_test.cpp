@@ -205,19 +205,18 @@ void what_is_waited_for_may_go() {
 // Host memory for what readers bring that is used up now and then.
 class ScarceStaging : public StagedMemory {
  public:
-  std::shared_ptr<Staged> staging(uint64_t bytes) override {
+  inline static std::function<void()> meanwhile;
+  inline static int left = -1;         // negative: there is no end of it
+  inline static bool refuses = false;  // once
+
+ protected:
+  std::shared_ptr<std::byte> staging(uint64_t bytes) override {
     if (meanwhile) std::exchange(meanwhile, nullptr)();
     if (left == 0) throw std::bad_alloc();
     --left;
     return StagedMemory::staging(bytes);
   }
-  void bring(const std::shared_ptr<Slot>& slot, Range part) override {
-    if (std::exchange(refuses, false)) throw std::runtime_error("refused");
-    StagedMemory::bring(slot, part);
-  }
-  inline static std::function<void()> meanwhile;
-  inline static int left = -1;         // negative: there is no end of it
-  inline static bool refuses = false;  // once
+  bool refused() override { return std::exchange(refuses, false); }
 };
 
 // A thread asks the device for what readers have brought for another one, and then its own fetch
@@ -294,7 +293,8 @@ void a_refused_copy_fails_its_own_weight() {
 
 // What cannot be brought ahead costs the look-ahead, not the operator.
 void a_prediction_fails_no_operator() {
-  const auto ring = std::make_shared<Ring>(std::make_unique<ScarceStaging>(), 1);
+  const auto ring =
+      std::make_shared<Ring>(std::make_unique<ScarceStaging>(), std::make_unique<IoPool>(1));
   Model model(ring, 2, 10'000);
   ring->reserve(100'000);
   ring->suggest(*model.weights[0], model.weights[1]->id());

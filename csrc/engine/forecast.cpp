@@ -1,0 +1,91 @@
+#include "engine/forecast.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace distorch {
+
+Forecast::Window& Forecast::window(std::thread::id thread) {
+  if (thread != latest_thread_) {
+    const auto earlier = [](const auto& a, const auto& b) {
+      return a.second.looked_at < b.second.looked_at;
+    };
+    if (!windows_.contains(thread)) {
+      Window fresh;
+      if (!windows_.empty()) {
+        fresh.trace = std::max_element(windows_.begin(), windows_.end(), earlier)->second.trace;
+      }
+      if (windows_.size() >= kMaxWindows) {
+        const auto oldest = std::min_element(windows_.begin(), windows_.end(), earlier);
+        forget(oldest->second);
+        windows_.erase(oldest);
+      }
+      windows_.emplace(thread, std::move(fresh));
+    }
+    latest_thread_ = thread;
+    latest_window_ = &windows_.at(thread);
+  }
+  latest_window_->looked_at = ++clock_;
+  return *latest_window_;
+}
+
+void Forecast::use(Window& window, Id id) {
+  if (window.latest == id) return;
+  window.latest = id;
+  const bool learned = window.trace.record(id);
+  const bool foreseen = !window.queue.empty() && window.queue.front() == id;
+  if (!foreseen) return forget(window);
+  if (const auto known = outlooks_.find(window.queue.front()); known != outlooks_.end()) {
+    --known->second.wanted;
+  }
+  window.queue.pop_front();
+  if (learned) return;
+  // The queue was made of suggestions. What was learned just now may say otherwise.
+  for (size_t i = 0; i < window.queue.size(); ++i) {
+    const auto known = window.trace.predict(i);
+    if (known && *known != window.queue[i]) return forget(window);
+  }
+}
+
+std::optional<Forecast::Id> Forecast::next(const Window& window) const {
+  const size_t ahead = window.queue.size();
+  if (const size_t period = window.trace.period(); period > 0) {
+    return ahead < period ? window.trace.predict(ahead) : std::nullopt;
+  }
+  const auto last = outlooks_.find(ahead > 0 ? window.queue.back() : window.latest);
+  if (last == outlooks_.end() || ahead >= outlooks_.size()) return std::nullopt;
+  const Id next = last->second.likely_next;
+  if (next == 0 || next == window.latest) return std::nullopt;
+  return next;
+}
+
+void Forecast::prepared(Window& window, Id id) {
+  window.queue.push_back(id);
+  if (const auto known = outlooks_.find(id); known != outlooks_.end()) ++known->second.wanted;
+}
+
+void Forecast::forget(Window& window) {
+  for (const Id id : window.queue) {
+    if (const auto known = outlooks_.find(id); known != outlooks_.end()) --known->second.wanted;
+  }
+  window.queue.clear();
+}
+
+void Forecast::forget_others(const Window* kept) {
+  for (auto& [thread, window] : windows_) {
+    if (&window != kept) forget(window);
+  }
+}
+
+uint64_t Forecast::uses_until_done(const Window& window, Id id) const {
+  uint64_t here = 0, last = 0;
+  for (size_t i = 0; i < window.queue.size(); ++i) {
+    if (window.queue[i] != id) continue;
+    ++here;
+    last = i + 1;
+  }
+  const auto known = outlooks_.find(id);
+  return known != outlooks_.end() && known->second.wanted > here ? kNever : last;
+}
+
+}  // namespace distorch

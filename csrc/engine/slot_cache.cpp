@@ -1,0 +1,316 @@
+#include "engine/slot_cache.h"
+
+#include <algorithm>
+#include <exception>
+
+#include "engine/weight.h"
+
+namespace distorch {
+namespace {
+
+constexpr size_t kFewSlots = 48;   // of more, none is so large that its room needs choosing
+constexpr uint64_t kJustUsed = 8;  // uses within which an operator lets go of its weights
+constexpr ptrdiff_t kGrowing = 2;  // slots of a window that may wait for a part of their room
+
+}  // namespace
+
+// --- From a new slot to the operators ---
+
+bool SlotCache::place(Slot& slot, const Window* ahead, Counters& counters) {
+  if (slot.room_later > 0) expect_decoded(slot.room_later);
+  if (slot.room_bytes == 0) return true;
+  auto room = find_room({slot.room_bytes, ahead, ahead, /*stored=*/slot.room_later > 0});
+  if (room == nullptr && ahead != nullptr) return false;
+  place_in(slot, std::move(room), slot.room_bytes, counters);
+  return true;
+}
+
+void SlotCache::place_decoded(Slot& slot, const Window& window, Counters& counters) {
+  const uint64_t bytes = slot.room_later;
+  auto room = find_room({bytes, nullptr, &window, /*stored=*/false});
+  if (room == nullptr && lean_ == 0 && bytes <= capacity_) {
+    expect_decoded(std::min(spare_ + bytes, capacity_ / 2));
+  }
+  place_in(slot, std::move(room), bytes, counters);
+}
+
+// `room`: null takes ordinary memory.
+void SlotCache::place_in(Slot& slot, std::shared_ptr<Room> room, uint64_t bytes,
+                         Counters& counters) {
+  if (room != nullptr) {
+    slot.overflow = false;
+    transfer_.place(slot, room->data(), room);
+  } else {
+    if (!std::exchange(slot.overflow, true)) {
+      counters.overflows.fetch_add(1, std::memory_order_relaxed);
+    }
+    const std::shared_ptr<std::byte> ordinary = ordinary_memory(bytes);
+    transfer_.place(slot, ordinary.get(), ordinary);
+  }
+  slot.room = std::move(room);
+}
+
+void SlotCache::enter(const SlotPtr& slot, Weight& weight) {
+  slot->place = slots_.insert(slots_.end(), slot);
+  slot->weight = &weight;
+  weight.in_ring.slot = slot;
+}
+
+std::shared_ptr<void> SlotCache::hand_out(const SlotPtr& slot) {
+  std::shared_ptr<void> bytes = slot->wrapped;
+  slot->used_at = forecast_.clock();
+  if (slot->overflow) {
+    drop(slot);
+  } else if (!slot->dropped()) {
+    slots_.splice(slots_.end(), slots_, slot->place);  // most recently used
+  }
+  return bytes;
+}
+
+void SlotCache::drop(const SlotPtr& slot) {
+  if (slot->dropped()) return;
+  const SlotPtr kept = slot;  // `slot` may be a reference to what is erased here
+  mutex_.let_go(kept->source);
+  kept->weight->in_ring.slot.reset();
+  kept->weight = nullptr;
+  slots_.erase(kept->place);
+  std::erase_if(growing_, [&](const auto& promise) { return promise.first == kept; });
+  if (transfer_.dropped(*kept)) {
+    kept->wrapped.reset();
+    kept->room.reset();
+  }
+}
+
+void SlotCache::drop_if(const std::function<bool(const Slot&)>& condition) {
+  for (auto next = slots_.begin(); next != slots_.end();) {
+    const SlotPtr slot = *next++;
+    if (condition(*slot)) drop(slot);
+  }
+}
+
+// --- Looking ahead ---
+
+bool SlotCache::grow(const SlotPtr& slot) {
+  if (slot->whole()) return true;
+  for (const Range& piece : slot->room->missing()) evict_from(piece, *slot);
+  try {
+    for (const Range& part : slot->room->take()) transfer_.grew(slot, part);
+  } catch (...) {  // nobody would ask for that part again
+    drop(slot);
+    throw;
+  }
+  return slot->whole();
+}
+
+void SlotCache::grow_all() {
+  for (const auto& [slot, window] : std::vector(growing_)) {
+    if (slot->dropped() || slot->whole()) continue;
+    if (slot->weight->in_ring.outlook->wanted == 0) {
+      drop(slot);
+    } else {
+      grow(slot);
+    }
+  }
+  std::erase_if(growing_, [](const auto& promise) { return promise.first->whole(); });
+}
+
+bool SlotCache::may_promise(const Window& window) const {
+  const auto of_this_window = [&](const auto& promise) { return promise.second == &window; };
+  return std::count_if(growing_.begin(), growing_.end(), of_this_window) < kGrowing;
+}
+
+void SlotCache::promised(const SlotPtr& slot, const Window& window) {
+  if (!slot->whole()) growing_.emplace_back(slot, &window);
+}
+
+bool SlotCache::may_stay(const Slot& slot) const {
+  if (spare_ == 0 || slot.cheap || region_ == nullptr) return true;
+  const bool decoded = slot.data != nullptr;
+  if (decoded && slot.room != nullptr) {
+    const Range range = slot.room->range();
+    if (range.end - range.begin <= large()) return true;
+  }
+  // If the slot is used again, its own decoded bytes need room as well.
+  return region_->arena.has_hole(spare_ + (decoded ? 0 : slot.room_later));
+}
+
+// So many bytes are decoded at once. Looking ahead leaves that room, up to half of the ring.
+void SlotCache::expect_decoded(uint64_t room) {
+  if (room <= large() || room > capacity_) return;  // the latter find no room anyway
+  spare_ = std::max(spare_, std::min(room, capacity_ / 2));
+}
+
+// --- Rooms ---
+
+// Null: there is none in the ring.
+std::shared_ptr<Room> SlotCache::find_room(const Wanted& wanted) {
+  if (lean_ > 0) return nullptr;
+  try {
+    return wanted.ahead != nullptr ? find_room_ahead(wanted) : find_room_now(wanted);
+  } catch (const std::exception&) {
+    // The device has no room for the ring itself. It is not asked again at every fetch: each time
+    // PyTorch would empty its cache first, and wait for the device.
+    lean_ = forecast_.weights() + 1;
+    return nullptr;
+  }
+}
+
+std::shared_ptr<Room> SlotCache::find_room_ahead(const Wanted& wanted) {
+  if (wanted.bytes + spare_ > capacity_) return nullptr;  // evicting would not help
+  if (transfer_.in_parts() && slots_.size() <= kFewSlots) {
+    return promised_room(wanted.bytes, *wanted.ahead);
+  }
+  return carve_or_evict(wanted.bytes, spare_ > 0 ? std::optional(spare_) : std::nullopt);
+}
+
+std::shared_ptr<Room> SlotCache::find_room_now(const Wanted& wanted) {
+  const uint64_t bytes = wanted.bytes;
+  if (bytes > capacity_) return nullptr;
+  // Bytes that get another room when they are decoded lie at the end of the ring.
+  std::optional<uint64_t> spare;
+  if (wanted.stored && spare_ > 0) spare = bytes + spare_ <= capacity_ ? spare_ : 0;
+  if (auto room = carve_or_evict(bytes, spare)) return room;
+  if (wanted.stored) {
+    spare = 0;
+    if (auto room = carve(bytes, spare)) return room;
+  }
+  // Threads that went away may still have predictions that hold room.
+  forecast_.forget_others(wanted.kept);
+  return evict_one() ? carve_or_evict(bytes, spare) : nullptr;
+}
+
+// Evicts what nothing needs, one by one, until there is room. Null: that did not help.
+std::shared_ptr<Room> SlotCache::carve_or_evict(uint64_t bytes, std::optional<uint64_t> spare) {
+  do {
+    if (auto room = carve(bytes, spare)) return room;
+  } while (evict_one());
+  return nullptr;
+}
+
+std::shared_ptr<Region> SlotCache::region() {
+  if (region_ == nullptr) {
+    region_ =
+        std::make_shared<Region>(transfer_.allocate(capacity_), capacity_, transfer_.granule());
+  }
+  return region_;
+}
+
+// `spare`: at the end of the ring, if a hole of so many bytes is left.
+std::shared_ptr<Room> SlotCache::carve(uint64_t bytes, std::optional<uint64_t> spare) {
+  Arena& arena = region()->arena;
+  const auto offset = spare ? arena.allocate_last(bytes, *spare) : arena.allocate(bytes);
+  if (!offset) return nullptr;
+  return Room::taken(region_, {*offset, *offset + bytes});
+}
+
+// See Note [Rooms that become free by and by]. Nothing is evicted for a weight that fits into a
+// hole. Small weights lie side by side, to travel together.
+std::shared_ptr<Room> SlotCache::promised_room(uint64_t bytes, const Window& window) {
+  if (bytes <= large()) {
+    if (auto room = carve(bytes, std::nullopt)) return room;
+  }
+  const std::vector<Range> holes = region()->arena.holes();
+  const bool fits = std::any_of(holes.begin(), holes.end(),
+                                [&](const Range& hole) { return hole.end - hole.begin >= bytes; });
+  const std::vector<Occupied> taken = occupied(window, holes, fits);
+  const auto offset = choose_offset(taken, region_->arena.capacity(), bytes);
+  if (!offset) return nullptr;
+  return std::make_shared<Room>(region_, Range{*offset, *offset + bytes});
+}
+
+// What lies in the region, in the eyes of a window that looks ahead.
+std::vector<Occupied> SlotCache::occupied(const Window& window, const std::vector<Range>& holes,
+                                          bool evict_nothing) const {
+  std::vector<Occupied> found;
+  std::vector<Range> known = holes;
+  for (const SlotPtr& slot : slots_) {
+    if (slot->room == nullptr || slot->room->region() != region_.get()) continue;
+    uint64_t after = free_after(*slot, window);
+    if (after == 0 && evict_nothing) after = kNotKnown;
+    known.push_back(slot->room->range());
+    if (after > 0) found.push_back({slot->room->range(), after});
+  }
+  // The rest is held by operators whose weights have let go of it.
+  std::sort(known.begin(), known.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  known.push_back({region_->arena.capacity(), region_->arena.capacity()});
+  uint64_t end = 0;
+  for (const Range& range : known) {
+    if (range.begin > end) found.push_back({{end, range.begin}, kNotKnown});
+    end = std::max(end, range.end);
+  }
+  return found;
+}
+
+// Uses from now until the slot can be evicted; 0: now. An operator lets go of its weights when the
+// next one is issued.
+uint64_t SlotCache::free_after(const Slot& slot, const Window& window) const {
+  const uint64_t done = forecast_.uses_until_done(window, slot.weight->id());
+  if (done == Forecast::kNever) return kNotKnown;
+  if (done > 0) return done + 1;
+  if (evictable(slot)) return 0;
+  const bool soon =
+      slot.weight->id() == window.latest || forecast_.clock() - slot.used_at <= kJustUsed;
+  return soon ? 1 : kNotKnown;
+}
+
+// --- Eviction ---
+
+// Whether nothing needs the slot and its memory can be used again.
+bool SlotCache::evictable(const Slot& slot) const {
+  const bool wanted = !slot.cheap && slot.weight->in_ring.outlook->wanted > 0;
+  if (wanted || slot.wrapped == nullptr) return false;  // the latter has no memory
+  if (!slot.whole()) return true;  // a promise to a thread that does not want it any more
+  return slot.state != Slot::State::kLoading && !transfer_.in_use(slot);
+}
+
+void SlotCache::evict_from(Range range, const Slot& but) {
+  drop_if([&](const Slot& slot) {
+    if (slot.room == nullptr || &slot == &but || !evictable(slot)) return false;
+    const Range held = slot.room->range();
+    return held.begin < range.end && range.begin < held.end;
+  });
+}
+
+// The least recently used slot of those that can go. False: there is none.
+bool SlotCache::evict_one() {
+  const auto found = std::find_if(slots_.begin(), slots_.end(),
+                                  [this](const SlotPtr& slot) { return evictable(*slot); });
+  if (found == slots_.end()) return false;
+  drop(*found);
+  return true;
+}
+
+// --- The memory itself ---
+
+void SlotCache::resize(uint64_t capacity) {
+  spare_ = 0;  // may have been learned from weights that are gone
+  capacity = round_up(capacity, kPage);
+  if (capacity == capacity_) return;
+  let_go_of_region();
+  capacity_ = capacity;
+}
+
+void SlotCache::give_back(size_t fetches) {
+  lean_ = fetches;
+  let_go_of_region();
+}
+
+// Slots of it live on until their last holder lets go.
+void SlotCache::let_go_of_region() {
+  while (!slots_.empty()) drop(slots_.front());
+  forecast_.forget_all();
+  region_.reset();
+}
+
+std::shared_ptr<std::byte> SlotCache::ordinary_memory(uint64_t bytes) {
+  try {
+    return transfer_.allocate(bytes);
+  } catch (const std::exception&) {
+    if (region_ == nullptr) throw;
+  }
+  let_go_of_region();
+  return transfer_.allocate(bytes);
+}
+
+}  // namespace distorch

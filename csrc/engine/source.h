@@ -1,0 +1,37 @@
+// What a weight is made of: bytes on a donor, and a decoder if they are not the weight's own.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "core/error.h"
+#include "engine/decoder.h"
+#include "engine/donor.h"
+
+namespace distorch {
+
+struct Source {
+  std::shared_ptr<Donor> donor;
+  std::shared_ptr<const Decoder> decoder = nullptr;  // null: the donor has the weight's bytes
+  uint64_t alignment = kAlign;  // what the address of fetched bytes is a multiple of
+
+  // Of the weight, in bytes.
+  uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
+  // Whether the host decodes it from where it is: nothing of it can be brought ahead.
+  bool decodes_memory() const { return decoder != nullptr && donor->host() != nullptr; }
+
+  // Brings the rows of these numbers, one after the other, to `into`, decoded by the host.
+  // REQUIRES: there is a decoder; rows are within the weight. Throws Error(kFetch).
+  void gather(std::span<const int64_t> rows, std::byte* into) const;
+
+  // The error of a fetch that failed. It names the weight, its bytes and the donor.
+  Error could_not_bring(ErrorKind kind, const std::string& name, const std::string& why) const;
+};
+
+// Lets go of a source. The last holder of a donor waits for the copies that devices make from it.
+// REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+void let_go(Source source);
+
+}  // namespace distorch

@@ -1,0 +1,88 @@
+// How bytes get from donors to slots, on one kind of device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "core/executor.h"
+#include "core/file.h"
+#include "engine/ring_mutex.h"
+#include "engine/slot.h"
+
+namespace distorch {
+
+class Reads;
+class Weight;
+struct Counters;
+
+// A ring has one Transfer, and calls it with the ring's mutex held. Nobody else changes the state
+// of a slot. A slot's way, in the order of the calls:
+//   make_slot()  says how many bytes of the device it needs
+//   place()      gives it these bytes
+//   start()      asks readers for what they have to read; was_read() when that has ended
+//   grew()       once for all of its room, or for each part of it that becomes free
+//   issue()      what was asked for goes to the device; whole slots are ready then
+//   lend()       an operator is about to use it
+//   dropped()    the cache has let go of it
+// On the host, decode() comes before lend().
+class Transfer {
+ public:
+  virtual ~Transfer() = default;
+
+  // --- Memory of the device ---
+  // What rooms are rounded up to.
+  virtual uint64_t granule() const { return kPage; }
+  // Aligned to granule(). Throws what an allocation on this device throws.
+  virtual std::shared_ptr<std::byte> allocate(uint64_t bytes) = 0;
+  // Whether operators hold what is wrapped in `slot`.
+  virtual bool in_use(const Slot& slot) const = 0;
+  // Whether slots may be filled part by part.
+  virtual bool in_parts() const { return false; }
+  // Whether what this thread issues now is recorded, to run later and more than once. That is no
+  // place for a fetch.
+  virtual bool recording() const { return false; }
+
+  // Whether anything of the weight can be brought before somebody asks for it.
+  virtual bool brings_ahead(const Weight&) const { return true; }
+
+  // --- A slot's way ---
+  // `large`: decoded weights of more bytes get their room when somebody asks for them.
+  virtual SlotPtr make_slot(const std::string& name, Source source, uint64_t large) = 0;
+  // Lays the slot out over `memory`, and makes `slot.wrapped`, which keeps `block` alive. Called
+  // with room for Slot::room_bytes, and again for Slot::room_later where that is not 0.
+  virtual void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) = 0;
+  // Throws where readers cannot be asked; the slot is then dropped.
+  virtual void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) = 0;
+  // Readers have read all they were asked for, or have failed. A slot that was dropped meanwhile is
+  // ready all the same, or fails without a reason: somebody may be waiting for it.
+  virtual void was_read(const SlotPtr& slot, std::optional<Failure> failure) = 0;
+  // The bytes [part.begin, part.end) of the slot's room are its own now. What used them before may
+  // still be at work on the device.
+  virtual void grew(const SlotPtr& slot, Range part) = 0;
+  // Hands to the device what was asked for since the last call, and what readers have brought.
+  // Slots whose room is whole are then ready, or have failed. Throws the device's own error where
+  // it takes no work any more; all these slots have failed then.
+  virtual void issue() {}
+  // All rows of a slot that is kStored, by the calling thread. It gives the lock up meanwhile.
+  virtual void decode(Slot&, RingMutex::Lock&) {}
+  // Operators that this thread issues from now on find the bytes. The time that they wait counts.
+  virtual void lend(Slot&, Counters&) {}
+  // The host is about to wait for the slot. True: the device knows how long operators wait.
+  virtual bool times_wait(Slot&) { return false; }
+  // The cache has let go of the slot, whatever is on its way to it. True: its room can be used for
+  // something else at once, because nothing was asked to write there.
+  virtual bool dropped(Slot&) { return false; }
+
+ protected:
+  // Without a reason, whoever waits for the slot asks for the weight again.
+  static void fail(Slot& slot, std::optional<Failure> failure = std::nullopt) {
+    slot.state = Slot::State::kFailed;
+    slot.failure = std::move(failure);
+  }
+};
+
+}  // namespace distorch
