@@ -77,11 +77,13 @@ _C.set_cuda_library(str(Path(__file__).parent / "_cuda.so"))
 
 Counters = _C.Counters
 Reservation = _C.Reservation
+decode_kernel = _C.decode_kernel
 fetch_count = _C.fetch_count
 has_cuda_kernels = _C.has_cuda_kernels
 scratch_directory = _C.scratch_directory
 set_data = _C.set_data
 set_peer_access = _C.set_peer_access
+set_decode_kernel = _C.set_decode_kernel
 set_host_access = _C.set_host_access
 set_read_clock = _C.set_read_clock
 start_trace = _C.start_trace

@@ -81,7 +81,7 @@ def can_decode(device: torch.device) -> bool:
     """Whether this device has the kernel that decodes and patches."""
     if device.type == "cuda":
         return bool(_native.has_cuda_kernels())
-    return device.type in ("cpu", "meta", torch._C._get_privateuse1_backend_name())
+    return device.type == "meta" or bool(_native.decode_kernel(device.type))
 
 
 def _check_can_decode(tensor: torch.Tensor, name: str) -> None:

@@ -7,6 +7,7 @@
 #include "core/host_access.h"
 #include "core/virtual_reads.h"
 #include "device/cuda.h"
+#include "device/decode.h"
 #include "device/device_donor.h"
 #include "device/device_trace.h"
 #include "device/devices.h"
@@ -82,6 +83,13 @@ PYBIND11_MODULE(_C, module) {
              py::arg("possible"));
   module.def("set_read_clock", [](const std::string& device_type, uintptr_t clock) {
     distorch::set_read_clock(device_type, reinterpret_cast<const distorch::ReadClock*>(clock));
+  });
+  module.def("decode_kernel", [](const std::string& device_type) {
+    return reinterpret_cast<uintptr_t>(distorch::decode_kernel(c10::Device(device_type).type()));
+  });
+  module.def("set_decode_kernel", [](const std::string& device_type, uintptr_t kernel) {
+    distorch::set_decode_kernel(c10::Device(device_type).type(),
+                                reinterpret_cast<distorch::DecodeKernel>(kernel));
   });
   module.def("set_host_access", [](uintptr_t told) {
     distorch::set_host_access(reinterpret_cast<distorch::HostAccess>(told));

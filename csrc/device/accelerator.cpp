@@ -9,7 +9,6 @@
 
 #include "device/device_donor.h"
 #include "device/device_trace.h"
-#include "device/row_decoder.h"
 #include "device/storages.h"
 #include "engine/reads.h"
 #include "engine/weight.h"
@@ -399,7 +398,7 @@ void Accelerator::bounce(Link& link, const Copy& copy) {
 void Accelerator::decode(DeviceSlot& slot) {
   if (!decoding_) decoding_ = own_stream(device_);
   const c10::Stream& stream = *decoding_;
-  const auto& decoder = static_cast<const RowDecoder&>(*slot.source.decoder);
+  const Decoder& decoder = *slot.source.decoder;
   order_->now()->block(stream);
   for (const EventPtr& event : slot.events) event->block(stream);
   {
@@ -408,8 +407,7 @@ void Accelerator::decode(DeviceSlot& slot) {
     });
     const c10::OptionalDeviceGuard on_device{device_};
     const c10::StreamGuard on_stream(stream);
-    decoder.decode_on_device(bytes_at(slot.landing, decoder.stored_bytes(), device_),
-                             bytes_at(slot.data, decoder.decoded_bytes(), device_), stream);
+    decoder.decode_on_device(slot.landing, slot.data);
   }
   slot.events = {order_->events().record(stream, Timing::kTimed)};
 }

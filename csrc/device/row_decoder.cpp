@@ -1,88 +1,43 @@
 #include "device/row_decoder.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include <numeric>
+#include <utility>
 
 #include "core/error.h"
+#include "device/storages.h"
 
 namespace distorch {
-namespace {
-
-bool is_matrix_on(const at::Tensor& tensor, c10::Device device) {
-  return tensor.dim() == 2 && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-         tensor.device() == device;
-}
-
-}  // namespace
-
-Element element_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return Element::kFloat32;
-    case at::kHalf:
-      return Element::kFloat16;
-    case at::kBFloat16:
-      return Element::kBFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, "weights are decoded to float32, float16 or bfloat16, not ", dtype);
-  }
-}
-
-Decoding decoding_of(const RowRecipe& recipe, std::span<const LowRank> terms) {
-  Scales scales;
-  if (recipe.scales.defined()) {
-    scales = {recipe.scales.const_data_ptr<float>(), recipe.scale_rows, recipe.scale_columns,
-              recipe.scales.size(1)};
-  }
-  return {recipe.code, scales, element_of(recipe.dtype), recipe.columns, terms};
-}
-
-LowRank low_rank_of(const PatchTerm& term) {
-  return {term.up.const_data_ptr<float>(),
-          term.down.const_data_ptr<float>(),
-          term.up.size(1),
-          static_cast<float>(term.scale),
-          term.first_row,
-          term.up.size(0)};
-}
-
-void check_term(const PatchTerm& term, const RowRecipe& recipe, c10::Device device) {
-  TORCH_CHECK_VALUE(
-      is_matrix_on(term.up, device) && is_matrix_on(term.down, device) &&
-          term.up.size(1) == term.down.size(0) && term.down.size(1) == recipe.columns &&
-          term.first_row >= 0 && term.first_row + term.up.size(0) <= recipe.rows,
-      "a patch of ", term.up.sizes(), " @ ", term.down.sizes(), " from row ", term.first_row,
-      " on does not fit a weight of [", recipe.rows, ", ", recipe.columns, "]");
-}
 
 RowDecoder::RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Device compute,
                        const RowDecoder* previous)
-    : recipe_(std::move(recipe)), terms_(std::move(terms)) {
-  TORCH_CHECK_VALUE(recipe_.columns % recipe_.code->elements == 0, "rows of ", recipe_.columns,
-                    " elements are not whole blocks of ", recipe_.code->name);
-  for (const PatchTerm& term : terms_) {
-    check_term(term, recipe_);
-    low_rank_.push_back(low_rank_of(term));
-  }
+    : recipe_(std::move(recipe)),
+      terms_(std::move(terms)),
+      compute_(compute),
+      recipe_there_(recipe_) {
+  check_fits(recipe_, terms_, c10::Device(c10::kCPU));
+  low_rank_ = low_rank_of(terms_);
   decoding_ = decoding_of(recipe_, low_rank_);
   if (compute.is_cpu()) return;
   for (const PatchTerm& term : terms_) {
-    ups_.push_back(on_device(term.up, compute, previous));
-    downs_.push_back(on_device(term.down, compute, previous));
+    terms_there_.push_back(
+        {on_device(term.up, previous), on_device(term.down, previous), term.scale, term.first_row});
   }
   if (!recipe_.scales.defined()) return;
-  scales_ = previous != nullptr ? previous->scales_ : recipe_.scales.to(compute);
+  recipe_there_.scales =
+      previous != nullptr ? previous->recipe_there_.scales : recipe_.scales.to(compute);
 }
 
-at::Tensor RowDecoder::on_device(const at::Tensor& factor, c10::Device compute,
-                                 const RowDecoder* previous) const {
+at::Tensor RowDecoder::on_device(const at::Tensor& factor, const RowDecoder* previous) const {
   for (size_t i = 0; previous != nullptr && i < previous->terms_.size(); ++i) {
-    if (factor.is_same(previous->terms_[i].up)) return previous->ups_[i];
-    if (factor.is_same(previous->terms_[i].down)) return previous->downs_[i];
+    if (factor.is_same(previous->terms_[i].up)) return previous->terms_there_[i].up;
+    if (factor.is_same(previous->terms_[i].down)) return previous->terms_there_[i].down;
   }
-  return factor.to(compute);
+  return factor.to(compute_);
+}
+
+const RowDecoder* RowDecoder::of(const Source& source) {
+  return dynamic_cast<const RowDecoder*>(source.decoder.get());
 }
 
 void RowDecoder::decode(uint64_t begin, uint64_t end, const std::byte* stored,
@@ -96,42 +51,28 @@ void RowDecoder::decode(uint64_t begin, uint64_t end, const std::byte* stored,
   throw Error(ErrorKind::kFetch, "a patch on it has NaN or inf values");
 }
 
-void RowDecoder::decode_on_device(const at::Tensor& stored, const at::Tensor& into,
-                                  const c10::Stream& stream) const {
-  static const auto decode = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("distorch::decode_", "")
-                                 .typed<void(at::Tensor, const at::Tensor&, c10::string_view,
-                                             const std::optional<at::Tensor>&, at::IntArrayRef,
-                                             at::TensorList, at::TensorList, at::ArrayRef<double>,
-                                             at::IntArrayRef, std::optional<at::Tensor>)>();
-  const c10::impl::VirtualGuardImpl guard(stream.device_type());
-  for (const auto* factors : {&ups_, &downs_}) {
-    for (const at::Tensor& factor : *factors) {
-      guard.recordDataPtrOnStream(factor.storage().data_ptr(), stream);
-    }
+void RowDecoder::decode_on_device(const std::byte* stored, std::byte* into) const {
+  const c10::impl::VirtualGuardImpl guard(compute_.type());
+  const c10::Stream stream = guard.getStream(compute_);
+  // The allocator must not give this memory to others before the stream has read it.
+  const auto read_there = [&](const at::Tensor& tensor) {
+    guard.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+  };
+  for (const PatchTerm& term : terms_there_) {
+    read_there(term.up);
+    read_there(term.down);
   }
-  std::optional<at::Tensor> scales;
-  if (scales_.defined()) {
-    scales = scales_;
-    guard.recordDataPtrOnStream(scales_.storage().data_ptr(), stream);
-  }
-  std::vector<double> strengths;
-  std::vector<int64_t> first_rows;
-  for (const PatchTerm& term : terms_) {
-    strengths.push_back(term.scale);
-    first_rows.push_back(term.first_row);
-  }
-  const int64_t block[] = {recipe_.scale_rows, recipe_.scale_columns};
-  decode.call(into.view(recipe_.dtype).view({recipe_.rows, recipe_.columns}), stored,
-              recipe_.code->name, scales, block, ups_, downs_, strengths, first_rows, std::nullopt);
+  if (recipe_there_.scales.defined()) read_there(recipe_there_.scales);
+  const at::Tensor from = bytes_at(stored, stored_bytes(), compute_);
+  const at::Tensor to = bytes_at(into, decoded_bytes(), compute_);
+  distorch::decode({recipe_there_, terms_there_, from,
+                    to.view(recipe_.dtype).view({recipe_.rows, recipe_.columns}), std::nullopt});
 }
 
 uint64_t RowDecoder::factor_bytes() const {
-  const auto add = [](uint64_t sum, const PatchTerm& term) {
-    return sum + term.up.nbytes() + term.down.nbytes();
-  };
-  const uint64_t factors = std::accumulate(terms_.begin(), terms_.end(), uint64_t{0}, add);
-  return factors + (recipe_.scales.defined() ? recipe_.scales.nbytes() : 0);
+  uint64_t bytes = recipe_.scales.defined() ? recipe_.scales.nbytes() : 0;
+  for (const PatchTerm& term : terms_) bytes += term.up.nbytes() + term.down.nbytes();
+  return bytes;
 }
 
 }  // namespace distorch

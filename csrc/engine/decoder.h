@@ -27,6 +27,9 @@ class Decoder {
   // starts. Throws Error.
   virtual void decode(uint64_t begin, uint64_t end, const std::byte* stored,
                       std::byte* into) const = 0;
+  // All rows, by the compute device, in its memory; queued on its current stream. Throws what the
+  // device throws. REQUIRES: the decoder was made for a compute device that is not the host.
+  virtual void decode_on_device(const std::byte* stored, std::byte* into) const = 0;
 };
 
 }  // namespace distorch

@@ -131,10 +131,6 @@ at::Tensor shard_scratch(const at::Tensor& data, std::string directory, at::Devi
 
 bool is_sharded_op(const at::Tensor& tensor) { return is_sharded(tensor); }
 
-const RowDecoder* decoder_of(const Source& source) {
-  return static_cast<const RowDecoder*>(source.decoder.get());
-}
-
 // (weight id, bytes on the donor, tier, where in words, read-only, name, how
 // rows are stored if they are decoded, else "", bytes of factors and scales)
 std::tuple<int64_t, int64_t, std::string, std::string, bool, std::string, std::string, int64_t>
@@ -143,7 +139,7 @@ weight_info(const at::Tensor& tensor) {
   const Weight& weight = *handle_of(tensor).weight;
   const Source source = weight.source();
   const Donor& donor = *source.donor;
-  const RowDecoder* decoder = decoder_of(source);
+  const RowDecoder* decoder = RowDecoder::of(source);
   return {weight.id(),
           donor.size(),
           donor.tier(),
@@ -155,18 +151,6 @@ weight_info(const at::Tensor& tensor) {
 }
 
 // ---- weights that are not kept as they are -----------------------------------
-
-std::vector<PatchTerm> terms_of(at::TensorList ups, at::TensorList downs,
-                                at::ArrayRef<double> strengths, at::IntArrayRef first_rows) {
-  TORCH_CHECK_VALUE(ups.size() == downs.size() && ups.size() == strengths.size() &&
-                        ups.size() == first_rows.size(),
-                    "patches take as many factors of one kind as of the other");
-  std::vector<PatchTerm> terms;
-  for (size_t i = 0; i < ups.size(); ++i) {
-    terms.push_back({ups[i], downs[i], strengths[i], first_rows[i]});
-  }
-  return terms;
-}
 
 // A weight whose rows are stored as `code` says on the donor of `stored`
 // (sharded, plain), and which operators see as `dtype` [sizes].
@@ -213,7 +197,7 @@ at::Tensor decoded_like(const at::Tensor& stored, const at::Tensor& like) {
 
 // The recipe of a weight; of one that is kept as it is, that of its dtype.
 RowRecipe recipe_of(const at::Tensor& weight, const Source& source) {
-  if (const RowDecoder* decoder = decoder_of(source)) return decoder->recipe();
+  if (const RowDecoder* decoder = RowDecoder::of(source)) return decoder->recipe();
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.storage_offset() == 0 && weight.dim() > 0 &&
                         source.donor->size() == weight.nbytes(),
                     "a patch at fetch takes a weight that is the whole of its storage");
@@ -226,12 +210,10 @@ RowRecipe recipe_of(const at::Tensor& weight, const Source& source) {
   return {&row_code(name), {}, 1, 1, weight.scalar_type(), rows, weight.numel() / rows};
 }
 
-std::shared_ptr<const Decoder> patched_decoder(const at::Tensor& weight, const Source& source,
-                                               std::vector<PatchTerm> terms) {
-  auto decoder = std::make_shared<RowDecoder>(recipe_of(weight, source), std::move(terms),
-                                              handle_of(weight).compute, decoder_of(source));
-  if (source.decoder == nullptr && decoder->plain()) return nullptr;
-  return decoder;
+std::shared_ptr<const RowDecoder> patched_decoder(const at::Tensor& weight, const Source& source,
+                                                  std::vector<PatchTerm> terms) {
+  return std::make_shared<RowDecoder>(recipe_of(weight, source), std::move(terms),
+                                      handle_of(weight).compute, RowDecoder::of(source));
 }
 
 // The memory of a donor that operators may use in place, else nothing.
@@ -251,11 +233,8 @@ at::Tensor patched(const at::Tensor& weight, at::TensorList ups, at::TensorList 
   return at_border([&] {
     const Handle& handle = handle_of(weight);
     Source source = handle.weight->source();
-    auto terms = terms_of(ups, downs, strengths, first_rows);
-    auto decoder = patched_decoder(weight, source, std::move(terms));
-    const auto* rows = static_cast<const RowDecoder*>(decoder.get());
-    if (rows != nullptr && rows->plain()) decoder = nullptr;
-    source.decoder = std::move(decoder);
+    auto decoder = patched_decoder(weight, source, terms_of(ups, downs, strengths, first_rows));
+    source.decoder = decoder->plain() ? nullptr : std::move(decoder);
     c10::Storage in_place = in_place_memory(source, handle.compute);
     return wrap_source(std::move(source), std::move(in_place), geometry_of(weight), handle.compute,
                        handle.weight->name());

@@ -68,6 +68,7 @@ PYBIND11_MODULE(_sim, module) {
     register_kernels();
   });
   module.def("configure", &configure, released);
+  module.def("decode_kernel", [] { return reinterpret_cast<uintptr_t>(&decode_on_sim); });
   module.def("read_clock", [] { return reinterpret_cast<uintptr_t>(&read_clock); });
   module.def("host_access", [] { return reinterpret_cast<uintptr_t>(&host_access); });
   module.def("reset", [] { Machine::instance().reset(); }, released);

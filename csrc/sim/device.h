@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "device/decode.h"
 #include "sim/machine.h"
 
 namespace distorch::sim {
@@ -22,6 +23,8 @@ int current_stream(c10::DeviceIndex device);
 void register_device();
 // The operators that the fallback does not reach.
 void register_kernels();
+// A DecodeKernel (device/decode.h), for the engine's library.
+void decode_on_sim(const DecodeJob& job);
 
 // From here on, work on this thread's current stream counts as being captured in a graph.
 void begin_capture();

@@ -136,6 +136,30 @@ bool has_composite_twin(const c10::OperatorHandle& op) {
 
 }  // namespace
 
+// The fallback runs it, as it runs every operator.
+void decode_on_sim(const DecodeJob& job) {
+  static const auto decode = named("distorch::decode_")
+                                 .typed<void(at::Tensor, const at::Tensor&, c10::string_view,
+                                             const std::optional<at::Tensor>&, at::IntArrayRef,
+                                             at::TensorList, at::TensorList, at::ArrayRef<double>,
+                                             at::IntArrayRef, std::optional<at::Tensor>)>();
+  const RowRecipe& recipe = job.recipe;
+  std::optional<at::Tensor> scales;
+  if (recipe.scales.defined()) scales = recipe.scales;
+  std::vector<at::Tensor> ups, downs;
+  std::vector<double> strengths;
+  std::vector<int64_t> first_rows;
+  for (const PatchTerm& term : job.terms) {
+    ups.push_back(term.up);
+    downs.push_back(term.down);
+    strengths.push_back(term.scale);
+    first_rows.push_back(term.first_row);
+  }
+  decode.call(job.into, job.stored, recipe.code->name, scales,
+              {recipe.scale_rows, recipe.scale_columns}, ups, downs, strengths, first_rows,
+              job.finite);
+}
+
 void register_kernels() {
   auto& dispatcher = c10::Dispatcher::singleton();
   static auto& kept = *new std::vector<c10::RegistrationHandleRAII>;

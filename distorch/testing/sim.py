@@ -215,6 +215,7 @@ def _register() -> None:
     backend_registration.rename_privateuse1_backend("sim")
     _sim.register_device()
     _native.set_read_clock("sim", _sim.read_clock())
+    _native.set_decode_kernel("sim", _sim.decode_kernel())
     _native.set_host_access(_sim.host_access())
     torch._register_device_module("sim", _device_module())  # type: ignore[no-untyped-call]
     backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)

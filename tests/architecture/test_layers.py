@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# What each folder of csrc may include, and which libraries it may know.
+# What each folder of csrc may include (folders, or single files), and which libraries it may know.
 CSRC = {
     "core": ({"core"}, set()),
     "engine": ({"engine", "core"}, set()),
@@ -23,7 +23,8 @@ CSRC = {
         {"bindings", "ops", "hook", "device", "engine", "core"},
         {"c10", "ATen", "torch", "pybind11"},
     ),
-    "sim": ({"sim", "core"}, {"c10", "ATen", "torch", "pybind11"}),
+    # Of device, what a kernel that decodes is told: the simulator registers one.
+    "sim": ({"sim", "core", "device/decode.h"}, {"c10", "ATen", "torch", "pybind11"}),
     "cuda": ({"cuda", "core"}, {"cuda_runtime", "cuda_fp16", "cuda_bf16"}),
     "tests": ({"tests", "cuda", "engine", "core"}, set()),
 }
@@ -45,7 +46,8 @@ def cpp_breaches(csrc):
     for file, room, ours, target in _includes(csrc):
         rooms, libraries = CSRC[room]
         first = target.split("/")[0].split(".")[0]
-        if (ours and first not in rooms) or (not ours and first in _LIBRARIES - libraries):
+        allowed = first in rooms or target in rooms
+        if (ours and not allowed) or (not ours and first in _LIBRARIES - libraries):
             found.append(f"{file} includes {target}")
     return found
 
@@ -95,6 +97,7 @@ def test_cpp_layers():
         ("core/blocks.h", '#include "cuda/dequantise.cuh"'),
         ("cuda/dequantise.cu", "#include <torch/library.h>"),
         ("cuda/dequantise.cu", '#include "engine/ring.h"'),
+        ("sim/device.cpp", '#include "device/accelerator.h"'),
     ],
 )
 def test_cpp_breach_is_seen(copied, file, line):

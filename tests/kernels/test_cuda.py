@@ -131,6 +131,7 @@ _C.set_cuda_library(sys.argv[1])
 library = ctypes.CDLL(sys.argv[1])
 library.stream_of_last_call.restype = ctypes.c_void_p
 sim.configure(devices=2, mode="eager")
+_C.set_decode_kernel("sim", _C.decode_kernel("cuda"))
 device = torch.device("sim:1")
 probe = torch.empty(1, dtype=torch.uint8, device=device)
 library.set_distance(ctypes.c_int64(_sim.real_address(probe.data_ptr()) - probe.data_ptr()))
@@ -203,7 +204,7 @@ def test_what_the_operators_ask_of_the_library(host_kernels):
 
 
 def test_without_the_library_operators_say_so():
-    call = "torch.ops.distorch.dequantise.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(34, dtype=torch.uint8), 'Q8_0', torch.float32)"
+    call = "_C.set_decode_kernel('cpu', _C.decode_kernel('cuda')); torch.ops.distorch.dequantise.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(34, dtype=torch.uint8), 'Q8_0', torch.float32)"
     program = (
         f"import torch, distorch\nfrom distorch import _C\n_C.set_cuda_library('/nowhere')\n{call}"
     )
