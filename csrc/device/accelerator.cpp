@@ -52,7 +52,7 @@ struct Accelerator::DeviceSlot : Slot {
   std::shared_ptr<PinnedBuffers::Buffer> staged;
   std::byte* staged_data = nullptr;
   EventPtr behind;                    // the users of the room before, when all of it was taken
-  bool asked = false;                 // the device was asked for all bytes at once
+  bool asked = false;                 // the device was asked for all bytes, at once
   std::vector<EventPtr> events;       // behind the copies, or behind the decoding; timed
   std::weak_ptr<Lease> lease;         // what operators hold
   std::vector<c10::StreamId> waited;  // streams that waited for the events
@@ -125,11 +125,11 @@ SlotPtr Accelerator::make_slot(const std::string& name, Source source, uint64_t)
 
 void Accelerator::place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) {
   DeviceSlot& own = device_slot(slot);
+  const auto lease = std::make_shared<Lease>(order_, std::move(block));
+  slot.wrapped = slot_storage(memory, slot.source.size(), lease, device_);
+  own.lease = lease;
   own.data = memory;
   own.landing = memory + own.landing_at;
-  auto lease = std::make_shared<Lease>(order_, std::move(block));
-  own.lease = lease;
-  slot.wrapped = slot_storage(memory, slot.source.size(), std::move(lease), device_);
 }
 
 void Accelerator::start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) {
@@ -137,8 +137,9 @@ void Accelerator::start(const SlotPtr& slot, Reads& reads, Executor::Urgency urg
   if (own.staged != nullptr) reads.queue(*this, slot, own.staged_data, urgency);
 }
 
+// The slot stays kLoading. issue() takes it from staged_ as soon as its room is whole.
 void Accelerator::was_read(const SlotPtr& slot, std::optional<Failure> failure) {
-  if (failure || slot->dropped()) return fail(*slot, std::move(failure));
+  if (failure || !slot->in_cache()) return fail(*slot, std::move(failure));
   staged_.push_back(std::static_pointer_cast<DeviceSlot>(slot));
 }
 
@@ -235,7 +236,8 @@ void Accelerator::ask(const Extent& extent, const DeviceSlotPtr& slot) {
 }
 
 // What readers brought to host memory goes on, as soon as its room is whole.
-void Accelerator::bring_staged() {
+bool Accelerator::bring_staged() {
+  bool any = false;
   for (auto next = staged_.begin(); next != staged_.end();) {
     const DeviceSlotPtr slot = *next;
     if (!slot->whole()) {
@@ -243,13 +245,14 @@ void Accelerator::bring_staged() {
       continue;
     }
     next = staged_.erase(next);
-    slot->asked = true;
+    any = slot->asked = true;
     try {
       bring(slot, {0, slot->source.donor->size()});
     } catch (const std::exception& refused) {  // this thread may want another weight
       fail(*slot, Failure::of(*slot, refused.what()));
     }
   }
+  return any;
 }
 
 // Whether the device itself still takes work.
@@ -281,9 +284,9 @@ std::optional<Accelerator::Refusal> Accelerator::attempt(const Action& action) c
 // If the device refuses something, the slots that it was for fail. If it takes no work at all (a
 // kernel of the user's has failed an assertion, the device is lost), its error is thrown as it is:
 // it is about no weight, and so it is not wrapped in ours.
-void Accelerator::issue() {
-  bring_staged();
-  if (!std::exchange(asked_, false)) return;
+bool Accelerator::issue() {
+  const bool brought = bring_staged();
+  if (!std::exchange(asked_, false)) return brought;
   std::exception_ptr out_of_order;
   const auto refuse = [&](Slot& slot, const Refusal& refusal) {
     if (!refusal.out_of_order) return fail(slot, Failure::of(slot, refusal.why));
@@ -302,10 +305,11 @@ void Accelerator::issue() {
     }
   }
   for (const auto& slot : std::exchange(to_decode_, {})) {
-    if (slot->dropped() || slot->state != Slot::State::kReady) continue;
+    if (!slot->in_cache() || slot->state != Slot::State::kReady) continue;
     if (const auto refusal = attempt([&] { decode(*slot); })) refuse(*slot, *refusal);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
+  return true;
 }
 
 // The link's stream waits for all that has used the ring's memory until now. Bytes that readers
@@ -319,7 +323,7 @@ void Accelerator::follow_users(Link& link, const std::vector<Copy>& copies) {
 }
 
 void Accelerator::issue(Link& link, const Copy& copy) {
-  const auto was_dropped = [](const DeviceSlotPtr& slot) { return slot->dropped(); };
+  const auto was_dropped = [](const DeviceSlotPtr& slot) { return !slot->in_cache(); };
   if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) {
     for (const auto& slot : copy.slots) {  // who still waits for one asks again
       if (slot->state == Slot::State::kLoading) fail(*slot);
@@ -368,7 +372,7 @@ void Accelerator::arrived(Link& link, const Copy& copy, const EventPtr& event) {
   }
   for (const auto& slot : copy.slots) {
     slot->events.push_back(event);
-    if (slot->dropped()) order_->add(event);
+    if (!slot->in_cache()) order_->add(event);
     if (slot->staged == nullptr) continue;
     slot->staged->copied = event;
     slot->staged.reset();

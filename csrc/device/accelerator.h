@@ -38,7 +38,7 @@ class Accelerator : public Transfer {
   void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) override;
   void was_read(const SlotPtr& slot, std::optional<Failure> failure) override;
   void grew(const SlotPtr& slot, Range part) override;
-  void issue() override;
+  bool issue() override;
   void lend(Slot& slot, Counters& counters) override;
   bool times_wait(Slot& slot) override;
   bool dropped(Slot& slot) override;
@@ -81,7 +81,7 @@ class Accelerator : public Transfer {
   Link& link_from(const std::string& place);
   void bring(const DeviceSlotPtr& slot, Range part);
   void ask(const Extent& extent, const DeviceSlotPtr& slot);
-  void bring_staged();
+  bool bring_staged();
   void follow_users(Link& link, const std::vector<Copy>& copies);
   void issue(Link& link, const Copy& copy);
   void send(Link& link, const Copy& copy);

@@ -6,7 +6,7 @@
 namespace distorch {
 
 Forecast::Window& Forecast::window(std::thread::id thread) {
-  if (thread != latest_thread_) {
+  if (latest_window_ == nullptr || thread != latest_thread_) {
     const auto earlier = [](const auto& a, const auto& b) {
       return a.second.looked_at < b.second.looked_at;
     };
@@ -75,6 +75,10 @@ void Forecast::forget_others(const Window* kept) {
   for (auto& [thread, window] : windows_) {
     if (&window != kept) forget(window);
   }
+}
+
+bool Forecast::wants(const Window& window, Id id) {
+  return std::find(window.queue.begin(), window.queue.end(), id) != window.queue.end();
 }
 
 uint64_t Forecast::uses_until_done(const Window& window, Id id) const {

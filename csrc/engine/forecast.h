@@ -78,6 +78,8 @@ class Forecast {
   void forget_all() { forget_others(nullptr); }
   void forget_others(const Window* kept);
 
+  // Whether `id` is in the queue.
+  static bool wants(const Window& window, Id id);
   // Uses of that thread from now until all uses of `id` in its queue have come; 0 if there are
   // none. kNever if the queue of another thread has it.
   uint64_t uses_until_done(const Window& window, Id id) const;

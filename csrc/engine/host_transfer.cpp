@@ -53,14 +53,16 @@ SlotPtr HostTransfer::make_slot(const std::string& name, Source source, uint64_t
 void HostTransfer::place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) {
   HostSlot& own = host_slot(slot);
   if (slot.state == Slot::State::kStored) {  // somebody is about to decode it
+    slot.wrapped = wrap(memory, slot.source.size(), std::move(block));
     slot.data = memory;
-  } else {
-    own.landing = memory + own.landing_at;
-    if (slot.room_later == 0) slot.data = memory + own.data_at;
+    return;
   }
-  slot.wrapped = slot.data != nullptr
-                     ? wrap(slot.data, slot.source.size(), std::move(block))
-                     : wrap(own.landing, slot.source.donor->size(), std::move(block));
+  std::byte* landing = memory + own.landing_at;
+  std::byte* data = slot.room_later == 0 ? memory + own.data_at : nullptr;
+  slot.wrapped = data != nullptr ? wrap(data, slot.source.size(), std::move(block))
+                                 : wrap(landing, slot.source.donor->size(), std::move(block));
+  own.landing = landing;
+  slot.data = data;
 }
 
 void HostTransfer::start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) {

@@ -11,7 +11,8 @@
 namespace distorch {
 namespace {
 
-constexpr size_t kFarAhead = 256;  // uses ahead of which what needs no room is not followed
+// Weights that need no room are followed no further than this many uses ahead.
+constexpr size_t kFarAhead = 256;
 
 void count_bytes(Counters& counters, const Donor& donor) {
   const std::vector<Extent> extents = donor.extents();
@@ -48,7 +49,7 @@ struct Ring::IssueAtEnd {
 struct Ring::Waiter {
   Waiter(RingMutex& of, SlotPtr wanted) : mutex(of), slot(std::move(wanted)) {}
   ~Waiter() {
-    if (slot->dropped()) mutex.let_go(slot->source);
+    if (!slot->in_cache()) mutex.let_go(slot->source);
   }
   Waiter(const Waiter&) = delete;
   Waiter& operator=(const Waiter&) = delete;
@@ -66,16 +67,16 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   issue();  // what readers have brought holds room that may be needed below
   Forecast::Window& window = forecast_.window(std::this_thread::get_id());
   forecast_.use(window, weight.id());
-  for (bool prepared = false;; prepared = true) {
-    const SlotPtr known = usable_slot(weight);
-    const bool asked_now = known == nullptr;
-    const Waiter waiter(mutex_, asked_now ? load(weight, nullptr) : known);
+  // The slot may fail, or may be dropped by another thread. It is asked for again then, but an
+  // error that this thread's own request met is the operator's.
+  for (bool first = true;; first = false) {
+    const SlotPtr there = slot_of(weight);
+    const Waiter waiter(mutex_, there != nullptr ? there : load(weight, nullptr));
     const SlotPtr& slot = waiter.slot;
-    if (!prepared) {  // `window` is not valid any more once this thread has waited
-      const bool is_there =
-          slot->state == Slot::State::kReady || slot->state == Slot::State::kStored;
-      (is_there ? counters.hits : counters.misses).fetch_add(1, std::memory_order_relaxed);
-      const std::shared_ptr<void> kept = slot->wrapped;  // looking ahead does not evict it
+    if (first) {  // later `window` may be gone: other threads have had the mutex
+      const bool hit = slot->state == Slot::State::kReady || slot->state == Slot::State::kStored;
+      (hit ? counters.hits : counters.misses).fetch_add(1, std::memory_order_relaxed);
+      const std::shared_ptr<void> held = slot->wrapped;  // so that looking ahead does not evict it
       look_ahead(window);
     }
     wait_for(*slot, counters, lock);
@@ -84,11 +85,10 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
       transfer_->lend(*slot, counters);
       return cache_.hand_out(slot);
     }
-    // An early read that failed may have met a passing fault, and another thread may have dropped
-    // the slot meanwhile: ask once more.
-    if (!asked_now || slot->state != Slot::State::kFailed || !slot->failure) continue;
-    cache_.drop(slot);
-    slot->failure->raise();
+    if (there == nullptr && slot->failure) {
+      cache_.drop(slot);
+      slot->failure->raise();
+    }
   }
 }
 
@@ -114,15 +114,15 @@ void Ring::released() {
 
 // --- Finding or making a slot ---
 
-// The weight's slot; null if it has failed, or if a part of its room is still somebody else's.
-SlotPtr Ring::usable_slot(Weight& weight) {
+// The weight's slot. One that has failed, or that waits for a part of its room, is dropped: null.
+SlotPtr Ring::slot_of(Weight& weight) {
   const SlotPtr slot = weight.in_ring.slot;
   if (slot == nullptr) return nullptr;
   if (slot->state == Slot::State::kFailed || !cache_.grow(slot)) {
     cache_.drop(slot);
     return nullptr;
   }
-  issue();  // the last part, if it has just grown
+  issue();  // what has grown just now
   return slot;
 }
 
@@ -136,7 +136,7 @@ SlotPtr Ring::load(Weight& weight, const Forecast::Window* ahead) {
   cache_.enter(slot, weight);
   count_bytes(weight.counters(), *slot->source.donor);
   try {
-    if (slot->whole()) {
+    if (slot->whole()) {  // at once, or it needs no room of the ring
       transfer_->grew(slot, {0, slot->room_bytes});
     } else {
       cache_.grow(slot);
@@ -173,22 +173,31 @@ void Ring::prepare_uses(Forecast::Window& window) {
 
 // Has a weight brought ahead of its use, or keeps it. False: there is no room yet.
 bool Ring::prepare(Weight& weight, const Forecast::Window& window) {
-  if (const SlotPtr held = weight.in_ring.slot) return cache_.may_stay(*held);
+  if (const SlotPtr held = weight.in_ring.slot) {
+    if (held->state != Slot::State::kFailed) return cache_.may_stay(*held);
+    cache_.drop(held);
+  }
   if (!transfer_->brings_ahead(weight)) return window.queue.size() < kFarAhead;
   const SlotPtr slot = load(weight, &window);
   if (slot == nullptr) return false;
-  cache_.promised(slot, window);
+  cache_.promised(slot);
   return true;
 }
 
 // --- Waiting ---
 
+// Threads that wait are woken only if there was something to do. They call issue() themselves, and
+// would wake each other for ever.
 void Ring::issue() {
+  bool changed = true;  // also where it throws
   struct Notify {
-    ~Notify() { mutex.notify(); }
+    ~Notify() {
+      if (changed) mutex.notify();
+    }
     RingMutex& mutex;
-  } const at_end{mutex_};
-  transfer_->issue();
+    const bool& changed;
+  } const at_end{mutex_, changed};
+  changed = transfer_->issue();
 }
 
 void Ring::wait_for(Slot& slot, Counters& counters, Lock& lock) {
@@ -201,9 +210,7 @@ void Ring::wait_for(Slot& slot, Counters& counters, Lock& lock) {
   while (slot.state == Slot::State::kLoading) {
     const bool has_read = reads_.run_next(lock);
     issue();
-    if (has_read || slot.state != Slot::State::kLoading) continue;
-    lock.wait();
-    issue();
+    if (!has_read && slot.state == Slot::State::kLoading) lock.wait();
   }
   if (timed) return;
   const auto waited = std::chrono::steady_clock::now() - start;
@@ -273,7 +280,7 @@ void Ring::resize() {
 
 void Ring::give_back() {
   Lock lock(mutex_);
-  cache_.give_back(weights_.size() + 1);
+  cache_.give_back();
 }
 
 uint64_t Ring::capacity() const {

@@ -17,9 +17,10 @@
 namespace distorch {
 
 // Note [A weight's way to an operator]
-// A ring is made of three parts that know nothing of each other's affairs.
+// A ring has three parts.
 // * Forecast says which weights come next. It knows numbers alone.
-// * SlotCache decides which weights lie in the ring, and where. It knows rooms and who needs them.
+// * SlotCache decides which weights lie in the ring, and where. It asks the forecast who is wanted,
+//   and the transfer for memory.
 // * Transfer brings the bytes, in the way of its kind of device: HostTransfer or Accelerator. It
 //   alone changes the state of a slot. Reads are the reader tasks that it may ask for.
 // The ring itself takes the mutex, calls the three in their order, and waits.
@@ -76,7 +77,7 @@ class Ring {
   struct IssueAtEnd;
   struct Waiter;
 
-  SlotPtr usable_slot(Weight& weight);
+  SlotPtr slot_of(Weight& weight);
   SlotPtr load(Weight& weight, const Forecast::Window* ahead);
   void look_ahead(Forecast::Window& window);
   void prepare_uses(Forecast::Window& window);

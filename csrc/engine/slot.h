@@ -19,7 +19,7 @@ class Weight;
 struct Slot;
 using SlotPtr = std::shared_ptr<Slot>;
 
-// Why a slot has no bytes. Each thread that waited for it gets an exception of its own.
+// Why a slot has no bytes. Every thread that waited for it is told.
 struct Failure {
   ErrorKind kind = ErrorKind::kFetch;
   std::string message;           // names the weight and its donor
@@ -53,13 +53,13 @@ struct Slot {
   // Made of what is in host memory anyway: kept only while nothing else wants the room.
   bool cheap = false;
 
-  // --- Changed by the SlotCache alone ---
+  // --- Changed by the SlotCache alone, but for `wrapped`, which Transfer::place() makes ---
   Weight* weight = nullptr;       // null: not in the cache, or not any more
   std::shared_ptr<Room> room;     // null: none in the ring, or none needed
-  std::shared_ptr<void> wrapped;  // what operators hold of it; made by Transfer::place()
+  std::shared_ptr<void> wrapped;  // what operators hold of it
   uint64_t used_at = 0;           // when it was handed out, by the forecast's clock
   bool overflow = false;          // in ordinary memory: let go as soon as it was handed out
-  std::list<SlotPtr>::iterator place;
+  std::list<SlotPtr>::iterator in_list;
 
   // --- Changed by the Transfer alone ---
   // kLoading: bytes are on their way. kStored: the donor's bytes are there, and whoever asks for
@@ -70,7 +70,7 @@ struct Slot {
   std::byte* data = nullptr;       // the weight's bytes; null: they have no room yet
 
   bool whole() const { return room == nullptr || room->complete(); }
-  bool dropped() const { return weight == nullptr; }
+  bool in_cache() const { return weight != nullptr; }
 };
 
 inline Failure Failure::of(const Slot& slot, const std::string& why, ErrorKind kind) {

@@ -19,7 +19,7 @@ constexpr ptrdiff_t kGrowing = 2;  // slots of a window that may wait for a part
 bool SlotCache::place(Slot& slot, const Window* ahead, Counters& counters) {
   if (slot.room_later > 0) expect_decoded(slot.room_later);
   if (slot.room_bytes == 0) return true;
-  auto room = find_room({slot.room_bytes, ahead, ahead, /*stored=*/slot.room_later > 0});
+  auto room = find_room({slot.room_bytes, ahead != nullptr, ahead, /*stored=*/slot.room_later > 0});
   if (room == nullptr && ahead != nullptr) return false;
   place_in(slot, std::move(room), slot.room_bytes, counters);
   return true;
@@ -27,7 +27,7 @@ bool SlotCache::place(Slot& slot, const Window* ahead, Counters& counters) {
 
 void SlotCache::place_decoded(Slot& slot, const Window& window, Counters& counters) {
   const uint64_t bytes = slot.room_later;
-  auto room = find_room({bytes, nullptr, &window, /*stored=*/false});
+  auto room = find_room({bytes, /*ahead=*/false, &window, /*stored=*/false});
   if (room == nullptr && lean_ == 0 && bytes <= capacity_) {
     expect_decoded(std::min(spare_ + bytes, capacity_ / 2));
   }
@@ -38,20 +38,18 @@ void SlotCache::place_decoded(Slot& slot, const Window& window, Counters& counte
 void SlotCache::place_in(Slot& slot, std::shared_ptr<Room> room, uint64_t bytes,
                          Counters& counters) {
   if (room != nullptr) {
-    slot.overflow = false;
     transfer_.place(slot, room->data(), room);
   } else {
-    if (!std::exchange(slot.overflow, true)) {
-      counters.overflows.fetch_add(1, std::memory_order_relaxed);
-    }
     const std::shared_ptr<std::byte> ordinary = ordinary_memory(bytes);
     transfer_.place(slot, ordinary.get(), ordinary);
+    if (!slot.overflow) counters.overflows.fetch_add(1, std::memory_order_relaxed);
   }
+  slot.overflow = room == nullptr;
   slot.room = std::move(room);
 }
 
 void SlotCache::enter(const SlotPtr& slot, Weight& weight) {
-  slot->place = slots_.insert(slots_.end(), slot);
+  slot->in_list = slots_.insert(slots_.end(), slot);
   slot->weight = &weight;
   weight.in_ring.slot = slot;
 }
@@ -61,20 +59,20 @@ std::shared_ptr<void> SlotCache::hand_out(const SlotPtr& slot) {
   slot->used_at = forecast_.clock();
   if (slot->overflow) {
     drop(slot);
-  } else if (!slot->dropped()) {
-    slots_.splice(slots_.end(), slots_, slot->place);  // most recently used
+  } else if (slot->in_cache()) {
+    slots_.splice(slots_.end(), slots_, slot->in_list);  // most recently used
   }
   return bytes;
 }
 
 void SlotCache::drop(const SlotPtr& slot) {
-  if (slot->dropped()) return;
+  if (!slot->in_cache()) return;
   const SlotPtr kept = slot;  // `slot` may be a reference to what is erased here
   mutex_.let_go(kept->source);
   kept->weight->in_ring.slot.reset();
   kept->weight = nullptr;
-  slots_.erase(kept->place);
-  std::erase_if(growing_, [&](const auto& promise) { return promise.first == kept; });
+  slots_.erase(kept->in_list);
+  std::erase(growing_, kept);
   if (transfer_.dropped(*kept)) {
     kept->wrapped.reset();
     kept->room.reset();
@@ -103,24 +101,30 @@ bool SlotCache::grow(const SlotPtr& slot) {
 }
 
 void SlotCache::grow_all() {
-  for (const auto& [slot, window] : std::vector(growing_)) {
-    if (slot->dropped() || slot->whole()) continue;
-    if (slot->weight->in_ring.outlook->wanted == 0) {
-      drop(slot);
-    } else {
-      grow(slot);
-    }
+  drop_broken_promises();
+  for (const SlotPtr& slot : std::vector(growing_)) {
+    if (slot->in_cache()) grow(slot);
   }
-  std::erase_if(growing_, [](const auto& promise) { return promise.first->whole(); });
+  std::erase_if(growing_, [](const SlotPtr& slot) { return slot->whole(); });
+}
+
+// Nobody wants these any more, or they have failed.
+void SlotCache::drop_broken_promises() {
+  for (const SlotPtr& slot : std::vector(growing_)) {
+    const bool wanted = slot->weight->in_ring.outlook->wanted > 0;
+    if (!slot->whole() && (!wanted || slot->state == Slot::State::kFailed)) drop(slot);
+  }
 }
 
 bool SlotCache::may_promise(const Window& window) const {
-  const auto of_this_window = [&](const auto& promise) { return promise.second == &window; };
-  return std::count_if(growing_.begin(), growing_.end(), of_this_window) < kGrowing;
+  const auto grows_for_it = [&](const SlotPtr& slot) {
+    return !slot->whole() && Forecast::wants(window, slot->weight->id());
+  };
+  return std::count_if(growing_.begin(), growing_.end(), grows_for_it) < kGrowing;
 }
 
-void SlotCache::promised(const SlotPtr& slot, const Window& window) {
-  if (!slot->whole()) growing_.emplace_back(slot, &window);
+void SlotCache::promised(const SlotPtr& slot) {
+  if (!slot->whole()) growing_.push_back(slot);
 }
 
 bool SlotCache::may_stay(const Slot& slot) const {
@@ -146,7 +150,7 @@ void SlotCache::expect_decoded(uint64_t room) {
 std::shared_ptr<Room> SlotCache::find_room(const Wanted& wanted) {
   if (lean_ > 0) return nullptr;
   try {
-    return wanted.ahead != nullptr ? find_room_ahead(wanted) : find_room_now(wanted);
+    return wanted.ahead ? find_room_ahead(wanted) : find_room_now(wanted);
   } catch (const std::exception&) {
     // The device has no room for the ring itself. It is not asked again at every fetch: each time
     // PyTorch would empty its cache first, and wait for the device.
@@ -158,7 +162,7 @@ std::shared_ptr<Room> SlotCache::find_room(const Wanted& wanted) {
 std::shared_ptr<Room> SlotCache::find_room_ahead(const Wanted& wanted) {
   if (wanted.bytes + spare_ > capacity_) return nullptr;  // evicting would not help
   if (transfer_.in_parts() && slots_.size() <= kFewSlots) {
-    return promised_room(wanted.bytes, *wanted.ahead);
+    return promised_room(wanted.bytes, *wanted.window);
   }
   return carve_or_evict(wanted.bytes, spare_ > 0 ? std::optional(spare_) : std::nullopt);
 }
@@ -166,6 +170,7 @@ std::shared_ptr<Room> SlotCache::find_room_ahead(const Wanted& wanted) {
 std::shared_ptr<Room> SlotCache::find_room_now(const Wanted& wanted) {
   const uint64_t bytes = wanted.bytes;
   if (bytes > capacity_) return nullptr;
+  drop_broken_promises();
   // Bytes that get another room when they are decoded lie at the end of the ring.
   std::optional<uint64_t> spare;
   if (wanted.stored && spare_ > 0) spare = bytes + spare_ <= capacity_ ? spare_ : 0;
@@ -175,7 +180,7 @@ std::shared_ptr<Room> SlotCache::find_room_now(const Wanted& wanted) {
     if (auto room = carve(bytes, spare)) return room;
   }
   // Threads that went away may still have predictions that hold room.
-  forecast_.forget_others(wanted.kept);
+  forecast_.forget_others(wanted.window);
   return evict_one() ? carve_or_evict(bytes, spare) : nullptr;
 }
 
@@ -258,9 +263,9 @@ uint64_t SlotCache::free_after(const Slot& slot, const Window& window) const {
 
 // Whether nothing needs the slot and its memory can be used again.
 bool SlotCache::evictable(const Slot& slot) const {
-  const bool wanted = !slot.cheap && slot.weight->in_ring.outlook->wanted > 0;
-  if (wanted || slot.wrapped == nullptr) return false;  // the latter has no memory
-  if (!slot.whole()) return true;  // a promise to a thread that does not want it any more
+  if (slot.wrapped == nullptr) return false;  // it has no memory
+  if (!slot.cheap && slot.weight->in_ring.outlook->wanted > 0) return false;
+  if (!slot.whole()) return true;  // nobody waits for a slot that is still growing
   return slot.state != Slot::State::kLoading && !transfer_.in_use(slot);
 }
 
@@ -291,8 +296,8 @@ void SlotCache::resize(uint64_t capacity) {
   capacity_ = capacity;
 }
 
-void SlotCache::give_back(size_t fetches) {
-  lean_ = fetches;
+void SlotCache::give_back() {
+  lean_ = forecast_.weights() + 1;  // the fetch that begins next counts down first
   let_go_of_region();
 }
 

@@ -37,10 +37,12 @@ class SlotCache {
 
   uint64_t capacity() const { return capacity_; }
   uint64_t used() const { return region_ ? region_->arena.used() : 0; }
-  // Another capacity lets go of all slots.
+  // Another capacity lets go of all slots. In any case, what was learned of decoded weights is
+  // forgotten: these weights may be gone.
   void resize(uint64_t capacity);
-  // Lets go of all slots and of their memory. For so many fetches, all take ordinary memory.
-  void give_back(size_t fetches);
+  // Lets go of all slots and of their memory. Fetches take ordinary memory for about one step: as
+  // many as there are weights.
+  void give_back();
   void a_fetch_begins() {
     if (lean_ > 0) --lean_;
   }
@@ -50,12 +52,14 @@ class SlotCache {
   // --- From a new slot to the operators ---
   // The slot gets its first memory. Somebody waits for it (`ahead` is null), or the window `ahead`
   // prepares for a use: then it may get no more than the promise of a room. False: there is no room
-  // for that. Throws what an allocation throws.
+  // for that. A slot that needs no memory yet has nothing to wait for. Throws what an allocation
+  // throws.
   bool place(Slot& slot, const Window* ahead, Counters& counters);
   // The weight has the slot from now on.
   void enter(const SlotPtr& slot, Weight& weight);
   // Memory for what is decoded now. What was read ahead stays: where it has left no room, ordinary
-  // memory is taken, and looking ahead leaves more room the next time.
+  // memory is taken, and looking ahead leaves more room the next time. REQUIRES: the caller holds
+  // `slot.wrapped`, the bytes that are decoded.
   void place_decoded(Slot& slot, const Window& window, Counters& counters);
   // What operators hold.
   std::shared_ptr<void> hand_out(const SlotPtr& slot);
@@ -64,15 +68,15 @@ class SlotCache {
   void drop_if(const std::function<bool(const Slot&)>& condition);
 
   // --- Looking ahead ---
-  // Takes what has become free of a slot's room. True: the room is whole.
+  // Takes what has become free of a slot's room, and tells the Transfer. True: the room is whole.
   bool grow(const SlotPtr& slot);
-  // The same for all that are still wanted. The others are dropped.
+  // The same for all slots that were promised a room and are still wanted.
   void grow_all();
-  // Whether the window may prepare for one more use: not while two of its slots are growing.
+  // Whether the window may prepare for one more use: not while two of its weights are growing.
   bool may_promise(const Window& window) const;
-  // `slot` was made for that window. If its room is not whole, it grows by and by.
-  void promised(const SlotPtr& slot, const Window& window);
-  // True if the slot can stay for one more use, and there is still room to decode the next weight.
+  // `slot` was made ahead. If its room is not whole, it grows by and by.
+  void promised(const SlotPtr& slot);
+  // Whether the next weight can still be decoded if the slot stays for one more use.
   bool may_stay(const Slot& slot) const;
 
  private:
@@ -81,9 +85,9 @@ class SlotCache {
   // What find_room() is asked for.
   struct Wanted {
     uint64_t bytes;
-    const Window* ahead;  // that prepares for a use; null: somebody waits
-    const Window* kept;   // whose predictions stay, even if somebody waits; may be null
-    bool stored;          // bytes that get another room when they are decoded
+    bool ahead;            // nobody waits for it
+    const Window* window;  // whose predictions stay whatever happens; null: nobody's
+    bool stored;           // bytes that get another room when they are decoded
   };
   std::shared_ptr<Room> find_room(const Wanted& wanted);
   std::shared_ptr<Room> find_room_ahead(const Wanted& wanted);
@@ -101,6 +105,7 @@ class SlotCache {
   bool evictable(const Slot& slot) const;
   bool evict_one();
   void evict_from(Range range, const Slot& but);
+  void drop_broken_promises();
   void let_go_of_region();
 
   Transfer& transfer_;
@@ -108,11 +113,10 @@ class SlotCache {
   RingMutex& mutex_;
   std::shared_ptr<Region> region_;  // null: not allocated yet
   uint64_t capacity_ = 0;
-  uint64_t spare_ = 0;        // bytes that looking ahead leaves free; see Note [Who decodes]
-  size_t lean_ = 0;           // fetches until the ring takes memory again
-  std::list<SlotPtr> slots_;  // the least recently used first
-  // Slots that have a part of their room, and the windows that they were promised to, in order.
-  std::vector<std::pair<SlotPtr, const Window*>> growing_;
+  uint64_t spare_ = 0;            // bytes that looking ahead leaves free; see Note [Who decodes]
+  size_t lean_ = 0;               // fetches until the ring takes memory again
+  std::list<SlotPtr> slots_;      // the least recently used first
+  std::vector<SlotPtr> growing_;  // that were promised a room, in order
 };
 
 }  // namespace distorch

@@ -52,21 +52,24 @@ class Transfer {
   // --- A slot's way ---
   // `large`: decoded weights of more bytes get their room when somebody asks for them.
   virtual SlotPtr make_slot(const std::string& name, Source source, uint64_t large) = 0;
-  // Lays the slot out over `memory`, and makes `slot.wrapped`, which keeps `block` alive. Called
-  // with room for Slot::room_bytes, and again for Slot::room_later where that is not 0.
+  // Lays the slot out over `memory`, and makes `slot.wrapped`, which keeps `block` alive. The first
+  // call has room for Slot::room_bytes. A second one has room for Slot::room_later, where that is
+  // not 0: the slot is kStored then, and decoded next. Changes nothing if it throws.
   virtual void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) = 0;
   // Throws where readers cannot be asked; the slot is then dropped.
   virtual void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) = 0;
-  // Readers have read all they were asked for, or have failed. A slot that was dropped meanwhile is
-  // ready all the same, or fails without a reason: somebody may be waiting for it.
+  // Readers have read all they were asked for, or have failed. The slot may have left the cache
+  // meanwhile, and somebody may still wait for it. On the host it has its bytes. On a device, which
+  // has not copied them, it fails without a reason.
   virtual void was_read(const SlotPtr& slot, std::optional<Failure> failure) = 0;
   // The bytes [part.begin, part.end) of the slot's room are its own now. What used them before may
   // still be at work on the device.
   virtual void grew(const SlotPtr& slot, Range part) = 0;
   // Hands to the device what was asked for since the last call, and what readers have brought.
-  // Slots whose room is whole are then ready, or have failed. Throws the device's own error where
-  // it takes no work any more; all these slots have failed then.
-  virtual void issue() {}
+  // Slots whose room is whole are then ready, or have failed. False: there was nothing to do.
+  // Throws the device's own error where it takes no work any more; all these slots have failed
+  // then.
+  virtual bool issue() { return false; }
   // All rows of a slot that is kStored, by the calling thread. It gives the lock up meanwhile.
   virtual void decode(Slot&, RingMutex::Lock&) {}
   // Operators that this thread issues from now on find the bytes. The time that they wait counts.

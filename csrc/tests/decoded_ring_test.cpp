@@ -244,6 +244,36 @@ void decoded_more_than_once() {
   for (const auto& donor : model.donors) CHECK(donor->reads <= 3 * 3 + 1);
 }
 
+// One thread cannot have the room of the decoded bytes, while another one waits for them.
+void decoded_by_one_who_fails() {
+  struct Device : PlainMemory {
+    std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
+                               std::shared_ptr<void> block) override {
+      if (std::exchange(refuses, false)) throw std::bad_alloc();
+      return PlainMemory::wrap(data, bytes, std::move(block));
+    }
+    bool refuses = false;
+  };
+  auto device = std::make_unique<Device>();
+  Device& memory = *device;
+  auto reader = std::make_unique<LateReader>();
+  LateReader& late = *reader;
+  const auto ring = std::make_shared<Ring>(std::move(device), std::move(reader));
+  DecodedModel model(ring, 9);
+  ring->reserve(5 * DecodedModel::kBytes);
+  bool failed = false;
+  late.meanwhile = [&] {
+    memory.refuses = true;
+    try {
+      ring->acquire(*model.weights[0]);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  model.use(0);
+  CHECK(failed);
+}
+
 }  // namespace
 
 int main() {
@@ -253,5 +283,6 @@ int main() {
   several_decoded_at_once();
   decoded_is_larger_than_the_ring();
   decoded_more_than_once();
+  decoded_by_one_who_fails();
   CHECK(allocated == 0);
 }

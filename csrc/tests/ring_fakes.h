@@ -77,11 +77,12 @@ class CopyingMemory : public Transfer {
     parts += part.end - part.begin < donor.size();
     asked_.push_back(slot);
   }
-  void issue() override {
-    for (const auto& slot : asked_) {
+  bool issue() override {
+    const std::vector<SlotPtr> asked = std::exchange(asked_, {});
+    for (const auto& slot : asked) {
       if (slot->whole()) slot->state = Slot::State::kReady;
     }
-    asked_.clear();
+    return !asked.empty();
   }
   bool dropped(Slot& slot) override {
     const auto same = [&](const SlotPtr& asked) { return asked.get() == &slot; };
@@ -110,12 +111,13 @@ class StagedMemory : public CopyingMemory {
     reads.queue(*this, slot, static_cast<StagedSlot&>(*slot).staged.get(), urgency);
   }
   void was_read(const SlotPtr& slot, std::optional<Failure> failure) override {
-    if (failure || slot->dropped()) return fail(*slot, std::move(failure));
+    if (failure || !slot->in_cache()) return fail(*slot, std::move(failure));
     asked_.push_back(slot);
   }
   void grew(const SlotPtr&, Range) override {}
-  void issue() override {
-    for (const SlotPtr& slot : std::exchange(asked_, {})) {
+  bool issue() override {
+    const std::vector<SlotPtr> asked = std::exchange(asked_, {});
+    for (const SlotPtr& slot : asked) {
       if (!slot->whole()) {
         asked_.push_back(slot);
       } else if (refused()) {
@@ -126,6 +128,7 @@ class StagedMemory : public CopyingMemory {
         slot->state = Slot::State::kReady;
       }
     }
+    return asked_.size() < asked.size();
   }
 
  protected:

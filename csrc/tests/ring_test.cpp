@@ -305,6 +305,87 @@ void a_prediction_fails_no_operator() {
   model.use(*ring, 1);
 }
 
+// Threads that wait look whether there is something to issue. They wake each other only then.
+void threads_that_wait_let_each_other_sleep() {
+  struct Counting : PlainMemory {
+    bool issue() override {
+      ++issues;
+      return false;
+    }
+    std::atomic<int> issues{0};
+  };
+  struct Slow : Numbered {
+    using Numbered::Numbered;
+    void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      Numbered::read(begin, bytes, into, slack);
+    }
+  };
+  auto device = std::make_unique<Counting>();
+  const Counting& asked = *device;
+  const auto ring = std::make_shared<Ring>(std::move(device), std::make_unique<IoPool>(2));
+  ring->reserve(100'000);
+  const auto counters = Counters::make();
+  Weight first("first", {std::make_shared<Slow>(1, 10'000)}, ring, counters);
+  Weight second("second", {std::make_shared<Slow>(2, 10'000)}, ring, counters);
+  std::thread other([&] { ring->acquire(first); });
+  ring->acquire(second);
+  other.join();
+  CHECK(asked.issues < 100);  // a handful; thousands, if each one that looks wakes the other
+}
+
+// Slots that were promised to one thread, over what another one keeps, can grow no more. The first
+// thread has turned to other weights, and these are read ahead as ever.
+void promises_of_a_forgotten_queue_bind_nobody() {
+  copying = true;
+  const auto ring = make_ring();
+  ring->reserve(48 * kPage);
+  Model model(ring, 18, 0);
+  for (size_t i = 0; i < 18; ++i) {
+    model.donors[i] = std::make_shared<Numbered>(i, (i < 7 ? 10 : 2) * kPage);
+    model.weights[i]->move_to({model.donors[i], nullptr, kLooseAlign});
+    const size_t next = i < 8 ? (i + 1) % 8 : 8 + (i - 7) % 10;
+    ring->suggest(*model.weights[i], model.weights[next]->id());
+  }
+  auto held = ring->acquire(*model.weights[0]);
+  std::thread([&, &ring = ring] { ring->acquire(*model.weights[7]); }).join();
+  held.reset();
+  for (int pass = 0; pass < 3; ++pass) {
+    model.counters->reset();
+    for (size_t i = 8; i < 18; ++i) {
+      model.use(*ring, i);
+      ring->released();
+    }
+  }
+  CHECK(model.counters->misses == 0);
+}
+
+void an_early_read_that_failed_is_asked_for_again() {
+  const auto [ring, late] = late_ring<PlainMemory>(1 << 20);
+  late.prompt = true;
+  Model model(ring, 8, 10'000);
+  for (size_t i = 0; i < 3; ++i) ring->suggest(*model.weights[i], model.weights[i + 1]->id());
+  model.donors[2]->failures = 1;
+  for (const size_t i : {0, 7, 0, 1}) {  // 7 is a surprise: what was foreseen is foreseen anew
+    model.use(*ring, i);
+    ring->released();
+  }
+  model.counters->reset();
+  model.use(*ring, 2);
+  CHECK(model.counters->hits == 1);
+}
+
+// An early read may have met a passing fault. The operator that needs it asks once more.
+void an_early_read_that_fails_meanwhile_is_asked_for_again() {
+  const auto [ring, late] = late_ring<PlainMemory>(1 << 20);
+  Model model(ring, 2, 10'000);
+  ring->suggest(*model.weights[0], model.weights[1]->id());
+  model.donors[1]->failures = 1;
+  model.use(*ring, 0);
+  model.use(*ring, 1);
+  CHECK(model.donors[1]->failures == 0 && model.donors[1]->reads == 1);
+}
+
 // A donor that may be the last to hold memory which the host language knows.
 class Watched : public Numbered {
  public:
@@ -397,6 +478,10 @@ int main() {
   faults_of_every_kind();
   a_refused_copy_fails_its_own_weight();
   a_prediction_fails_no_operator();
+  threads_that_wait_let_each_other_sleep();
+  promises_of_a_forgotten_queue_bind_nobody();
+  an_early_read_that_failed_is_asked_for_again();
+  an_early_read_that_fails_meanwhile_is_asked_for_again();
   donors_end_outside_the_lock();
   a_donor_ends_with_the_fetch_that_needed_it();
   copying = false;
