@@ -55,9 +55,4 @@ std::optional<BlockType> block_type_named(std::string_view name) {
   return std::nullopt;
 }
 
-std::optional<BlockType> block_type_numbered(uint32_t ggml_id) {
-  if (ggml_id >= kNumbers || kInfos.of[ggml_id].name == nullptr) return std::nullopt;
-  return static_cast<BlockType>(ggml_id);
-}
-
 }  // namespace distorch

@@ -50,6 +50,5 @@ const BlockInfo& block_info(BlockType type);
 std::span<const BlockType> block_types();
 // Nothing for a type that cannot be decoded.
 std::optional<BlockType> block_type_named(std::string_view name);
-std::optional<BlockType> block_type_numbered(uint32_t ggml_id);
 
 }  // namespace distorch

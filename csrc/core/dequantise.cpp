@@ -25,6 +25,7 @@
 
 #include "core/block_list.h"
 #include "core/half.h"
+#include "core/processor.h"
 
 namespace distorch {
 namespace {
@@ -378,13 +379,6 @@ DISTORCH_AVX2 void dequantise_avx2(BlockType type, const void* from, int64_t blo
   dequantise_at<Avx2>(type, from, blocks, out_type, into, stores);
 }
 
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("f16c");
-}
-
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 #endif
 
 void dequantise_plain(BlockType type, const void* from, int64_t blocks, Element out_type,

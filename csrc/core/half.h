@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/portable.h"
+
 namespace distorch {
 
 inline float from_bfloat16(uint16_t bits) {
@@ -17,15 +19,7 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded);
 }
 
-// No branches, so that compilers make vectors of it.
-inline float from_float16(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t shifted = static_cast<uint32_t>(bits & 0x7fffu) << 13;
-  // The exponent's bias grows from 15 to 127; the product also makes subnormals normal.
-  const auto scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(shifted) * 0x1p112f);
-  const uint32_t special = shifted >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN
-  return std::bit_cast<float>(sign | scaled | special);
-}
+inline float from_float16(uint16_t bits) { return half_of(bits); }
 
 inline uint16_t to_float16(float value) {
   const auto bits = std::bit_cast<uint32_t>(value);

@@ -10,6 +10,7 @@
 
 #include "core/chain.h"
 #include "core/half.h"
+#include "core/processor.h"
 
 // The same body, compiled for several processors and chosen when the program runs.
 #ifdef DISTORCH_X86
@@ -338,11 +339,6 @@ struct Avx512Bf16 {
   }
 };
 #endif
-
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
 #endif
 
 template <class Processor>
@@ -368,9 +364,7 @@ bool merge_on(Element base_type, const void* base, Element out_type, void* out, 
 std::vector<MergePath> merge_paths() {
   std::vector<MergePath> found{{"plain", merge_on<Plain>}};
 #ifdef DISTORCH_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found.push_back({"avx2", merge_on<Avx2>});
-  }
+  if (has_avx2()) found.push_back({"avx2", merge_on<Avx2>});
   if (has_avx512()) found.push_back({"avx512", merge_on<Avx512>});
 #endif
 #ifdef DISTORCH_PAIRS

@@ -1,40 +1,26 @@
 #include "core/row_code.h"
 
 #include <array>
-#include <bit>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "core/block_list.h"
 #include "core/dequantise.h"
 #include "core/error.h"
 #include "core/half.h"
+#include "core/plain_numbers.h"
 
 namespace distorch {
 namespace {
 
-// 8-bit floating point without infinities: exponent bias 7, NaN is all ones.
-float from_float8_e4m3fn(uint8_t bits) {
-  const int exponent = (bits >> 3) & 15, mantissa = bits & 7;
-  float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  if ((bits & 0x7f) == 0x7f) value = std::numeric_limits<float>::quiet_NaN();
-  return (bits & 0x80) != 0 ? -value : value;
-}
-
-// The upper half of a float16.
-float from_float8_e5m2(uint8_t bits) { return from_float16(static_cast<uint16_t>(bits << 8)); }
-
-float from_int8(uint8_t bits) { return static_cast<int8_t>(bits); }
-float from_uint8(uint8_t bits) { return bits; }
-
-template <float (*kValue)(uint8_t)>
+template <class Number>
 void bytes_to_float(const std::byte* from, int64_t count, float* into) {
   static const std::array<float, 256> table = [] {
     std::array<float, 256> values;
-    for (int bits = 0; bits < 256; ++bits) values[bits] = kValue(static_cast<uint8_t>(bits));
+    for (int bits = 0; bits < 256; ++bits) {
+      const auto byte = static_cast<uint8_t>(bits);
+      values[bits] = Number::number(&byte, 0);
+    }
     return values;
   }();
   for (int64_t i = 0; i < count; ++i) into[i] = table[static_cast<uint8_t>(from[i])];
@@ -57,10 +43,10 @@ const RowCode kCodes[] = {
     {"float32", 1, 4, Element::kFloat32, &floats, nullptr},
     {"float16", 1, 2, Element::kFloat16, &halves_to_float<from_float16>, nullptr},
     {"bfloat16", 1, 2, Element::kBFloat16, &halves_to_float<from_bfloat16>, nullptr},
-    {"float8_e4m3fn", 1, 1, std::nullopt, &bytes_to_float<from_float8_e4m3fn>, nullptr},
-    {"float8_e5m2", 1, 1, std::nullopt, &bytes_to_float<from_float8_e5m2>, nullptr},
-    {"int8", 1, 1, std::nullopt, &bytes_to_float<from_int8>, nullptr},
-    {"uint8", 1, 1, std::nullopt, &bytes_to_float<from_uint8>, nullptr},
+    {"float8_e4m3fn", 1, 1, std::nullopt, &bytes_to_float<Float8E4M3FN>, nullptr},
+    {"float8_e5m2", 1, 1, std::nullopt, &bytes_to_float<Float8E5M2>, nullptr},
+    {"int8", 1, 1, std::nullopt, &bytes_to_float<Int8>, nullptr},
+    {"uint8", 1, 1, std::nullopt, &bytes_to_float<UInt8>, nullptr},
 };
 
 template <BlockType kType>

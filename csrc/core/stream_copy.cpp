@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "core/processor.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -27,7 +29,7 @@ __attribute__((target("avx2"))) void copy_lines(std::byte* into, const std::byte
   _mm_sfence();
 }
 
-bool has_lines() { return __builtin_cpu_supports("avx2") != 0; }
+bool has_lines() { return has_avx2(); }
 #else
 void copy_lines(std::byte* into, const std::byte* from, uint64_t bytes) {
   std::memcpy(into, from, bytes);

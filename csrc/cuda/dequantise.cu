@@ -1,10 +1,9 @@
 #include "cuda/dequantise.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "cuda/dequantise_run.h"
+#include "cuda/round.cuh"
 
 namespace distorch::cuda {
 namespace {
@@ -12,10 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 
 // --- kernels ---
-
-__device__ void round_to(float value, float* into) { *into = value; }
-__device__ void round_to(float value, __half* into) { *into = __float2half_rn(value); }
-__device__ void round_to(float value, __nv_bfloat16* into) { *into = __float2bfloat16_rn(value); }
 
 // A thread stores its run as one or two words of 16 bytes.
 template <class Out>

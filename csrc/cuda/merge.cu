@@ -1,12 +1,11 @@
 #include "cuda/merge.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "cuda/merge_run.h"
+#include "cuda/round.cuh"
 
 namespace distorch::cuda {
 namespace {
@@ -16,10 +15,6 @@ namespace {
 __device__ float widen(float value) { return value; }
 __device__ float widen(__half value) { return __half2float(value); }
 __device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ void round_to(double value, float* into) { *into = static_cast<float>(value); }
-__device__ void round_to(float value, __half* into) { *into = __float2half_rn(value); }
-__device__ void round_to(float value, __nv_bfloat16* into) { *into = __float2bfloat16_rn(value); }
 
 template <class Sum, class Base, class Out>
 __global__ void __launch_bounds__(kWarp* kWarps, 2)

@@ -1,10 +1,9 @@
 #include "cuda/numbers.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "cuda/numbers_run.h"
+#include "cuda/round.cuh"
 
 namespace distorch::cuda {
 namespace {
@@ -13,10 +12,6 @@ constexpr int kThreads = 256;
 constexpr unsigned kMostRows = 65535;  // of a grid
 
 // --- kernels ---
-
-__device__ void round_to(float value, float* into) { *into = value; }
-__device__ void round_to(float value, __half* into) { *into = __float2half_rn(value); }
-__device__ void round_to(float value, __nv_bfloat16* into) { *into = __float2bfloat16_rn(value); }
 
 // A block takes kRun * kThreads columns of a row; its threads' columns follow
 // each other, so that a warp reads and writes neighbours.

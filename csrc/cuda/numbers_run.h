@@ -3,39 +3,10 @@
 
 #include <cstdint>
 
-#include "core/portable.h"
+#include "core/plain_numbers.h"
 #include "cuda/dequantise_run.h"
 
 namespace distorch::cuda {
-
-// The i-th number of each type, exact in float32.
-struct Float8E4M3FN {
-  static constexpr int kBytes = 1;
-  static DISTORCH_HD float number(const uint8_t* from, int64_t i) {
-    const uint32_t bits = from[i], sign = (bits & 0x80u) << 24, magnitude = bits & 0x7fu;
-    if (magnitude == 0x7fu) return as_float(sign | 0x7fc00000u);
-    if (magnitude < 8) return as_float(sign | as_bits(static_cast<float>(magnitude) * 0x1p-9f));
-    return as_float(sign | ((magnitude << 20) + (120u << 23)));
-  }
-};
-struct Float8E5M2 {
-  static constexpr int kBytes = 1;
-  static DISTORCH_HD float number(const uint8_t* from, int64_t i) {
-    return half_of(static_cast<uint32_t>(from[i]) << 8);
-  }
-};
-struct Int8 {
-  static constexpr int kBytes = 1;
-  static DISTORCH_HD float number(const uint8_t* from, int64_t i) {
-    return static_cast<float>(static_cast<int8_t>(from[i]));
-  }
-};
-struct UInt8 {
-  static constexpr int kBytes = 1;
-  static DISTORCH_HD float number(const uint8_t* from, int64_t i) {
-    return static_cast<float>(from[i]);
-  }
-};
 
 // Where the scale of each number is; `data` null: there is none. A grid of one
 // scale per block of numbers, row-major, `per_row` in a row.

@@ -31,6 +31,7 @@ std::vector<TraceSpan> TraceLog::stop() {
 }
 
 double TraceLog::now() const {
+  std::lock_guard lock(mutex_);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
 }
 

@@ -35,7 +35,7 @@ class TraceLog {
 
  private:
   std::atomic<bool> active_{false};
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::chrono::steady_clock::time_point begin_;      // guarded by mutex_
   std::vector<TraceSpan> spans_;                     // guarded by mutex_
   std::vector<std::function<TraceSpan()>> pending_;  // guarded by mutex_

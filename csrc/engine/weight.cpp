@@ -1,5 +1,6 @@
 #include "engine/weight.h"
 
+#include <algorithm>
 #include <map>
 
 #include "engine/ring.h"
@@ -108,7 +109,9 @@ bool Weight::decodes_memory() const {
 void Weight::count_in(std::shared_ptr<Counters> counters) {
   std::lock_guard lock(mutex_);
   counters_.store(counters.get(), std::memory_order_release);
-  counter_owners_.push_back(std::move(counters));
+  if (std::ranges::find(counter_owners_, counters) == counter_owners_.end()) {
+    counter_owners_.push_back(std::move(counters));
+  }
 }
 
 void Weight::move_to(Source source) {

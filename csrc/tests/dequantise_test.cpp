@@ -115,12 +115,8 @@ void check_ordinary(std::mt19937_64& random) {
 void lookups() {
   for (const BlockType type : block_types()) {
     CHECK(block_type_named(block_info(type).name) == type);
-    CHECK(block_type_numbered(static_cast<uint32_t>(type)) == type);
   }
   CHECK(!block_type_named("Q4_9") && !block_type_named(""));
-  for (const uint32_t number : {4u, 9u, 15u, 24u, 31u, 41u, 42u, 0xffffffffu}) {
-    CHECK(!block_type_numbered(number));
-  }
 }
 
 }  // namespace
