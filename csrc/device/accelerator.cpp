@@ -19,13 +19,13 @@ namespace {
 constexpr uint64_t kBounceBytes = 2 << 20;
 constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
 
-// Another one for each stream of each device.
+// A number that no other stream has.
 uint64_t number_of(const c10::Stream& stream) {
   return (static_cast<uint64_t>(stream.device_index()) << 56) ^ static_cast<uint64_t>(stream.id());
 }
 
 // A copy on a stream, for the donor that it reads.
-class StreamCopy : public Readers::Copy {
+class StreamCopy : public PendingCopies::Copy {
  public:
   explicit StreamCopy(EventPtr ended) : ended_(std::move(ended)) {}
   void wait() override {
@@ -45,17 +45,18 @@ class StreamCopy : public Readers::Copy {
 struct Accelerator::DeviceSlot : Slot {
   using Slot::Slot;
 
-  // Where the donor's bytes go. They are decoded to `data`, which is in front, or in place.
+  // Where the donor's bytes go. They are decoded to `data`, which lies before `landing` or is the
+  // same address.
   std::byte* landing = nullptr;
   uint64_t landing_at = 0;  // offset in the slot's room
   // Of bytes that readers bring: the host memory that they fill, and where in it the bytes are.
   std::shared_ptr<PinnedBuffers::Buffer> staged;
   std::byte* staged_data = nullptr;
   EventPtr behind;                    // the users of the room before, when all of it was taken
-  bool asked = false;                 // the device was asked for all bytes, at once
+  bool asked = false;                 // staged or decoded slots: all copies were asked for
   std::vector<EventPtr> events;       // behind the copies, or behind the decoding; timed
   std::weak_ptr<Lease> lease;         // what operators hold
-  std::vector<c10::StreamId> waited;  // streams that waited for the events
+  std::vector<c10::StreamId> waited;  // streams that waited for the events; none: never lent
   // When an operator needed the bytes, if the host had to wait for them; and on which stream.
   std::optional<std::pair<c10::Stream, EventPtr>> needed;
 };
@@ -117,6 +118,7 @@ SlotPtr Accelerator::make_slot(const std::string& name, Source source, uint64_t)
     slot->room_bytes += rounded(from.donor->size());
   }
   if (!from.donor->extents().empty()) return slot;  // the device copies from there by itself
+  // A file has no extents. Readers bring its bytes to a pinned buffer.
   const uint64_t phase = from.donor->phase() % from.alignment == 0 ? from.donor->phase() : 0;
   slot->staged = buffers_->take(round_up(phase + from.donor->size(), kPage));
   slot->staged_data = slot->staged->data + phase;
@@ -150,17 +152,19 @@ void Accelerator::grew(const SlotPtr& slot, Range part) {
     return;
   }
   const uint64_t stored = slot->source.donor->size();
-  if (slot->source.decoder != nullptr) {  // is decoded as a whole
+  // Decoded as a whole, so asked for at the last part. Several parts may come as the last ones.
+  if (slot->source.decoder != nullptr) {
     if (!slot->whole() || std::exchange(own->asked, true)) return;
     part = {0, stored};
   }
+  // The bytes land at the begin of the room: a part of it is the same part of the donor's bytes.
   bring(own, {part.begin, std::min(part.end, stored)});
 }
 
 bool Accelerator::dropped(Slot& slot) {
   DeviceSlot& own = device_slot(slot);
   if (own.staged != nullptr && !own.asked) {
-    // Readers that are under way write to host memory. Who waits for the slot asks again.
+    // PendingCopies that are under way write to host memory. Who waits for the slot asks again.
     const auto same = [&](const DeviceSlotPtr& staged) { return staged.get() == &own; };
     if (std::erase_if(staged_, same) > 0) fail(slot);
     return true;
@@ -228,11 +232,11 @@ void Accelerator::ask(const Extent& extent, const DeviceSlotPtr& slot) {
         extent.data == last.from + last.bytes + gap) {
       last.bytes += gap + extent.bytes;
       last.slots.push_back(slot);
-      last.readers.push_back(extent.readers);
+      last.pending.push_back(extent.pending);
       return;
     }
   }
-  waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}, {extent.readers}});
+  waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}, {extent.pending}});
 }
 
 // What readers brought to host memory goes on, as soon as its room is whole.
@@ -298,13 +302,13 @@ bool Accelerator::issue() {
     const std::vector<Copy> copies = std::exchange(link.waiting, {});
     const auto no_link = attempt([&] { follow_users(link, copies); });
     for (const Copy& copy : copies) {
-      const auto refusal = no_link ? no_link : attempt([&] { issue(link, copy); });
+      const auto refusal = no_link ? no_link : attempt([&] { issue_copy(link, copy); });
       for (const auto& slot : copy.slots) {
         if (refusal) refuse(*slot, *refusal);
       }
     }
   }
-  for (const auto& slot : std::exchange(to_decode_, {})) {
+  for (const auto& slot : std::exchange(to_decode_, {})) {  // kReady: its copies were issued above
     if (!slot->in_cache() || slot->state != Slot::State::kReady) continue;
     if (const auto refusal = attempt([&] { decode(*slot); })) refuse(*slot, *refusal);
   }
@@ -312,17 +316,17 @@ bool Accelerator::issue() {
   return true;
 }
 
-// The link's stream waits for all that has used the ring's memory until now. Bytes that readers
-// brought wait for less: see send().
+// The link's stream waits for all that has used the ring's memory until now. Copies of bytes that
+// readers brought wait only for DeviceSlot::behind, in send(), unless another copy goes with them.
 void Accelerator::follow_users(Link& link, const std::vector<Copy>& copies) {
-  const auto was_read = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
+  const auto is_staged = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
   const uint64_t uses = order_->count();
-  if (uses == link.behind || std::all_of(copies.begin(), copies.end(), was_read)) return;
+  if (uses == link.behind || std::all_of(copies.begin(), copies.end(), is_staged)) return;
   order_->now()->block(link.stream);
   link.behind = uses;
 }
 
-void Accelerator::issue(Link& link, const Copy& copy) {
+void Accelerator::issue_copy(Link& link, const Copy& copy) {
   const auto was_dropped = [](const DeviceSlotPtr& slot) { return !slot->in_cache(); };
   if (std::all_of(copy.slots.begin(), copy.slots.end(), was_dropped)) {
     for (const auto& slot : copy.slots) {  // who still waits for one asks again
@@ -348,6 +352,7 @@ void Accelerator::issue(Link& link, const Copy& copy) {
   arrived(link, copy, order_->events().record(link.stream, Timing::kTimed));
   if (refused) std::rethrow_exception(refused);
   for (const auto& slot : copy.slots) {
+    // Of several copies of a slot, the others are issued in the same call, or make it fail.
     if (slot->state == Slot::State::kLoading && slot->whole()) slot->state = Slot::State::kReady;
   }
 }
@@ -366,9 +371,9 @@ void Accelerator::send(Link& link, const Copy& copy) {
 
 // Everybody who has to wait for a copy gets the event behind it.
 void Accelerator::arrived(Link& link, const Copy& copy, const EventPtr& event) {
-  for (const Readers* readers : copy.readers) {
-    if (readers == nullptr) continue;
-    readers->add(number_of(link.stream), std::make_shared<StreamCopy>(event));
+  for (const PendingCopies* pending : copy.pending) {
+    if (pending == nullptr) continue;
+    pending->add(number_of(link.stream), std::make_shared<StreamCopy>(event));
   }
   for (const auto& slot : copy.slots) {
     slot->events.push_back(event);

@@ -20,8 +20,8 @@
 
 namespace distorch {
 
-// What waits for what is in Note [Order on streams] (device/use_order.h). All calls come with the
-// ring's mutex held, which guards all members that change.
+// What waits for what is in Note [Order on streams] (device/use_order.h). All calls but
+// recording() come with the ring's mutex held, which guards all members that change.
 class Accelerator : public Transfer {
  public:
   explicit Accelerator(c10::Device device);
@@ -50,11 +50,11 @@ class Accelerator : public Transfer {
   // A copy that was asked for; neighbours become one.
   struct Copy {
     const std::byte* from;
-    const void* owner;
+    const void* owner;  // only copies from one owner are joined
     std::byte* to;
     uint64_t bytes;
     std::vector<DeviceSlotPtr> slots;
-    std::vector<const Readers*> readers;  // of the donors of these slots, or of their parts
+    std::vector<const PendingCopies*> pending;  // of the donors of these slots, or of their parts
   };
   // Two buffers in host memory for a device that this one cannot reach.
   struct Bounce {
@@ -83,7 +83,7 @@ class Accelerator : public Transfer {
   void ask(const Extent& extent, const DeviceSlotPtr& slot);
   bool bring_staged();
   void follow_users(Link& link, const std::vector<Copy>& copies);
-  void issue(Link& link, const Copy& copy);
+  void issue_copy(Link& link, const Copy& copy);
   void send(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);
   void arrived(Link& link, const Copy& copy, const EventPtr& event);

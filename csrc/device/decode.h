@@ -40,8 +40,10 @@ struct DecodeJob {
   std::optional<at::Tensor> finite;  // bool, one element: turns false where a product is not finite
 };
 
-// Does the job on the device of `into`, queued on that device's current stream. Throws c10::Error,
-// also where nothing decodes on this kind of device.
+// Does the job on the device of `into`, queued on that device's current stream. Operators call this
+// for any device. Fetches call it for accelerators only (RowDecoder::decode_on_device); on the host
+// they decode by parts (HostDevice::decode_all). Throws c10::Error, also where nothing decodes on
+// this kind of device.
 void decode(const DecodeJob& job);
 
 // Who does it on one kind of device. The host and CUDA are there from the start; another device

@@ -36,7 +36,7 @@ std::string DeviceDonor::tier() const { return storage_.device().str(); }
 
 std::vector<Extent> DeviceDonor::extents() const {
   return {{0, size(), tier(), static_cast<const std::byte*>(storage_.data()),
-           storage_.unsafeGetStorageImpl(), &readers_}};
+           storage_.unsafeGetStorageImpl(), &pending_}};
 }
 
 void DeviceDonor::read(uint64_t begin, uint64_t bytes, std::byte* into, bool) const {
@@ -59,7 +59,7 @@ void DeviceDonor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std:
 }
 
 void DeviceDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
-  readers_.wait();
+  pending_.wait();
   auto* data = static_cast<std::byte*>(storage_.mutable_data());
   copy_bytes(bytes_at(from, bytes, c10::Device(c10::kCPU)),
              bytes_at(data + begin, bytes, storage_.device()), false);

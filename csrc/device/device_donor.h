@@ -39,7 +39,7 @@ class DeviceDonor : public Donor {
   std::shared_ptr<std::byte> map() override;
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
   void gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const override;
-  void settle() const override { readers_.wait(); }
+  void settle() const override { pending_.wait(); }
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 
@@ -47,7 +47,7 @@ class DeviceDonor : public Donor {
 
  private:
   const c10::Storage storage_;
-  const Readers readers_;  // last: it waits before the memory goes
+  const PendingCopies pending_;  // last: it waits before the memory goes
 };
 
 // Note [Peers]

@@ -2,7 +2,10 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <map>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "core/io_pool.h"
@@ -51,16 +54,14 @@ void hold_for_fork() {
 
 void let_go_in_parent() {
   for (auto& ring : held()) ring->after_fork_in_parent();
-  const auto rings = std::move(held());  // the last holder of one may be here
-  held().clear();
+  const auto rings = std::exchange(held(), {});  // the last holder of one may be here
   registry().mutex.unlock();
 }
 
 void let_go_in_child() {
   compute_threads_are_gone();
   for (auto& ring : held()) ring->after_fork_in_child();
-  const auto rings = std::move(held());
-  held().clear();
+  const auto rings = std::exchange(held(), {});
   registry().mutex.unlock();
 }
 
@@ -77,11 +78,17 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
   std::weak_ptr<Ring>& known = all.rings[device];
   if (auto ring = known.lock()) return ring;
   const c10::Device where(device);
-  std::unique_ptr<Transfer> transfer = std::make_unique<HostDevice>();
-  if (!where.is_cpu()) transfer = std::make_unique<Accelerator>(where);
-  std::unique_ptr<Executor> readers = std::make_unique<IoPool>(all.io_threads);
+  std::unique_ptr<Transfer> transfer;
+  if (where.is_cpu()) {
+    transfer = std::make_unique<HostDevice>();
+  } else {
+    transfer = std::make_unique<Accelerator>(where);
+  }
+  std::unique_ptr<Executor> readers;
   if (const ReadClock* clock = read_clock(c10::DeviceTypeName(where.type(), true))) {
     readers = std::make_unique<VirtualReads>(*clock);
+  } else {
+    readers = std::make_unique<IoPool>(all.io_threads);
   }
   const std::shared_ptr<Ring> ring(new Ring(std::move(transfer), std::move(readers)), &end_ring);
   known = ring;

@@ -1,4 +1,4 @@
-// The rings of this process, one per compute device, and their memory.
+// The rings of this process, one per compute device; reservations, and settings of new rings.
 #pragma once
 
 #include <memory>

@@ -7,8 +7,8 @@
 
 namespace distorch {
 
-// Slots in pages of the system's own, which are exact in size and gone when given back. Weights are
-// decoded by the threads of torch's own operators.
+// Its memory is mapped: exactly as large as asked, and the system's again when it is freed. Weights
+// are decoded by the threads of torch's own operators.
 class HostDevice : public HostTransfer {
  public:
   std::shared_ptr<std::byte> allocate(uint64_t bytes) override;

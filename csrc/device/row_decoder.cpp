@@ -65,6 +65,7 @@ void RowDecoder::decode_on_device(const std::byte* stored, std::byte* into) cons
   if (recipe_there_.scales.defined()) read_there(recipe_there_.scales);
   const at::Tensor from = bytes_at(stored, stored_bytes(), compute_);
   const at::Tensor to = bytes_at(into, decoded_bytes(), compute_);
+  // Whether products are finite is not asked: the host would have to wait for the answer.
   distorch::decode({recipe_there_, terms_there_, from,
                     to.view(recipe_.dtype).view({recipe_.rows, recipe_.columns}), std::nullopt});
 }

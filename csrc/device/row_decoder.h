@@ -40,7 +40,7 @@ class RowDecoder : public Decoder {
   std::vector<LowRank> low_rank_;
   Decoding decoding_;
 
-  // The same on the compute device; empty if that is the host.
+  // The same with tensors on the compute device. Not used if that is the host.
   const c10::Device compute_;
   RowRecipe recipe_there_;
   std::vector<PatchTerm> terms_there_;

@@ -36,7 +36,7 @@ void Donor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte*
   }
 }
 
-void Readers::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
+void PendingCopies::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
   std::lock_guard lock(mutex_);
   for (auto& [known, latest] : latest_) {
     if (known == stream) {
@@ -47,7 +47,7 @@ void Readers::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
   latest_.emplace_back(stream, std::move(copy));
 }
 
-void Readers::wait() const {
+void PendingCopies::wait() const {
   {
     std::lock_guard lock(mutex_);
     if (latest_.empty()) return;
@@ -55,7 +55,7 @@ void Readers::wait() const {
   waiting([this] { wait_for_all(); });
 }
 
-void Readers::wait_for_all() const {
+void PendingCopies::wait_for_all() const {
   std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> under_way;
   {
     std::lock_guard lock(mutex_);
@@ -80,7 +80,7 @@ std::shared_ptr<std::byte> HostDonor::map() {
 }
 
 void HostDonor::write(uint64_t begin, uint64_t bytes, const std::byte* from) {
-  readers_.wait();
+  pending_.wait();
   if (data_ + begin == from) return;
   host_reads(from, bytes, "reading what a donor gets");
   host_writes(data_ + begin, bytes, "writing to a donor");

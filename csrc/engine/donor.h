@@ -16,7 +16,7 @@ namespace distorch {
 
 // The copies that devices make from one donor's memory. A device copies later than it was asked
 // to, so whoever writes to that memory, or frees it, has to wait for these copies first.
-class Readers {
+class PendingCopies {
  public:
   class Copy {
    public:
@@ -25,11 +25,11 @@ class Readers {
     virtual void wait() = 0;
   };
 
-  Readers() = default;
+  PendingCopies() = default;
   // Waits, as a last resort. Owners call Donor::settle() before, where they hold no lock.
-  ~Readers() { wait_for_all(); }
-  Readers(const Readers&) = delete;
-  Readers& operator=(const Readers&) = delete;
+  ~PendingCopies() { wait_for_all(); }
+  PendingCopies(const PendingCopies&) = delete;
+  PendingCopies& operator=(const PendingCopies&) = delete;
 
   // Copies on one stream run one after the other: the latest stands for all of them.
   void add(uint64_t stream, std::shared_ptr<Copy> copy) const;
@@ -46,13 +46,13 @@ class Readers {
 
 // A piece of a weight that a device can copy by itself. `place` is "cpu" or a
 // device ("sim:1"); pieces with one owner may be copied together where they lie
-// side by side. `readers` is told of each copy; it is null for memory that is no donor's.
+// side by side. `pending` is told of each copy; it is null for memory that is no donor's.
 struct Extent {
   uint64_t begin, bytes;
   std::string place;
   const std::byte* data;
   const void* owner;
-  const Readers* readers;
+  const PendingCopies* pending;
 };
 
 // One weight's bytes on a donor. Thread-safe for reads; writes are as safe as
@@ -121,11 +121,11 @@ class HostDonor : public Donor {
   std::string describe() const override { return "host memory"; }
   std::byte* host() override { return data_; }
   std::vector<Extent> extents() const override {
-    return {{0, bytes_, "cpu", data_, owner_id_, &readers_}};
+    return {{0, bytes_, "cpu", data_, owner_id_, &pending_}};
   }
   std::shared_ptr<std::byte> map() override;
   void read(uint64_t begin, uint64_t bytes, std::byte* into, bool slack) const override;
-  void settle() const override { readers_.wait(); }
+  void settle() const override { pending_.wait(); }
   bool writable() const override { return true; }
   void write(uint64_t begin, uint64_t bytes, const std::byte* from) override;
 
@@ -134,7 +134,7 @@ class HostDonor : public Donor {
   const void* const owner_id_;
   std::byte* const data_;
   const uint64_t bytes_;
-  const Readers readers_;  // last: it waits before the memory goes
+  const PendingCopies pending_;  // last: it waits before the memory goes
 };
 
 class FileDonor : public Donor {
@@ -169,7 +169,7 @@ class FileDonor : public Donor {
   const uint64_t bytes_;
 };
 
-// Bytes on several donors at once, one after the other.
+// A weight in consecutive pieces, each on a donor of its own.
 class StripedDonor : public Donor {
  public:
   explicit StripedDonor(std::vector<std::shared_ptr<Donor>> parts);

@@ -32,14 +32,12 @@ Forecast::Window& Forecast::window(std::thread::id thread) {
 void Forecast::use(Window& window, Id id) {
   if (window.latest == id) return;
   window.latest = id;
-  const bool learned = window.trace.record(id);
+  const bool trace_foresaw = window.trace.record(id);
   const bool foreseen = !window.queue.empty() && window.queue.front() == id;
   if (!foreseen) return forget(window);
-  if (const auto known = outlooks_.find(window.queue.front()); known != outlooks_.end()) {
-    --known->second.wanted;
-  }
+  want(id, -1);
   window.queue.pop_front();
-  if (learned) return;
+  if (trace_foresaw) return;
   // The queue was made of suggestions. What was learned just now may say otherwise.
   for (size_t i = 0; i < window.queue.size(); ++i) {
     const auto known = window.trace.predict(i);
@@ -61,14 +59,17 @@ std::optional<Forecast::Id> Forecast::next(const Window& window) const {
 
 void Forecast::prepared(Window& window, Id id) {
   window.queue.push_back(id);
-  if (const auto known = outlooks_.find(id); known != outlooks_.end()) ++known->second.wanted;
+  want(id, 1);
 }
 
 void Forecast::forget(Window& window) {
-  for (const Id id : window.queue) {
-    if (const auto known = outlooks_.find(id); known != outlooks_.end()) --known->second.wanted;
-  }
+  for (const Id id : window.queue) want(id, -1);
   window.queue.clear();
+}
+
+// In one place more of a queue, or in one less.
+void Forecast::want(Id id, int more) {
+  if (const auto known = outlooks_.find(id); known != outlooks_.end()) known->second.wanted += more;
 }
 
 void Forecast::forget_others(const Window* kept) {

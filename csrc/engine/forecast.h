@@ -13,8 +13,9 @@
 namespace distorch {
 
 // Note [What comes next]
-// A forecast is about numbers. A weight is an id, and time is counted in uses. There is no device
-// and no memory here, and no lock: a ring has one forecast and guards it with the ring's mutex.
+// A forecast is about numbers. A weight is an id. The clock counts calls of window(): one for each
+// fetch and one for each operator that ends, so about two for each use. There is no device and no
+// memory here, and no lock: a ring has one forecast and guards it with the ring's mutex.
 //
 // Each thread has a window of its own. A window is the past of that thread (AccessTrace) and a
 // queue of coming uses for which the weights have been prepared already.
@@ -66,9 +67,9 @@ class Forecast {
   Window& window(std::thread::id thread);
   // The thread uses `id`. A repetition of its latest use changes nothing.
   void use(Window& window, Id id);
-  // The use that follows the last one in the queue. Nothing where that is not known, or where it
-  // lies a whole pass ahead: as many uses as the past's period has, or as there are weights. It may
-  // be a weight that was removed.
+  // The use that follows the last one in the queue. Nothing if it is not known, or if the queue
+  // has a whole pass already: as many uses as the past's period has, or as there are weights. It
+  // may be a weight that was removed.
   std::optional<Id> next(const Window& window) const;
   // The use that next() gave joins the queue.
   void prepared(Window& window, Id id);
@@ -88,6 +89,8 @@ class Forecast {
   size_t weights() const { return outlooks_.size(); }
 
  private:
+  void want(Id id, int more);
+
   std::unordered_map<Id, Outlook> outlooks_;
   std::unordered_map<std::thread::id, Window> windows_;
   uint64_t clock_ = 0;

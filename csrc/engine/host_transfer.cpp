@@ -58,6 +58,7 @@ void HostTransfer::place(Slot& slot, std::byte* memory, std::shared_ptr<void> bl
     return;
   }
   std::byte* landing = memory + own.landing_at;
+  // Null: the decoded bytes get their room in the second call.
   std::byte* data = slot.room_later == 0 ? memory + own.data_at : nullptr;
   slot.wrapped = data != nullptr ? wrap(data, slot.source.size(), std::move(block))
                                  : wrap(landing, slot.source.donor->size(), std::move(block));
@@ -76,7 +77,7 @@ void HostTransfer::was_read(const SlotPtr& slot, std::optional<Failure> failure)
   slot->state = slot->source.decoder != nullptr ? Slot::State::kStored : Slot::State::kReady;
 }
 
-// Who else wants the weight waits, as for a read.
+// The slot is loading meanwhile: other threads that want the weight wait, as for a read.
 void HostTransfer::decode(Slot& slot, RingMutex::Lock& lock) {
   slot.state = Slot::State::kLoading;
   try {

@@ -1,4 +1,4 @@
-// Reader tasks: what brings a donor's bytes to host memory while nobody waits.
+// Reads a donor's bytes to host memory, on reader threads or on a thread that waits.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +20,9 @@ class Reads {
   Reads(RingMutex& mutex, std::unique_ptr<Executor> readers)
       : mutex_(mutex), readers_(std::move(readers)) {}
 
-  // Reads all bytes of the slot's donor to `into`, which stays valid as long as the slot; up to a
-  // page on either side of it may be overwritten. At the end `transfer` is told, with the mutex
-  // held. REQUIRES: the mutex is held. Throws where no task can be queued.
+  // Reads all bytes of the slot's donor to `into`, which stays valid as long as the slot. The
+  // rest of its first page and of its last page may be overwritten. At the end `transfer` is told,
+  // with the mutex held. REQUIRES: the mutex is held. Throws where no task can be queued.
   void queue(Transfer& transfer, const SlotPtr& slot, std::byte* into, Executor::Urgency urgency);
 
   // Somebody waits for a read.

@@ -11,7 +11,7 @@
 namespace distorch {
 namespace {
 
-// Weights that need no room are followed no further than this many uses ahead.
+// Weights that cannot be brought ahead are passed over, up to so many uses in the queue.
 constexpr size_t kFarAhead = 256;
 
 void count_bytes(Counters& counters, const Donor& donor) {
@@ -70,7 +70,7 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   // The slot may fail, or may be dropped by another thread. It is asked for again then, but an
   // error that this thread's own request met is the operator's.
   for (bool first = true;; first = false) {
-    const SlotPtr there = slot_of(weight);
+    const SlotPtr there = usable_slot(weight);
     const Waiter waiter(mutex_, there != nullptr ? there : load(weight, nullptr));
     const SlotPtr& slot = waiter.slot;
     if (first) {  // later `window` may be gone: other threads have had the mutex
@@ -114,8 +114,9 @@ void Ring::released() {
 
 // --- Finding or making a slot ---
 
-// The weight's slot. One that has failed, or that waits for a part of its room, is dropped: null.
-SlotPtr Ring::slot_of(Weight& weight) {
+// The weight's slot, after its room was grown as far as that goes. A slot that has failed, or whose
+// room is still not whole, is dropped: an operator does not wait for room. Null: there is none.
+SlotPtr Ring::usable_slot(Weight& weight) {
   const SlotPtr slot = weight.in_ring.slot;
   if (slot == nullptr) return nullptr;
   if (slot->state == Slot::State::kFailed || !cache_.grow(slot)) {
@@ -130,7 +131,7 @@ SlotPtr Ring::slot_of(Weight& weight) {
 // nobody waits.
 SlotPtr Ring::load(Weight& weight, const Forecast::Window* ahead) {
   const Source source = weight.source();
-  mutex_.let_go(source);  // whoever gives up below may be the last to hold it
+  mutex_.let_go(source);  // a slot that is given up below may be the last to hold it
   const SlotPtr slot = transfer_->make_slot(weight.name(), source, cache_.large());
   if (!cache_.place(*slot, ahead, weight.counters())) return nullptr;
   cache_.enter(slot, weight);
@@ -139,7 +140,7 @@ SlotPtr Ring::load(Weight& weight, const Forecast::Window* ahead) {
     if (slot->whole()) {  // at once, or it needs no room of the ring
       transfer_->grew(slot, {0, slot->room_bytes});
     } else {
-      cache_.grow(slot);
+      cache_.grow(slot);  // takes what is free now; grow_all() takes the rest
     }
     const auto urgency = ahead == nullptr ? Executor::Urgency::kNow : Executor::Urgency::kAhead;
     transfer_->start(slot, reads_, urgency);
@@ -155,24 +156,21 @@ SlotPtr Ring::load(Weight& weight, const Forecast::Window* ahead) {
 // A prediction never fails an operator. Whoever needs such a weight asks for it again, and is told.
 void Ring::look_ahead(Forecast::Window& window) {
   try {
-    prepare_uses(window);
+    cache_.grow_all();
+    while (cache_.may_promise(window)) {
+      const auto next = forecast_.next(window);
+      if (!next) return;
+      const auto found = weights_.find(*next);
+      if (found != weights_.end() && !bring_ahead(*found->second, window)) return;
+      forecast_.prepared(window, *next);
+    }
   } catch (const std::exception&) {
   }
 }
 
-void Ring::prepare_uses(Forecast::Window& window) {
-  cache_.grow_all();
-  while (cache_.may_promise(window)) {
-    const auto next = forecast_.next(window);
-    if (!next) return;
-    const auto found = weights_.find(*next);
-    if (found != weights_.end() && !prepare(*found->second, window)) return;
-    forecast_.prepared(window, *next);
-  }
-}
-
-// Has a weight brought ahead of its use, or keeps it. False: there is no room yet.
-bool Ring::prepare(Weight& weight, const Forecast::Window& window) {
+// Has a weight brought ahead of its use, or keeps it. False: look no further now, since there is no
+// room yet or this is far enough.
+bool Ring::bring_ahead(Weight& weight, const Forecast::Window& window) {
   if (const SlotPtr held = weight.in_ring.slot) {
     if (held->state != Slot::State::kFailed) return cache_.may_stay(*held);
     cache_.drop(held);
@@ -180,7 +178,7 @@ bool Ring::prepare(Weight& weight, const Forecast::Window& window) {
   if (!transfer_->brings_ahead(weight)) return window.queue.size() < kFarAhead;
   const SlotPtr slot = load(weight, &window);
   if (slot == nullptr) return false;
-  cache_.promised(slot);
+  cache_.grow_later(slot);
   return true;
 }
 
@@ -221,7 +219,7 @@ void Ring::wait_for(Slot& slot, Counters& counters, Lock& lock) {
 // See Note [Who decodes].
 void Ring::decode(const SlotPtr& slot, Counters& counters, Lock& lock) {
   const std::shared_ptr<void> encoded = slot->wrapped;  // stays until it is decoded
-  if (slot->data == nullptr) {
+  if (slot->data == nullptr) {  // small ones have room already, and those decoded in place
     try {
       cache_.place_decoded(*slot, forecast_.window(std::this_thread::get_id()), counters);
     } catch (...) {

@@ -26,7 +26,15 @@ namespace distorch {
 // The ring itself takes the mutex, calls the three in their order, and waits.
 //
 // acquire() is what the hook calls. It finds the weight's slot or has one made (load), prepares for
-// the coming uses (look_ahead), waits until the bytes are there (wait_for), and hands them out.
+// the coming uses (look_ahead), and waits until the slot is ready (wait_for). On the host it
+// decodes what is only stored (decode). Then it lends the slot to the current stream, and hands it
+// out.
+//
+// From a disk to a GPU: Ring::load; Accelerator::make_slot, with a pinned buffer; SlotCache::place;
+// Reads::queue; Accelerator::was_read; issue, which asks for the copy and the decoding;
+// RowDecoder::decode_on_device; decode_on_cuda. Then lend() and hand_out().
+// From a disk on the host: Ring::load; HostTransfer::make_slot; SlotCache::place; Reads::queue;
+// HostTransfer::was_read; Ring::decode; HostDevice::decode_all. Then hand_out().
 class Ring {
  public:
   // `transfer` is of the compute device; `readers` do what it asks of the host.
@@ -77,11 +85,10 @@ class Ring {
   struct IssueAtEnd;
   struct Waiter;
 
-  SlotPtr slot_of(Weight& weight);
+  SlotPtr usable_slot(Weight& weight);
   SlotPtr load(Weight& weight, const Forecast::Window* ahead);
   void look_ahead(Forecast::Window& window);
-  void prepare_uses(Forecast::Window& window);
-  bool prepare(Weight& weight, const Forecast::Window& window);
+  bool bring_ahead(Weight& weight, const Forecast::Window& window);
   void issue();
   void wait_for(Slot& slot, Counters& counters, Lock& lock);
   void decode(const SlotPtr& slot, Counters& counters, Lock& lock);

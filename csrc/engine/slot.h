@@ -48,9 +48,10 @@ struct Slot {
 
   // --- Said by the Transfer that made it ---
   uint64_t room_bytes = 0;  // of the device, before its bytes can come
-  // More of them, when somebody asks for the weight and decodes it. See Note [Who decodes].
+  // Of a second room, for the decoded weight. 0: it is decoded in the first one, or by a device.
+  // See Note [Who decodes].
   uint64_t room_later = 0;
-  // Made of what is in host memory anyway: kept only while nothing else wants the room.
+  // Decoded from host memory, so that nothing was read for it. It is evicted even if it is wanted.
   bool cheap = false;
 
   // --- Changed by the SlotCache alone, but for `wrapped`, which Transfer::place() makes ---
@@ -62,8 +63,10 @@ struct Slot {
   std::list<SlotPtr>::iterator in_list;
 
   // --- Changed by the Transfer alone ---
-  // kLoading: bytes are on their way. kStored: the donor's bytes are there, and whoever asks for
-  // the weight decodes them.
+  // kLoading: the bytes cannot be used yet. kStored, on the host only: the donor's bytes are in
+  // memory, and the thread that asks for the weight decodes them. kReady: the bytes can be lent. On
+  // an accelerator, copies and decoding have only been queued then: Transfer::lend() has the
+  // operator's stream wait for them.
   enum class State { kLoading, kStored, kReady, kFailed };
   State state = State::kLoading;
   std::optional<Failure> failure;  // of a failed one; none: it was only dropped, and is asked again

@@ -8,8 +8,9 @@
 namespace distorch {
 namespace {
 
-constexpr size_t kFewSlots = 48;   // of more, none is so large that its room needs choosing
-constexpr uint64_t kJustUsed = 8;  // uses within which an operator lets go of its weights
+// With more slots than this, weights are small beside the ring, and eviction alone finds rooms.
+constexpr size_t kFewSlots = 48;
+constexpr uint64_t kJustUsed = 8;  // of the clock, within which an operator lets go of its weights
 constexpr ptrdiff_t kGrowing = 2;  // slots of a window that may wait for a part of their room
 
 }  // namespace
@@ -79,13 +80,6 @@ void SlotCache::drop(const SlotPtr& slot) {
   }
 }
 
-void SlotCache::drop_if(const std::function<bool(const Slot&)>& condition) {
-  for (auto next = slots_.begin(); next != slots_.end();) {
-    const SlotPtr slot = *next++;
-    if (condition(*slot)) drop(slot);
-  }
-}
-
 // --- Looking ahead ---
 
 bool SlotCache::grow(const SlotPtr& slot) {
@@ -102,17 +96,20 @@ bool SlotCache::grow(const SlotPtr& slot) {
 
 void SlotCache::grow_all() {
   drop_broken_promises();
-  for (const SlotPtr& slot : std::vector(growing_)) {
-    if (slot->in_cache()) grow(slot);
-  }
+  for (size_t i = 0; i < growing_.size(); ++i) grow(SlotPtr(growing_[i]));
   std::erase_if(growing_, [](const SlotPtr& slot) { return slot->whole(); });
 }
 
 // Nobody wants these any more, or they have failed.
 void SlotCache::drop_broken_promises() {
-  for (const SlotPtr& slot : std::vector(growing_)) {
+  const auto is_broken = [](const SlotPtr& slot) {
     const bool wanted = slot->weight->in_ring.outlook->wanted > 0;
-    if (!slot->whole() && (!wanted || slot->state == Slot::State::kFailed)) drop(slot);
+    return !slot->whole() && (!wanted || slot->state == Slot::State::kFailed);
+  };
+  for (;;) {
+    const auto broken = std::find_if(growing_.begin(), growing_.end(), is_broken);
+    if (broken == growing_.end()) return;
+    drop(*broken);
   }
 }
 
@@ -123,7 +120,7 @@ bool SlotCache::may_promise(const Window& window) const {
   return std::count_if(growing_.begin(), growing_.end(), grows_for_it) < kGrowing;
 }
 
-void SlotCache::promised(const SlotPtr& slot) {
+void SlotCache::grow_later(const SlotPtr& slot) {
   if (!slot->whole()) growing_.push_back(slot);
 }
 
@@ -175,7 +172,7 @@ std::shared_ptr<Room> SlotCache::find_room_now(const Wanted& wanted) {
   std::optional<uint64_t> spare;
   if (wanted.stored && spare_ > 0) spare = bytes + spare_ <= capacity_ ? spare_ : 0;
   if (auto room = carve_or_evict(bytes, spare)) return room;
-  if (wanted.stored) {
+  if (wanted.stored) {  // better without that hole than outside the ring
     spare = 0;
     if (auto room = carve(bytes, spare)) return room;
   }
@@ -200,7 +197,8 @@ std::shared_ptr<Region> SlotCache::region() {
   return region_;
 }
 
-// `spare`: at the end of the ring, if a hole of so many bytes is left.
+// `spare` null: the lowest hole that fits. Else the highest place that leaves a hole of so many
+// bytes; 0 asks for no hole.
 std::shared_ptr<Room> SlotCache::carve(uint64_t bytes, std::optional<uint64_t> spare) {
   Arena& arena = region()->arena;
   const auto offset = spare ? arena.allocate_last(bytes, *spare) : arena.allocate(bytes);
@@ -208,8 +206,9 @@ std::shared_ptr<Room> SlotCache::carve(uint64_t bytes, std::optional<uint64_t> s
   return Room::taken(region_, {*offset, *offset + bytes});
 }
 
-// See Note [Rooms that become free by and by]. Nothing is evicted for a weight that fits into a
-// hole. Small weights lie side by side, to travel together.
+// Chooses a range and takes nothing yet. grow() evicts what lies there, and takes each part as it
+// becomes free: see Note [Rooms that become free by and by]. If some hole is large enough, only
+// holes count as free. A small weight takes the lowest hole, so that neighbours travel as one copy.
 std::shared_ptr<Room> SlotCache::promised_room(uint64_t bytes, const Window& window) {
   if (bytes <= large()) {
     if (auto room = carve(bytes, std::nullopt)) return room;
@@ -225,13 +224,13 @@ std::shared_ptr<Room> SlotCache::promised_room(uint64_t bytes, const Window& win
 
 // What lies in the region, in the eyes of a window that looks ahead.
 std::vector<Occupied> SlotCache::occupied(const Window& window, const std::vector<Range>& holes,
-                                          bool evict_nothing) const {
+                                          bool holes_only) const {
   std::vector<Occupied> found;
   std::vector<Range> known = holes;
   for (const SlotPtr& slot : slots_) {
     if (slot->room == nullptr || slot->room->region() != region_.get()) continue;
     uint64_t after = free_after(*slot, window);
-    if (after == 0 && evict_nothing) after = kNotKnown;
+    if (after == 0 && holes_only) after = kNotKnown;
     known.push_back(slot->room->range());
     if (after > 0) found.push_back({slot->room->range(), after});
   }
@@ -247,12 +246,11 @@ std::vector<Occupied> SlotCache::occupied(const Window& window, const std::vecto
   return found;
 }
 
-// Uses from now until the slot can be evicted; 0: now. An operator lets go of its weights when the
-// next one is issued.
+// Uses from now until the slot can be evicted; 0: now.
 uint64_t SlotCache::free_after(const Slot& slot, const Window& window) const {
   const uint64_t done = forecast_.uses_until_done(window, slot.weight->id());
   if (done == Forecast::kNever) return kNotKnown;
-  if (done > 0) return done + 1;
+  if (done > 0) return done + 1;  // an operator lets go when the next one is issued
   if (evictable(slot)) return 0;
   const bool soon =
       slot.weight->id() == window.latest || forecast_.clock() - slot.used_at <= kJustUsed;

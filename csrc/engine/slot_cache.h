@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <list>
 #include <memory>
 #include <optional>
@@ -65,18 +64,25 @@ class SlotCache {
   std::shared_ptr<void> hand_out(const SlotPtr& slot);
   // The slot is not the weight's any more, and its room goes to others when nobody holds it.
   void drop(const SlotPtr& slot);
-  void drop_if(const std::function<bool(const Slot&)>& condition);
+  template <class Condition>
+  void drop_if(const Condition& condition) {
+    for (auto next = slots_.begin(); next != slots_.end();) {
+      const SlotPtr& slot = *next++;
+      if (condition(std::as_const(*slot))) drop(slot);
+    }
+  }
 
   // --- Looking ahead ---
   // Takes what has become free of a slot's room, and tells the Transfer. True: the room is whole.
   bool grow(const SlotPtr& slot);
   // The same for all slots that were promised a room and are still wanted.
   void grow_all();
-  // Whether the window may prepare for one more use: not while two of its weights are growing.
+  // Whether the window may prepare for one more use. False while two weights in its queue still
+  // wait for parts of their room.
   bool may_promise(const Window& window) const;
-  // `slot` was made ahead. If its room is not whole, it grows by and by.
-  void promised(const SlotPtr& slot);
-  // Whether the next weight can still be decoded if the slot stays for one more use.
+  // `slot` was made ahead. If its room is not whole, grow_all() goes on with it.
+  void grow_later(const SlotPtr& slot);
+  // Whether the ring keeps its hole for decoded bytes if the slot stays for one more use.
   bool may_stay(const Slot& slot) const;
 
  private:
@@ -85,9 +91,11 @@ class SlotCache {
   // What find_room() is asked for.
   struct Wanted {
     uint64_t bytes;
-    bool ahead;            // nobody waits for it
-    const Window* window;  // whose predictions stay whatever happens; null: nobody's
-    bool stored;           // bytes that get another room when they are decoded
+    bool ahead;  // nobody waits for it
+    // Ahead: the window that prepares. Else: whose predictions are kept, if others must be
+    // forgotten to make room; null: nobody's.
+    const Window* window;
+    bool stored;  // bytes that get another room when they are decoded
   };
   std::shared_ptr<Room> find_room(const Wanted& wanted);
   std::shared_ptr<Room> find_room_ahead(const Wanted& wanted);
@@ -97,7 +105,7 @@ class SlotCache {
   std::shared_ptr<Room> carve(uint64_t bytes, std::optional<uint64_t> spare);
   std::shared_ptr<Region> region();
   std::vector<Occupied> occupied(const Window& window, const std::vector<Range>& holes,
-                                 bool evict_nothing) const;
+                                 bool holes_only) const;
   uint64_t free_after(const Slot& slot, const Window& window) const;
   void place_in(Slot& slot, std::shared_ptr<Room> room, uint64_t bytes, Counters& counters);
   std::shared_ptr<std::byte> ordinary_memory(uint64_t bytes);
@@ -113,7 +121,8 @@ class SlotCache {
   RingMutex& mutex_;
   std::shared_ptr<Region> region_;  // null: not allocated yet
   uint64_t capacity_ = 0;
-  uint64_t spare_ = 0;            // bytes that looking ahead leaves free; see Note [Who decodes]
+  // Bytes that looking ahead leaves free; see Note [Who decodes]. Always 0 on accelerators.
+  uint64_t spare_ = 0;
   size_t lean_ = 0;               // fetches until the ring takes memory again
   std::list<SlotPtr> slots_;      // the least recently used first
   std::vector<SlotPtr> growing_;  // that were promised a room, in order

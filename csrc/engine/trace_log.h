@@ -19,7 +19,7 @@ struct TraceSpan {
 
 class TraceLog {
  public:
-  // The one log of this process; it costs one load while nobody traces.
+  // The one log of this process. It costs one atomic load while nobody traces.
   static TraceLog& instance();
 
   bool active() const { return active_.load(std::memory_order_relaxed); }

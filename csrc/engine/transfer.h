@@ -19,16 +19,16 @@ class Reads;
 class Weight;
 struct Counters;
 
-// A ring has one Transfer, and calls it with the ring's mutex held. Nobody else changes the state
-// of a slot. A slot's way, in the order of the calls:
-//   make_slot()  says how many bytes of the device it needs
-//   place()      gives it these bytes
-//   start()      asks readers for what they have to read; was_read() when that has ended
-//   grew()       once for all of its room, or for each part of it that becomes free
-//   issue()      what was asked for goes to the device; whole slots are ready then
-//   lend()       an operator is about to use it
+// A ring has one Transfer. It calls all but recording() with the ring's mutex held. Nobody else
+// changes the state of a slot. A slot's way, in the order of the calls:
+//   make_slot()  says how many bytes of memory it needs
+//   place()      gives it an address; the room there may still be another slot's
+//   grew()       for all of that room, or for each part of it that becomes free; also after start()
+//   start()      queues reads by the host, if it needs any; was_read() when they have ended
+//   issue()      queues copies and decoding on the device; slots are kReady then
+//   lend()       the current stream waits for the bytes
 //   dropped()    the cache has let go of it
-// On the host, decode() comes before lend().
+// On the host there may be a second place(), for the decoded bytes, and decode() before lend().
 class Transfer {
  public:
   virtual ~Transfer() = default;
@@ -43,7 +43,7 @@ class Transfer {
   // Whether slots may be filled part by part.
   virtual bool in_parts() const { return false; }
   // Whether what this thread issues now is recorded, to run later and more than once. That is no
-  // place for a fetch.
+  // place for a fetch. Called without the mutex.
   virtual bool recording() const { return false; }
 
   // Whether anything of the weight can be brought before somebody asks for it.
@@ -53,8 +53,8 @@ class Transfer {
   // `large`: decoded weights of more bytes get their room when somebody asks for them.
   virtual SlotPtr make_slot(const std::string& name, Source source, uint64_t large) = 0;
   // Lays the slot out over `memory`, and makes `slot.wrapped`, which keeps `block` alive. The first
-  // call has room for Slot::room_bytes. A second one has room for Slot::room_later, where that is
-  // not 0: the slot is kStored then, and decoded next. Changes nothing if it throws.
+  // call gives Slot::room_bytes. If Slot::room_later is not 0, a second call gives that many, while
+  // the slot is kStored: it is decoded next. Changes nothing if it throws.
   virtual void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) = 0;
   // Throws where readers cannot be asked; the slot is then dropped.
   virtual void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) = 0;

@@ -9,8 +9,8 @@
 namespace distorch {
 namespace {
 
-constexpr size_t kAskAfter = 64;     // stalls in the dark before anybody asks for them
-constexpr size_t kMostLater = 8192;  // stalls in the dark
+constexpr size_t kAskAfter = 64;     // stalls whose time is not known, before anybody asks
+constexpr size_t kMostLater = 8192;  // stalls whose time is not known
 
 std::atomic<uint64_t> next_weight{1};
 

@@ -29,8 +29,8 @@ class LateTime {
 // What a group of weights (usually one model) has asked of its donors.
 struct Counters {
   const uint64_t id = next_id();
-  std::atomic<uint64_t> hits{0};       // a weight was made real for an op, and was there
-  std::atomic<uint64_t> misses{0};     // the same, and the op waited
+  std::atomic<uint64_t> hits{0};       // a weight was asked for, and its slot was ready or stored
+  std::atomic<uint64_t> misses{0};     // it was not
   std::atomic<uint64_t> stall_ns{0};   // time that ops waited, as far as the host knows
   std::atomic<uint64_t> overflows{0};  // fetches for which the ring had no room
   void reset();
@@ -79,7 +79,7 @@ class Weight {
   void count_in(std::shared_ptr<Counters> counters);
   // From now on made of something else. What the ring holds is not touched: Ring::written().
   void move_to(Source source);
-  // How often it was.
+  // How often the weight has moved.
   uint64_t moves() const;
   // move_to(), unless it moved since moves() was asked. False: it did.
   bool move_to(Source source, uint64_t moves);

@@ -148,7 +148,7 @@ struct Tested : CopyingMemory {
     const bool expected = hole > cache.large() && slot->room_later <= cache.capacity();
     if (ahead != nullptr && expected) CHECK(region->arena.has_hole(hole));
     slot->whole() ? grew(slot, {0, slot->room_bytes}) : void(cache.grow(slot));
-    if (ahead != nullptr) cache.promised(slot);
+    if (ahead != nullptr) cache.grow_later(slot);
     return slot;
   }
   // For a use of this thread.
