@@ -1,6 +1,7 @@
 // Stored rows to the rows of a weight: every code, with scales and patches, against plain loops.
 #include "core/decode.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -19,6 +20,30 @@ float value_of(const char* code, uint8_t bits) {
   const auto byte = static_cast<std::byte>(bits);
   row_code(code).to_float(&byte, 1, &value);
   return value;
+}
+
+// A sign, an exponent and a mantissa, by what the formats say; their largest exponent is special.
+float float8(int bits, int mantissa_bits, int bias) {
+  const int exponent = (bits & 0x7f) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+  const int digits = exponent == 0 ? mantissa : mantissa + (1 << mantissa_bits);
+  const float magnitude =
+      std::ldexp(static_cast<float>(digits), std::max(exponent, 1) - bias - mantissa_bits);
+  return (bits & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+bool same(float a, float b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
+
+void all_numbers_of_a_byte() {
+  for (int bits = 0; bits < 256; ++bits) {
+    const auto byte = static_cast<uint8_t>(bits);
+    const bool is_nan = (bits & 0x7f) == 0x7f;
+    CHECK(same(value_of("float8_e4m3fn", byte), is_nan ? NAN : float8(bits, 3, 7)));
+    if ((bits & 0x7c) != 0x7c) CHECK(same(value_of("float8_e5m2", byte), float8(bits, 2, 15)));
+    CHECK(value_of("int8", byte) == static_cast<float>(bits < 128 ? bits : bits - 256));
+    CHECK(value_of("uint8", byte) == static_cast<float>(bits));
+  }
 }
 
 void small_numbers() {
@@ -75,7 +100,7 @@ void scales_and_patches() {
   }
 }
 
-// The body of the CUDA kernel for plain numbers, number by number.
+// The body of the CUDA kernel for plain numbers and their scales, number by number.
 template <class Type>
 void check_numbers(const char* name) {
   constexpr int64_t kRows = 19, kColumns = 64;
@@ -109,14 +134,15 @@ void kept_as_it_is() {
 }  // namespace
 
 int main() {
+  all_numbers_of_a_byte();
   small_numbers();
   scales_and_patches();
   kept_as_it_is();
   check_numbers<cuda::PlainFloat32>("float32");
   check_numbers<cuda::PlainFloat16>("float16");
   check_numbers<cuda::PlainBFloat16>("bfloat16");
-  check_numbers<cuda::Float8E4M3FN>("float8_e4m3fn");
-  check_numbers<cuda::Float8E5M2>("float8_e5m2");
-  check_numbers<cuda::Int8>("int8");
-  check_numbers<cuda::UInt8>("uint8");
+  check_numbers<Float8E4M3FN>("float8_e4m3fn");
+  check_numbers<Float8E5M2>("float8_e5m2");
+  check_numbers<Int8>("int8");
+  check_numbers<UInt8>("uint8");
 }
