@@ -152,19 +152,19 @@ void Accelerator::grew(const SlotPtr& slot, Range part) {
     return;
   }
   const uint64_t stored = slot->source.donor->size();
-  // Decoded as a whole, so asked for at the last part. Several parts may come as the last ones.
+  // Decoded as a whole, so it is asked for once, when its room is whole.
   if (slot->source.decoder != nullptr) {
     if (!slot->whole() || std::exchange(own->asked, true)) return;
     part = {0, stored};
   }
-  // The bytes land at the begin of the room: a part of it is the same part of the donor's bytes.
+  // The bytes lie at the beginning of the room: a part of it is the same part of the donor's bytes.
   bring(own, {part.begin, std::min(part.end, stored)});
 }
 
 bool Accelerator::dropped(Slot& slot) {
   DeviceSlot& own = device_slot(slot);
   if (own.staged != nullptr && !own.asked) {
-    // PendingCopies that are under way write to host memory. Who waits for the slot asks again.
+    // Readers that are under way write to host memory. Who waits for the slot asks again.
     const auto same = [&](const DeviceSlotPtr& staged) { return staged.get() == &own; };
     if (std::erase_if(staged_, same) > 0) fail(slot);
     return true;

@@ -21,8 +21,8 @@ void decode_on_host(const DecodeJob& job) {
   Decoding decoding = decoding_of(job.recipe, terms);
   int64_t rows = job.recipe.rows;
   const bool blocks_alone = decoding.code->to_element != nullptr;
-  if (blocks_alone && terms.empty() &&
-      decoding.scales.data == nullptr) {  // parts may begin anywhere
+  if (blocks_alone && terms.empty() && decoding.scales.data == nullptr) {
+    // Nothing depends on the row, so that each block counts as one: parts may begin anywhere.
     rows *= decoding.columns / decoding.code->elements;
     decoding.columns = decoding.code->elements;
   }

@@ -17,11 +17,11 @@ namespace distorch {
 //
 // So what is read ahead needs no more room than the donor's bytes. A large weight gets the room of
 // its decoded bytes when somebody asks for it. Bytes that are read ahead lie at the end of the ring
-// and leave a hole in front of them (SlotCache keeps it open). The hole is as
-// large as the largest decoded weight. If an operator wanted several weights at once and found no
-// room for them, it is as large as all of these. It is never more than half of the ring. Weights
-// are decoded there again and again, which finds that memory in the caches. Small weights have room
-// for both forms from the start. Of weights in host memory nothing is brought ahead.
+// and leave a hole in front of them (SlotCache keeps it open). The hole is as large as the largest
+// decoded weight. If an operator wanted several weights at once and found no room for them, it is
+// as large as all of these. It is never more than half of the ring. Weights are decoded there again
+// and again, which finds that memory in the caches. Small weights have room for both forms from the
+// start. Of weights in host memory nothing is brought ahead.
 class HostTransfer : public Transfer {
  public:
   bool brings_ahead(const Weight& weight) const final;

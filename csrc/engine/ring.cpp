@@ -165,6 +165,7 @@ void Ring::look_ahead(Forecast::Window& window) {
       forecast_.prepared(window, *next);
     }
   } catch (const std::exception&) {
+    // The weight is brought when it is asked for, and the error is told then.
   }
 }
 

@@ -12,7 +12,7 @@ namespace distorch {
 
 // One mutex guards a ring: its slots, its cache, its forecast, and what its device has been asked
 // for. Threads of Python take it for every fetch, and reader threads for every read that ends. So
-// nobody waits for anything while holding it, but for wait() below.
+// nobody waits for another thread while holding it, but in wait() below.
 //
 // A slot may be the last holder of a donor or a decoder, and these may hold the last tensor over
 // some memory that Python knows. The end of such a tensor waits for the GIL, and whoever has the
