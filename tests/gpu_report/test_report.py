@@ -206,3 +206,11 @@ def test_make_runs_without_a_registry():
         "DISTORCH_REQUIRE_CUDA=1 python3 -m pytest tests/gpu",
         "python3 -m tests.gpu.report --minutes 9 --out some/folder",
     ]
+
+
+def test_a_device_lost_in_the_last_test(tmp_path):
+    """No test is left, and still what the worker says about the device is heard."""
+    out = tmp_path / "out"
+    report("--device", "sim", "--out", str(out), "--only", "tests", "--jobs", "1",
+           "--tests", CASES[1], "--inject", "sticky", status=1)  # fmt: skip
+    assert "replaced, since the device was sick" in (out / packing.LOGS).read_text()

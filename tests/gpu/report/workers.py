@@ -276,6 +276,7 @@ class Pool:
             for one in self._workers:
                 one.child.read(0.02)
         for one in list(self._workers):
+            self._hear_all(one)  # the last test may have left it with a sick device
             status = one.child.process.poll()
             self._close(one, 1.0)
             if status is not None and status < 0:
