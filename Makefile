@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint format clean
+.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -103,11 +103,19 @@ test-comfy: ## COMFYUI_DIR=...: the nodes in a real ComfyUI, headless on the CPU
 	@test -n "$(COMFYUI_DIR)" || { echo "give COMFYUI_DIR=, a ComfyUI checkout"; exit 2; }
 	COMFYUI_DIR="$(COMFYUI_DIR)" $(COMFYUI_PYTHON) -m pytest tests/comfy
 
-lint: dev ## style, formatting, types
+lint: dev lint-locks ## style, formatting, types, locks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
+
+# Of clang, thread-safety warnings alone: see csrc/core/mutex.h.
+LOCKING := $(wildcard csrc/core/*.cpp csrc/engine/*.cpp csrc/device/*.cpp csrc/hook/sweep.cpp)
+lint-locks: export TORCH = $(shell $(BIN)/python -c 'import torch; print(torch.__path__[0])')
+lint-locks: dev ## which mutex guards what, as clang sees it
+	printf '%s\n' $(LOCKING) | xargs -P 2 -n 4 sh -c '$(BIN)/clang-tidy --quiet --allow-no-checks \
+	  --checks="-*,clang-diagnostic-thread-safety*" --warnings-as-errors="*" --header-filter=csrc/ \
+	  "$$@" -- -std=c++20 -Icsrc -isystem "$$TORCH/include" -Wthread-safety' clang-tidy
 
 format: dev ## put everything in shape
 	$(BIN)/ruff check --fix .

@@ -4,9 +4,10 @@
 
 #include <cstdint>
 #include <map>
-#include <mutex>
 #include <optional>
 #include <vector>
+
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -40,9 +41,9 @@ class Arena {
  private:
   const uint64_t granule_;
   const uint64_t capacity_;
-  mutable std::mutex mutex_;
-  std::map<uint64_t, uint64_t> holes_;  // offset -> bytes, never adjacent; guarded by mutex_
-  uint64_t used_ = 0;                   // guarded by mutex_
+  mutable Mutex mutex_;
+  std::map<uint64_t, uint64_t> holes_ GUARDED_BY(mutex_);  // offset -> bytes, never adjacent
+  uint64_t used_ GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace distorch

@@ -1,7 +1,6 @@
 #include "core/file.h"
 
 #include <fcntl.h>
-#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -14,7 +13,9 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/forks.h"
 #include "core/host_memory.h"
+#include "core/mutex.h"
 #include "core/stream_copy.h"
 
 namespace distorch {
@@ -53,29 +54,14 @@ std::byte* bounce_buffer() {
 
 // Files that somebody reads from, by path.
 struct OpenFiles {
-  std::mutex mutex;
-  std::map<std::string, std::weak_ptr<File>> by_path;  // guarded by mutex
+  Mutex mutex;
+  std::map<std::string, std::weak_ptr<File>> by_path GUARDED_BY(mutex);
 };
 
 // Never destroyed: files may outlive every static object.
 OpenFiles& open_files() {
   static OpenFiles& all = *new OpenFiles;
   return all;
-}
-
-// Forks of this process. A scratch file from before one has more readers than
-// this process knows of.
-std::atomic<uint64_t> forks{0};
-
-uint64_t count_forks() {
-  static const int registered = ::pthread_atfork([] { open_files().mutex.lock(); },
-                                                 [] {
-                                                   ++forks;
-                                                   open_files().mutex.unlock();
-                                                 },
-                                                 [] { open_files().mutex.unlock(); });
-  static_cast<void>(registered);
-  return forks;
 }
 
 }  // namespace
@@ -85,7 +71,7 @@ File::File(std::string path, int fd, bool writable)
       fd_(fd),
       writable_(writable),
       owner_(::getpid()),
-      forks_before_(count_forks()) {
+      forks_before_(forks::count()) {
   struct stat status{};
   ::fstat(fd_, &status);
   device_ = status.st_dev;
@@ -113,7 +99,6 @@ bool File::is_still(const struct stat& status) const {
 }
 
 std::shared_ptr<File> File::open(const std::string& path) {
-  count_forks();  // before the first lock: from here on forks wait for it
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) {
     throw Error(ErrorKind::kFormat, "cannot open '" + path + "': " + reason(errno));
@@ -121,7 +106,7 @@ std::shared_ptr<File> File::open(const std::string& path) {
   struct stat status{};
   ::fstat(fd, &status);
   OpenFiles& all = open_files();
-  std::lock_guard lock(all.mutex);
+  const MutexLock lock(all.mutex);
   std::erase_if(all.by_path, [](const auto& entry) { return entry.second.expired(); });
   std::weak_ptr<File>& known = all.by_path[path];
   if (auto file = known.lock(); file != nullptr && file->is_still(status)) {
@@ -256,7 +241,7 @@ std::shared_ptr<std::byte> File::map(uint64_t offset, uint64_t bytes) const {
 }
 
 uint64_t File::allocate(uint64_t bytes) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   const uint64_t offset = size_;
   const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
   const int error = ::posix_fallocate(fd_, static_cast<off_t>(offset), static_cast<off_t>(room));
@@ -273,7 +258,7 @@ bool File::writable() const { return writable_ && owner_ == ::getpid(); }
 
 void File::release(uint64_t offset, uint64_t bytes) {
   // A child may still read there; its blocks go with the file.
-  if (!writable() || forks_before_ != count_forks()) return;
+  if (!writable() || forks_before_ != forks::count()) return;
   const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
   // A failure only keeps blocks until the file vanishes.
   (void)::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),

@@ -9,8 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
+
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -93,7 +94,7 @@ class File {
   const bool writable_;
   const pid_t owner_;
   const uint64_t forks_before_;
-  std::mutex mutex_;
+  Mutex mutex_;
 };
 
 }  // namespace distorch

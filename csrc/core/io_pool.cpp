@@ -7,23 +7,25 @@
 #include <system_error>
 #include <utility>
 
+#include "core/mutex.h"
+
 namespace distorch {
 
 IoPool::~IoPool() {
   {
-    std::lock_guard lock(crew_->mutex);
+    const MutexLock lock(crew_->mutex);
     crew_->closing = true;
     crew_->queue.clear();
   }
   crew_->wake.notify_all();
-  for (std::thread& thread : crew_->threads) thread.join();
+  for (std::thread& thread : crew_->threads) thread.join();  // nobody changes them any more
 }
 
 void IoPool::submit(std::vector<Task> tasks, Urgency urgency) {
   Crew& crew = *crew_;
   bool all = false;
   {
-    std::lock_guard lock(crew.mutex);
+    const MutexLock lock(crew.mutex);
     start_threads(crew, std::min(wanted_threads_, crew.queue.size() + tasks.size()));
     const auto where = urgency == Urgency::kNow ? crew.queue.begin() : crew.queue.end();
     crew.queue.insert(where, std::make_move_iterator(tasks.begin()),
@@ -51,7 +53,7 @@ void IoPool::start_threads(Crew& crew, size_t wanted) {
 void IoPool::hurry() {
   Crew& crew = *crew_;
   {
-    std::lock_guard lock(crew.mutex);
+    const MutexLock lock(crew.mutex);
     const bool hurrying = crew.hurried > 0;
     crew.hurried = kHurryTasks;
     if (hurrying) return;
@@ -72,23 +74,27 @@ bool IoPool::may_start(const Crew& crew) {
 
 void IoPool::work(Crew& crew) {
   pthread_setname_np(pthread_self(), "distorch-io");
-  std::unique_lock lock(crew.mutex);
+  const MutexLock lock(crew.mutex);
   for (;;) {
-    crew.wake.wait(lock, [&] { return crew.closing || may_start(crew); });
+    while (!crew.closing && !may_start(crew)) crew.wake.wait(crew.mutex);
     if (crew.queue.empty()) return;
-    Task task = std::move(crew.queue.front());
-    crew.queue.pop_front();
-    if (crew.hurried > 0) --crew.hurried;
-    ++crew.busy;
-    // One more thread may join in; it wakes the next.
-    const bool more = may_start(crew);
-    lock.unlock();
-    if (more) crew.wake.notify_one();
-    task.run();
-    task.run = nullptr;
-    lock.lock();
-    --crew.busy;
+    run_first(crew);
   }
+}
+
+// The mutex is given up while the task runs.
+void IoPool::run_first(Crew& crew) {
+  Task task = std::move(crew.queue.front());
+  crew.queue.pop_front();
+  if (crew.hurried > 0) --crew.hurried;
+  ++crew.busy;
+  const bool more = may_start(crew);
+  crew.mutex.unlock();
+  if (more) crew.wake.notify_one();  // one more thread may join in; it wakes the next
+  task.run();
+  task.run = nullptr;
+  crew.mutex.lock();
+  --crew.busy;
 }
 
 }  // namespace distorch

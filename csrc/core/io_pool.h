@@ -1,16 +1,15 @@
 // Threads that do blocking host-side work (file reads), in the order needed.
 #pragma once
 
-#include <condition_variable>
 #include <cstddef>
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "core/executor.h"
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -38,21 +37,22 @@ class IoPool : public Executor {
 
  private:
   struct Crew {
-    std::mutex mutex;
-    std::condition_variable wake;
-    std::deque<Task> queue;            // guarded by mutex
-    size_t busy = 0;                   // threads with a task; guarded by mutex
-    size_t hurried = 0;                // tasks still to hurry for; guarded by mutex
-    bool closing = false;              // guarded by mutex
-    std::vector<std::thread> threads;  // guarded by mutex until closing
+    Mutex mutex;
+    Condition wake;
+    std::deque<Task> queue GUARDED_BY(mutex);
+    size_t busy GUARDED_BY(mutex) = 0;     // threads with a task
+    size_t hurried GUARDED_BY(mutex) = 0;  // tasks still to hurry for
+    bool closing GUARDED_BY(mutex) = false;
+    std::vector<std::thread> threads GUARDED_BY(mutex);  // until closing
   };
 
   static constexpr size_t kCalmThreads = 2;
   static constexpr size_t kHurryTasks = 256;
 
-  static void start_threads(Crew& crew, size_t wanted);
-  static bool may_start(const Crew& crew);
+  static void start_threads(Crew& crew, size_t wanted) REQUIRES(crew.mutex);
+  static bool may_start(const Crew& crew) REQUIRES(crew.mutex);
   static void work(Crew& crew);
+  static void run_first(Crew& crew) REQUIRES(crew.mutex);
 
   const size_t wanted_threads_;
   std::unique_ptr<Crew> crew_ = std::make_unique<Crew>();

@@ -3,22 +3,23 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
-#include <mutex>
 #include <thread>
 #include <vector>
+
+#include "core/mutex.h"
 
 namespace distorch {
 
 void for_parts(uint64_t parts, size_t threads, const std::function<void(uint64_t)>& work) {
   std::atomic<uint64_t> next{0};
-  std::mutex mutex;
-  std::exception_ptr failure;  // guarded by mutex
+  Mutex mutex;
+  std::exception_ptr failure GUARDED_BY(mutex);
   const auto take_parts = [&] {
     try {
       for (uint64_t part; (part = next++) < parts;) work(part);
     } catch (...) {
       next = parts;
-      std::lock_guard lock(mutex);
+      const MutexLock lock(mutex);
       failure = std::current_exception();
     }
   };

@@ -4,12 +4,14 @@
 #include <map>
 #include <utility>
 
+#include "core/mutex.h"
+
 namespace distorch {
 namespace {
 
 struct Clocks {
-  std::mutex mutex;
-  std::map<std::string, const ReadClock*> known;  // guarded by mutex
+  Mutex mutex;
+  std::map<std::string, const ReadClock*> known GUARDED_BY(mutex);
 };
 
 Clocks& clocks() {
@@ -26,18 +28,18 @@ void VirtualReads::submit(std::vector<Task> tasks, Urgency urgency) {
     void* ticket = clock_.begin(task.bytes, urgent);
     issued.push_back({{ticket, clock_.forget}, std::move(task)});
   }
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   reads_.insert(urgent ? reads_.begin() : reads_.end(), std::make_move_iterator(issued.begin()),
                 std::make_move_iterator(issued.end()));
 }
 
 void VirtualReads::start_afresh() {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   reads_.clear();
 }
 
 std::optional<VirtualReads::Read> VirtualReads::take_first(bool ended) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (reads_.empty() || (ended && !clock_.ended(reads_.front().ticket.get()))) return std::nullopt;
   std::optional<Read> first(std::move(reads_.front()));
   reads_.pop_front();
@@ -57,12 +59,12 @@ bool VirtualReads::run_next() {
 }
 
 void set_read_clock(const std::string& device_type, const ReadClock* clock) {
-  std::lock_guard lock(clocks().mutex);
+  const MutexLock lock(clocks().mutex);
   clocks().known[device_type] = clock;
 }
 
 const ReadClock* read_clock(const std::string& device_type) {
-  std::lock_guard lock(clocks().mutex);
+  const MutexLock lock(clocks().mutex);
   const auto found = clocks().known.find(device_type);
   return found == clocks().known.end() ? nullptr : found->second;
 }

@@ -3,12 +3,12 @@
 
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "core/executor.h"
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -38,8 +38,8 @@ class VirtualReads : public Executor {
   std::optional<Read> take_first(bool ended);
 
   const ReadClock& clock_;
-  std::mutex mutex_;
-  std::deque<Read> reads_;  // guarded by mutex_
+  Mutex mutex_;
+  std::deque<Read> reads_ GUARDED_BY(mutex_);
 };
 
 // Reads for rings of devices of this type ("sim") go by that clock, from now on.

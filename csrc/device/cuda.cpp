@@ -8,8 +8,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <mutex>
 #include <vector>
+
+#include "core/mutex.h"
 
 namespace distorch {
 namespace {
@@ -17,10 +18,10 @@ namespace {
 constexpr int64_t kPanelBytes = 32 << 20;  // of float32 rows on a device, at one time
 
 struct Library {
-  std::mutex mutex;
-  std::string path;                        // guarded by mutex
-  bool looked = false;                     // guarded by mutex
-  const cuda::Kernels* kernels = nullptr;  // guarded by mutex
+  Mutex mutex;
+  std::string path GUARDED_BY(mutex);
+  bool looked GUARDED_BY(mutex) = false;
+  const cuda::Kernels* kernels GUARDED_BY(mutex) = nullptr;
 };
 
 Library& library() {
@@ -43,13 +44,13 @@ const cuda::Kernels* load(const std::string& path) {
 }  // namespace
 
 void set_cuda_library(std::string path) {
-  std::lock_guard lock(library().mutex);
+  const MutexLock lock(library().mutex);
   library().path = std::move(path);
 }
 
 const cuda::Kernels* cuda_kernels() {
   Library& known = library();
-  std::lock_guard lock(known.mutex);
+  const MutexLock lock(known.mutex);
   if (!known.looked) {
     known.looked = true;
     known.kernels = load(known.path);

@@ -9,14 +9,15 @@
 #include <map>
 #include <utility>
 
+#include "core/mutex.h"
 #include "device/storages.h"
 
 namespace distorch {
 namespace {
 
 struct Peers {
-  std::mutex mutex;
-  std::map<std::pair<std::string, std::string>, bool> known;  // guarded by mutex
+  Mutex mutex;
+  std::map<std::pair<std::string, std::string>, bool> known GUARDED_BY(mutex);
 };
 
 Peers& peers() {
@@ -72,12 +73,12 @@ std::shared_ptr<std::byte> DeviceDonor::map() {
 }
 
 void set_peer_access(const std::string& to, const std::string& from, bool possible) {
-  std::lock_guard lock(peers().mutex);
+  const MutexLock lock(peers().mutex);
   peers().known[{to, from}] = possible;
 }
 
 bool can_reach(const std::string& to, const std::string& from) {
-  std::lock_guard lock(peers().mutex);
+  const MutexLock lock(peers().mutex);
   const auto found = peers().known.find({to, from});
   return found == peers().known.end() || found->second;
 }

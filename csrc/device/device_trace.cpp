@@ -4,15 +4,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
+
+#include "core/mutex.h"
 
 namespace distorch {
 namespace {
 
 // The event from which a trace counts device time.
 struct Origin {
-  std::mutex mutex;
-  EventPtr event;  // guarded by mutex
+  Mutex mutex;
+  EventPtr event GUARDED_BY(mutex);
 };
 
 Origin& origin() {
@@ -63,7 +64,7 @@ struct DeviceSpan::Open {
 void DeviceSpan::open(const c10::Stream& stream, SpanText text) {
   EventPtr begin;
   {
-    std::lock_guard lock(origin().mutex);
+    const MutexLock lock(origin().mutex);
     begin = origin().event;
   }
   if (begin == nullptr || begin->device_type() != stream.device_type()) return;
@@ -87,7 +88,7 @@ DeviceSpan::~DeviceSpan() {
 
 void start_trace(const std::string& name) {
   const c10::Device device(name);
-  std::lock_guard lock(origin().mutex);
+  const MutexLock lock(origin().mutex);
   origin().event.reset();
   if (!device.is_cpu()) {
     const c10::impl::VirtualGuardImpl guard(device.type());

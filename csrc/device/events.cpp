@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "core/mutex.h"
 #include "device/cuda.h"
 
 namespace distorch {
@@ -77,7 +78,7 @@ EventPtr EventPool::record(const c10::Stream& stream, Timing timing) {
   const auto kind = static_cast<size_t>(timing);
   std::unique_ptr<c10::Event> event;
   {
-    std::lock_guard lock(idle_->mutex);
+    const MutexLock lock(idle_->mutex);
     auto& events = idle_->events[kind];
     if (!events.empty()) {
       event = std::move(events.back());
@@ -92,7 +93,7 @@ EventPtr EventPool::record(const c10::Stream& stream, Timing timing) {
   event->record(stream);  // where that fails, the event is gone with its error
   const auto give_back = [idle = idle_, kind](c10::Event* used) {
     std::unique_ptr<c10::Event> owned(used);
-    std::lock_guard lock(idle->mutex);
+    const MutexLock lock(idle->mutex);
     if (idle->events[kind].size() < kMostIdle) idle->events[kind].push_back(std::move(owned));
   };
   return {event.release(), give_back};

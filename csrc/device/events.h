@@ -6,8 +6,9 @@
 
 #include <array>
 #include <memory>
-#include <mutex>
 #include <vector>
+
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -30,8 +31,8 @@ class EventPool {
  private:
   struct Idle {
     using Events = std::vector<std::unique_ptr<c10::Event>>;
-    std::mutex mutex;
-    std::array<Events, 2> events;  // by Timing; guarded by mutex
+    Mutex mutex;
+    std::array<Events, 2> events GUARDED_BY(mutex);  // by Timing
   };
 
   const c10::DeviceType type_;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/file.h"
+#include "core/mutex.h"
 #include "device/cuda.h"
 #include "device/storages.h"
 
@@ -90,8 +91,8 @@ at::Tensor pinned_memory(uint64_t bytes, c10::Device device) {
 }
 
 struct PinnedBuffers::Known {
-  std::mutex mutex;
-  std::map<std::string, std::weak_ptr<PinnedBuffers>> by_device;  // guarded by mutex
+  Mutex mutex;
+  std::map<std::string, std::weak_ptr<PinnedBuffers>> by_device GUARDED_BY(mutex);
 };
 
 // Never destroyed: rings may outlive every static object.
@@ -101,7 +102,7 @@ PinnedBuffers::Known& PinnedBuffers::all() {
 }
 
 std::shared_ptr<PinnedBuffers> PinnedBuffers::of(c10::Device device) {
-  std::lock_guard lock(all().mutex);
+  const MutexLock lock(all().mutex);
   std::weak_ptr<PinnedBuffers>& there = all().by_device[device.str()];
   if (auto buffers = there.lock()) return buffers;
   auto buffers = std::make_shared<PinnedBuffers>(device);
@@ -110,13 +111,13 @@ std::shared_ptr<PinnedBuffers> PinnedBuffers::of(c10::Device device) {
 }
 
 std::shared_ptr<PinnedBuffers> PinnedBuffers::known(c10::Device device) {
-  std::lock_guard lock(all().mutex);
+  const MutexLock lock(all().mutex);
   const auto found = all().by_device.find(device.str());
   return found == all().by_device.end() ? nullptr : found->second.lock();
 }
 
 PinnedBuffers::Buffer::~Buffer() {
-  std::lock_guard lock(from_->mutex_);
+  const MutexLock lock(from_->mutex_);
   if (copied == nullptr) {
     slab_->arena.free(range_.begin, range_.end - range_.begin);
   } else {
@@ -134,7 +135,7 @@ PinnedBuffers::~PinnedBuffers() {
 
 std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::take(uint64_t bytes) {
   const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (auto buffer = carve(room)) return buffer;  // the device need not be asked
   collect();
   for (;;) {
@@ -170,7 +171,7 @@ void PinnedBuffers::add_slab(uint64_t bytes) {
 }
 
 void PinnedBuffers::drop_idle_slabs() {
-  std::erase_if(slabs_, [this](const auto& slab) {
+  std::erase_if(slabs_, [this](const auto& slab) REQUIRES(mutex_) {
     if (slab->arena.used() > 0) return false;
     slab_bytes_ -= slab->arena.capacity();
     return true;

@@ -6,11 +6,11 @@
 
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "core/arena.h"
 #include "core/file.h"
+#include "core/mutex.h"
 #include "device/events.h"
 
 namespace distorch {
@@ -74,18 +74,18 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
   };
 
   static Known& all();
-  std::shared_ptr<Buffer> carve(uint64_t bytes);
-  void add_slab(uint64_t bytes);
-  void drop_idle_slabs();
-  void collect();
-  void wait_for_oldest();
+  std::shared_ptr<Buffer> carve(uint64_t bytes) REQUIRES(mutex_);
+  void add_slab(uint64_t bytes) REQUIRES(mutex_);
+  void drop_idle_slabs() REQUIRES(mutex_);
+  void collect() REQUIRES(mutex_);
+  void wait_for_oldest() REQUIRES(mutex_);
 
   const c10::Device device_;
-  std::mutex mutex_;
-  // Guarded by mutex_, all of them.
-  std::vector<std::shared_ptr<Slab>> slabs_;
-  uint64_t slab_bytes_ = 0;
-  std::deque<Busy> busy_;  // given back before their copies had ended; the oldest first
+  Mutex mutex_;
+  std::vector<std::shared_ptr<Slab>> slabs_ GUARDED_BY(mutex_);
+  uint64_t slab_bytes_ GUARDED_BY(mutex_) = 0;
+  // Given back before their copies had ended; the oldest first.
+  std::deque<Busy> busy_ GUARDED_BY(mutex_);
 };
 
 // Host memory for bytes that come from a device: a pinned buffer where a ring has some for that

@@ -48,8 +48,8 @@ c10::Storage memory_in_phase(uint64_t bytes, uint64_t offset) {
       reinterpret_cast<void*>(first_page + offset % kPage), whole.get(),
       [](void* at) { delete static_cast<c10::DataPtr*>(at); }, at::kCPU);
   whole.release();
-  return {c10::Storage::use_byte_size_t(), static_cast<int64_t>(bytes), std::move(part), allocator,
-          true};
+  return {c10::Storage::use_byte_size_t(), c10::SymInt(static_cast<int64_t>(bytes)),
+          std::move(part), allocator, true};
 }
 
 }  // namespace distorch

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <mutex>
 
 #include "core/bulk_read.h"
 #include "core/error.h"
 #include "core/host_access.h"
+#include "core/mutex.h"
 #include "engine/waiting.h"
 
 namespace distorch {
@@ -17,9 +17,9 @@ constexpr size_t kBulkThreads = 4;
 
 // All scratch donors of a folder share one file; it goes with the last of them.
 std::shared_ptr<File> shared_scratch(const std::string& directory) {
-  static std::mutex mutex;
+  static Mutex mutex;
   static auto& files = *new std::map<std::string, std::weak_ptr<File>>;
-  std::lock_guard lock(mutex);
+  const MutexLock lock(mutex);
   std::weak_ptr<File>& known = files[directory];
   if (auto file = known.lock(); file && file->writable()) return file;
   auto file = File::scratch(directory);
@@ -37,7 +37,7 @@ void Donor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte*
 }
 
 void PendingCopies::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (auto& [known, latest] : latest_) {
     if (known == stream) {
       latest.swap(copy);
@@ -49,7 +49,7 @@ void PendingCopies::add(uint64_t stream, std::shared_ptr<Copy> copy) const {
 
 void PendingCopies::wait() const {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (latest_.empty()) return;
   }
   waiting([this] { wait_for_all(); });
@@ -58,7 +58,7 @@ void PendingCopies::wait() const {
 void PendingCopies::wait_for_all() const {
   std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> under_way;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     under_way.swap(latest_);
   }
   for (const auto& [stream, copy] : under_way) copy->wait();

@@ -4,13 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/file.h"
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -40,8 +40,8 @@ class PendingCopies {
  private:
   void wait_for_all() const;
 
-  mutable std::mutex mutex_;  // not held while waiting
-  mutable std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> latest_;  // guarded by mutex_
+  mutable Mutex mutex_;  // not held while waiting
+  mutable std::vector<std::pair<uint64_t, std::shared_ptr<Copy>>> latest_ GUARDED_BY(mutex_);
 };
 
 // A piece of a weight that a device can copy by itself. `place` is "cpu" or a

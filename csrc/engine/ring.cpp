@@ -31,7 +31,7 @@ Ring::Ring(std::unique_ptr<Transfer> transfer, std::unique_ptr<Executor> readers
 // waiting for one of these copies, and nobody else would issue it.
 struct Ring::IssueAtEnd {
   explicit IssueAtEnd(Ring& of) : ring(of) {}
-  ~IssueAtEnd() {
+  ~IssueAtEnd() NOT_FOLLOWED {  // the mutex is held as long as this lives
     if (std::uncaught_exceptions() == before) return;
     try {
       ring.issue();
@@ -48,7 +48,7 @@ struct Ring::IssueAtEnd {
 // A slot that this thread wants. It may be dropped meanwhile, and this is then its last holder.
 struct Ring::Waiter {
   Waiter(RingMutex& of, SlotPtr wanted) : mutex(of), slot(std::move(wanted)) {}
-  ~Waiter() {
+  ~Waiter() NOT_FOLLOWED {  // the mutex is held as long as this lives
     if (!slot->in_cache()) mutex.let_go(slot->source);
   }
   Waiter(const Waiter&) = delete;
@@ -92,8 +92,11 @@ std::shared_ptr<void> Ring::acquire(Weight& weight) {
   }
 }
 
+// Asks the device alone, without the mutex: clang would want it for whatever a Transfer does.
+bool Ring::recording() const NOT_FOLLOWED { return transfer_->recording(); }
+
 void Ring::refuse_recording(const Weight& weight) const {
-  if (!transfer_->recording()) return;
+  if (!recording()) return;
   throw weight.source().could_not_bring(
       ErrorKind::kFetch, weight.name(),
       "a graph is being captured on the current stream (CUDA graphs), which would keep this one "
@@ -104,7 +107,7 @@ void Ring::refuse_recording(const Weight& weight) const {
 }
 
 void Ring::released() {
-  if (transfer_->recording()) return;  // what was captured needed nothing of the ring
+  if (recording()) return;  // what was captured needed nothing of the ring
   reads_.catch_up();
   Lock lock(mutex_);
   const IssueAtEnd issuing(*this);
@@ -209,7 +212,7 @@ void Ring::wait_for(Slot& slot, Counters& counters, Lock& lock) {
   while (slot.state == Slot::State::kLoading) {
     const bool has_read = reads_.run_next(lock);
     issue();
-    if (!has_read && slot.state == Slot::State::kLoading) lock.wait();
+    if (!has_read && slot.state == Slot::State::kLoading) mutex_.wait();
   }
   if (timed) return;
   const auto waited = std::chrono::steady_clock::now() - start;
@@ -292,10 +295,11 @@ uint64_t Ring::used() const {
   return cache_.used();
 }
 
-void Ring::after_fork_in_child() {
+void Ring::start_afresh() {
+  mutex_.start_afresh();
   reads_.start_afresh();
+  Lock lock(mutex_);
   cache_.drop_if([](const Slot& slot) { return slot.state == Slot::State::kLoading; });
-  mutex_.after_fork_in_child();
 }
 
 }  // namespace distorch

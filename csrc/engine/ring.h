@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "core/executor.h"
+#include "core/mutex.h"
 #include "engine/forecast.h"
 #include "engine/reads.h"
 #include "engine/ring_mutex.h"
@@ -70,11 +71,8 @@ class Ring {
   uint64_t capacity() const;
   uint64_t used() const;
 
-  // Around a fork of the process. The child's ring forgets what was on its way: the threads that
-  // carried it are not there.
-  void before_fork() { mutex_.before_fork(); }
-  void after_fork_in_parent() { mutex_.after_fork_in_parent(); }
-  void after_fork_in_child();
+  // In a forked child. Forgets what was on its way: the threads that carried it are not there.
+  void start_afresh();
 
   // Called by Weight only.
   void enlist(Weight& weight);
@@ -85,23 +83,23 @@ class Ring {
   struct IssueAtEnd;
   struct Waiter;
 
-  SlotPtr usable_slot(Weight& weight);
-  SlotPtr load(Weight& weight, const Forecast::Window* ahead);
-  void look_ahead(Forecast::Window& window);
-  bool bring_ahead(Weight& weight, const Forecast::Window& window);
-  void issue();
-  void wait_for(Slot& slot, Counters& counters, Lock& lock);
-  void decode(const SlotPtr& slot, Counters& counters, Lock& lock);
-  void resize();
+  bool recording() const;
+  SlotPtr usable_slot(Weight& weight) REQUIRES(mutex_);
+  SlotPtr load(Weight& weight, const Forecast::Window* ahead) REQUIRES(mutex_);
+  void look_ahead(Forecast::Window& window) REQUIRES(mutex_);
+  bool bring_ahead(Weight& weight, const Forecast::Window& window) REQUIRES(mutex_);
+  void issue() REQUIRES(mutex_);
+  void wait_for(Slot& slot, Counters& counters, Lock& lock) REQUIRES(mutex_);
+  void decode(const SlotPtr& slot, Counters& counters, Lock& lock) REQUIRES(mutex_);
+  void resize() REQUIRES(mutex_);
 
   mutable RingMutex mutex_;
-  const std::unique_ptr<Transfer> transfer_;
-  // Everything below is guarded by mutex_, but for Reads, which guards itself.
-  Forecast forecast_;
-  SlotCache cache_;
-  std::unordered_map<uint64_t, Weight*> weights_;        // by id
-  std::unordered_map<uint64_t, uint64_t> reservations_;  // ticket -> bytes
-  uint64_t next_ticket_ = 1;
+  const std::unique_ptr<Transfer> transfer_ PT_GUARDED_BY(mutex_);
+  Forecast forecast_ GUARDED_BY(mutex_);
+  SlotCache cache_ GUARDED_BY(mutex_);
+  std::unordered_map<uint64_t, Weight*> weights_ GUARDED_BY(mutex_);        // by id
+  std::unordered_map<uint64_t, uint64_t> reservations_ GUARDED_BY(mutex_);  // ticket -> bytes
+  uint64_t next_ticket_ GUARDED_BY(mutex_) = 1;
   // Last, so that its threads end before what they use.
   Reads reads_;
 };

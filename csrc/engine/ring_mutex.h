@@ -1,11 +1,11 @@
 // The mutex of a ring, and what its holders owe each other.
 #pragma once
 
-#include <condition_variable>
 #include <memory>
-#include <mutex>
+#include <utility>
 #include <vector>
 
+#include "core/mutex.h"
 #include "engine/source.h"
 
 namespace distorch {
@@ -18,58 +18,57 @@ namespace distorch {
 // some memory that Python knows. The end of such a tensor waits for the GIL, and whoever has the
 // GIL may be waiting for this mutex. So whoever lets go of a slot adds the slot's source to
 // let_go(). Sources in that list end after the mutex was given up: see Note [Waiting for threads].
-class RingMutex {
+class CAPABILITY("mutex") RingMutex : Mutex {
  public:
   RingMutex() = default;
   RingMutex(const RingMutex&) = delete;
   RingMutex& operator=(const RingMutex&) = delete;
 
+  class Unlocked;
+
   // Holds the mutex as long as it lives.
-  class Lock {
+  class SCOPED_CAPABILITY Lock {
    public:
-    explicit Lock(RingMutex& mutex) : mutex_(mutex) { lock(); }
-    ~Lock() {
-      if (held_.owns_lock()) unlock();
-    }
+    explicit Lock(RingMutex& mutex) ACQUIRE(mutex) : mutex_(mutex) { mutex_.lock(); }
+    ~Lock() RELEASE() { mutex_.unlock(); }
     Lock(const Lock&) = delete;
     Lock& operator=(const Lock&) = delete;
 
-    void lock();
-    void unlock();
-    // Gives the mutex up until somebody calls notify(). May return earlier.
-    void wait();
-
    private:
+    friend class Unlocked;
     RingMutex& mutex_;
-    std::unique_lock<std::mutex> held_{mutex_.mutex_, std::defer_lock};
   };
 
-  // Gives a lock up as long as this lives.
+  // Gives a lock up as long as this lives. It has the mutex again before anybody looks, so clang
+  // is not told.
   class Unlocked {
    public:
-    explicit Unlocked(Lock& held) : lock_(held) { lock_.unlock(); }
-    ~Unlocked() { lock_.lock(); }
+    explicit Unlocked(Lock& held) : mutex_(held.mutex_) { mutex_.unlock(); }
+    ~Unlocked() { mutex_.lock(); }
     Unlocked(const Unlocked&) = delete;
     Unlocked& operator=(const Unlocked&) = delete;
 
    private:
-    Lock& lock_;
+    RingMutex& mutex_;
   };
 
-  // Ends after the mutex was given up. REQUIRES: the mutex is held.
-  void let_go(Source source) { let_go_.push_back(std::move(source)); }
+  // For functions of which clang does not know that their caller holds this mutex.
+  void assert_held() const ASSERT_HELD(this) { check_mutex_held(true); }
+  // Ends after the mutex was given up.
+  void let_go(Source source) REQUIRES(this) { let_go_.push_back(std::move(source)); }
+  // Gives the mutex up until somebody calls notify(). May return earlier.
+  void wait() REQUIRES(this);
   // The state of a slot has changed: whoever waits looks again.
   void notify() { changed_->notify_all(); }
 
-  // Around a fork of the process.
-  void before_fork() { mutex_.lock(); }
-  void after_fork_in_parent() { mutex_.unlock(); }
-  void after_fork_in_child();
+  // In a forked child. Threads that waited in the parent are not there any more.
+  void start_afresh();
 
  private:
-  std::mutex mutex_;
-  std::unique_ptr<std::condition_variable> changed_ = std::make_unique<std::condition_variable>();
-  std::vector<Source> let_go_;  // guarded by mutex_
+  void unlock() RELEASE();
+
+  std::unique_ptr<Condition> changed_ = std::make_unique<Condition>();
+  std::vector<Source> let_go_ GUARDED_BY(this);
 };
 
 }  // namespace distorch

@@ -69,6 +69,7 @@ std::shared_ptr<void> SlotCache::hand_out(const SlotPtr& slot) {
 void SlotCache::drop(const SlotPtr& slot) {
   if (!slot->in_cache()) return;
   const SlotPtr kept = slot;  // `slot` may be a reference to what is erased here
+  mutex_.assert_held();
   mutex_.let_go(kept->source);
   kept->weight->in_ring.slot.reset();
   kept->weight = nullptr;

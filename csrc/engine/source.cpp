@@ -29,7 +29,7 @@ Error Source::could_not_bring(ErrorKind kind, const std::string& name,
 }
 
 void let_go(Source source) {
-  check_no_lock_held();
+  check_mutex_held(false);
   if (source.donor.use_count() == 1) source.donor->settle();
 }
 

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "core/mutex.h"
+
 namespace distorch {
 
 TraceLog& TraceLog::instance() {
@@ -10,7 +12,7 @@ TraceLog& TraceLog::instance() {
 }
 
 void TraceLog::start() {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   spans_.clear();
   pending_.clear();
   begin_ = std::chrono::steady_clock::now();
@@ -22,7 +24,7 @@ std::vector<TraceSpan> TraceLog::stop() {
   std::vector<std::function<TraceSpan()>> pending;
   std::vector<TraceSpan> spans;
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     pending = std::exchange(pending_, {});
     spans = std::exchange(spans_, {});
   }
@@ -31,17 +33,17 @@ std::vector<TraceSpan> TraceLog::stop() {
 }
 
 double TraceLog::now() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
 }
 
 void TraceLog::add(TraceSpan span) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (active()) spans_.push_back(std::move(span));
 }
 
 void TraceLog::add_later(std::function<TraceSpan()> resolve) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (active()) pending_.push_back(std::move(resolve));
 }
 

@@ -4,9 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
-#include <mutex>
 #include <string>
 #include <vector>
+
+#include "core/mutex.h"
 
 namespace distorch {
 
@@ -35,10 +36,10 @@ class TraceLog {
 
  private:
   std::atomic<bool> active_{false};
-  mutable std::mutex mutex_;
-  std::chrono::steady_clock::time_point begin_;      // guarded by mutex_
-  std::vector<TraceSpan> spans_;                     // guarded by mutex_
-  std::vector<std::function<TraceSpan()>> pending_;  // guarded by mutex_
+  mutable Mutex mutex_;
+  std::chrono::steady_clock::time_point begin_ GUARDED_BY(mutex_);
+  std::vector<TraceSpan> spans_ GUARDED_BY(mutex_);
+  std::vector<std::function<TraceSpan()>> pending_ GUARDED_BY(mutex_);
 };
 
 // An interval of the host's own time, if a trace is on.

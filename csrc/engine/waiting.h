@@ -10,7 +10,7 @@ namespace distorch {
 // waits for may need the GIL. A reader thread may free the last tensor over some memory, and Python
 // knows that tensor. A kernel may wait for another kernel that a Python thread has yet to launch.
 // `wrapper` releases the GIL, runs what it is given, and takes the GIL again.
-// Never call waiting() while holding a mutex of the engine. Taking the GIL again could then wait
+// Never call waiting() while holding a mutex of ours. Taking the GIL again could then wait
 // for a thread that has the GIL and wants that mutex: a dead-lock. Builds with DISTORCH_CHECK_LOCKS
 // abort where that happens.
 using WaitWrapper = void (*)(const std::function<void()>& wait);
@@ -18,17 +18,5 @@ void set_wait_wrapper(WaitWrapper wrapper);
 
 // wait(), without the lock of the host language.
 void waiting(const std::function<void()>& wait);
-
-// Says that this thread has taken a mutex of the engine, or given it up.
-// check_no_lock_held() aborts where there is one.
-#ifdef DISTORCH_CHECK_LOCKS
-void lock_taken();
-void lock_given_up();
-void check_no_lock_held();
-#else
-inline void lock_taken() {}
-inline void lock_given_up() {}
-inline void check_no_lock_held() {}
-#endif
 
 }  // namespace distorch

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 
+#include "core/mutex.h"
 #include "engine/ring.h"
 #include "engine/waiting.h"
 
@@ -15,8 +16,8 @@ constexpr size_t kMostLater = 8192;  // stalls whose time is not known
 std::atomic<uint64_t> next_weight{1};
 
 struct Groups {
-  std::mutex mutex;
-  std::map<uint64_t, std::weak_ptr<Counters>> known;  // guarded by mutex
+  Mutex mutex;
+  std::map<uint64_t, std::weak_ptr<Counters>> known GUARDED_BY(mutex);
 };
 
 Groups& groups() {
@@ -33,27 +34,27 @@ uint64_t Counters::next_id() {
 
 std::shared_ptr<Counters> Counters::make() {
   auto made = std::make_shared<Counters>();
-  std::lock_guard lock(groups().mutex);
+  const MutexLock lock(groups().mutex);
   std::erase_if(groups().known, [](const auto& entry) { return entry.second.expired(); });
   groups().known.emplace(made->id, made);
   return made;
 }
 
 std::shared_ptr<Counters> Counters::find(uint64_t id) {
-  std::lock_guard lock(groups().mutex);
+  const MutexLock lock(groups().mutex);
   const auto found = groups().known.find(id);
   return found == groups().known.end() ? nullptr : found->second.lock();
 }
 
 void Counters::reset() {
   for (auto* counter : {&hits, &misses, &stall_ns, &overflows}) counter->store(0);
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   bytes_.clear();
   later_.clear();
 }
 
 void Counters::stalls(std::unique_ptr<LateTime> time) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (later_.size() >= kAskAfter) {
     while (!later_.empty() && later_.front()->known()) {
       stall_ns += later_.front()->nanoseconds();
@@ -64,18 +65,18 @@ void Counters::stalls(std::unique_ptr<LateTime> time) {
 }
 
 uint64_t Counters::all_stall_ns() {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   for (; !later_.empty(); later_.pop_front()) stall_ns += later_.front()->nanoseconds();
   return stall_ns;
 }
 
 void Counters::travelled(const std::string& tier, uint64_t bytes) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   bytes_[tier] += bytes;
 }
 
 std::map<std::string, uint64_t> Counters::bytes() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return bytes_;
 }
 
@@ -97,17 +98,17 @@ Weight::~Weight() {
 }
 
 Source Weight::source() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return source_;
 }
 
 bool Weight::decodes_memory() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return source_.decodes_memory();
 }
 
 void Weight::count_in(std::shared_ptr<Counters> counters) {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   counters_.store(counters.get(), std::memory_order_release);
   if (std::ranges::find(counter_owners_, counters) == counter_owners_.end()) {
     counter_owners_.push_back(std::move(counters));
@@ -116,7 +117,7 @@ void Weight::count_in(std::shared_ptr<Counters> counters) {
 
 void Weight::move_to(Source source) {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     std::swap(source_, source);
     ++moves_;
   }
@@ -124,13 +125,13 @@ void Weight::move_to(Source source) {
 }
 
 uint64_t Weight::moves() const {
-  std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   return moves_;
 }
 
 bool Weight::move_to(Source source, uint64_t moves) {
   {
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (moves_ != moves) return false;
     std::swap(source_, source);
     ++moves_;

@@ -6,10 +6,10 @@
 #include <deque>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "core/mutex.h"
 #include "engine/forecast.h"
 #include "engine/source.h"
 
@@ -50,9 +50,9 @@ struct Counters {
  private:
   static uint64_t next_id();
 
-  mutable std::mutex mutex_;
-  std::map<std::string, uint64_t> bytes_;        // guarded by mutex_
-  std::deque<std::unique_ptr<LateTime>> later_;  // guarded by mutex_
+  mutable Mutex mutex_;
+  std::map<std::string, uint64_t> bytes_ GUARDED_BY(mutex_);
+  std::deque<std::unique_ptr<LateTime>> later_ GUARDED_BY(mutex_);
 };
 
 // Every fetch of this process, whatever the model.
@@ -103,11 +103,11 @@ class Weight {
   const uint64_t id_;
   const std::string name_;
   const std::shared_ptr<Ring> ring_;
-  mutable std::mutex mutex_;
-  Source source_;       // guarded by mutex_
-  uint64_t moves_ = 0;  // guarded by mutex_
+  mutable Mutex mutex_;
+  Source source_ GUARDED_BY(mutex_);
+  uint64_t moves_ GUARDED_BY(mutex_) = 0;
   std::atomic<Counters*> counters_;
-  std::vector<std::shared_ptr<Counters>> counter_owners_;  // guarded by mutex_
+  std::vector<std::shared_ptr<Counters>> counter_owners_ GUARDED_BY(mutex_);
 };
 
 }  // namespace distorch

@@ -4,11 +4,11 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <string_view>
 #include <unordered_set>
 #include <vector>
 
+#include "core/mutex.h"
 #include "hook/fallback.h"
 #include "hook/sharded.h"
 
@@ -124,7 +124,7 @@ class Sweeper {
     if (swept_.load(std::memory_order_acquire) == registered_.load(std::memory_order_acquire)) {
       return 0;
     }
-    std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     const uint64_t seen = registered_;
     const size_t before = registrations_.size();
     for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
@@ -135,7 +135,7 @@ class Sweeper {
   }
 
  private:
-  void attend(const c10::OperatorHandle& op) {
+  void attend(const c10::OperatorHandle& op) REQUIRES(mutex_) {
     const Treatment treatment = classify(op);
     if (treatment == Treatment::kLeave) return;
     registrations_.push_back(c10::Dispatcher::singleton().registerImpl(
@@ -143,10 +143,10 @@ class Sweeper {
         "distorch: sharded weights"));
   }
 
-  std::mutex mutex_;
+  Mutex mutex_;
   std::atomic<uint64_t> registered_{0};
   std::atomic<uint64_t> swept_{0};
-  std::vector<c10::RegistrationHandleRAII> registrations_;  // guarded by mutex_
+  std::vector<c10::RegistrationHandleRAII> registrations_ GUARDED_BY(mutex_);
   c10::RegistrationHandleRAII listening_;
 };
 

@@ -391,7 +391,7 @@ class Watched : public Numbered {
  public:
   using Numbered::Numbered;
   ~Watched() override {
-    check_no_lock_held();
+    check_mutex_held(false);
     ++ended;
   }
   inline static std::atomic<int> ended{0};

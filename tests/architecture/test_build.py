@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiler import COMPILER
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -72,19 +70,6 @@ def test_cpu_choices(choice):
         check=True,
     )  # fmt: skip
     assert done.stdout.strip().splitlines()[-1] == "0.1.0"
-
-
-def test_core_compiles_and_links_without_torch(tmp_path):
-    """Every object of csrc/core into one shared library, with no name left open but libc's."""
-    sources = sorted(map(str, (ROOT / "csrc" / "core").glob("*.cpp")))
-    library = tmp_path / "libcore.so"
-    compiler = COMPILER
-    subprocess.run(
-        [compiler, "-std=c++20", "-O0", "-fPIC", "-shared", "-Wl,--no-undefined", "-pthread",
-         f"-I{ROOT / 'csrc'}", *sources, "-o", str(library)],
-        check=True,
-    )  # fmt: skip
-    assert library.stat().st_size > 0
 
 
 def test_sanitizing_without_the_sanitizer_says_so():

@@ -75,7 +75,8 @@ def copied(tmp_path):
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors")
     for folder in ("distorch", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
 
@@ -135,3 +136,25 @@ def test_two_files_know_the_compiled_library():
 def test_use_of_the_compiled_library_is_seen(copied):
     (copied / "distorch" / "report.py").write_text("torch.ops.distorch.sweep()\n")
     assert "report.py" in library_users(copied / "distorch")
+
+
+@pytest.mark.parametrize(
+    ("file", "lock", "told"),
+    [
+        ("core/arena.cpp", "", ""),
+        ("core/arena.cpp", "  const MutexLock lock(mutex_);\n", "requires holding mutex 'mutex_'"),
+        ("engine/ring.cpp", "  Lock lock(mutex_);\n  cache_", "requires holding mutex 'mutex_'"),
+    ],
+)
+def test_locks(copied, file, lock, told):
+    """`make lint-locks` passes a file as it is, and sees a lock that is not taken any more."""
+    path = copied / "csrc" / file
+    text = path.read_text()
+    assert lock in text
+    path.write_text(text.replace(lock, lock.rpartition("\n")[2], 1))
+    done = subprocess.run(
+        ["make", "lint-locks", f"LOCKING=csrc/{file}", f"VENV={sys.prefix}", "--assume-old=dev"],
+        cwd=copied, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode != 0) == bool(told), done.stdout + done.stderr
+    assert told in done.stdout

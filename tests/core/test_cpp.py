@@ -1,4 +1,7 @@
-"""The programs of csrc/tests: core and engine without torch, under sanitizers."""
+"""The programs of csrc/tests: core and engine without torch, under sanitizers.
+
+Each program has all objects of both, so that none of them needs a name of torch's.
+"""
 
 import os
 import subprocess
@@ -17,7 +20,7 @@ SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 
 @pytest.fixture(scope="module", params=SANITIZERS)
 def library(request, tmp_path_factory):
-    """Core and engine as an archive, built with one sanitizer; and the flags for it."""
+    """All objects of core and engine, built with one sanitizer; and the flags for it."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = [
         COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}", "-DDISTORCH_CHECK_LOCKS",

@@ -1,5 +1,6 @@
 """Faults in the middle: the named error, the module as before, nothing left behind."""
 
+import contextlib
 import copy
 import errno
 import gc
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -222,6 +224,51 @@ def test_fork_after_use(prefetch):
         os._exit(0 if torch.equal(values(), wanted) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(values(), wanted)
+
+
+def test_forks_beside_busy_threads():
+    """Threads move weights between disk and memory, and read them: a child finds nothing half done.
+
+    Elementwise ops of one thread, as above. What a child gets from a weight that is on its way is
+    its bytes, or an error by name.
+    """
+    module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0, prefetch="1mib")
+    weights = [p for p in module.parameters() if p.dim() == 2]
+    wanted = [w.detach() + 0 for w in weights]
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            for weight in weights:
+                weight.detach() + 0
+
+    def move():
+        while not stop.is_set():
+            for spec in ("cpu,*", "cpu,0b;disk,*", "cpu,*;disk,50%"):
+                distorch.redistribute(module, spec)
+                distorch.stats(module)
+
+    def look_in_child():
+        signal.alarm(60)  # a mutex that nobody gives back would hang here
+        assert all(torch.equal(w.detach() + 0, b) for w, b in zip(weights, wanted, strict=True))
+        distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0)(X)
+
+    threads = [threading.Thread(target=work) for work in (read, read, move)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(BaseException):
+                    look_in_child()
+                    os._exit(0)
+                os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.fixture
