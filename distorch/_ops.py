@@ -186,9 +186,8 @@ def shard_host(data: torch.Tensor, compute: torch.device, name: str) -> torch.Te
 
 
 def shard_scratch(data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
-    """A sharded tensor whose donor is a new nameless file with the bytes of `data`'s storage."""
-    folder = _native.scratch_directory()
-    return cast(torch.Tensor, _ops.shard_scratch(data, folder, compute, name))
+    """A sharded tensor whose donor, in the scratch file, has the bytes of `data`'s storage."""
+    return cast(torch.Tensor, _ops.shard_scratch(data, compute, name))
 
 
 def shard_file(

@@ -3,24 +3,18 @@
 #include <algorithm>
 #include <iterator>
 
+#include "core/alignment.h"
+
 #include "core/mutex.h"
 
 namespace distorch {
-namespace {
-
-uint64_t round_up_to(uint64_t bytes, uint64_t granule) {
-  return (std::max<uint64_t>(bytes, 1) + granule - 1) / granule * granule;
-}
-
-}  // namespace
-
 Arena::Arena(uint64_t bytes, uint64_t granule)
-    : granule_(granule), capacity_(bytes / granule * granule) {
+    : granule_(granule), capacity_(round_down(bytes, granule)) {
   if (capacity_ > 0) holes_.emplace(0, capacity_);
 }
 
 std::optional<uint64_t> Arena::allocate(uint64_t bytes) {
-  const uint64_t need = round_up_to(bytes, granule_);
+  const uint64_t need = round_up_room(bytes, granule_);
   const MutexLock lock(mutex_);
   for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
     const auto [offset, room] = *hole;
@@ -34,7 +28,7 @@ std::optional<uint64_t> Arena::allocate(uint64_t bytes) {
 }
 
 std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
-  const uint64_t need = round_up_to(bytes, granule_);
+  const uint64_t need = round_up_room(bytes, granule_);
   const MutexLock lock(mutex_);
   const auto large = std::count_if(holes_.begin(), holes_.end(),
                                    [&](const auto& hole) { return hole.second >= spare; });
@@ -56,7 +50,7 @@ std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
 }
 
 void Arena::free(uint64_t offset, uint64_t bytes) {
-  uint64_t room = round_up_to(bytes, granule_);
+  uint64_t room = round_up_room(bytes, granule_);
   const MutexLock lock(mutex_);
   used_ -= room;
   auto next = holes_.lower_bound(offset);

@@ -18,7 +18,7 @@ struct Range {
 
 class Arena {
  public:
-  // `bytes` and every request are rounded up to `granule`.
+  // `bytes` are rounded down to `granule`, and every request is rounded up: to one at least.
   Arena(uint64_t bytes, uint64_t granule);
 
   // The lowest offset with room, or nothing.

@@ -243,7 +243,7 @@ std::shared_ptr<std::byte> File::map(uint64_t offset, uint64_t bytes) const {
 uint64_t File::allocate(uint64_t bytes) {
   const MutexLock lock(mutex_);
   const uint64_t offset = size_;
-  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
+  const uint64_t room = round_up_room(bytes, kPage);
   const int error = ::posix_fallocate(fd_, static_cast<off_t>(offset), static_cast<off_t>(room));
   if (error != 0) {
     throw Error(ErrorKind::kPlacement, "the disk under '" + path_ + "' has no room for " +
@@ -259,7 +259,7 @@ bool File::writable() const { return writable_ && owner_ == ::getpid(); }
 void File::release(uint64_t offset, uint64_t bytes) {
   // A child may still read there; its blocks go with the file.
   if (!writable() || forks_before_ != forks::count()) return;
-  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
+  const uint64_t room = round_up_room(bytes, kPage);
   // A failure only keeps blocks until the file vanishes.
   (void)::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
                     static_cast<off_t>(room));

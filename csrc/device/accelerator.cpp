@@ -109,9 +109,7 @@ bool Accelerator::recording() const {
 SlotPtr Accelerator::make_slot(const std::string& name, Source source, uint64_t) {
   const auto slot = std::make_shared<DeviceSlot>(name, std::move(source));
   const Source& from = slot->source;
-  const auto rounded = [&](uint64_t bytes) {
-    return round_up(std::max<uint64_t>(bytes, 1), granule());
-  };
+  const auto rounded = [&](uint64_t bytes) { return round_up_room(bytes, granule()); };
   slot->room_bytes = rounded(from.size());
   if (from.decoder != nullptr && !from.decoder->in_place()) {
     slot->landing_at = slot->room_bytes;

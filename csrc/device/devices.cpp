@@ -20,7 +20,6 @@ namespace {
 struct Registry {
   Mutex mutex;
   std::map<std::string, std::weak_ptr<Ring>> rings GUARDED_BY(mutex);
-  std::string scratch GUARDED_BY(mutex) = "/tmp";
   size_t io_threads GUARDED_BY(mutex) = 6;
 };
 
@@ -81,16 +80,6 @@ Reservation::Reservation(const std::string& device, uint64_t bytes)
     : ring_(ring_for(device)), ticket_(ring_->reserve(bytes)) {}
 
 Reservation::~Reservation() { ring_->release(ticket_); }
-
-void set_scratch_directory(std::string directory) {
-  const MutexLock lock(registry().mutex);
-  registry().scratch = std::move(directory);
-}
-
-std::string scratch_directory() {
-  const MutexLock lock(registry().mutex);
-  return registry().scratch;
-}
 
 void set_io_threads(size_t threads) {
   const MutexLock lock(registry().mutex);

@@ -28,10 +28,6 @@ class Reservation {
   const uint64_t ticket_;
 };
 
-// Where scratch files go when a weight must leave the file it came from.
-void set_scratch_directory(std::string directory);
-std::string scratch_directory();
-
 // Threads that read files; takes effect for rings made afterwards.
 void set_io_threads(size_t threads);
 

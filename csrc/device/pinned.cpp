@@ -134,7 +134,7 @@ PinnedBuffers::~PinnedBuffers() {
 }
 
 std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::take(uint64_t bytes) {
-  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kPage);
+  const uint64_t room = round_up_room(bytes, kPage);
   const MutexLock lock(mutex_);
   if (auto buffer = carve(room)) return buffer;  // the device need not be asked
   collect();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 
 #include "core/bulk_read.h"
 #include "core/error.h"
@@ -15,16 +14,16 @@ namespace {
 
 constexpr size_t kBulkThreads = 4;
 
-// All scratch donors of a folder share one file; it goes with the last of them.
-std::shared_ptr<File> shared_scratch(const std::string& directory) {
-  static Mutex mutex;
-  static auto& files = *new std::map<std::string, std::weak_ptr<File>>;
-  const MutexLock lock(mutex);
-  std::weak_ptr<File>& known = files[directory];
-  if (auto file = known.lock(); file && file->writable()) return file;
-  auto file = File::scratch(directory);
-  known = file;
-  return file;
+struct Scratch {
+  Mutex mutex;
+  std::string directory GUARDED_BY(mutex) = "/tmp";
+  std::weak_ptr<File> file GUARDED_BY(mutex);
+};
+
+// Never destroyed: donors may outlive every static object.
+Scratch& scratch() {
+  static Scratch& instance = *new Scratch;
+  return instance;
 }
 
 }  // namespace
@@ -97,8 +96,27 @@ FileDonor::FileDonor(std::shared_ptr<File> checkpoint, uint64_t offset, uint64_t
   }
 }
 
-std::shared_ptr<FileDonor> FileDonor::scratch(const std::string& directory, uint64_t bytes) {
-  auto file = shared_scratch(directory);
+void set_scratch_directory(std::string directory) {
+  const MutexLock lock(scratch().mutex);
+  scratch().directory = std::move(directory);
+  scratch().file.reset();
+}
+
+std::string scratch_directory() {
+  const MutexLock lock(scratch().mutex);
+  return scratch().directory;
+}
+
+// All scratch donors share one file, which goes with the last of them. A forked child, which may
+// not write to its parent's, makes one of its own.
+std::shared_ptr<FileDonor> FileDonor::scratch(uint64_t bytes) {
+  Scratch& known = distorch::scratch();
+  std::shared_ptr<File> file;
+  {
+    const MutexLock lock(known.mutex);
+    file = known.file.lock();
+    if (file == nullptr || !file->writable()) known.file = file = File::scratch(known.directory);
+  }
   const uint64_t offset = file->allocate(bytes);
   return std::make_shared<FileDonor>(std::move(file), offset, bytes);
 }

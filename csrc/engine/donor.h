@@ -137,14 +137,18 @@ class HostDonor : public Donor {
   const PendingCopies pending_;  // last: it waits before the memory goes
 };
 
+// Where the scratch file goes: donors that are not somebody's checkpoint.
+void set_scratch_directory(std::string directory);
+std::string scratch_directory();
+
 class FileDonor : public Donor {
  public:
   // A range of a checkpoint, read where it lies. Throws Error(kFormat) when
   // the range is not inside the file.
   FileDonor(std::shared_ptr<File> checkpoint, uint64_t offset, uint64_t bytes);
-  // A range of its own in the process's scratch file under `directory`.
-  // Throws Error(kPlacement) when the disk is full.
-  static std::shared_ptr<FileDonor> scratch(const std::string& directory, uint64_t bytes);
+  // A range of its own in this process's scratch file. Throws Error(kPlacement) when the disk is
+  // full.
+  static std::shared_ptr<FileDonor> scratch(uint64_t bytes);
   ~FileDonor() override;
 
   std::string tier() const override { return "disk"; }

@@ -90,7 +90,7 @@ uint64_t Forecast::uses_until_done(const Window& window, Id id) const {
     last = i + 1;
   }
   const auto known = outlooks_.find(id);
-  return known != outlooks_.end() && known->second.wanted > here ? kNever : last;
+  return known != outlooks_.end() && known->second.wanted > here ? kNotKnown : last;
 }
 
 }  // namespace distorch

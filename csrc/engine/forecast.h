@@ -3,12 +3,12 @@
 
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <optional>
 #include <thread>
 #include <unordered_map>
 
 #include "core/access_trace.h"
+#include "core/layout.h"
 
 namespace distorch {
 
@@ -49,8 +49,6 @@ class Forecast {
 
   // So many threads are remembered. Of more, the one that was seen longest ago is forgotten.
   static constexpr size_t kMaxWindows = 32;
-  // Nobody knows when.
-  static constexpr uint64_t kNever = std::numeric_limits<uint64_t>::max();
 
   // A weight is there. Its outlook is kept up to date until the weight is removed. REQUIRES: no
   // weight had this id before.
@@ -82,7 +80,7 @@ class Forecast {
   // Whether `id` is in the queue.
   static bool wants(const Window& window, Id id);
   // Uses of that thread from now until all uses of `id` in its queue have come; 0 if there are
-  // none. kNever if the queue of another thread has it.
+  // none. kNotKnown if the queue of another thread has it.
   uint64_t uses_until_done(const Window& window, Id id) const;
   // Calls of window() until now.
   uint64_t clock() const { return clock_; }

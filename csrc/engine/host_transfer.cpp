@@ -30,7 +30,7 @@ SlotPtr HostTransfer::make_slot(const std::string& name, Source source, uint64_t
   const auto slot = std::make_shared<HostSlot>(name, std::move(source));
   const Source& from = slot->source;
   const uint64_t phase = from.donor->phase(), stored = from.donor->size();
-  const auto pages = [](uint64_t bytes) { return round_up(std::max<uint64_t>(bytes, 1), kPage); };
+  const auto pages = [](uint64_t bytes) { return round_up_room(bytes, kPage); };
   if (from.decodes_memory()) {
     slot->landing = from.donor->host();
     slot->cheap = true;

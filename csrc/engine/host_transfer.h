@@ -37,9 +37,7 @@ class HostTransfer : public Transfer {
   virtual std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes,
                                      std::shared_ptr<void> block) = 0;
   // All rows, by the calling thread, without the ring's mutex. Throws Error.
-  virtual void decode_all(const Decoder& decoder, const std::byte* encoded, std::byte* into) {
-    decoder.decode(0, decoder.rows(), encoded, into);
-  }
+  virtual void decode_all(const Decoder& decoder, const std::byte* encoded, std::byte* into) = 0;
 };
 
 }  // namespace distorch

@@ -250,7 +250,7 @@ std::vector<Occupied> SlotCache::occupied(const Window& window, const std::vecto
 // Uses from now until the slot can be evicted; 0: now.
 uint64_t SlotCache::free_after(const Slot& slot, const Window& window) const {
   const uint64_t done = forecast_.uses_until_done(window, slot.weight->id());
-  if (done == Forecast::kNever) return kNotKnown;
+  if (done == kNotKnown) return done;
   if (done > 0) return done + 1;  // an operator lets go when the next one is issued
   if (evictable(slot)) return 0;
   const bool soon =

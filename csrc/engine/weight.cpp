@@ -17,25 +17,34 @@ std::atomic<uint64_t> next_weight{1};
 
 struct Groups {
   Mutex mutex;
+  uint64_t next_id GUARDED_BY(mutex) = 1;
   std::map<uint64_t, std::weak_ptr<Counters>> known GUARDED_BY(mutex);
+  std::vector<Counters*> unused GUARDED_BY(mutex);
 };
 
+// Never destroyed: weights may outlive every static object.
 Groups& groups() {
   static Groups& instance = *new Groups;
   return instance;
 }
 
-}  // namespace
-
-uint64_t Counters::next_id() {
-  static std::atomic<uint64_t> next{1};
-  return next++;
+void put_aside(Counters* counters) {
+  counters->reset();  // lets go of what devices still know
+  const MutexLock lock(groups().mutex);
+  groups().known.erase(counters->id);
+  groups().unused.push_back(counters);
 }
 
+}  // namespace
+
 std::shared_ptr<Counters> Counters::make() {
-  auto made = std::make_shared<Counters>();
   const MutexLock lock(groups().mutex);
-  std::erase_if(groups().known, [](const auto& entry) { return entry.second.expired(); });
+  std::vector<Counters*>& unused = groups().unused;
+  if (unused.empty()) unused.push_back(new Counters);
+  const std::shared_ptr<Counters> made(unused.back(), &put_aside);
+  unused.pop_back();
+  made->reset();  // of what was counted meanwhile
+  made->id = groups().next_id++;
   groups().known.emplace(made->id, made);
   return made;
 }
@@ -87,7 +96,7 @@ Weight::Weight(std::string name, Source source, std::shared_ptr<Ring> ring,
       ring_(std::move(ring)),
       source_(std::move(source)),
       counters_(counters.get()),
-      counter_owners_{std::move(counters)} {
+      counters_owner_(std::move(counters)) {
   ring_->enlist(*this);
 }
 
@@ -110,18 +119,7 @@ bool Weight::decodes_memory() const {
 void Weight::count_in(std::shared_ptr<Counters> counters) {
   const MutexLock lock(mutex_);
   counters_.store(counters.get(), std::memory_order_release);
-  if (std::ranges::find(counter_owners_, counters) == counter_owners_.end()) {
-    counter_owners_.push_back(std::move(counters));
-  }
-}
-
-void Weight::move_to(Source source) {
-  {
-    const MutexLock lock(mutex_);
-    std::swap(source_, source);
-    ++moves_;
-  }
-  let_go(std::move(source));
+  counters_owner_.swap(counters);
 }
 
 uint64_t Weight::moves() const {
@@ -129,10 +127,10 @@ uint64_t Weight::moves() const {
   return moves_;
 }
 
-bool Weight::move_to(Source source, uint64_t moves) {
+bool Weight::move_to(Source source, std::optional<uint64_t> expected) {
   {
     const MutexLock lock(mutex_);
-    if (moves_ != moves) return false;
+    if (expected && moves_ != *expected) return false;
     std::swap(source_, source);
     ++moves_;
   }
@@ -140,8 +138,7 @@ bool Weight::move_to(Source source, uint64_t moves) {
   return true;
 }
 
-void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,
-                   const std::string& scratch_directory) {
+void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes) {
   const Source now = source();
   if (now.decoder == nullptr && now.donor->writable() && total == now.donor->size()) {
     now.donor->write(begin, bytes, whole + begin);
@@ -152,7 +149,7 @@ void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint6
   if (in_memory && now.decoder != nullptr) {
     target = HostDonor::make(total);
   } else {
-    target = FileDonor::scratch(scratch_directory, total);
+    target = FileDonor::scratch(total);
   }
   target->write(0, total, whole);
   move_to({std::move(target), nullptr, now.alignment});

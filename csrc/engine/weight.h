@@ -6,8 +6,8 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "core/mutex.h"
 #include "engine/forecast.h"
@@ -28,7 +28,7 @@ class LateTime {
 
 // What a group of weights (usually one model) has asked of its donors.
 struct Counters {
-  const uint64_t id = next_id();
+  uint64_t id = 0;
   std::atomic<uint64_t> hits{0};       // a weight was asked for, and its slot was ready or stored
   std::atomic<uint64_t> misses{0};     // it was not
   std::atomic<uint64_t> stall_ns{0};   // time that ops waited, as far as the host knows
@@ -43,13 +43,13 @@ struct Counters {
   void travelled(const std::string& tier, uint64_t bytes);
   std::map<std::string, uint64_t> bytes() const;
 
+  // New ones, all zero. The memory of others that nobody holds any more may serve again: an
+  // operator that has only just looked up the counters of its weight counts there, once more.
   static std::shared_ptr<Counters> make();
   // The living counters of that id, or null.
   static std::shared_ptr<Counters> find(uint64_t id);
 
  private:
-  static uint64_t next_id();
-
   mutable Mutex mutex_;
   std::map<std::string, uint64_t> bytes_ GUARDED_BY(mutex_);
   std::deque<std::unique_ptr<LateTime>> later_ GUARDED_BY(mutex_);
@@ -75,22 +75,19 @@ class Weight {
   std::shared_ptr<Donor> donor() const { return source().donor; }
   Ring& ring() const { return *ring_; }
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
-  // The old counters stay alive with the weight: an op may be counting there.
+  // From now on. Operators that are under way may still count in the old ones.
   void count_in(std::shared_ptr<Counters> counters);
-  // From now on made of something else. What the ring holds is not touched: Ring::written().
-  void move_to(Source source);
   // How often the weight has moved.
   uint64_t moves() const;
-  // move_to(), unless it moved since moves() was asked. False: it did.
-  bool move_to(Source source, uint64_t moves);
+  // From now on made of something else, unless it has moved since moves() was `expected`. False: it
+  // has. What the ring holds is not touched: see Ring::written().
+  bool move_to(Source source, std::optional<uint64_t> expected = std::nullopt);
 
-  // Brings [begin, begin + bytes) of `whole` (all bytes of the weight) to the
-  // donor. A checkpoint is never written: the weight moves to a scratch file
-  // under `scratch_directory` first; one that was decoded is plain bytes from
-  // then on. `total` other than size() resizes it.
-  // Throws Error(kFetch / kPlacement); the donor then has its old bytes.
-  void store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes,
-             const std::string& scratch_directory);
+  // Brings [begin, begin + bytes) of `whole`, which has all bytes of the weight, to the donor. A
+  // checkpoint is never written: the weight moves to scratch memory or a scratch file first. A
+  // weight that was decoded is plain bytes from then on. `total` other than size() resizes it.
+  // Throws Error(kFetch / kPlacement). The donor then has its old bytes.
+  void store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes);
 
   // The ring's own bookkeeping, guarded by the ring's mutex.
   struct InRing {
@@ -107,7 +104,7 @@ class Weight {
   Source source_ GUARDED_BY(mutex_);
   uint64_t moves_ GUARDED_BY(mutex_) = 0;
   std::atomic<Counters*> counters_;
-  std::vector<std::shared_ptr<Counters>> counter_owners_ GUARDED_BY(mutex_);
+  std::shared_ptr<Counters> counters_owner_ GUARDED_BY(mutex_);
 };
 
 }  // namespace distorch

@@ -198,7 +198,7 @@ void Call::commit(Swapped& argument) {
     if (!memory.device().is_cpu()) brought = bring_back(memory);
     const auto* bytes = brought ? brought->data : static_cast<const std::byte*>(memory.data());
     const auto [begin, length] = extent(argument.real);
-    handle.weight->store(bytes, total, begin, length, scratch_directory());
+    handle.weight->store(bytes, total, begin, length);
     handle.weight->ring().written(*handle.weight, bytes);
   } else if (memory.device().is_cpu() && memory.data() != handle.weight->donor()->host()) {
     // An out= argument grew: its new memory is the donor now.

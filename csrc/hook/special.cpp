@@ -56,7 +56,7 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
                                    .view(self.sizes());
       whole.copy_(from);
       handle.weight->store(static_cast<const std::byte*>(whole.data_ptr()), whole.nbytes(), 0,
-                           whole.nbytes(), scratch_directory());
+                           whole.nbytes());
       handle.weight->ring().written(*handle.weight, nullptr);
       return self;
     }

@@ -117,13 +117,12 @@ at::Tensor shard_file(std::string path, int64_t offset, at::IntArrayRef sizes, a
   });
 }
 
-// The donor is a new file under `directory` with the bytes of `data`'s storage.
-at::Tensor shard_scratch(const at::Tensor& data, std::string directory, at::Device compute,
-                         std::string name) {
+// The donor is in the scratch file, with the bytes of `data`'s storage.
+at::Tensor shard_scratch(const at::Tensor& data, at::Device compute, std::string name) {
   return at_border([&] {
     const at::Tensor host = data.cpu();
     const c10::Storage& storage = host.storage();
-    auto donor = FileDonor::scratch(directory, storage.nbytes());
+    auto donor = FileDonor::scratch(storage.nbytes());
     donor->write(0, storage.nbytes(), static_cast<const std::byte*>(storage.data()));
     return wrap_source({std::move(donor)}, {}, geometry_of(host), compute, name);
   });
@@ -395,8 +394,7 @@ TORCH_LIBRARY(distorch, library) {
       "shard_file(str path, int offset, int[] sizes, ScalarType dtype, Device compute, str name) "
       "-> Tensor",
       &shard_file);
-  library.def("shard_scratch(Tensor data, str directory, Device compute, str name) -> Tensor",
-              &shard_scratch);
+  library.def("shard_scratch(Tensor data, Device compute, str name) -> Tensor", &shard_scratch);
   library.def("pinned_slab(int bytes, Device compute) -> Tensor", &pinned_slab);
   library.def("shard_slab(Tensor slab, int begin, Tensor like, Device compute, str name) -> Tensor",
               &shard_slab);

@@ -63,7 +63,7 @@ std::byte* DeviceMemory::allocate(uint64_t bytes, int stream) {
   Machine& machine = Machine::instance();
   if (fails_now(device_)) return nullptr;
   std::lock_guard lock(mutex_);
-  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kGranule);
+  const uint64_t room = round_up_room(bytes, kGranule);
   if (arena_.used() + room > limit_) return nullptr;
   const auto offset = arena_.allocate(room);
   if (!offset) return nullptr;
@@ -93,7 +93,7 @@ void DeviceMemory::free(std::byte* address, uint64_t bytes, int stream) {
   std::lock_guard lock(mutex_);
   machine.issue(stream, std::move(task), 0);
   const uint64_t offset = static_cast<uint64_t>(address - base_);
-  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kGranule);
+  const uint64_t room = round_up_room(bytes, kGranule);
   freed_.insert_or_assign(offset, Freed{offset + room, stream, machine.record(stream, 0)});
   arena_.free(offset, room);
 }
@@ -134,7 +134,7 @@ std::byte* real_bytes(const void* address) {
 }
 
 std::byte* allocate_pinned(uint64_t bytes) {
-  const uint64_t room = round_up(std::max<uint64_t>(bytes, 1), kHostPage);
+  const uint64_t room = round_up_room(bytes, kHostPage);
   std::byte* at = reserve(room, PROT_READ | PROT_WRITE);
   Memories& all = memories();
   std::lock_guard lock(all.mutex);

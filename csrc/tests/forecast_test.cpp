@@ -130,7 +130,7 @@ struct Both {
   }
   uint64_t uses_until_done(Id id) const {
     const Ids& queue = pasts.front().queue;
-    if (wanted(id) > std::ranges::count(queue, id)) return Forecast::kNever;
+    if (wanted(id) > std::ranges::count(queue, id)) return distorch::kNotKnown;
     const auto end = std::find(queue.rbegin(), queue.rend(), id).base();
     return end - queue.begin();
   }

@@ -52,6 +52,9 @@ class PlainMemory : public HostTransfer {
   std::shared_ptr<void> wrap(std::byte* data, uint64_t, std::shared_ptr<void> block) override {
     return std::make_shared<Wrapped>(Wrapped{data, std::move(block)});
   }
+  void decode_all(const Decoder& decoder, const std::byte* encoded, std::byte* into) override {
+    decoder.decode(0, decoder.rows(), encoded, into);
+  }
 };
 
 // A device that copies by itself, part by part. What was asked for is there after issue().
