@@ -138,9 +138,7 @@ cuda_choice()
 setup(
     ext_modules=[
         extension("distorch._C", ROOMS),
-        extension(
-            "distorch.testing._sim", SIM_ROOMS, ["csrc/core/arena.cpp", "csrc/core/forks.cpp"]
-        ),
+        extension("distorch.testing._sim", SIM_ROOMS, ["csrc/core/arena.cpp"]),
     ],
     cmdclass=commands(),
 )

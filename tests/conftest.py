@@ -5,6 +5,8 @@ import os
 # Other threads, too: the number of threads decides about last bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A thread that would wait for the GIL with a mutex of the library's ends the process.
+os.environ.setdefault("DISTORCH_CHECK_LOCKS", "1")
 # Tests of the CPU and of the simulated accelerator must not change with the machine, so they and
 # their child processes see no GPU. tests/gpu is run with DISTORCH_REQUIRE_CUDA=1.
 if os.environ.get("DISTORCH_REQUIRE_CUDA") != "1":

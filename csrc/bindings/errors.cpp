@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "core/mutex.h"
 #include "hook/errors.h"
 
 namespace py = pybind11;
@@ -19,6 +20,7 @@ std::array<PyObject*, 3> error_classes{};
 void throw_python_error(const Error& error) {
   PyObject* error_class = error_classes.at(static_cast<size_t>(error.kind()));
   if (error_class == nullptr) return;
+  check_mutex_held(false);
   py::gil_scoped_acquire gil;
   PyErr_SetString(error_class, error.what());
   python_error carried;

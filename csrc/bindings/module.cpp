@@ -56,21 +56,24 @@ void wait_without_interpreter(const std::function<void()>& wait) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  // For whatever takes a mutex. Its holder may be in an allocator that waits for the GIL.
+  const py::call_guard<py::gil_scoped_release> without_gil;
   py::class_<Counters, std::shared_ptr<Counters>>(module, "Counters")
       .def(py::init(&Counters::make))
       .def_readonly("id", &Counters::id)
       .def_property_readonly("fetches",
                              [](const Counters& c) { return c.hits.load() + c.misses.load(); })
       .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
-      .def("stall_ns", &Counters::all_stall_ns, py::call_guard<py::gil_scoped_release>())
+      .def("stall_ns", &Counters::all_stall_ns, without_gil)
       .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
-      .def_property_readonly("bytes", &Counters::bytes)
-      .def("reset", &Counters::reset);
+      .def_property_readonly("bytes", py::cpp_function(&Counters::bytes, without_gil))
+      .def("reset", &Counters::reset, without_gil);
 
   py::class_<Reservation>(module, "Reservation")
-      .def(py::init<const std::string&, uint64_t>(), py::arg("device"), py::arg("nbytes"))
-      .def_property_readonly("capacity", &Reservation::capacity)
-      .def_property_readonly("used", &Reservation::used);
+      .def(py::init<const std::string&, uint64_t>(), py::arg("device"), py::arg("nbytes"),
+           without_gil)
+      .def_property_readonly("capacity", py::cpp_function(&Reservation::capacity, without_gil))
+      .def_property_readonly("used", py::cpp_function(&Reservation::used, without_gil));
 
   module.def("set_data", &set_data, py::arg("tensor"), py::arg("data"));
   module.def("fetch_count", [] { return distorch::process_fetches.load(); });
@@ -94,8 +97,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_host_access", [](uintptr_t told) {
     distorch::set_host_access(reinterpret_cast<distorch::HostAccess>(told));
   });
-  module.def("start_trace", &distorch::start_trace, py::call_guard<py::gil_scoped_release>());
-  module.def("stop_trace", &stopped_trace, py::call_guard<py::gil_scoped_release>());
+  module.def("start_trace", &distorch::start_trace, without_gil);
+  module.def("stop_trace", &stopped_trace, without_gil);
   distorch::set_wait_wrapper(&wait_without_interpreter);
   distorch::install_error_thrower(module);
 }

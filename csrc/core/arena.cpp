@@ -5,9 +5,8 @@
 
 #include "core/alignment.h"
 
-#include "core/mutex.h"
-
 namespace distorch {
+
 Arena::Arena(uint64_t bytes, uint64_t granule)
     : granule_(granule), capacity_(round_down(bytes, granule)) {
   if (capacity_ > 0) holes_.emplace(0, capacity_);
@@ -15,7 +14,6 @@ Arena::Arena(uint64_t bytes, uint64_t granule)
 
 std::optional<uint64_t> Arena::allocate(uint64_t bytes) {
   const uint64_t need = round_up_room(bytes, granule_);
-  const MutexLock lock(mutex_);
   for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
     const auto [offset, room] = *hole;
     if (room < need) continue;
@@ -29,7 +27,6 @@ std::optional<uint64_t> Arena::allocate(uint64_t bytes) {
 
 std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
   const uint64_t need = round_up_room(bytes, granule_);
-  const MutexLock lock(mutex_);
   const auto large = std::count_if(holes_.begin(), holes_.end(),
                                    [&](const auto& hole) { return hole.second >= spare; });
   for (auto hole = holes_.end(); hole != holes_.begin();) {
@@ -51,7 +48,6 @@ std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
 
 void Arena::free(uint64_t offset, uint64_t bytes) {
   uint64_t room = round_up_room(bytes, granule_);
-  const MutexLock lock(mutex_);
   used_ -= room;
   auto next = holes_.lower_bound(offset);
   if (next != holes_.end() && offset + room == next->first) {
@@ -70,7 +66,6 @@ void Arena::free(uint64_t offset, uint64_t bytes) {
 
 std::vector<Range> Arena::take(Range wanted) {
   std::vector<Range> taken;
-  const MutexLock lock(mutex_);
   auto hole = holes_.upper_bound(wanted.begin);
   if (hole != holes_.begin()) --hole;
   while (hole != holes_.end() && hole->first < wanted.end) {
@@ -90,21 +85,14 @@ std::vector<Range> Arena::take(Range wanted) {
 }
 
 std::vector<Range> Arena::holes() const {
-  const MutexLock lock(mutex_);
   std::vector<Range> found;
   for (const auto& [offset, room] : holes_) found.push_back({offset, offset + room});
   return found;
 }
 
 bool Arena::has_hole(uint64_t bytes) const {
-  const MutexLock lock(mutex_);
   return std::any_of(holes_.begin(), holes_.end(),
                      [&](const auto& hole) { return hole.second >= bytes; });
-}
-
-uint64_t Arena::used() const {
-  const MutexLock lock(mutex_);
-  return used_;
 }
 
 }  // namespace distorch

@@ -1,13 +1,11 @@
-// Room for slots inside one allocation: a first-fit allocator of offsets that
-// knows nothing of the memory it divides.
+// Room for slots inside one allocation: a first-fit allocator of offsets that knows nothing of the
+// memory it divides. Whoever shares one between threads guards it.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <vector>
-
-#include "core/mutex.h"
 
 namespace distorch {
 
@@ -36,14 +34,13 @@ class Arena {
   bool has_hole(uint64_t bytes) const;
 
   uint64_t capacity() const { return capacity_; }
-  uint64_t used() const;
+  uint64_t used() const { return used_; }
 
  private:
   const uint64_t granule_;
   const uint64_t capacity_;
-  mutable Mutex mutex_;
-  std::map<uint64_t, uint64_t> holes_ GUARDED_BY(mutex_);  // offset -> bytes, never adjacent
-  uint64_t used_ GUARDED_BY(mutex_) = 0;
+  std::map<uint64_t, uint64_t> holes_;  // offset -> bytes, never adjacent
+  uint64_t used_ = 0;
 };
 
 }  // namespace distorch

@@ -59,10 +59,7 @@ struct OpenFiles {
 };
 
 // Never destroyed: files may outlive every static object.
-OpenFiles& open_files() {
-  static OpenFiles& all = *new OpenFiles;
-  return all;
-}
+OpenFiles& open_files = *new OpenFiles;
 
 }  // namespace
 
@@ -105,7 +102,7 @@ std::shared_ptr<File> File::open(const std::string& path) {
   }
   struct stat status{};
   ::fstat(fd, &status);
-  OpenFiles& all = open_files();
+  OpenFiles& all = open_files;
   const MutexLock lock(all.mutex);
   std::erase_if(all.by_path, [](const auto& entry) { return entry.second.expired(); });
   std::weak_ptr<File>& known = all.by_path[path];

@@ -58,10 +58,16 @@ Process& process() {
 
 void nap() { std::this_thread::sleep_for(std::chrono::microseconds(50)); }
 
+// Whether before() waited for nobody, because this thread holds a mutex itself.
+thread_local bool passed = false;
+
 void before() {
+  passed = mutexes_held() > 0;
+  if (passed) return;
   process().mutex.lock();
   under_way.store(true, std::memory_order_seq_cst);
-  if (has_membarrier) membarrier(kBarrier);
+  // A system that takes the call away later (a filter of system calls) leaves time to do its work.
+  if (has_membarrier && !membarrier(kBarrier)) nap();
   for (const Thread* thread : process().threads) {
     while (thread != this_thread && thread->held.load(std::memory_order_seq_cst) > 0) nap();
   }
@@ -69,12 +75,14 @@ void before() {
 
 void after_in_parent() {
   ++process().count;
+  if (passed) return;
   under_way.store(false, std::memory_order_seq_cst);
   process().mutex.unlock();
 }
 
-// Only this thread is left, so that the others' counts must not be waited for at the next fork.
+// Only this thread is left, so the counts of others must not be waited for at the next fork.
 void after_in_child() {
+  if (passed) return;
   std::vector<Thread*>& threads = process().threads;
   std::erase_if(threads, [](const Thread* thread) { return thread != this_thread; });
   has_membarrier = membarrier(kRegister);
@@ -84,12 +92,14 @@ void after_in_child() {
   for (const auto call : calls) call();
 }
 
+void enlist(Thread* thread) {
+  const std::lock_guard lock(process().mutex);
+  process().threads.push_back(thread);
+}
+
 // Takes a thread off the list when it ends.
 struct Membership {
-  Membership() {
-    const std::lock_guard lock(process().mutex);
-    process().threads.push_back(this_thread);
-  }
+  Membership() { enlist(this_thread); }
   ~Membership() {
     const std::lock_guard lock(process().mutex);
     std::erase(process().threads, this_thread);
@@ -99,11 +109,15 @@ struct Membership {
 
 }  // namespace
 
-// A thread that is ending may come here once more, after its membership has ended: then it only
-// has a count that no fork looks at.
 Thread& join() {
+  thread_local bool is_member = false;
   this_thread = new Thread;
-  thread_local const Membership membership;
+  if (std::exchange(is_member, true)) {
+    // The thread is ending, and its membership has ended already. It stays on the list.
+    enlist(this_thread);
+  } else {
+    thread_local const Membership membership;
+  }
   return *this_thread;
 }
 

@@ -17,10 +17,18 @@ namespace distorch::forks {
 // memory barrier on all others (membarrier). Where there is no such call, the stores are
 // sequentially consistent, which is slower.
 //
-// All of this needs threads that give their mutexes up while the forking thread has the GIL. They
-// do: Note [Waiting for threads].
+// os.fork() has the GIL meanwhile. So whoever holds a mutex of ours must not wait for the GIL, nor
+// for a thread that has yet to get its first mutex: see Note [Waiting for threads]. A thread that
+// holds one and forks (in a library that it calls, to run a program) waits for nobody. Its child
+// must do no more than exec.
+//
+// There is one copy of this in a process. Two would each close their own door first and wait for
+// the other's threads, which may stand before it.
+//
+// A mutex in an object that is made at its first use would be behind a lock that no fork waits for:
+// the one of its initialisation. So such objects are made when the library is loaded.
 
-struct Thread {
+struct alignas(64) Thread {  // a cache line of its own
   std::atomic<int> held{0};  // mutexes; changed by that thread alone
 };
 
@@ -64,7 +72,12 @@ inline void leave() {
   this_thread->held.store(held - 1, std::memory_order_release);
 }
 
-// How often this process has forked since the first mutex was taken or this was asked.
+// Of this thread.
+inline int mutexes_held() {
+  return this_thread == nullptr ? 0 : this_thread->held.load(std::memory_order_relaxed);
+}
+
+// Forks of this process since the first mutex was taken or this was asked; also those that failed.
 uint64_t count();
 
 // Has `then` called in every forked child, in the order of these calls, before anything else of

@@ -16,7 +16,7 @@ struct Occupied {
   uint64_t free_after;
 };
 
-// Uses until something that nobody knows when it will be.
+// A number of uses that nobody knows.
 inline constexpr uint64_t kNotKnown = std::numeric_limits<uint64_t>::max();
 
 // Note [Rooms that become free by and by]

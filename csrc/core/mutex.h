@@ -25,10 +25,9 @@
 // A member: it, or what it points to, is used only while the mutex is held.
 #define GUARDED_BY(mutex) DISTORCH_LOCKS(guarded_by(mutex))
 #define PT_GUARDED_BY(mutex) DISTORCH_LOCKS(pt_guarded_by(mutex))
-// A function: the caller holds the mutex, or does not; the function takes it, gives it up, or is
-// called where it is known to be held.
+// A function: the caller holds the mutex; the function takes it, or gives it up; or it is called
+// where the mutex is known to be held.
 #define REQUIRES(...) DISTORCH_LOCKS(requires_capability(__VA_ARGS__))
-#define EXCLUDES(...) DISTORCH_LOCKS(locks_excluded(__VA_ARGS__))
 #define ACQUIRE(...) DISTORCH_LOCKS(acquire_capability(__VA_ARGS__))
 #define RELEASE(...) DISTORCH_LOCKS(release_capability(__VA_ARGS__))
 #define ASSERT_HELD(...) DISTORCH_LOCKS(assert_capability(__VA_ARGS__))
@@ -37,21 +36,21 @@
 
 namespace distorch {
 
-// Builds with DISTORCH_CHECK_LOCKS abort where this thread holds a mutex of ours and must not (see
-// Note [Waiting for threads]), or holds none and must.
+// Whether check_mutex_held() looks: the environment has DISTORCH_CHECK_LOCKS. Our tests do.
+inline const bool checks_locks = std::getenv("DISTORCH_CHECK_LOCKS") != nullptr;
+
+// Aborts where this thread holds a mutex of ours and must not (see Note [Waiting for threads]), or
+// holds none and must.
 inline void check_mutex_held(bool wanted) {
-#ifdef DISTORCH_CHECK_LOCKS
-  if ((forks::this_thread != nullptr && forks::this_thread->held > 0) == wanted) return;
+  if (!checks_locks || (forks::mutexes_held() > 0) == wanted) return;
   std::fputs(wanted ? "distorch: a thread lacks the mutex that it needs\n"
                     : "distorch: a thread that holds a mutex may wait for the GIL\n",
              stderr);
   std::abort();
-#else
-  static_cast<void>(wanted);
-#endif
 }
 
-// No fork leaves it held in the child: see Note [Forks].
+// No fork leaves it held in the child, but if threads wait with it: see Note [Forks], and
+// Condition::wait().
 class CAPABILITY("mutex") Mutex {
  public:
   Mutex() = default;
@@ -66,7 +65,7 @@ class CAPABILITY("mutex") Mutex {
     mutex_.unlock();
     forks::leave();
   }
-  // In a forked child, where nobody holds it: for a mutex that threads had waited with.
+  // In a forked child, for a mutex with a Condition: nobody holds it there.
   void start_afresh() { std::construct_at(&mutex_); }
 
  private:
@@ -90,8 +89,10 @@ class SCOPED_CAPABILITY MutexLock {
 class Condition {
  public:
   // Gives the mutex up meanwhile. May return earlier: the caller looks again.
-  // REQUIRES: this thread holds no other mutex. A fork does not wait for threads that sleep here,
-  // and a child finds the mutex held if one of them was just waking up: Mutex::start_afresh().
+  // A fork does not wait for threads that sleep here. One that falls asleep or wakes up at that
+  // moment has the mutex without being counted. It changes nothing meanwhile, so all that a child
+  // has to do is Mutex::start_afresh().
+  // REQUIRES: this thread holds no other mutex.
   void wait(Mutex& mutex) REQUIRES(mutex) {
     std::unique_lock held(mutex.mutex_, std::adopt_lock);
     forks::leave();

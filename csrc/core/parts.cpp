@@ -13,7 +13,7 @@ namespace distorch {
 void for_parts(uint64_t parts, size_t threads, const std::function<void(uint64_t)>& work) {
   std::atomic<uint64_t> next{0};
   Mutex mutex;
-  std::exception_ptr failure GUARDED_BY(mutex);
+  std::exception_ptr failure;  // guarded by mutex
   const auto take_parts = [&] {
     try {
       for (uint64_t part; (part = next++) < parts;) work(part);

@@ -14,10 +14,7 @@ struct Clocks {
   std::map<std::string, const ReadClock*> known GUARDED_BY(mutex);
 };
 
-Clocks& clocks() {
-  static Clocks& instance = *new Clocks;
-  return instance;
-}
+Clocks& clocks = *new Clocks;
 
 }  // namespace
 
@@ -59,14 +56,14 @@ bool VirtualReads::run_next() {
 }
 
 void set_read_clock(const std::string& device_type, const ReadClock* clock) {
-  const MutexLock lock(clocks().mutex);
-  clocks().known[device_type] = clock;
+  const MutexLock lock(clocks.mutex);
+  clocks.known[device_type] = clock;
 }
 
 const ReadClock* read_clock(const std::string& device_type) {
-  const MutexLock lock(clocks().mutex);
-  const auto found = clocks().known.find(device_type);
-  return found == clocks().known.end() ? nullptr : found->second;
+  const MutexLock lock(clocks.mutex);
+  const auto found = clocks.known.find(device_type);
+  return found == clocks.known.end() ? nullptr : found->second;
 }
 
 }  // namespace distorch

@@ -45,8 +45,11 @@ class StreamCopy : public PendingCopies::Copy {
 struct Accelerator::DeviceSlot : Slot {
   using Slot::Slot;
 
-  // Where the donor's bytes go. They are decoded to `data`, which lies before `landing` or is the
-  // same address.
+  //   what is decoded elsewhere:  [ decoded bytes      | donor's bytes ]
+  //                               data                 landing
+  //   in place, or not decoded:   [ donor's bytes, which become the weight's ]
+  //                               data == landing
+  // Copies go to `landing`. The device decodes from there to `data`.
   std::byte* landing = nullptr;
   uint64_t landing_at = 0;  // offset in the slot's room
   // Of bytes that readers bring: the host memory that they fill, and where in it the bytes are.
@@ -137,7 +140,8 @@ void Accelerator::start(const SlotPtr& slot, Reads& reads, Executor::Urgency urg
   if (own.staged != nullptr) reads.queue(*this, slot, own.staged_data, urgency);
 }
 
-// The slot stays kLoading. issue() takes it from staged_ as soon as its room is whole.
+// The slot stays kLoading. The next issue() takes it from staged_, if its room is whole: of the
+// thread that waits for it, or else of whoever fetches or ends an operator next.
 void Accelerator::was_read(const SlotPtr& slot, std::optional<Failure> failure) {
   if (failure || !slot->in_cache()) return fail(*slot, std::move(failure));
   staged_.push_back(std::static_pointer_cast<DeviceSlot>(slot));
@@ -308,7 +312,7 @@ bool Accelerator::issue() {
   }
   for (const auto& slot : std::exchange(to_decode_, {})) {  // kReady: its copies were issued above
     if (!slot->in_cache() || slot->state != Slot::State::kReady) continue;
-    if (const auto refusal = attempt([&] { decode(*slot); })) refuse(*slot, *refusal);
+    if (const auto refusal = attempt([&] { queue_decoding(*slot); })) refuse(*slot, *refusal);
   }
   if (out_of_order) std::rethrow_exception(out_of_order);
   return true;
@@ -402,7 +406,7 @@ void Accelerator::bounce(Link& link, const Copy& copy) {
 }
 
 // Behind the copies of a slot, and behind whatever used its room before.
-void Accelerator::decode(DeviceSlot& slot) {
+void Accelerator::queue_decoding(DeviceSlot& slot) {
   if (!decoding_) decoding_ = own_stream(device_);
   const c10::Stream& stream = *decoding_;
   const Decoder& decoder = *slot.source.decoder;

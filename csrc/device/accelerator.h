@@ -79,15 +79,18 @@ class Accelerator : public Transfer {
 
   static DeviceSlot& device_slot(Slot& slot);
   Link& link_from(const std::string& place);
+  // What is asked for: bring() a part of a slot's bytes, ask() for one copy of it.
   void bring(const DeviceSlotPtr& slot, Range part);
   void ask(const Extent& extent, const DeviceSlotPtr& slot);
   bool bring_staged();
+  // What is issued, in this order: for each link follow_users(), and for each copy issue_copy(),
+  // which calls send() and arrived(); then queue_decoding().
   void follow_users(Link& link, const std::vector<Copy>& copies);
   void issue_copy(Link& link, const Copy& copy);
   void send(Link& link, const Copy& copy);
   void bounce(Link& link, const Copy& copy);
   void arrived(Link& link, const Copy& copy, const EventPtr& event);
-  void decode(DeviceSlot& slot);
+  void queue_decoding(DeviceSlot& slot);
   bool answers() const;
   template <class Action>
   std::optional<Refusal> attempt(const Action& action) const;

@@ -24,10 +24,7 @@ struct Library {
   const cuda::Kernels* kernels GUARDED_BY(mutex) = nullptr;
 };
 
-Library& library() {
-  static Library& instance = *new Library;
-  return instance;
-}
+Library& library = *new Library;
 
 const cuda::Kernels* load(const std::string& path) {
   if (path.empty()) return nullptr;
@@ -44,12 +41,12 @@ const cuda::Kernels* load(const std::string& path) {
 }  // namespace
 
 void set_cuda_library(std::string path) {
-  const MutexLock lock(library().mutex);
-  library().path = std::move(path);
+  const MutexLock lock(library.mutex);
+  library.path = std::move(path);
 }
 
 const cuda::Kernels* cuda_kernels() {
-  Library& known = library();
+  Library& known = library;
   const MutexLock lock(known.mutex);
   if (!known.looked) {
     known.looked = true;

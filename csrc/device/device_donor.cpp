@@ -20,10 +20,7 @@ struct Peers {
   std::map<std::pair<std::string, std::string>, bool> known GUARDED_BY(mutex);
 };
 
-Peers& peers() {
-  static Peers& instance = *new Peers;
-  return instance;
-}
+Peers& peers = *new Peers;
 
 }  // namespace
 
@@ -73,14 +70,14 @@ std::shared_ptr<std::byte> DeviceDonor::map() {
 }
 
 void set_peer_access(const std::string& to, const std::string& from, bool possible) {
-  const MutexLock lock(peers().mutex);
-  peers().known[{to, from}] = possible;
+  const MutexLock lock(peers.mutex);
+  peers.known[{to, from}] = possible;
 }
 
 bool can_reach(const std::string& to, const std::string& from) {
-  const MutexLock lock(peers().mutex);
-  const auto found = peers().known.find({to, from});
-  return found == peers().known.end() || found->second;
+  const MutexLock lock(peers.mutex);
+  const auto found = peers.known.find({to, from});
+  return found == peers.known.end() || found->second;
 }
 
 }  // namespace distorch

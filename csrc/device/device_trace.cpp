@@ -16,10 +16,7 @@ struct Origin {
   EventPtr event GUARDED_BY(mutex);
 };
 
-Origin& origin() {
-  static Origin& instance = *new Origin;
-  return instance;
-}
+Origin& origin = *new Origin;
 
 EventPtr now_on(const c10::Stream& stream) {
   auto event = std::make_shared<c10::Event>(stream.device_type(), c10::EventFlag::BACKEND_DEFAULT);
@@ -64,8 +61,8 @@ struct DeviceSpan::Open {
 void DeviceSpan::open(const c10::Stream& stream, SpanText text) {
   EventPtr begin;
   {
-    const MutexLock lock(origin().mutex);
-    begin = origin().event;
+    const MutexLock lock(origin.mutex);
+    begin = origin.event;
   }
   if (begin == nullptr || begin->device_type() != stream.device_type()) return;
   open_ = std::make_shared<Open>(Open{stream, std::move(text), begin, now_on(stream)});
@@ -88,13 +85,13 @@ DeviceSpan::~DeviceSpan() {
 
 void start_trace(const std::string& name) {
   const c10::Device device(name);
-  const MutexLock lock(origin().mutex);
-  origin().event.reset();
+  const MutexLock lock(origin.mutex);
+  origin.event.reset();
   if (!device.is_cpu()) {
     const c10::impl::VirtualGuardImpl guard(device.type());
     const c10::Stream stream = guard.getStream(device);
     guard.synchronizeStream(stream);
-    origin().event = now_on(stream);
+    origin.event = now_on(stream);
   }
   TraceLog::instance().start();
 }

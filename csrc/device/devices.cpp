@@ -23,28 +23,22 @@ struct Registry {
   size_t io_threads GUARDED_BY(mutex) = 6;
 };
 
-void start_afresh_in_child();
-
 // Never destroyed: weights may outlive every static object.
-Registry& registry() {
-  static Registry& instance = []() -> Registry& {
-    forks::in_child(&start_afresh_in_child);
-    return *new Registry;
-  }();
-  return instance;
-}
+Registry& registry = *new Registry;
 
 void start_afresh_in_child() {
   compute_threads_are_gone();
   std::vector<std::shared_ptr<Ring>> rings;
   {
-    const MutexLock lock(registry().mutex);
-    for (const auto& [device, known] : registry().rings) rings.push_back(known.lock());
+    const MutexLock lock(registry.mutex);
+    for (const auto& [device, known] : registry.rings) rings.push_back(known.lock());
   }
   for (const auto& ring : rings) {
     if (ring != nullptr) ring->start_afresh();
   }
 }
+
+[[maybe_unused]] const bool told_of_forks = (forks::in_child(&start_afresh_in_child), true);
 
 // Its threads end with it. See Note [Waiting for threads].
 void end_ring(Ring* ring) {
@@ -54,9 +48,8 @@ void end_ring(Ring* ring) {
 }  // namespace
 
 std::shared_ptr<Ring> ring_for(const std::string& device) {
-  Registry& all = registry();
-  const MutexLock lock(all.mutex);
-  std::weak_ptr<Ring>& known = all.rings[device];
+  const MutexLock lock(registry.mutex);
+  std::weak_ptr<Ring>& known = registry.rings[device];
   if (auto ring = known.lock()) return ring;
   const c10::Device where(device);
   std::unique_ptr<Transfer> transfer;
@@ -69,7 +62,7 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
   if (const ReadClock* clock = read_clock(c10::DeviceTypeName(where.type(), true))) {
     readers = std::make_unique<VirtualReads>(*clock);
   } else {
-    readers = std::make_unique<IoPool>(all.io_threads);
+    readers = std::make_unique<IoPool>(registry.io_threads);
   }
   const std::shared_ptr<Ring> ring(new Ring(std::move(transfer), std::move(readers)), &end_ring);
   known = ring;
@@ -79,11 +72,13 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
 Reservation::Reservation(const std::string& device, uint64_t bytes)
     : ring_(ring_for(device)), ticket_(ring_->reserve(bytes)) {}
 
-Reservation::~Reservation() { ring_->release(ticket_); }
+Reservation::~Reservation() {
+  waiting([this] { ring_->release(ticket_); });
+}
 
 void set_io_threads(size_t threads) {
-  const MutexLock lock(registry().mutex);
-  registry().io_threads = std::max<size_t>(threads, 1);
+  const MutexLock lock(registry.mutex);
+  registry.io_threads = std::max<size_t>(threads, 1);
 }
 
 }  // namespace distorch

@@ -78,6 +78,14 @@ at::DataPtr allocate_on_page(uint64_t bytes, c10::Device device) {
           c10::Device(c10::kCPU)};
 }
 
+struct Known {
+  Mutex mutex;
+  std::map<std::string, std::weak_ptr<PinnedBuffers>> by_device GUARDED_BY(mutex);
+};
+
+// Never destroyed: rings may outlive every static object.
+Known& known_buffers = *new Known;
+
 }  // namespace
 
 at::Tensor pinned_memory(uint64_t bytes, c10::Device device) {
@@ -90,20 +98,9 @@ at::Tensor pinned_memory(uint64_t bytes, c10::Device device) {
   return pinned;
 }
 
-struct PinnedBuffers::Known {
-  Mutex mutex;
-  std::map<std::string, std::weak_ptr<PinnedBuffers>> by_device GUARDED_BY(mutex);
-};
-
-// Never destroyed: rings may outlive every static object.
-PinnedBuffers::Known& PinnedBuffers::all() {
-  static Known& instance = *new Known;
-  return instance;
-}
-
 std::shared_ptr<PinnedBuffers> PinnedBuffers::of(c10::Device device) {
-  const MutexLock lock(all().mutex);
-  std::weak_ptr<PinnedBuffers>& there = all().by_device[device.str()];
+  const MutexLock lock(known_buffers.mutex);
+  std::weak_ptr<PinnedBuffers>& there = known_buffers.by_device[device.str()];
   if (auto buffers = there.lock()) return buffers;
   auto buffers = std::make_shared<PinnedBuffers>(device);
   there = buffers;
@@ -111,9 +108,9 @@ std::shared_ptr<PinnedBuffers> PinnedBuffers::of(c10::Device device) {
 }
 
 std::shared_ptr<PinnedBuffers> PinnedBuffers::known(c10::Device device) {
-  const MutexLock lock(all().mutex);
-  const auto found = all().by_device.find(device.str());
-  return found == all().by_device.end() ? nullptr : found->second.lock();
+  const MutexLock lock(known_buffers.mutex);
+  const auto found = known_buffers.by_device.find(device.str());
+  return found == known_buffers.by_device.end() ? nullptr : found->second.lock();
 }
 
 PinnedBuffers::Buffer::~Buffer() {

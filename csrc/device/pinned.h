@@ -66,14 +66,12 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
   std::shared_ptr<Buffer> take(uint64_t bytes);
 
  private:
-  struct Known;
   struct Busy {
     std::shared_ptr<Slab> slab;
     Range range;
     EventPtr copied;
   };
 
-  static Known& all();
   std::shared_ptr<Buffer> carve(uint64_t bytes) REQUIRES(mutex_);
   void add_slab(uint64_t bytes) REQUIRES(mutex_);
   void drop_idle_slabs() REQUIRES(mutex_);

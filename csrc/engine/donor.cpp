@@ -21,10 +21,7 @@ struct Scratch {
 };
 
 // Never destroyed: donors may outlive every static object.
-Scratch& scratch() {
-  static Scratch& instance = *new Scratch;
-  return instance;
-}
+Scratch& shared = *new Scratch;
 
 }  // namespace
 
@@ -97,25 +94,24 @@ FileDonor::FileDonor(std::shared_ptr<File> checkpoint, uint64_t offset, uint64_t
 }
 
 void set_scratch_directory(std::string directory) {
-  const MutexLock lock(scratch().mutex);
-  scratch().directory = std::move(directory);
-  scratch().file.reset();
+  const MutexLock lock(shared.mutex);
+  shared.directory = std::move(directory);
+  shared.file.reset();
 }
 
 std::string scratch_directory() {
-  const MutexLock lock(scratch().mutex);
-  return scratch().directory;
+  const MutexLock lock(shared.mutex);
+  return shared.directory;
 }
 
 // All scratch donors share one file, which goes with the last of them. A forked child, which may
 // not write to its parent's, makes one of its own.
 std::shared_ptr<FileDonor> FileDonor::scratch(uint64_t bytes) {
-  Scratch& known = distorch::scratch();
   std::shared_ptr<File> file;
   {
-    const MutexLock lock(known.mutex);
-    file = known.file.lock();
-    if (file == nullptr || !file->writable()) known.file = file = File::scratch(known.directory);
+    const MutexLock lock(shared.mutex);
+    file = shared.file.lock();
+    if (file == nullptr || !file->writable()) shared.file = file = File::scratch(shared.directory);
   }
   const uint64_t offset = file->allocate(bytes);
   return std::make_shared<FileDonor>(std::move(file), offset, bytes);

@@ -34,7 +34,7 @@ class PendingCopies {
   // Copies on one stream run one after the other: the latest stands for all of them.
   void add(uint64_t stream, std::shared_ptr<Copy> copy) const;
   // Blocks until every copy has ended. The caller makes sure that no new one is asked for
-  // meanwhile. REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+  // meanwhile. REQUIRES: no mutex of ours is held (Note [Waiting for threads]).
   void wait() const;
 
  private:
@@ -88,7 +88,7 @@ class Donor {
   }
 
   // Blocks until no device copies from here any more. Call it before letting go of a donor.
-  // REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+  // REQUIRES: no mutex of ours is held (Note [Waiting for threads]).
   virtual void settle() const {}
 
   // Rows of that many bytes, those of these numbers, one after the other.
@@ -137,7 +137,7 @@ class HostDonor : public Donor {
   const PendingCopies pending_;  // last: it waits before the memory goes
 };
 
-// Where the scratch file goes: donors that are not somebody's checkpoint.
+// The folder of the scratch file, which has the bytes of donors that are nobody's checkpoint.
 void set_scratch_directory(std::string directory);
 std::string scratch_directory();
 

@@ -31,7 +31,7 @@ Ring::Ring(std::unique_ptr<Transfer> transfer, std::unique_ptr<Executor> readers
 // waiting for one of these copies, and nobody else would issue it.
 struct Ring::IssueAtEnd {
   explicit IssueAtEnd(Ring& of) : ring(of) {}
-  ~IssueAtEnd() NOT_FOLLOWED {  // the mutex is held as long as this lives
+  ~IssueAtEnd() NOT_FOLLOWED {  // the mutex is held when this ends
     if (std::uncaught_exceptions() == before) return;
     try {
       ring.issue();
@@ -48,7 +48,7 @@ struct Ring::IssueAtEnd {
 // A slot that this thread wants. It may be dropped meanwhile, and this is then its last holder.
 struct Ring::Waiter {
   Waiter(RingMutex& of, SlotPtr wanted) : mutex(of), slot(std::move(wanted)) {}
-  ~Waiter() NOT_FOLLOWED {  // the mutex is held as long as this lives
+  ~Waiter() NOT_FOLLOWED {  // the mutex is held when this ends
     if (!slot->in_cache()) mutex.let_go(slot->source);
   }
   Waiter(const Waiter&) = delete;

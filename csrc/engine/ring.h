@@ -31,11 +31,14 @@ namespace distorch {
 // decodes what is only stored (decode). Then it lends the slot to the current stream, and hands it
 // out.
 //
-// From a disk to a GPU: Ring::load; Accelerator::make_slot, with a pinned buffer; SlotCache::place;
-// Reads::queue; Accelerator::was_read; issue, which asks for the copy and the decoding;
-// RowDecoder::decode_on_device; decode_on_cuda. Then lend() and hand_out().
-// From a disk on the host: Ring::load; HostTransfer::make_slot; SlotCache::place; Reads::queue;
-// HostTransfer::was_read; Ring::decode; HostDevice::decode_all. Then hand_out().
+// From a disk to a GPU: Ring::load; Accelerator::make_slot, with a pinned buffer; SlotCache::place,
+// enter, and grow, which tells Accelerator::grew; start, which asks for Reads::queue. When the last
+// part was read, Reads::end_part calls Accelerator::was_read. The thread that waits, in wait_for(),
+// then calls Accelerator::issue. It issues the copy, and queue_decoding:
+// RowDecoder::decode_on_device and decode_on_cuda. Then lend() and hand_out(). Ring::decode is not
+// on this way. From a disk on the host: Ring::load; HostTransfer::make_slot; SlotCache::place and
+// enter; Reads::queue; HostTransfer::was_read; Ring::decode; HostDevice::decode_all. Then
+// hand_out().
 class Ring {
  public:
   // `transfer` is of the compute device; `readers` do what it asks of the host.

@@ -39,8 +39,8 @@ class CAPABILITY("mutex") RingMutex : Mutex {
     RingMutex& mutex_;
   };
 
-  // Gives a lock up as long as this lives. It has the mutex again before anybody looks, so clang
-  // is not told.
+  // Gives a lock up as long as this lives. clang is not told, and believes that the mutex is held:
+  // code in between uses what no other thread changes, such as a slot that it has made kLoading.
   class Unlocked {
    public:
     explicit Unlocked(Lock& held) : mutex_(held.mutex_) { mutex_.unlock(); }

@@ -15,7 +15,7 @@ Room::~Room() {
   uint64_t begin = range_.begin;
   missing_.push_back({range_.end, range_.end});
   for (const Range& piece : missing_) {
-    if (piece.begin > begin) region_->arena.free(begin, piece.begin - begin);
+    if (piece.begin > begin) region_->arena()->free(begin, piece.begin - begin);
     begin = piece.end;
   }
 }
@@ -24,7 +24,7 @@ std::vector<Range> Room::take() {
   std::vector<Range> found, still;
   for (const Range& piece : missing_) {
     uint64_t begin = piece.begin;
-    for (const Range& got : region_->arena.take(piece)) {
+    for (const Range& got : region_->arena()->take(piece)) {
       if (got.begin > begin) still.push_back({begin, got.begin});
       found.push_back({got.begin - range_.begin, got.end - range_.begin});
       begin = got.end;

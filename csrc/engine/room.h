@@ -7,15 +7,35 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/mutex.h"
 
 namespace distorch {
 
-// One allocation, divided by an Arena; rooms keep it alive.
-struct Region {
+// One allocation, divided by an Arena; rooms keep it alive. It has a mutex of its own, because the
+// last holder of a room may let go of it in any thread.
+class Region {
+ public:
   Region(std::shared_ptr<std::byte> memory, uint64_t bytes, uint64_t granule)
-      : memory(std::move(memory)), arena(bytes, granule) {}
-  const std::shared_ptr<std::byte> memory;
-  Arena arena;
+      : memory_(std::move(memory)), arena_(bytes, granule) {}
+
+  // The arena, held as long as this lives: region.arena()->used().
+  class Held {
+   public:
+    explicit Held(Region& region) : lock_(region.mutex_), arena_(region.arena_) {}
+    Arena* operator->() const { return &arena_; }
+
+   private:
+    const MutexLock lock_;
+    Arena& arena_;
+  };
+  Held arena() { return Held(*this); }
+  uint64_t capacity() const { return arena_.capacity(); }
+  std::byte* data() const { return memory_.get(); }
+
+ private:
+  const std::shared_ptr<std::byte> memory_;
+  Mutex mutex_;
+  Arena arena_;  // guarded by mutex_, but for its capacity
 };
 
 // A range of a region that is taken as it becomes free, and given back with
@@ -31,7 +51,7 @@ class Room {
   Room(const Room&) = delete;
   Room& operator=(const Room&) = delete;
 
-  std::byte* data() const { return region_->memory.get() + range_.begin; }
+  std::byte* data() const { return region_->data() + range_.begin; }
   const Region* region() const { return region_.get(); }
   Range range() const { return range_; }
   const std::vector<Range>& missing() const { return missing_; }

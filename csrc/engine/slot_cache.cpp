@@ -133,7 +133,7 @@ bool SlotCache::may_stay(const Slot& slot) const {
     if (range.end - range.begin <= large()) return true;
   }
   // If the slot is used again, its own decoded bytes need room as well.
-  return region_->arena.has_hole(spare_ + (decoded ? 0 : slot.room_later));
+  return region_->arena()->has_hole(spare_ + (decoded ? 0 : slot.room_later));
 }
 
 // So many bytes are decoded at once. Looking ahead leaves that room, up to half of the ring.
@@ -201,8 +201,8 @@ std::shared_ptr<Region> SlotCache::region() {
 // `spare` null: the lowest hole that fits. Else the highest place that leaves a hole of so many
 // bytes; 0 asks for no hole.
 std::shared_ptr<Room> SlotCache::carve(uint64_t bytes, std::optional<uint64_t> spare) {
-  Arena& arena = region()->arena;
-  const auto offset = spare ? arena.allocate_last(bytes, *spare) : arena.allocate(bytes);
+  const auto arena = region()->arena();
+  const auto offset = spare ? arena->allocate_last(bytes, *spare) : arena->allocate(bytes);
   if (!offset) return nullptr;
   return Room::taken(region_, {*offset, *offset + bytes});
 }
@@ -214,11 +214,11 @@ std::shared_ptr<Room> SlotCache::promised_room(uint64_t bytes, const Window& win
   if (bytes <= large()) {
     if (auto room = carve(bytes, std::nullopt)) return room;
   }
-  const std::vector<Range> holes = region()->arena.holes();
+  const std::vector<Range> holes = region()->arena()->holes();
   const bool fits = std::any_of(holes.begin(), holes.end(),
                                 [&](const Range& hole) { return hole.end - hole.begin >= bytes; });
   const std::vector<Occupied> taken = occupied(window, holes, fits);
-  const auto offset = choose_offset(taken, region_->arena.capacity(), bytes);
+  const auto offset = choose_offset(taken, region_->capacity(), bytes);
   if (!offset) return nullptr;
   return std::make_shared<Room>(region_, Range{*offset, *offset + bytes});
 }
@@ -238,7 +238,7 @@ std::vector<Occupied> SlotCache::occupied(const Window& window, const std::vecto
   // The rest is held by operators whose weights have let go of it.
   std::sort(known.begin(), known.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  known.push_back({region_->arena.capacity(), region_->arena.capacity()});
+  known.push_back({region_->capacity(), region_->capacity()});
   uint64_t end = 0;
   for (const Range& range : known) {
     if (range.begin > end) found.push_back({{end, range.begin}, kNotKnown});

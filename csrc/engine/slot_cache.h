@@ -35,7 +35,7 @@ class SlotCache {
       : transfer_(transfer), forecast_(forecast), mutex_(mutex) {}
 
   uint64_t capacity() const { return capacity_; }
-  uint64_t used() const { return region_ ? region_->arena.used() : 0; }
+  uint64_t used() const { return region_ ? region_->arena()->used() : 0; }
   // Another capacity lets go of all slots. In any case, what was learned of decoded weights is
   // forgotten: these weights may be gone.
   void resize(uint64_t capacity);

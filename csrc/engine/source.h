@@ -31,7 +31,7 @@ struct Source {
 };
 
 // Lets go of a source. The last holder of a donor waits for the copies that devices make from it.
-// REQUIRES: no lock of ours is held (Note [Waiting for threads]).
+// REQUIRES: no mutex of ours is held (Note [Waiting for threads]).
 void let_go(Source source);
 
 }  // namespace distorch

@@ -6,10 +6,14 @@
 
 namespace distorch {
 
-TraceLog& TraceLog::instance() {
-  static TraceLog& log = *new TraceLog;
-  return log;
-}
+namespace {
+
+// Never destroyed: threads may end after every static object.
+TraceLog& log = *new TraceLog;
+
+}  // namespace
+
+TraceLog& TraceLog::instance() { return log; }
 
 void TraceLog::start() {
   const MutexLock lock(mutex_);

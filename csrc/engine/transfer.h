@@ -23,11 +23,12 @@ struct Counters;
 // changes the state of a slot. A slot's way, in the order of the calls:
 //   make_slot()  says how many bytes of memory it needs
 //   place()      gives it an address; the room there may still be another slot's
-//   grew()       for all of that room, or for each part of it that becomes free; also after start()
-//   start()      queues reads by the host, if it needs any; was_read() when they have ended
-//   issue()      queues copies and decoding on the device; slots are kReady then
-//   lend()       the current stream waits for the bytes
-//   dropped()    the cache has let go of it
+//   grew()       for all of that room, or for each part of it that becomes free; also after
+//   start().
+//                Here a device asks for copies of what it reaches by itself.
+//   start()      queues reads by the host of what it does not reach; was_read() when they have
+//   ended issue()      queues copies and decoding on the device; slots are kReady then lend() the
+//   current stream waits for the bytes dropped()    the cache has let go of it
 // On the host there may be a second place(), for the decoded bytes, and decode() before lend().
 class Transfer {
  public:
@@ -70,7 +71,8 @@ class Transfer {
   // Throws the device's own error where it takes no work any more; all these slots have failed
   // then.
   virtual bool issue() { return false; }
-  // All rows of a slot that is kStored, by the calling thread. It gives the lock up meanwhile.
+  // On the host: all rows of a slot that is kStored, by the calling thread. It gives the lock up
+  // meanwhile.
   virtual void decode(Slot&, RingMutex::Lock&) {}
   // Operators that this thread issues from now on find the bytes. The time that they wait counts.
   virtual void lend(Slot&, Counters&) {}

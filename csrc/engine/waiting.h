@@ -11,8 +11,8 @@ namespace distorch {
 // knows that tensor. A kernel may wait for another kernel that a Python thread has yet to launch.
 // `wrapper` releases the GIL, runs what it is given, and takes the GIL again.
 // Never call waiting() while holding a mutex of ours. Taking the GIL again could then wait
-// for a thread that has the GIL and wants that mutex: a dead-lock. Builds with DISTORCH_CHECK_LOCKS
-// abort where that happens.
+// for a thread that has the GIL and wants that mutex: a dead-lock. Where the environment has
+// DISTORCH_CHECK_LOCKS, the process aborts instead.
 using WaitWrapper = void (*)(const std::function<void()>& wait);
 void set_wait_wrapper(WaitWrapper wrapper);
 

@@ -23,36 +23,39 @@ struct Groups {
 };
 
 // Never destroyed: weights may outlive every static object.
-Groups& groups() {
-  static Groups& instance = *new Groups;
-  return instance;
-}
+Groups& groups = *new Groups;
 
 void put_aside(Counters* counters) {
   counters->reset();  // lets go of what devices still know
-  const MutexLock lock(groups().mutex);
-  groups().known.erase(counters->id);
-  groups().unused.push_back(counters);
+  const MutexLock lock(groups.mutex);
+  groups.known.erase(counters->id);
+  groups.unused.push_back(counters);
+}
+
+// Some that nobody holds.
+Counters* take_unused() {
+  const MutexLock lock(groups.mutex);
+  if (groups.unused.empty()) return new Counters;
+  Counters* taken = groups.unused.back();
+  groups.unused.pop_back();
+  return taken;
 }
 
 }  // namespace
 
 std::shared_ptr<Counters> Counters::make() {
-  const MutexLock lock(groups().mutex);
-  std::vector<Counters*>& unused = groups().unused;
-  if (unused.empty()) unused.push_back(new Counters);
-  const std::shared_ptr<Counters> made(unused.back(), &put_aside);
-  unused.pop_back();
-  made->reset();  // of what was counted meanwhile
-  made->id = groups().next_id++;
-  groups().known.emplace(made->id, made);
+  const std::shared_ptr<Counters> made(take_unused(), &put_aside);
+  made->reset();  // of what was counted while nobody held them
+  const MutexLock lock(groups.mutex);
+  made->id = groups.next_id++;
+  groups.known.emplace(made->id, made);
   return made;
 }
 
 std::shared_ptr<Counters> Counters::find(uint64_t id) {
-  const MutexLock lock(groups().mutex);
-  const auto found = groups().known.find(id);
-  return found == groups().known.end() ? nullptr : found->second.lock();
+  const MutexLock lock(groups.mutex);
+  const auto found = groups.known.find(id);
+  return found == groups.known.end() ? nullptr : found->second.lock();
 }
 
 void Counters::reset() {
@@ -74,8 +77,12 @@ void Counters::stalls(std::unique_ptr<LateTime> time) {
 }
 
 uint64_t Counters::all_stall_ns() {
-  const MutexLock lock(mutex_);
-  for (; !later_.empty(); later_.pop_front()) stall_ns += later_.front()->nanoseconds();
+  std::deque<std::unique_ptr<LateTime>> later;
+  {
+    const MutexLock lock(mutex_);
+    later.swap(later_);
+  }
+  for (const auto& time : later) stall_ns += time->nanoseconds();  // other threads go on counting
   return stall_ns;
 }
 

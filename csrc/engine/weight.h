@@ -43,8 +43,9 @@ struct Counters {
   void travelled(const std::string& tier, uint64_t bytes);
   std::map<std::string, uint64_t> bytes() const;
 
-  // New ones, all zero. The memory of others that nobody holds any more may serve again: an
-  // operator that has only just looked up the counters of its weight counts there, once more.
+  // New ones, all zero. Their memory may have been other counters, which nobody held any more. It
+  // is never freed, because a fetch that is under way goes on counting where it began to
+  // (count_in).
   static std::shared_ptr<Counters> make();
   // The living counters of that id, or null.
   static std::shared_ptr<Counters> find(uint64_t id);
@@ -75,7 +76,7 @@ class Weight {
   std::shared_ptr<Donor> donor() const { return source().donor; }
   Ring& ring() const { return *ring_; }
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
-  // From now on. Operators that are under way may still count in the old ones.
+  // From now on. A fetch that is under way goes on counting in the old ones.
   void count_in(std::shared_ptr<Counters> counters);
   // How often the weight has moved.
   uint64_t moves() const;

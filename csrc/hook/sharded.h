@@ -6,9 +6,9 @@
 
 #include <atomic>
 #include <memory>
-#include <thread>
 #include <utility>
 
+#include "core/mutex.h"
 #include "engine/weight.h"
 
 namespace distorch {
@@ -45,33 +45,24 @@ class InPlace {
   // Null where there is none.
   c10::Storage memory() const {
     if (!*this) return {};
-    const Held held(busy_);
+    const MutexLock lock(mutex_);
     return memory_;
   }
   // Null: none from now on.
   void set(c10::Storage memory) {
     const bool there = bool(memory);
     {
-      const Held held(busy_);
+      const MutexLock lock(mutex_);
       std::swap(memory_, memory);
       there_.store(there, std::memory_order_release);
     }
-    // The old memory, if nobody else has it, goes here: outside the lock.
+    // The old memory, if nobody else has it, goes here: without the mutex.
   }
 
  private:
-  // A spinning lock. It is held for a few instructions only, and every operator takes it.
-  struct Held {
-    explicit Held(std::atomic_flag& flag) : busy(flag) {
-      while (busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
-    }
-    ~Held() { busy.clear(std::memory_order_release); }
-    std::atomic_flag& busy;
-  };
-
-  c10::Storage memory_;  // guarded by busy_
+  mutable Mutex mutex_;
+  c10::Storage memory_ GUARDED_BY(mutex_);
   std::atomic<bool> there_{false};
-  mutable std::atomic_flag busy_;
 };
 
 // What the tag on a storage says.

@@ -98,6 +98,11 @@ void DeviceMemory::free(std::byte* address, uint64_t bytes, int stream) {
   arena_.free(offset, room);
 }
 
+uint64_t DeviceMemory::used() const {
+  std::lock_guard lock(mutex_);
+  return arena_.used();
+}
+
 std::shared_ptr<DeviceMemory> device_memory(int device) {
   Memories& all = memories();
   std::lock_guard lock(all.mutex);

@@ -39,7 +39,7 @@ class DeviceMemory {
   }
 
   uint64_t capacity() const { return capacity_; }
-  uint64_t used() const { return arena_.used(); }
+  uint64_t used() const;
   uint64_t peak() const { return peak_; }
   void reset_peak() { peak_ = used(); }
   // Bytes in use, beyond which allocations fail.
@@ -56,8 +56,8 @@ class DeviceMemory {
   const uint64_t capacity_;
   std::byte* base_;
   std::byte* shadow_;
-  Arena arena_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
+  Arena arena_;                      // guarded by mutex_
   std::map<uint64_t, Freed> freed_;  // by offset; guarded by mutex_
   uint64_t peak_ = 0;
   uint64_t limit_ = capacity_;

@@ -104,7 +104,7 @@ struct Tested : CopyingMemory {
     Arena left(cache.capacity(), kPage);
     if (cache.used() == 0) return left.has_hole(bytes);
     left.take({0, cache.capacity()});
-    for (const Range& hole : region->arena.holes()) left.free(hole.begin, hole.end - hole.begin);
+    for (const Range& hole : region->arena()->holes()) left.free(hole.begin, hole.end - hole.begin);
     for (size_t i = 0; i < weights.size(); ++i) {
       const SlotPtr slot = this->slot(i);
       if (slot == nullptr || slot->room == nullptr || in_use(*slot)) continue;
@@ -146,7 +146,7 @@ struct Tested : CopyingMemory {
     CHECK(slot->whole() || (ahead != nullptr && by_parts));
     const uint64_t hole = std::min(slot->room_later, cache.capacity() / 2);
     const bool expected = hole > cache.large() && slot->room_later <= cache.capacity();
-    if (ahead != nullptr && expected) CHECK(region->arena.has_hole(hole));
+    if (ahead != nullptr && expected) CHECK(region->arena()->has_hole(hole));
     slot->whole() ? grew(slot, {0, slot->room_bytes}) : void(cache.grow(slot));
     if (ahead != nullptr) cache.grow_later(slot);
     return slot;

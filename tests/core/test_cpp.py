@@ -23,7 +23,7 @@ def library(request, tmp_path_factory):
     """All objects of core and engine, built with one sanitizer; and the flags for it."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = [
-        COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}", "-DDISTORCH_CHECK_LOCKS",
+        COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}",
         f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all",
     ]  # fmt: skip
     jobs = [
@@ -42,7 +42,11 @@ def test_program(library, program, tmp_path):
         [*flags, str(CSRC / "tests" / f"{program}.cpp"), *objects, "-o", str(executable)],
         check=True,
     )
-    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    options = {
+        "DISTORCH_CHECK_LOCKS": "1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     done = subprocess.run(
         [str(executable)], cwd=tmp_path, env={**os.environ, **options}, timeout=300,
         capture_output=True, text=True, check=False,
