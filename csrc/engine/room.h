@@ -52,7 +52,7 @@ class Room {
   Room& operator=(const Room&) = delete;
 
   std::byte* data() const { return region_->data() + range_.begin; }
-  const Region* region() const { return region_.get(); }
+  Region* region() const { return region_.get(); }
   Range range() const { return range_; }
   const std::vector<Range>& missing() const { return missing_; }
   bool complete() const { return missing_.empty(); }

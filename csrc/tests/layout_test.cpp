@@ -56,8 +56,8 @@ void no_room_is_complete_sooner() {
 
 void a_room_is_taken_as_it_becomes_free() {
   auto region = std::make_shared<Region>(nullptr, 10 * 64, 64);
-  auto first = Room::taken(region, {*region->arena.allocate(3 * 64), 3 * 64});
-  const auto second = Room::taken(region, {*region->arena.allocate(2 * 64), 5 * 64});
+  auto first = Room::taken(region, {*region->arena()->allocate(3 * 64), 3 * 64});
+  const auto second = Room::taken(region, {*region->arena()->allocate(2 * 64), 5 * 64});
   {
     Room room(region, {64, 8 * 64});  // over a part of the first, and all of the second
     auto parts = room.take();
@@ -66,10 +66,10 @@ void a_room_is_taken_as_it_becomes_free() {
     first.reset();
     parts = room.take();
     CHECK(parts.size() == 1 && parts[0].begin == 0 && parts[0].end == 2 * 64);
-    CHECK(room.missing().size() == 1 && region->arena.used() == 7 * 64);
+    CHECK(room.missing().size() == 1 && region->arena()->used() == 7 * 64);
   }
-  CHECK(region->arena.used() == 2 * 64);  // what was taken went back, the second one's did not
-  CHECK(region->arena.holes().size() == 2);
+  CHECK(region->arena()->used() == 2 * 64);  // what was taken went back, the second one's did not
+  CHECK(region->arena()->holes().size() == 2);
 }
 
 }  // namespace

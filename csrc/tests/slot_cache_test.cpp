@@ -212,7 +212,7 @@ struct Tested : CopyingMemory {
   // What holds whenever nobody is at work.
   void check() {
     uint64_t used = 0;
-    const auto* ring = cache.used() > 0 ? region->memory.get() : nullptr;
+    const auto* ring = cache.used() > 0 ? region->data() : nullptr;
     std::erase_if(pieces, [](const auto& piece) { return piece.expired(); });
     for (const auto& known : pieces) {
       const auto piece = known.lock();
@@ -252,9 +252,9 @@ struct Tested : CopyingMemory {
   RingMutex mutex;
   SlotCache cache{*this, forecast, mutex};
   Window* window = &forecast.window(std::this_thread::get_id());
-  const Region* region = nullptr;  // that the latest room is in
-  uint64_t overflows = 0;          // that there should be
-  size_t lean = 0;                 // fetches that still take ordinary memory
+  Region* region = nullptr;  // that the latest room is in
+  uint64_t overflows = 0;    // that there should be
+  size_t lean = 0;           // fetches that still take ordinary memory
   RingMutex::Lock lock{mutex};
 };
 
