@@ -141,8 +141,8 @@ def test_use_of_the_compiled_library_is_seen(copied):
 @pytest.mark.parametrize(
     ("file", "lock", "told"),
     [
-        ("core/arena.cpp", "", ""),
-        ("core/arena.cpp", "  const MutexLock lock(mutex_);\n", "requires holding mutex 'mutex_'"),
+        ("core/virtual_reads.cpp", "", ""),
+        ("core/virtual_reads.cpp", "  const MutexLock lock(mutex_);\n  reads_", "requires holding"),
         ("engine/ring.cpp", "  Lock lock(mutex_);\n  cache_", "requires holding mutex 'mutex_'"),
     ],
 )
