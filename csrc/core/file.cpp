@@ -102,10 +102,9 @@ std::shared_ptr<File> File::open(const std::string& path) {
   }
   struct stat status{};
   ::fstat(fd, &status);
-  OpenFiles& all = open_files;
-  const MutexLock lock(all.mutex);
-  std::erase_if(all.by_path, [](const auto& entry) { return entry.second.expired(); });
-  std::weak_ptr<File>& known = all.by_path[path];
+  const MutexLock lock(open_files.mutex);
+  std::erase_if(open_files.by_path, [](const auto& entry) { return entry.second.expired(); });
+  std::weak_ptr<File>& known = open_files.by_path[path];
   if (auto file = known.lock(); file != nullptr && file->is_still(status)) {
     ::close(fd);
     return file;

@@ -14,7 +14,7 @@ namespace distorch::forks {
 //
 // Every thread counts the mutexes that it holds. Counting costs nothing but a store, because the
 // rare side pays: before it looks at these counts, the thread that forks has the kernel run a
-// memory barrier on all others (membarrier). Where there is no such call, the stores are
+// memory barrier on all others (membarrier). Where the system has no such call, the stores are
 // sequentially consistent, which is slower.
 //
 // os.fork() has the GIL meanwhile. So whoever holds a mutex of ours must not wait for the GIL, nor
@@ -22,11 +22,12 @@ namespace distorch::forks {
 // holds one and forks (in a library that it calls, to run a program) waits for nobody. Its child
 // must do no more than exec.
 //
-// There is one copy of this in a process. Two would each close their own door first and wait for
-// the other's threads, which may stand before it.
+// A process must have one copy of this code. Of two, the first would stop threads that want a mutex
+// of its own, and the second would then wait for these threads, if they hold a mutex of the other.
 //
-// A mutex in an object that is made at its first use would be behind a lock that no fork waits for:
-// the one of its initialisation. So such objects are made when the library is loaded.
+// Objects that have a mutex and live as long as the process are made when the library is loaded. If
+// they were made at their first use, a thread could be in the middle of that during a fork, and the
+// child would wait for it for ever.
 
 struct alignas(64) Thread {  // a cache line of its own
   std::atomic<int> held{0};  // mutexes; changed by that thread alone

@@ -16,7 +16,7 @@ struct Occupied {
   uint64_t free_after;
 };
 
-// A number of uses that nobody knows.
+// Instead of a number of uses: nobody knows it.
 inline constexpr uint64_t kNotKnown = std::numeric_limits<uint64_t>::max();
 
 // Note [Rooms that become free by and by]

@@ -49,8 +49,8 @@ inline void check_mutex_held(bool wanted) {
   std::abort();
 }
 
-// No fork leaves it held in the child, but if threads wait with it: see Note [Forks], and
-// Condition::wait().
+// A forked child finds it free (Note [Forks]). The exception is a mutex with which threads wait:
+// see Condition::wait().
 class CAPABILITY("mutex") Mutex {
  public:
   Mutex() = default;

@@ -46,13 +46,12 @@ void set_cuda_library(std::string path) {
 }
 
 const cuda::Kernels* cuda_kernels() {
-  Library& known = library;
-  const MutexLock lock(known.mutex);
-  if (!known.looked) {
-    known.looked = true;
-    known.kernels = load(known.path);
+  const MutexLock lock(library.mutex);
+  if (!library.looked) {
+    library.looked = true;
+    library.kernels = load(library.path);
   }
-  return known.kernels;
+  return library.kernels;
 }
 
 void check_cuda(const cuda::Kernels& kernels, int error, const char* what) {

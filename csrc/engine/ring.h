@@ -31,14 +31,20 @@ namespace distorch {
 // decodes what is only stored (decode). Then it lends the slot to the current stream, and hands it
 // out.
 //
-// From a disk to a GPU: Ring::load; Accelerator::make_slot, with a pinned buffer; SlotCache::place,
-// enter, and grow, which tells Accelerator::grew; start, which asks for Reads::queue. When the last
-// part was read, Reads::end_part calls Accelerator::was_read. The thread that waits, in wait_for(),
-// then calls Accelerator::issue. It issues the copy, and queue_decoding:
-// RowDecoder::decode_on_device and decode_on_cuda. Then lend() and hand_out(). Ring::decode is not
-// on this way. From a disk on the host: Ring::load; HostTransfer::make_slot; SlotCache::place and
-// enter; Reads::queue; HostTransfer::was_read; Ring::decode; HostDevice::decode_all. Then
-// hand_out().
+// From a disk to a GPU:
+// * Ring::load calls Accelerator::make_slot, which takes a pinned buffer; SlotCache::place and
+//   enter; SlotCache::grow, which tells Accelerator::grew; and Accelerator::start, which asks for
+//   Reads::queue.
+// * When the last part was read, Reads::end_part calls Accelerator::was_read.
+// * The thread that waits in Ring::wait_for calls Accelerator::issue. It issues the copy and then
+//   queue_decoding: RowDecoder::decode_on_device and decode_on_cuda. Ring::decode takes no part.
+// * Then Accelerator::lend and SlotCache::hand_out.
+//
+// From a disk on the host:
+// * Ring::load calls HostTransfer::make_slot, SlotCache::place and enter, and HostTransfer::start,
+//   which asks for Reads::queue.
+// * When the last part was read, Reads::end_part calls HostTransfer::was_read.
+// * Ring::decode has HostDevice::decode_all do its work. Then SlotCache::hand_out.
 class Ring {
  public:
   // `transfer` is of the compute device; `readers` do what it asks of the host.

@@ -229,8 +229,7 @@ def test_fork_after_use(prefetch):
 def test_forks_beside_busy_threads():
     """Threads move weights between disk and memory, and read them: a child finds nothing half done.
 
-    Elementwise ops of one thread, as above. What a child gets from a weight that is on its way is
-    its bytes, or an error by name.
+    Elementwise ops of one thread, as above. A child reads every weight, and makes scratch donors.
     """
     module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0, prefetch="1mib")
     weights = [p for p in module.parameters() if p.dim() == 2]
