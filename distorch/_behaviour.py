@@ -9,15 +9,15 @@ until the garbage collector runs.
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch._utils import _rebuild_parameter
 
 from distorch import _donors, _ops
 from distorch.errors import PlacementError
@@ -74,12 +74,39 @@ def geometry_over(data: torch.Tensor, like: torch.Tensor, offset: int) -> torch.
     return torch._neg_view(view) if like.is_neg() else view
 
 
-def _rebuild(
-    data: torch.Tensor, requires_grad: bool, kind: type[torch.Tensor] = nn.Parameter
-) -> torch.Tensor:
-    if kind is torch.Tensor:
-        return data.requires_grad_(requires_grad)
-    return nn.Parameter(data, requires_grad)
+def as_parameter(data: torch.Tensor, requires_grad: bool, like: torch.Tensor) -> nn.Parameter:
+    """A parameter of the class of `like`, with what was set on it (not copied)."""
+    made = torch.Tensor._make_subclass(type(like), data.detach(), requires_grad)
+    made.__dict__.update(own_attributes(like))
+    for name in copyreg._slotnames(type(like)):  # type: ignore[attr-defined]
+        if hasattr(like, name):
+            object.__setattr__(made, name, getattr(like, name))
+    return made  # type: ignore[return-value]
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """What was set on a tensor by anybody but us."""
+    return {name: value for name, value in tensor.__dict__.items() if name not in _NAMES}
+
+
+def _rebuild(like: torch.Tensor, data: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
+    """A copy of a sharded tensor over `data`, as its class would have copied it."""
+    if type(like) is torch.Tensor:
+        return data.requires_grad_(like.requires_grad)
+    if type(like) is nn.Parameter:
+        return nn.Parameter(data, like.requires_grad)
+    if type(like).__deepcopy__ is nn.Parameter.__deepcopy__:
+        copied = as_parameter(data, like.requires_grad, like)
+        memo[id(like)] = copied
+        for name, value in own_attributes(like).items():
+            copied.__dict__[name] = copy.deepcopy(value, memo)
+        return copied
+    # A class that copies itself in its own way does so with a plain one, whose data is then ours.
+    plain = as_parameter(alias_of_donor(like.detach()), like.requires_grad, like)
+    itself = plain.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+    memo.pop(id(plain), None)
+    replace_data(itself, data)
+    return itself  # type: ignore[no-any-return]
 
 
 def copy_of_donor(tensor: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
@@ -146,7 +173,7 @@ def _behaviour(
             found: torch.Tensor = memo[id(p)]
             return found
         with torch.no_grad():
-            copied = _rebuild(copy_of_donor(p, memo), p.requires_grad, type(p))
+            copied = _rebuild(p, copy_of_donor(p, memo), memo)
         attach_behaviour(copied)
         memo[id(p)] = copied
         return copied
@@ -158,8 +185,8 @@ def _behaviour(
             values.requires_grad_(p.requires_grad)
             found: tuple[Any, ...] = values.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
             return found
-        # As nn.Parameter does it: a file of weights opens where distorch is not installed.
-        return _rebuild_parameter, (values, p.requires_grad, OrderedDict())
+        # As its class does it: a file of weights opens where distorch is not installed.
+        return as_parameter(values, p.requires_grad, p).__reduce_ex__(protocol)  # type: ignore[no-any-return, no-untyped-call]
 
     def new(*args: Any, **kwargs: Any) -> torch.Tensor:
         p = me()

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distorch import _donors, _ops
-from distorch._behaviour import attach_behaviour
+from distorch._behaviour import as_parameter, attach_behaviour
 from distorch.errors import FormatError, PlacementError, SpecError
 from distorch.formats.checkpoint import Checkpoint, match_names, open_checkpoint, weight_info
 from distorch.formats.naming import fit_names
@@ -40,6 +40,7 @@ from distorch.patching import (
     merge_in_background,
     merged_value,
     new_reader,
+    patches_on,
     with_rows,
 )
 from distorch.planner import Inventory, Plan, WeightInfo
@@ -52,6 +53,7 @@ _Undo = list[tuple[dict[str, Any], str, Any]]
 
 _READERS = 2  # one read begins while the last parts of another come
 _PLACED_LATELY = 4
+_SHOWN = 4
 
 
 @dataclass
@@ -66,8 +68,7 @@ class _Job:
     stored: StoredTensor
     members: list[groups.Member]
     dtype: torch.dtype
-    buffer: tuple[nn.Module, str] | None = None
-    buffer_name: str = ""
+    buffer: groups.Buffer | None = None
     rows: StoredRows | None = None
     patches: Applied = field(default_factory=list)
     at_fetch: bool = False
@@ -77,7 +78,7 @@ class _Job:
 
     @property
     def name(self) -> str:
-        return self.members[0].name if self.members else self.buffer_name
+        return self.buffer.name if self.buffer is not None else self.members[0].name
 
     @property
     def names(self) -> list[str]:
@@ -190,9 +191,10 @@ def _remember(module: nn.Module, jobs: list[_Job], known: Patching) -> None:
     """Where originals are and what is on them, for set_loras."""
     for job in jobs:
         if job.members:
-            version = job.members[0].owner._parameters[job.members[0].key]._version  # type: ignore[union-attr]
+            original = Original(job.stored, job.rows, job.dtype)
+            original.put(job.members[0].owner._parameters[job.members[0].key])  # type: ignore[arg-type]
             name = base_name(job.name)
-            known.originals[name] = Original(job.stored, job.rows, job.dtype, version=version)
+            known.originals[name] = original
             if job.patches:
                 known.applied[name] = job.patches
     distribution.distribution_of(module).patching = known
@@ -203,7 +205,7 @@ def _assign(jobs: list[_Job], patches: Patches, options: PatchOptions) -> None:
     for job in jobs:
         if job.buffer is not None:
             continue
-        job.patches = patches.of([base_name(name) for name in job.names])
+        job.patches = patches_on(job.members, patches)
         if job.patches:
             if job.rows is None:
                 check_plain_numbers(job.members[0], job.stored.dtype)
@@ -262,8 +264,9 @@ def _match(
     by_parameter: dict[int, list[groups.Member]] = {}
     for member in groups.named_members(module):
         by_parameter.setdefault(id(member.parameter), []).append(member)
-    buffers = {name: (owner, key) for name, owner, key, _ in groups.unique_buffers(module)}
-    wanted = [m.name for ms in by_parameter.values() for m in ms] + list(buffers)
+    buffers = groups.unique_buffers(module)
+    wanted = [m.name for ms in by_parameter.values() for m in ms]
+    wanted += [name for buffer in buffers for name in buffer.names]
     names = match_names(checkpoint.tensors, wanted)
     jobs, missing = [], []
     for members in by_parameter.values():
@@ -271,30 +274,33 @@ def _match(
         if stored is None:
             missing.append(members[0].name)
             continue
-        jobs.append(_job(checkpoint.tensors[stored], members, dtype))
-    for name, (owner, key) in buffers.items():
-        if name in names:
-            tensor = checkpoint.tensors[names[name]]
-            jobs.append(_Job(tensor, [], tensor.dtype, (owner, key), name))
-        elif key not in owner._non_persistent_buffers_set:
-            missing.append(name)
+        jobs.append(_job(checkpoint.tensors[stored], members, dtype, checkpoint.is_gguf))
+    for buffer in buffers:
+        stored = next((names[name] for name in buffer.names if name in names), None)
+        if stored is not None:
+            tensor = checkpoint.tensors[stored]
+            jobs.append(_Job(tensor, [], tensor.dtype, buffer))
+        elif buffer.persistent:
+            missing.append(buffer.name)
     used = set(names.values())
     unexpected = sorted(set(checkpoint.tensors) - used)
     for job in jobs:
         taken = _take_scales(job, checkpoint, unexpected, dtype)
         unexpected = [name for name in unexpected if name not in taken]
     _report_keys(module, checkpoint, missing, unexpected, strict)
-    _check_shapes(jobs)
+    _check_shapes(jobs, checkpoint.is_gguf)
     return sorted(jobs, key=lambda job: (job.stored.path, job.stored.offset))
 
 
-def _job(stored: StoredTensor, members: list[groups.Member], dtype: torch.dtype | None) -> _Job:
+def _job(
+    stored: StoredTensor, members: list[groups.Member], dtype: torch.dtype | None, is_gguf: bool
+) -> _Job:
     own = members[0].parameter.dtype
     if stored.block_type is not None:
         wide = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
         return _Job(stored, members, wide, rows=StoredRows(stored.block_type))
-    if stored.path.endswith(".gguf") and dtype is None and own.is_floating_point:
-        dtype = own  # such files keep small tensors in float32, whatever they were
+    if is_gguf and dtype is None and own.is_floating_point:
+        dtype = own  # what small tensors were before they went into the file
     floating = stored.dtype.is_floating_point and dtype is not None
     return _Job(stored, members, dtype if floating and dtype is not None else stored.dtype)
 
@@ -331,13 +337,15 @@ def _report_keys(
         )
 
 
-def _check_shapes(jobs: list[_Job]) -> None:
+def _check_shapes(jobs: list[_Job], is_gguf: bool) -> None:
+    """Each tensor has its place's shape. GGUF files drop dimensions of 1, and get them back."""
     for job in jobs:
         if job.buffer is not None:
-            owner, key = job.buffer
-            shape = tuple(owner._buffers[key].shape)  # type: ignore[union-attr]
+            shape = tuple(job.buffer.tensor.shape)
         else:
             shape = tuple(job.members[0].parameter.shape)
+        if is_gguf and _without_ones(shape) == _without_ones(job.stored.shape):
+            job.stored = replace(job.stored, shape=shape)
         if shape != job.stored.shape:
             raise FormatError(
                 f"{job.stored.name!r}: the file has shape {job.stored.shape}, the module wants "
@@ -345,15 +353,24 @@ def _check_shapes(jobs: list[_Job]) -> None:
             )
 
 
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
 def _check_no_meta_left(module: nn.Module, jobs: list[_Job]) -> None:
-    filled = {id(job.buffer[0]) for job in jobs if job.buffer is not None}
-    for name, owner, _, buffer in groups.unique_buffers(module):
-        if buffer.is_meta and id(owner) not in filled:
-            raise PlacementError(
-                f"buffer {name!r} is on the meta device and the checkpoint does not have it; "
-                "create the module so that only its parameters are on meta (for example "
-                "accelerate.init_empty_weights(include_buffers=False)), or set the buffer first"
-            )
+    filled = {id(job.buffer.tensor) for job in jobs if job.buffer is not None}
+    empty = [
+        buffer.name
+        for buffer in groups.unique_buffers(module)
+        if buffer.tensor.is_meta and id(buffer.tensor) not in filled
+    ]
+    if empty:
+        raise PlacementError(
+            f"{len(empty)} buffers are on the meta device and the checkpoint does not have them "
+            f"({', '.join(map(repr, empty[:_SHOWN]))}); create the module so that only its "
+            "parameters are on meta (for example "
+            "accelerate.init_empty_weights(include_buffers=False)), or set the buffers first"
+        )
 
 
 @torch.inference_mode(False)
@@ -542,13 +559,15 @@ def _swap_in(
     """New parameters in every place; what was there is noted in `undo` first."""
     for job, value in zip(jobs, values, strict=True):
         if job.buffer is not None:
-            owner, key = job.buffer
-            undo.append((owner._buffers, key, owner._buffers[key]))
-            owner._buffers[key] = value.to(compute)
+            undo += [(o._buffers, key, job.buffer.tensor) for o, key in job.buffer.places]
+            job.buffer.put(value.to(compute))
             continue
         old = job.members[0].parameter
-        fresh = nn.Parameter(value, requires_grad=old.requires_grad and _can_train(value))
-        fresh.__dict__.update({k: v for k, v in old.__dict__.items() if not callable(v)})
+        trains = old.requires_grad and _can_train(value)
+        if groups.has_bytes(old):
+            fresh = as_parameter(value, trains, old)
+        else:  # a wrapper of other tensors, which the file's replaces
+            fresh = nn.Parameter(value, requires_grad=trains)
         if _ops.is_sharded(fresh):
             attach_behaviour(fresh)
         for member in job.members:

@@ -165,10 +165,10 @@ def report(module: nn.Module) -> Report:
     for group in group_members(module):
         count([m.name for m in group.members], group.first, group.nbytes)
         sizes[group.name] = group.nbytes
-    for name, _, _, buffer in unique_buffers(module):
-        begin, end = byte_extent(buffer)
-        count([name], buffer, end - begin)
-        sizes[name] = end - begin
+    for buffer in unique_buffers(module):
+        begin, end = byte_extent(buffer.tensor)
+        count([buffer.name], buffer.tensor, end - begin)
+        sizes[buffer.name] = end - begin
     problems += [
         f"{name}: planned on {plan.placement[name]}, found on {device}"
         for name, device in placement.items()

@@ -10,7 +10,7 @@ from distorch._tables import human_bytes, text_table
 from distorch.formats.checkpoint import Checkpoint, dtype_name, open_checkpoint
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora.files import read_lora
-from distorch.lora.patches import resolve
+from distorch.lora.resolve import resolve
 from distorch.lora.spellings import kind_of, looks_like_patches, spelling_of, split_key
 from distorch.lora.targets import Targets
 
@@ -98,7 +98,7 @@ def _fits(lora: str, checkpoint: str) -> dict[str, Any]:
         "targets": len({patch.stem for patch in found.patches}),
         "weights": len({patch.weight for patch in found.patches}),
         "elsewhere": len(found.elsewhere),
-        "unmatched": found.unmatched,
+        "unmatched": [*found.unmatched, *(patch.stem for patch in found.misfits)],
     }
 
 

@@ -220,9 +220,9 @@ class DistorchPatcher(ModelPatcher):
 
     def _bring_strays(self) -> None:
         """What object patches brought along computes where the rest does."""
-        for _, owner, key, buffer in unique_buffers(self.model):
-            if buffer.device != self.load_device:
-                owner._buffers[key] = buffer.to(self.load_device)
+        for buffer in unique_buffers(self.model):
+            if buffer.tensor.device != self.load_device:
+                buffer.put(buffer.tensor.to(self.load_device))
 
     # --- unloading ---
 
@@ -268,9 +268,10 @@ class DistorchPatcher(ModelPatcher):
         distorch.redistribute(self.model, plan=demoted(self.model, None))
         state = distribution.distribution_of(self.model)
         state.reserve(0)
-        names = {name: "cpu" for name, _, _, _ in unique_buffers(self.model)}
-        for _, owner, key, buffer in unique_buffers(self.model):
-            owner._buffers[key] = buffer.to("cpu")
+        buffers = unique_buffers(self.model)
+        for buffer in buffers:
+            buffer.put(buffer.tensor.to("cpu"))
+        names = {buffer.name: "cpu" for buffer in buffers}
         state.plan = replace(state.plan, placement={**state.plan.placement, **names})
         placed(self.model).placement = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 
 from distorch.errors import FormatError
 from distorch.formats import gguf
+from distorch.formats.files import find_files
 from distorch.formats.safetensors import StoredTensor, read_header
-from distorch.formats.torch_file import TORCH_SUFFIXES, stored_in_torch_file
+from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
 from distorch.planner import Inventory, WeightInfo
 
 # Prefixes that whole-model files put before the names of the module's own weights.
@@ -25,6 +25,7 @@ class Checkpoint:
     path: str
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
+    is_gguf: bool = False  # such files keep small tensors in float32, whatever they were
 
     @property
     def total_bytes(self) -> int:
@@ -61,29 +62,47 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) ->
     Without `quantised` a file that stores tensors in blocks is refused: for callers that take
     `nbytes` for elements of `dtype`.
     """
-    target = Path(path)
-    if target.is_dir():
-        target = _in_folder(target)
-    if target.name.endswith(".index.json"):
-        return _open_index(target)
-    if not target.is_file():
-        raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors or .gguf file")
-    tensors, metadata = _read_file(target.resolve(), quantised)
-    return Checkpoint(str(target), tensors, metadata)
+    files = find_files(path)
+    tensors: dict[str, StoredTensor] = {}
+    told: dict[str, str] = {}
+    for number, file in enumerate(files.paths):
+        part = (number, len(files.paths)) if files.parts else None
+        found, metadata = _read_file(file, quantised, part)
+        told = told or metadata
+        wanted = [name for name, place in files.listed.items() if place == file]
+        if lost := [name for name in wanted if name not in found]:
+            raise FormatError(f"{files.shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it")
+        if wanted:
+            found = {name: tensor for name, tensor in found.items() if name in set(wanted)}
+        if twice := found.keys() & tensors.keys():
+            raise FormatError(
+                f"{files.shown!r}: {min(twice)!r} is in {file.name!r} and in a part before it; "
+                "expected each tensor once"
+            )
+        tensors |= found
+    return Checkpoint(files.shown, tensors, told, gguf.is_gguf(files.paths[0]))
 
 
 def _read_file(
-    path: Path, quantised: bool = False
+    path: Path, quantised: bool, part: tuple[int, int] | None
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The kind is said by the name that the user knows, the bytes are where its links lead: in a
+    cache of downloads those are blobs without a suffix.
+    """
+    target = path.resolve()
     if path.suffix in TORCH_SUFFIXES:
-        return stored_in_torch_file(path), {}
-    if path.suffix == ".gguf" or gguf.is_gguf(path):
-        return _read_gguf(path, quantised)
-    return read_header(path)
+        return stored_in_torch_file(target), {}
+    if path.suffix == ".gguf" or gguf.is_gguf(target):
+        return _read_gguf(target, quantised, part)
+    if path.suffix != ".safetensors" and is_torch_file(target):
+        return stored_in_torch_file(target), {}
+    return read_header(target)
 
 
-def _read_gguf(path: Path, quantised: bool) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    tensors, metadata = gguf.read_header(path)
+def _read_gguf(
+    path: Path, quantised: bool, part: tuple[int, int] | None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    tensors, metadata = gguf.read_header(path, part)
     blocks = [tensor for tensor in tensors.values() if tensor.block_type]
     if blocks and not quantised:
         raise FormatError(
@@ -91,41 +110,6 @@ def _read_gguf(path: Path, quantised: bool) -> tuple[dict[str, StoredTensor], di
             "which cannot be loaded yet"
         )
     return tensors, metadata
-
-
-_FOLDER_PATTERNS = (
-    "*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.gguf",
-)  # fmt: skip
-
-
-def _in_folder(folder: Path) -> Path:
-    found = next(filter(None, (sorted(folder.glob(p)) for p in _FOLDER_PATTERNS)), [])
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(path.name for path in found[:4]) or "none"
-    raise FormatError(
-        f"{str(folder)!r}: expected one *.safetensors, *.safetensors.index.json or *.gguf, "
-        f"found {names}; name the file"
-    )
-
-
-def _open_index(index: Path) -> Checkpoint:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(
-            f"{str(index)!r} is not an index of a sharded checkpoint: {error}"
-        ) from error
-    tensors: dict[str, StoredTensor] = {}
-    for name in files:
-        if Path(name).name != name:
-            raise FormatError(f"{str(index)!r} names a file outside its folder: {name!r}")
-        found, metadata = _read_file((index.parent / name).resolve())
-        tensors |= found
-    if missing := [name for name in weight_map if name not in tensors]:
-        raise FormatError(f"{str(index)!r} lists {missing[0]!r}, which none of its files has")
-    return Checkpoint(str(index), tensors, metadata if files else {})
 
 
 def match_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:

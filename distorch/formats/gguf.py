@@ -64,11 +64,16 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a file, in file order, and its metadata in words. FormatError, OSError."""
+def read_header(
+    path: Path, part: tuple[int, int] | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, in file order, and its metadata in words. FormatError, OSError.
+
+    `part`: (number from 0, count), if the file is one of several parts.
+    """
     try:
         with path.open("rb") as file:
-            return _Header(file, path).read()
+            return _Header(file, path, part).read()
     except OSError as error:
         raise FormatError(f"{str(path)!r} cannot be read: {error}") from error
 
@@ -76,8 +81,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 class _Header:
     """One pass over the header of an open file."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path = file, path
+    def __init__(self, file: BinaryIO, path: Path, part: tuple[int, int] | None) -> None:
+        self._file, self._path, self._part = file, path, part
         self._size = path.stat().st_size
         self._at = 0
         self._entries = 0
@@ -90,11 +95,7 @@ class _Header:
             if key in metadata:
                 raise self._damaged(f"the key {key!r} is there twice")
             metadata[key] = self._value(self._number("<I"))
-        if metadata.get("split.count", 1) not in (0, 1):
-            raise FormatError(
-                f"{str(self._path)!r} is one part of a split GGUF file, which this version does "
-                "not read; join the parts with llama.cpp's llama-gguf-split --merge"
-            )
+        self._check_part(metadata, tensor_count)
         found: dict[str, StoredTensor] = {}
         for _ in range(tensor_count):
             tensor = self._tensor(metadata)
@@ -107,6 +108,25 @@ class _Header:
             if not key.startswith(_ORIGINAL_SHAPE)
         }
         return self._placed(found, metadata), told
+
+    def _check_part(self, metadata: dict[str, Value], tensor_count: int) -> None:
+        """A split file is read by all of its parts, each in its turn."""
+        count = metadata.get("split.count", 1)
+        if count in (0, 1):
+            if not tensor_count:
+                raise self._damaged("it has no tensors")
+            return
+        number = metadata.get("split.no")
+        if self._part is None:
+            raise FormatError(
+                f"{str(self._path)!r} is one of {count} parts of a split GGUF file; expected a "
+                f"name that ends in -00001-of-{count:05d}.gguf, with the other parts beside it"
+            )
+        if self._part != (number, count):
+            raise FormatError(
+                f"{str(self._path)!r} is part {number} of {count} by what it says; its name says "
+                f"part {self._part[0]} of {self._part[1]}"
+            )
 
     # --- pieces of the header ---
 
@@ -126,8 +146,6 @@ class _Header:
         tensors, values = self._number("<Q"), self._number("<Q")
         if max(tensors, values) > _MOST_TENSORS:
             raise self._damaged(f"{tensors} tensors and {values} metadata values")
-        if not tensors:
-            raise self._damaged("it has no tensors")
         # name, dimensions, type, offset: 24 bytes at least; key, type, value: 13.
         self._room(tensors * 24 + values * 13, f"{tensors} tensors and {values} metadata values")
         return tensors, values

@@ -17,6 +17,15 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 
 
+def is_torch_file(path: Path) -> bool:
+    """Whether the file can be read and starts as the archives of torch.save do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
+
+
 def read_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped where it allows that. FormatError when it is none."""
     try:

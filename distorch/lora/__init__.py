@@ -1,8 +1,8 @@
 """LoRA files: from keys to patches, merged in float32 and rounded once."""
 
 from distorch.lora.files import LoraSource
+from distorch.lora.once import patches_of_tied
 from distorch.lora.patches import (
-    LoraReader,
     Patch,
     Patches,
     ResolvedLora,
@@ -11,6 +11,7 @@ from distorch.lora.patches import (
     low_rank_terms,
     merge,
 )
+from distorch.lora.resolve import LoraReader
 
 __all__ = [
     "LoraReader",
@@ -22,4 +23,5 @@ __all__ = [
     "are_low_rank",
     "low_rank_terms",
     "merge",
+    "patches_of_tied",
 ]

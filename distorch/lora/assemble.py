@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,8 +27,8 @@ from distorch.lora.rotations import InputButterflyKind, InputRotationKind, Rotat
 class Scaling:
     """How strong a patch is at strength 1: alpha / rank, or alpha / sqrt(rank).
 
-    `alpha` None: the factors have their scale in them. `rank` is the configured one, for kinds
-    whose factors do not show it. `terms` of the series that PEFT's OFT uses (0: exact).
+    `alpha` None: the factors have their scale in them. `rank` is the configured one: of kinds whose
+    factors show it, it has to be the same. `terms` of the series that PEFT's OFT uses (0: exact).
     """
 
     alpha: float | None = None
@@ -37,8 +37,12 @@ class Scaling:
     terms: int = 0
 
     def of(self, rank: int | None) -> float:
-        """The factor for factors of that rank (None: they do not show it)."""
+        """The factor for factors of that rank (None: they do not show it). FormatError if it is
+        another than the configured one, on which the scale depends.
+        """
         known = self.rank if rank is None else rank
+        if self.alpha is not None and rank is not None and self.rank not in (None, rank):
+            raise FormatError(f"its configuration says r={self.rank}, its factors have rank {rank}")
         if self.alpha is None or known is None:
             return 1.0
         return self.alpha / math.sqrt(known) if self.rank_root else self.alpha / known
@@ -57,12 +61,21 @@ def make_kind(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind:
 
 
 def _additive(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind | None:
-    for needed, make in _MAKERS:
+    for needed, optional, make in _MAKERS:
         if all(part in parts for part in needed):
+            _check_all_used(parts, {*needed, *optional})
             return make(parts, scaling)
     if any(part.startswith("lokr_") for part in parts):
+        _check_all_used(parts, {part for part in parts if part.startswith("lokr_")})
         return _kronecker(parts, scaling)
     return None
+
+
+def _check_all_used(parts: Mapping[str, Tensor], used: Collection[str]) -> None:
+    """A part that is left over belongs to another patch of the same weight, or to a new kind."""
+    rest = sorted(parts.keys() - {*used, "magnitude"})
+    if rest:
+        raise FormatError(f"its parts {rest} do not go with {sorted(set(used) & parts.keys())}")
 
 
 def _hadamard(parts: Mapping[str, Tensor], scaling: Scaling) -> HadamardKind:
@@ -89,6 +102,8 @@ def _kronecker(parts: Mapping[str, Tensor], scaling: Scaling) -> KroneckerKind:
     sides: list[tuple[Tensor, ...]] = []
     rank: int | None = None
     for side in ("lokr_w1", "lokr_w2"):
+        if side in parts and not {f"{side}_a", f"{side}_b"}.isdisjoint(parts):
+            raise FormatError(f"a LoKr has {side} whole and as two factors; expected one of both")
         if side in parts:
             sides.append((parts[side],))
         elif f"{side}_a" in parts and f"{side}_b" in parts:
@@ -107,19 +122,23 @@ def _glora(parts: Mapping[str, Tensor], scaling: Scaling) -> GloraKind:
     return GloraKind((a1, a2), (b1, b2), scaling.of(a1.shape[1]))
 
 
-_MAKERS: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Tensor], Scaling], Kind]], ...] = (
-    (("down", "up"), _low_rank),
-    (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _hadamard),
-    (("a1", "a2", "b1", "b2"), _glora),
+_Make = Callable[[Mapping[str, Tensor], Scaling], Kind]
+# The parts that make a kind, those that it may have, and what makes it.
+_MAKERS: tuple[tuple[tuple[str, ...], tuple[str, ...], _Make], ...] = (
+    (("down", "up"), ("mid",), _low_rank),
+    (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2"), _hadamard),
+    (("a1", "a2", "b1", "b2"), (), _glora),
     (
         ("oft_blocks",),
+        ("rescale",),
         lambda parts, s: RotationKind(parts["oft_blocks"], parts.get("rescale"), s.alpha or 0.0),
     ),
-    (("oft_r",), lambda parts, scaling: InputRotationKind(parts["oft_r"], scaling.terms)),
+    (("oft_r",), (), lambda parts, scaling: InputRotationKind(parts["oft_r"], scaling.terms)),
     (
         ("boft_r", "boft_s"),
+        (),
         lambda parts, scaling: InputButterflyKind(parts["boft_r"], parts["boft_s"]),
     ),
-    (("set_weight",), lambda parts, scaling: ReplacementKind(parts["set_weight"])),
-    (("diff",), lambda parts, scaling: DifferenceKind(parts["diff"])),
+    (("set_weight",), (), lambda parts, scaling: ReplacementKind(parts["set_weight"])),
+    (("diff",), (), lambda parts, scaling: DifferenceKind(parts["diff"])),
 )

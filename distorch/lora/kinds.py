@@ -325,6 +325,66 @@ class ReplacementKind(Kind):
 
 
 @dataclass(eq=False)
+class RowsKind(Kind):
+    """Single rows that a weight gets: `values` [rows, columns] at `indices`, the others stay."""
+
+    indices: Tensor
+    values: Tensor
+    name = "replacement of rows"
+    cuts = 1
+
+    def delta(self, weight: Tensor) -> Tensor:
+        added = torch.zeros_like(weight)
+        at = self.indices.to(weight.device)
+        added[at] = as_like(self.values, weight) - weight[at]
+        return added
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        count = self.indices.numel()
+        if len(shape) != 2 or tuple(self.values.shape) != (count, shape[1]):
+            return False
+        return count == 0 or 0 <= int(self.indices.min()) <= int(self.indices.max()) < shape[0]
+
+    def shape(self) -> str:
+        return f"rows {self.indices.tolist()[:4]} and values {list(self.values.shape)}"
+
+    def _rows_of(self, begin: int, end: int) -> RowsKind:
+        within = (self.indices >= begin) & (self.indices < end)
+        return RowsKind(self.indices[within] - begin, self.values[within])
+
+
+@dataclass(eq=False)
+class TurnedKind(Kind):
+    """A patch made for [out, in] on a weight that its module keeps as [in, out]."""
+
+    inner: Kind
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.inner.name
+
+    def delta(self, weight: Tensor) -> Tensor:
+        return self.inner.delta(weight.t()).t()
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and self.inner.fits(shape[::-1])
+
+    def shape(self) -> str:
+        return f"{self.inner.shape()}, turned over"
+
+
+def turned(kind: Kind) -> Kind:
+    """A patch made for [out, in] as one for [in, out]. What was made for the weight itself, its
+    difference or its replacement, is as the weight is.
+    """
+    if isinstance(kind, LowRankKind):
+        return kind.transposed()
+    if isinstance(kind, DifferenceKind | ReplacementKind | RowsKind):
+        return kind
+    return TurnedKind(kind)
+
+
+@dataclass(eq=False)
 class GloraKind(Kind):
     """GLoRA: scale * (weight @ a_in @ a_out + b_out @ b_in)."""
 
@@ -356,7 +416,11 @@ class GloraKind(Kind):
 
 @dataclass(eq=False)
 class DecomposedKind(Kind):
-    """DoRA: magnitude * (weight + inner) / norm(weight + inner), per output row or per column."""
+    """DoRA: magnitude * (weight + inner) / norm(weight + inner), per output row or per column.
+
+    `magnitude` [rows, 1] or [1, columns]; of one dimension: what its length says, rows before
+    columns.
+    """
 
     inner: Kind
     magnitude: Tensor
@@ -369,6 +433,7 @@ class DecomposedKind(Kind):
         kept = 0 if by_row else 1
         others = [dim for dim in range(weight.dim()) if dim != kept]
         norm: Tensor = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
+        norm = torch.where(norm == 0, 1, norm)  # a row of zeros has no direction, and stays
         return moved * (magnitude.reshape(norm.shape) / norm) - weight
 
     def _says_columns(self, weight: Tensor) -> bool:
@@ -383,12 +448,6 @@ class DecomposedKind(Kind):
 
     def rows(self) -> int | None:
         return self.inner.rows()
-
-    def transposed(self) -> DecomposedKind:
-        """The same for a module that keeps its weight the other way round."""
-        if not isinstance(self.inner, LowRankKind):
-            raise FormatError("a DoRA over anything but LoRA cannot be turned over")
-        return DecomposedKind(self.inner.transposed(), self.magnitude.reshape(1, -1))
 
     @property
     def cuts(self) -> int:

@@ -1,4 +1,4 @@
-"""LoRAs resolved against a module's weights, and the merge that defines their result.
+"""Patches on a module's weights, and the merge that defines their result.
 
 W' = round_once(float32(W) + sum of strength * delta), deltas in the order given, each computed in
 float32 or better; rounded to nearest even once.
@@ -7,23 +7,16 @@ float32 or better; rounded to nearest even once.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from distorch import _ops
-from distorch.errors import FormatError, SpecError
-from distorch.lora.assemble import Scaling, make_kind
-from distorch.lora.families import Place, Shapes
-from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
-from distorch.lora.kinds import DecomposedKind, DifferenceKind, Kind, LowRankKind
-from distorch.lora.spellings import Group, group_keys
-from distorch.lora.targets import Targets, component_of
+from distorch.errors import FormatError
+from distorch.lora.kinds import Kind, LowRankKind
 
-_SHOWN = 3
 # Of what is not low rank; a delta is then exact to the last bit of the sum in float32.
 _WIDE = torch.float64
 _WIDE_NUMBERS = 1 << 20  # of a weight, at one time
@@ -39,6 +32,7 @@ class Patch:
     part: bool  # of a fused weight: it may have fewer rows
     stem: str
     label: str
+    all_ends: bool = False  # meant for every weight that is tied to this one
 
     def complaint(self, what: str) -> FormatError:
         """An error that names the patch."""
@@ -49,13 +43,14 @@ class Patch:
 
 @dataclass(eq=False)
 class ResolvedLora:
-    """One file's patches on one module, and the keys that fit nothing."""
+    """One file's patches on one module, and what of it fits nothing, or has another size."""
 
     label: str
     patches: list[Patch]
     unmatched: list[str]
     elsewhere: list[str]  # stems of other parts of the pipeline
     targets: int
+    misfits: list[Patch] = field(default_factory=list)
 
 
 class Patches:
@@ -214,197 +209,3 @@ def _not_finite(patches: Sequence[tuple[Patch, float]]) -> FormatError:
         if any(not bool(torch.isfinite(factor).all()) for factor in patch.kind.factors() or ()):
             return patch.complaint("its factors have NaN or inf values")
     return patches[0][0].complaint("its delta has NaN or inf values")
-
-
-# ---- reading and resolving ------------------------------------------------------
-
-
-class LoraReader:
-    """Reads LoRAs for one module; files that it read before are not read again."""
-
-    def __init__(self, shapes: Shapes, transposed: Collection[str] = ()) -> None:
-        self.shapes = dict(shapes)
-        self._transposed = frozenset(transposed)
-        self._targets: Targets | None = None
-        self._known: dict[object, tuple[LoraSource, ResolvedLora]] = {}
-
-    def read(
-        self, loras: Sequence[tuple[LoraSource, float]], strict: bool
-    ) -> tuple[Patches, list[tuple[ResolvedLora, float]]]:
-        """All LoRAs as patches. FormatError when one is damaged or fits nothing."""
-        patches, found = Patches(), []
-        known: dict[object, tuple[LoraSource, ResolvedLora]] = {}
-        for source, strength in _checked(loras):
-            identity = identity_of(source)
-            if identity not in known:
-                known[identity] = self._known.get(identity) or (
-                    source,
-                    self._resolve(source, strict),
-                )
-            lora = known[identity][1]
-            patches.add(lora, strength)
-            found.append((lora, strength))
-        self._known = known  # those that are not used any more may go
-        return patches, found
-
-    def _resolve(self, source: LoraSource, strict: bool) -> ResolvedLora:
-        if self._targets is None:
-            self._targets = Targets(self.shapes)
-        file = read_lora(source)
-        resolved = resolve(file, self._targets, self._transposed)
-        _complain(file, resolved, self._targets, strict)
-        return resolved
-
-
-def _checked(loras: Sequence[tuple[LoraSource, float]]) -> list[tuple[LoraSource, float]]:
-    found = []
-    for entry in loras:
-        if isinstance(entry, str | Mapping) or not isinstance(entry, Sequence) or len(entry) != 2:
-            raise SpecError(
-                f"loras: expected (file or state dict, strength) pairs, found {entry!r:.80}"
-            )
-        source, strength = entry
-        try:
-            number = float(strength)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise SpecError(f"LoRA strength {strength!r}: expected a finite number")
-        found.append((source, number))
-    return found
-
-
-def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) -> ResolvedLora:
-    """A file's patches on the weights that `targets` knows. FormatError on what does not fit."""
-    groups, unknown = group_keys(file.tensors)
-    by_part: dict[str, list[Patch]] = {}
-    unmatched, elsewhere = list(unknown), list[str]()
-    missed: dict[str, list[str]] = {}
-    for stem, group in groups.items():
-        found = _patches_of(file, stem, group, targets, transposed)
-        part = component_of(stem)
-        if found:
-            by_part.setdefault(part, []).extend(found)
-        else:
-            missed.setdefault(part, []).append(stem)
-    _drop_other_encoders(by_part, elsewhere, targets)
-    for part, stems in missed.items():
-        other = part and part not in by_part and by_part
-        (elsewhere if other else unmatched).extend(stems)
-    patches = [patch for found in by_part.values() for patch in found]
-    for patch in patches:
-        _check_fit(patch, targets.shapes)
-    return ResolvedLora(file.label, patches, unmatched, elsewhere, len(groups) + len(unknown))
-
-
-def _drop_other_encoders(
-    by_part: dict[str, list[Patch]], elsewhere: list[str], targets: Targets
-) -> None:
-    """Text encoders share names: those of another size are not this module's."""
-    encoders = [part for part in by_part if part.startswith("text")]
-    misfits = [
-        part
-        for part in encoders
-        if any(not _fits(patch, targets.shapes) for patch in by_part[part])
-    ]
-    if len(misfits) < len(encoders):
-        for part in misfits:
-            elsewhere += [patch.stem for patch in by_part.pop(part)]
-
-
-def _fits(patch: Patch, shapes: Shapes) -> bool:
-    part = _part_shape(patch, shapes[patch.weight])
-    return bool(part) and patch.kind.fits(part)
-
-
-def _part_shape(patch: Patch, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the rows that a patch is for; () where the weight does not have them."""
-    rows = patch.kind.rows()
-    if not patch.part or rows is None:
-        return shape
-    if patch.first_row < 0 or patch.first_row + rows > shape[0]:
-        return ()
-    return (rows, *shape[1:])
-
-
-def _check_fit(patch: Patch, shapes: Shapes) -> None:
-    if not _fits(patch, shapes):
-        raise patch.complaint(
-            f"it was made for {patch.kind.shape()}, the weight's shape is "
-            f"{tuple(shapes[patch.weight])}; it was made for another model"
-        )
-
-
-def _patches_of(
-    file: LoraFile, stem: str, group: Group, targets: Targets, transposed: Collection[str]
-) -> list[Patch]:
-    places = targets.find(stem)
-    if not places:
-        return []
-    parts = dict(group.parts)
-    alpha = parts.pop("alpha", None)
-    biases = [parts.pop("up_bias", None), parts.pop("diff_b", None)]
-    own = float(alpha) if alpha is not None and alpha.numel() == 1 else None
-    scaling = file.scaling(stem.removeprefix("base_model.model."), own)
-    found: list[Patch] = []
-    try:
-        if parts:
-            kind = make_kind(parts, scaling)
-            for place in places:
-                turned = _turned(kind, place, transposed)
-                found.append(_put(turned, place, place.weight, targets, (stem, file.label)))
-        for bias, scale in zip(biases, (_bias_scale(parts, scaling), 1.0), strict=True):
-            if bias is None:
-                continue
-            for place in places:
-                name = targets.bias_of(place.weight)
-                if name is None:
-                    raise FormatError(f"it has a bias, {place.weight!r} has none")
-                added = DifferenceKind(bias, scale)
-                found.append(_put(added, place, name, targets, (stem, file.label)))
-    except FormatError as error:
-        raise FormatError(f"{file.label}: {stem!r}: {error}") from error
-    return found
-
-
-def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[str, str]) -> Patch:
-    """The patch on the rows of a weight that `place` names. `source`: its stem and file."""
-    if place.cut is not None:
-        kind = kind.some_rows(*place.cut)
-    if isinstance(kind, DifferenceKind) and not place.part:
-        kind = kind.shaped(targets.shapes[weight])
-    first, rows = 0, kind.rows()
-    if place.step:
-        if rows is None:
-            raise FormatError(f"a {kind.name} cannot go on a part of the fused {weight!r}")
-        end = 0 if place.step > 0 else targets.shapes[weight][0]
-        first = end + place.step * rows
-    return Patch(weight, kind, first, place.part, *source)
-
-
-def _bias_scale(parts: Mapping[str, Tensor], scaling: Scaling) -> float:
-    down = parts.get("down")
-    return scaling.of(int(down.shape[0])) if down is not None else 1.0
-
-
-def _turned(kind: Kind, place: Place, transposed: Collection[str]) -> Kind:
-    """A patch made for [out, in] on a weight that is kept as [in, out] (Conv1D of GPT-2)."""
-    if place.weight not in transposed or not isinstance(kind, LowRankKind | DecomposedKind):
-        return kind
-    return kind.transposed()
-
-
-def _complain(file: LoraFile, resolved: ResolvedLora, targets: Targets, strict: bool) -> None:
-    if resolved.patches and not resolved.unmatched:
-        return
-    shown = (resolved.unmatched or resolved.elsewhere or list(file.tensors))[:_SHOWN]
-    names = list(targets.shapes)[:_SHOWN]
-    message = (
-        f"{file.label}: {len(resolved.unmatched)} of its {resolved.targets} targets fit no weight "
-        f"(as {shown}); the module has names as {names}"
-    )
-    if not resolved.patches:
-        raise FormatError(f"{message}; it was made for another model")
-    if strict:
-        raise FormatError(f"{message}; strict_loras=False skips single keys")
-    warnings.warn(message, stacklevel=4)

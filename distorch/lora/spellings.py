@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from distorch.errors import FormatError
+
 # Longest first; `ADAPTER` stands for the adapter's name that PEFT may put there.
 _ADAPTER = r"(?:\.(?!weight$|bias$)[^.]+)?"
 _ENDINGS: tuple[tuple[str, str], ...] = (
-    (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "magnitude"),
+    (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "peft_magnitude"),
     (rf"\.lora_embedding_A{_ADAPTER}", "embedding_a"),
     (rf"\.lora_embedding_B{_ADAPTER}", "embedding_b"),
     (rf"\.lora_A{_ADAPTER}\.weight", "down"),
@@ -52,9 +54,28 @@ _IGNORED = re.compile(r"(\.(lora_te|lora_unet)_?version|\.reg|\.bypass_mode|\.in
 
 @dataclass
 class Group:
-    """The parts of one target, by name: down, up, mid, alpha, magnitude, hada_w1_a, ..."""
+    """The parts of one target, by name: down, up, mid, alpha, magnitude, hada_w1_a, ...; and the
+    key that each came under.
+    """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def put(self, part: str, tensor: Tensor, key: str) -> None:
+        """One more part. FormatError if it is there already and says something else."""
+        known = self.parts.get(part)
+        if known is not None and not _equal(known, tensor):
+            raise FormatError(
+                f"{self.keys[part]!r} and {key!r} are the same factor of one target, and differ: "
+                "a file with several adapters in it is read one adapter at a time; keep the keys "
+                "of one"
+            )
+        self.parts.setdefault(part, tensor)
+        self.keys.setdefault(part, key)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one.float() == other.float()).all())
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -67,9 +88,13 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def group_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[str]]:
-    """The parts by stem, in file order, and the keys that are no part of a patch."""
+    """The parts by stem, in file order, and the keys that are no part of a patch. FormatError where
+    two keys contradict each other.
+    """
     groups: dict[str, Group] = {}
     unknown = []
+    splits = filter(None, map(split_key, tensors))
+    embeddings = {stem for stem, part in splits if part == "embedding_a"}
     for key, tensor in tensors.items():
         split = split_key(key)
         if split is None:
@@ -78,12 +103,21 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[st
             continue
         stem, part = split
         group = groups.setdefault(stem, Group())
-        if part in ("embedding_a", "embedding_b"):
+        if part == "peft_magnitude":
+            group.put("magnitude", _with_axis(tensor, stem in embeddings), key)
+        elif part in ("embedding_a", "embedding_b"):
             # They are kept as [rank, rows] and [columns, rank]: the weight is (B @ A) turned over.
-            group.parts["up" if part == "embedding_a" else "down"] = tensor.t()
+            group.put("up" if part == "embedding_a" else "down", tensor.t(), key)
         else:
-            group.parts[part.removesuffix("_plain")] = tensor
+            group.put(part.removesuffix("_plain"), tensor, key)
     return groups, unknown
+
+
+def _with_axis(magnitude: Tensor, embedding: bool) -> Tensor:
+    """PEFT's magnitudes are of outputs, of embeddings of columns; for convolutions it keeps them as
+    [1, outputs, 1, 1], which LyCORIS means for inputs.
+    """
+    return magnitude.reshape(1, -1) if embedding else magnitude.reshape(-1, 1)
 
 
 def looks_like_patches(names: Iterable[str]) -> bool:
@@ -106,9 +140,10 @@ def spelling_of(names: Iterable[str]) -> str:
 
 
 _KIND_OF_PART = (
-    ("magnitude", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_w1_a", "LoKr"),
-    ("oft_blocks", "OFT"), ("oft_r", "OFT"), ("boft_r", "BOFT"), ("a1", "GLoRA"), ("up", "LoRA"),
-    ("diff", "difference"), ("diff_b", "difference"), ("set_weight", "replacement"),
+    ("magnitude", "DoRA"), ("peft_magnitude", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"),
+    ("lokr_w1_a", "LoKr"), ("oft_blocks", "OFT"), ("oft_r", "OFT"), ("boft_r", "BOFT"),
+    ("a1", "GLoRA"), ("up", "LoRA"), ("diff", "difference"), ("diff_b", "difference"),
+    ("set_weight", "replacement"),
 )  # fmt: skip
 
 

@@ -29,6 +29,12 @@ def component_of(stem: str) -> str:
     return next((part for prefix, part in _PREFIXES if part and stem.startswith(prefix)), "")
 
 
+def without_component(stem: str) -> str:
+    """The stem without what names a part of a pipeline: "unet.a.b" is "a.b" of the U-Net."""
+    found = next((p for p, part in _PREFIXES if part and stem.startswith(p)), "")
+    return stem.removeprefix(found)
+
+
 def _without_prefixes(stem: str) -> Iterator[str]:
     """The stem, and what is left of it without prefixes, in any order of them."""
     seen, queue = set(), [stem]

@@ -11,9 +11,11 @@ from distorch.patching.state import (
     base_name,
     check_plain_numbers,
     new_reader,
+    patches_on,
 )
 
 __all__ = [
     "Applied", "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers",
-    "finish_merging", "merge_in_background", "merged_value", "new_reader", "set_loras", "with_rows",
+    "finish_merging", "merge_in_background", "merged_value", "new_reader", "patches_on",
+    "set_loras", "with_rows",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from distorch.patching.state import (
     base_name,
     check_plain_numbers,
     new_reader,
+    patches_on,
     shapes_of,
 )
 from distorch.planner import Plan
@@ -69,7 +70,7 @@ def set_loras(
         before.mode if lora_mode is None else lora_mode,
         before.dtype if patched_dtype is None else patched_dtype,
     )
-    if known.reader.shapes.keys() != shapes_of(module).keys():  # adapters came or went
+    if known.reader.shapes != shapes_of(module):  # adapters came or went, a vocabulary grew
         known.reader = new_reader(module)
     patches, found = known.reader.read(loras, strict_loras)
     groups = group_members(module)
@@ -113,7 +114,7 @@ def _changes(
     changes = []
     for group in groups:
         old = known.applied.get(base_name(group.name), [])
-        new = patches.of([base_name(member.name) for member in group.members])
+        new = patches_on(group.members, patches)
         if not has_bytes(group.first):
             if new:
                 raise PlacementError(
@@ -140,13 +141,13 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
                 f"{group.name!r} shares its bytes with weights of another shape: patch them as "
                 "plain tensors, after distorch.undistribute(model)"
             )
-        if original is None or original.version == group.first._version:
+        if original is None or original.is_of(group.first):
             continue
         if change.old:
             raise PlacementError(
-                f"{group.name!r} was written to after its LoRAs were put on: set_loras computes "
-                "weights from their originals, which would undo that. Save the model's "
-                "state_dict(), and load it as a checkpoint"
+                f"{group.name!r} was written to, or is another parameter, since its LoRAs were put "
+                "on: set_loras computes weights from their originals, which would undo that. Save "
+                "the model's state_dict(), and load it as a checkpoint"
             )
         known.originals.pop(base_name(group.name))  # unpatched: its values now are the original
 

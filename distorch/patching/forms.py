@@ -48,7 +48,7 @@ def redo(
     else:
         _redo_merged(group, patches, original, work, values)
     known.applied[name] = list(patches)
-    original.version = group.first._version
+    original.put(group.first)
     if not patches and original.stored is None and original.rows is None:
         # The weight is its original again. `.data = ` would give it another one, unseen.
         del known.originals[name]

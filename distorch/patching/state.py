@@ -10,6 +10,8 @@ as soon as it is there, so that an interrupt between two of them leaves nothing 
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,14 @@ from distorch._behaviour import copy_of_donor
 from distorch.errors import PlacementError, SpecError
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import own_scales
-from distorch.lora import LoraReader, Patch, ResolvedLora, StoredRows
+from distorch.lora import (
+    LoraReader,
+    Patch,
+    Patches,
+    ResolvedLora,
+    StoredRows,
+    patches_of_tied,
+)
 from distorch.runtime.groups import Member, named_members
 
 if TYPE_CHECKING:
@@ -81,25 +90,45 @@ INTEGERS = (torch.int8, torch.uint8)
 
 @dataclass
 class Original:
-    """A weight's values before any patch: in a file, or kept. `dtype` what it is unpatched."""
+    """A weight's values before any patch: in a file, or kept. `dtype` what it is unpatched.
+
+    `parameter` and its `version` tell whether the module still has the values that were put there:
+    vocabularies are resized and layers replaced without a word to us.
+    """
 
     stored: StoredTensor | None
     rows: StoredRows | None
     dtype: torch.dtype
     kept: torch.Tensor | None = None
-    version: int = 0  # of the parameter, when its present values were put there
+    parameter: weakref.ref[torch.Tensor] | None = None
+    version: int = 0
+
+    def put(self, parameter: torch.Tensor) -> None:
+        """Notes that `parameter` has values that were made of these."""
+        self.parameter, self.version = weakref.ref(parameter), parameter._version
+
+    def is_of(self, parameter: torch.Tensor) -> bool:
+        """Whether `parameter` has those values still."""
+        known = self.parameter() if self.parameter is not None else None
+        return known is parameter and self.version == parameter._version
 
     def merges_later(self, options: PatchOptions) -> bool:
         """Whether a patch that fetches put on now will be merged: not where that would widen."""
         plain = self.rows is None and self.dtype in _ops.DECODED_DTYPES
         return options.mode == "background" and plain
 
-    def copy(self) -> Original:
-        """For a copy of the weight. What is kept is copied, too: the first may be written to."""
+    def copy(self, memo: dict[int, Any]) -> Original:
+        """For a copy of the weight, which `memo` knows. What is kept is copied, too: the first may
+        be written to.
+        """
         kept = self.kept
         if kept is not None:
             kept = copy_of_donor(kept, {}) if _ops.is_sharded(kept) else kept.clone()
-        return dataclasses.replace(self, kept=kept, version=0)
+        copied = dataclasses.replace(self, kept=kept, parameter=None)
+        known = self.parameter() if self.parameter is not None else None
+        if known is not None and self.is_of(known) and id(known) in memo:
+            copied.put(memo[id(known)])
+        return copied
 
     def values(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """The stored numbers on the host, in new memory or in `into` (uint8); as StoredTensor.read
@@ -123,9 +152,9 @@ class Patching:
     loras: list[tuple[ResolvedLora, float]] = field(default_factory=list)
     merging: Merging | None = None  # while the mode is "background"
 
-    def copy(self) -> Patching:
-        """For a copy of the module, whose tensors have not been written to yet."""
-        originals = {name: known.copy() for name, known in self.originals.items()}
+    def copy(self, memo: dict[int, Any]) -> Patching:
+        """For a copy of the module; `memo` has the copies of its weights."""
+        originals = {name: known.copy(memo) for name, known in self.originals.items()}
         applied = {name: list(entries) for name, entries in self.applied.items()}
         return Patching(self.reader, self.options, originals, applied, list(self.loras))
 
@@ -136,7 +165,7 @@ class Patching:
                 "lora": lora.label,
                 "strength": strength,
                 "weights": len({patch.weight for patch in lora.patches}),
-                "unmatched": list(lora.unmatched),
+                "unmatched": [*lora.unmatched, *(patch.stem for patch in lora.misfits)],
                 "for other models": len(lora.elsewhere),
             }
             for lora, strength in self.loras
@@ -151,6 +180,18 @@ def base_name(name: str) -> str:
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, tied ones under each of their names."""
     return {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
+
+
+def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
+    """What changes the weight that these names stand for. FormatError if they are tied, and are
+    not to be changed alike.
+    """
+    if len({tuple(member.parameter.shape) for member in members}) > 1:  # refused when it is patched
+        return patches.of([base_name(member.name) for member in members])
+    ends: dict[tuple[int, str], list[str]] = {}
+    for member in members:  # one module may have several names
+        ends.setdefault((id(member.owner), member.key), []).append(base_name(member.name))
+    return patches_of_tied(patches, list(ends.values()), tuple(members[0].parameter.shape))
 
 
 def transposed_weights(module: nn.Module) -> set[str]:

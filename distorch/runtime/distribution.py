@@ -76,7 +76,7 @@ class Distribution:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distribution:
         copied = Distribution(self.plan, self.options, dict(self.origins))
-        copied.patching = self.patching.copy() if self.patching is not None else None
+        copied.patching = self.patching.copy(memo) if self.patching is not None else None
         copied.reserve(self.ring_bytes)
         return copied
 
@@ -179,9 +179,9 @@ def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, 
         if not group.first.is_meta:
             place = current_place(group.first)
             held[place] = held.get(place, 0) + group.nbytes
-    for _, _, _, buffer in unique_buffers(module) if module is not None else ():
-        place = current_place(buffer)
-        held[place] = held.get(place, 0) + size_of(buffer)
+    for buffer in unique_buffers(module) if module is not None else ():
+        place = current_place(buffer.tensor)
+        held[place] = held.get(place, 0) + size_of(buffer.tensor)
     for place, nbytes in held.items():
         if place in found:
             device = found[place]
@@ -276,9 +276,9 @@ def _place(
         state.compiled = known.compiled
     staged = _stage_all(module, state, groups, progress)
     buffers = {
-        name: _donors.moved(buffer, compute)
-        for name, _, _, buffer in unique_buffers(module)
-        if not buffer.is_meta or not machine.needs_values(compute)
+        buffer.name: _donors.moved(buffer.tensor, compute)
+        for buffer in unique_buffers(module)
+        if not buffer.tensor.is_meta or not machine.needs_values(compute)
     }
     state.reserve(ring_bytes(groups, plan, state.options))
     undo: _Undo = []
@@ -373,10 +373,10 @@ def _swap_in(
                 _replace_parameter(group, parameter, values[identity], undo)
                 continue
             _give(parameter, values[identity], undo)
-    for name, owner, key, buffer in unique_buffers(module):
-        if name in buffers:
-            undo.append(partial(owner._buffers.__setitem__, key, buffer))
-            owner._buffers[key] = buffers[name]
+    for buffer in unique_buffers(module):
+        if buffer.name in buffers:
+            undo.append(partial(buffer.put, buffer.tensor))
+            buffer.put(buffers[buffer.name])
     machine.synchronize_all(let_go)
 
 
@@ -520,7 +520,7 @@ def _unplace(module: Module, device: str | torch.device | None) -> Module:
         for index, group in enumerate(groups)
         if wrapped.is_on_donor(group.first) or group.first.device != target
     }
-    buffers = {name: buffer.to(target) for name, _, _, buffer in unique_buffers(module)}
+    buffers = {buffer.name: buffer.tensor.to(target) for buffer in unique_buffers(module)}
     undo: _Undo = []
     with at_rest(module):
         try:

@@ -64,6 +64,29 @@ class Group:
         )
 
 
+@dataclass
+class Buffer:
+    """One buffer, under every name, at every (module, key) that has it."""
+
+    tensor: torch.Tensor
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a state dict has it under any of its names."""
+        return any(key not in owner._non_persistent_buffers_set for owner, key in self.places)
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Gives every place another tensor."""
+        for owner, key in self.places:
+            owner._buffers[key] = tensor
+
+
 _QUANTISED = frozenset({torch.int8, torch.uint8})
 
 
@@ -197,29 +220,30 @@ def _merge(entries: list[tuple[int, int, Member]]) -> list[Group]:
     return groups
 
 
-def unique_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """(name, owner, key, tensor) of every buffer, each tensor once."""
-    seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        for key, buffer in owner._buffers.items():
-            if buffer is None or id(buffer) in seen:
-                continue
-            seen.add(id(buffer))
-            yield f"{prefix}.{key}" if prefix else key, owner, key, buffer
+def unique_buffers(module: nn.Module) -> list[Buffer]:
+    """The module's buffers in definition order, each tensor once."""
+    found: dict[int, Buffer] = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for key, tensor in owner._buffers.items():
+            if tensor is not None:
+                buffer = found.setdefault(id(tensor), Buffer(tensor))
+                buffer.names.append(f"{prefix}.{key}" if prefix else key)
+                buffer.places.append((owner, key))
+    return list(found.values())
 
 
 def buffer_infos(module: nn.Module) -> list[WeightInfo]:
     """The module's buffers as the planner sees them."""
     return [
         WeightInfo(
-            name=name,
-            nbytes=size_of(buffer),
-            shape=shape_of(buffer),
-            dtype=str(buffer.dtype).removeprefix("torch."),
+            name=buffer.name,
+            nbytes=size_of(buffer.tensor),
+            shape=shape_of(buffer.tensor),
+            dtype=str(buffer.tensor.dtype).removeprefix("torch."),
             kind="buffer",
-            floating=buffer.is_floating_point(),
+            floating=buffer.tensor.is_floating_point(),
         )
-        for name, _, _, buffer in unique_buffers(module)
+        for buffer in unique_buffers(module)
     ]
 
 

@@ -140,7 +140,7 @@ REFUSED = {
                                                     "x.lora_B.weight": torch.ones(2, 2)})),
                          "strict_loras"),
     "no second factor": (broken(lambda s: s.pop(KEY.replace("_A", "_B"))), "second factor"),
-    "shape": (broken(lambda s: s.update({KEY: torch.ones(4, 31)})), "another model"),
+    "shape": (broken(lambda s: s.update({KEY: torch.ones(4, 31)})), r"\[48, 31\] of rank 4.*\(48, 32\)"),
     "nan": (broken(lambda s: s.update({KEY: torch.full((4, 32), float("nan"))})), "NaN"),
     "nothing": ({}, "fit no weight"),
 }  # fmt: skip

@@ -301,7 +301,7 @@ def test_files_are_read_once(path, tmp_path, monkeypatch):
     file = tmp_path / "style.safetensors"
     save_file(lora(), file)
     model = load(path, "cpu,*", [(file, 0.5)])
-    monkeypatch.setattr("distorch.lora.patches.read_lora", lambda source: pytest.fail("read again"))
+    monkeypatch.setattr("distorch.lora.resolve.read_lora", lambda source: pytest.fail("read again"))
     distorch.set_loras(model, [(file, 0.7)])
     monkeypatch.undo()
     save_file(lora(9), file)  # another file under the same name is read

@@ -1,0 +1,94 @@
+"""Which files make up a checkpoint: one, the shards that an index lists, or numbered parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from distorch.errors import FormatError
+
+_FOLDER_PATTERNS = (
+    "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.gguf",
+)  # fmt: skip
+_IS_INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")
+_IS_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one checkpoint, in order. `listed`: tensor -> file, where an index says so: what
+    it does not list is not there, whatever the file has.
+    """
+
+    shown: str
+    paths: tuple[Path, ...]
+    listed: dict[str, Path] = field(default_factory=dict)
+    parts: bool = False  # numbered, without an index
+
+
+def find_files(path: str | os.PathLike[str]) -> Files:
+    """From what the user named: a file, an index, one of several parts, or a folder.
+
+    FormatError when that is none of them, is ambiguous, or a part is missing.
+    """
+    target = Path(path)
+    if target.is_dir():
+        target = _in_folder(target)
+    if not target.is_file():
+        raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors or .gguf file")
+    if _IS_INDEX.search(target.name):
+        return _listed(target)
+    if part := _IS_PART.match(target.name):
+        return Files(str(target), _all_parts(target, part), parts=True)
+    return Files(str(target), (target,))
+
+
+def _in_folder(folder: Path) -> Path:
+    found = next(filter(None, (sorted(folder.glob(p)) for p in _FOLDER_PATTERNS)), [])
+    if len(found) == 1 or _are_one_set(found):
+        return found[0]
+    names = ", ".join(path.name for path in found[:_SHOWN]) or "none"
+    raise FormatError(
+        f"{str(folder)!r}: expected one *.safetensors, *.safetensors.index.json or *.gguf, "
+        f"found {names}; name the file"
+    )
+
+
+def _are_one_set(found: Sequence[Path]) -> bool:
+    parts = [_IS_PART.match(path.name) for path in found]
+    sets = {part.group("stem", "count", "suffix") if part else None for part in parts}
+    return len(sets) == 1 and None not in sets
+
+
+def _all_parts(target: Path, part: re.Match[str]) -> tuple[Path, ...]:
+    stem, count, suffix = part.group("stem", "count", "suffix")
+    names = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    missing = [name for name in names if not (target.parent / name).is_file()]
+    if missing or target.name not in names:
+        raise FormatError(
+            f"{str(target)!r} is one of {int(count)} parts of a checkpoint, and "
+            f"{', '.join(missing[:_SHOWN]) or 'its number'} is missing beside it"
+        )
+    return tuple(target.parent / name for name in names)
+
+
+def _listed(index: Path) -> Files:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        pairs = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{str(index)!r} is not an index of a sharded checkpoint: {error}"
+        ) from error
+    if not pairs:
+        raise FormatError(f"{str(index)!r} is an index that lists no tensors")
+    for file in pairs.values():
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise FormatError(f"{str(index)!r} names a file outside its folder: {file!r}")
+    listed = {name: index.parent / file for name, file in pairs.items()}
+    return Files(str(index), tuple(sorted(set(listed.values()))), listed)

@@ -1,0 +1,140 @@
+"""One change once: in a file that says it twice, and on a weight that modules share.
+
+Trainers write a fused projection and its parts side by side, or one module under two names. Both
+change the same rows; the sum would be twice what was trained. Tied weights are alike: an embedding
+and a head that are one weight can only be changed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distorch.errors import FormatError
+from distorch.lora.families import Shapes
+from distorch.lora.kinds import Kind, LowRankKind, ReplacementKind, as_like
+from distorch.lora.patches import Patch, Patches
+
+_CLOSE = 1e-5  # of the largest number: two spellings may have been rounded apart
+_PROBES = 2  # random columns that stand for all of them
+
+
+def without_repeats(patches: Sequence[Patch], shapes: Shapes) -> list[Patch]:
+    """The patches of one file, each change once. FormatError where two of them disagree."""
+    by_weight: dict[str, list[Patch]] = {}
+    for patch in patches:
+        kept = by_weight.setdefault(patch.weight, [])
+        shape = shapes[patch.weight]
+        repeats = [other for other in kept if _both_change(patch, other, shape)]
+        for other in repeats:
+            if not same_change(patch, other, shape):
+                raise FormatError(
+                    f"{patch.label}: {other.stem!r} and {patch.stem!r} both change "
+                    f"{patch.weight!r}, each in its own way; a file holds a change once. Remove "
+                    "the keys of one of them"
+                )
+        if any(_covers(other, patch, shape) for other in repeats):
+            continue
+        by_weight[patch.weight] = [other for other in kept if other not in repeats] + [patch]
+    return [patch for kept in by_weight.values() for patch in kept]
+
+
+Applied = list[tuple[Patch, float]]
+
+
+def patches_of_tied(
+    patches: Patches, ends: Sequence[Sequence[str]], shape: Sequence[int]
+) -> Applied:
+    """The patches of one weight that several modules have: `ends` are its names in each of them.
+
+    FormatError unless all of them are to be changed alike.
+    """
+    found = [patches.of(names) for names in ends]
+    if len(ends) == 1 or not any(found):
+        return found[0]
+    # The embedding is the first; rows of its tokens are meant for the head, too.
+    if not any(found[1:]) and all(patch.all_ends for patch, _ in found[0]):
+        return found[0]
+    for names, entries in zip(ends[1:], found[1:], strict=True):
+        if not _alike(found[0], entries, shape):
+            patch = next(patch for entries in found for patch, _ in entries)
+            raise patch.complaint(
+                f"{ends[0][0]!r} and {names[0]!r} are tied: they are one weight, and the LoRA does "
+                "not change both alike. Untie them first (give one of the modules a parameter of "
+                "its own, a clone, and set tie_word_embeddings to False in the configuration), or "
+                "leave these keys out"
+            )
+    return found[0]
+
+
+def _alike(one: Applied, other: Applied, shape: Sequence[int]) -> bool:
+    return len(one) == len(other) and all(
+        ours[1] == theirs[1] and same_change(ours[0], theirs[0], shape)
+        for ours, theirs in zip(one, other, strict=True)
+    )
+
+
+def same_change(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
+    """Whether two patches of a weight do the same to the rows that both have. False where neither
+    has all rows of the other.
+    """
+    if not (_covers(one, other, shape) or _covers(other, one, shape)):
+        return False
+    rows = _shared(one, other, shape)
+    ours, theirs = (_effect(patch, rows, shape) for patch in (one, other))
+    if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+        return True  # the merge says what is wrong with them
+    largest = max(float(ours.abs().max()), float(theirs.abs().max()))
+    return bool(((ours - theirs).abs() <= _CLOSE * largest).all())
+
+
+def _both_change(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
+    # A stem may bring a weight's bias in two pieces, and a patch for a weight that it replaces.
+    if one.stem == other.stem:
+        return False
+    if isinstance(one.kind, ReplacementKind) != isinstance(other.kind, ReplacementKind):
+        return False
+    return len(_shared(one, other, shape)) > 0
+
+
+def _rows(patch: Patch, shape: Sequence[int]) -> range:
+    whole = shape[0] if shape else 1
+    own = (patch.kind.rows() if patch.part else None) or whole - patch.first_row
+    return range(patch.first_row, patch.first_row + own)
+
+
+def _shared(one: Patch, other: Patch, shape: Sequence[int]) -> range:
+    a, b = _rows(one, shape), _rows(other, shape)
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def _covers(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
+    a, b = _rows(one, shape), _rows(other, shape)
+    return a.start <= b.start and b.stop <= a.stop
+
+
+def _effect(patch: Patch, rows: range, shape: Sequence[int]) -> Tensor:
+    """What a patch does to some rows of a weight of random numbers, as it acts on random columns:
+    float64 [rows, _PROBES]; of a vector, what it adds.
+    """
+    random = torch.Generator().manual_seed(0)
+    own = _rows(patch, shape)
+    columns = torch.Size(shape[1:]).numel()
+    probes = torch.randn(columns, _PROBES, generator=random, dtype=torch.float64)
+    part = slice(rows.start - own.start, rows.stop - own.start)
+    if isinstance(patch.kind, LowRankKind):
+        up, down = (as_like(factor, probes) for factor in (patch.kind.up, patch.kind.down))
+        return up[part] @ (down @ probes) * patch.kind.scale
+    return _delta_on_noise(patch.kind, own, shape, random)[part].flatten(1) @ probes
+
+
+def _delta_on_noise(
+    kind: Kind, own: range, shape: Sequence[int], random: torch.Generator
+) -> Tensor:
+    """What it adds to its rows [rows, ...] of noise; of a vector: [rows, 1]."""
+    sizes = (len(own), *shape[1:]) if shape else ()
+    weight = torch.randn(sizes, generator=random, dtype=torch.float64)
+    delta = kind.delta(weight)
+    return delta if delta.dim() > 1 else delta.reshape(-1, 1)

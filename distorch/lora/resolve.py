@@ -1,0 +1,273 @@
+"""From a LoRA's keys to patches on a module's weights: each change once, and none by guess."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distorch.errors import FormatError, SpecError
+from distorch.lora.assemble import Scaling, make_kind
+from distorch.lora.configuration import PEFT_PREFIX
+from distorch.lora.families import Place, Shapes
+from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
+from distorch.lora.kinds import (
+    DifferenceKind,
+    Kind,
+    KroneckerKind,
+    ReplacementKind,
+    RowsKind,
+    turned,
+)
+from distorch.lora.once import without_repeats
+from distorch.lora.patches import Patch, Patches, ResolvedLora
+from distorch.lora.spellings import Group, group_keys
+from distorch.lora.targets import Targets, component_of
+
+_SHOWN = 3
+
+
+class LoraReader:
+    """Reads LoRAs for one module; files that it read before are not read again."""
+
+    def __init__(self, shapes: Shapes, transposed: Collection[str] = ()) -> None:
+        self.shapes = dict(shapes)
+        self._transposed = frozenset(transposed)
+        self._targets: Targets | None = None
+        self._known: dict[object, tuple[LoraSource, ResolvedLora]] = {}
+
+    def read(
+        self, loras: Sequence[tuple[LoraSource, float]], strict: bool
+    ) -> tuple[Patches, list[tuple[ResolvedLora, float]]]:
+        """All LoRAs as patches. FormatError when one is damaged or fits nothing."""
+        patches, found = Patches(), []
+        known: dict[object, tuple[LoraSource, ResolvedLora]] = {}
+        for source, strength in _checked(loras):
+            identity = identity_of(source)
+            if identity not in known:
+                known[identity] = self._known.get(identity) or (
+                    source,
+                    self._resolve(source, strict),
+                )
+            lora = known[identity][1]
+            patches.add(lora, strength)
+            found.append((lora, strength))
+        self._known = known  # those that are not used any more may go
+        return patches, found
+
+    def _resolve(self, source: LoraSource, strict: bool) -> ResolvedLora:
+        if self._targets is None:
+            self._targets = Targets(self.shapes)
+        file = read_lora(source)
+        resolved = resolve(file, self._targets, self._transposed)
+        _complain(file, resolved, self._targets, strict)
+        return resolved
+
+
+def _checked(loras: Sequence[tuple[LoraSource, float]]) -> list[tuple[LoraSource, float]]:
+    found = []
+    for entry in loras:
+        if isinstance(entry, str | Mapping) or not isinstance(entry, Sequence) or len(entry) != 2:
+            raise SpecError(
+                f"loras: expected (file or state dict, strength) pairs, found {entry!r:.80}"
+            )
+        source, strength = entry
+        try:
+            number = float(strength)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise SpecError(f"LoRA strength {strength!r}: expected a finite number")
+        found.append((source, number))
+    return found
+
+
+def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) -> ResolvedLora:
+    """A file's patches on the weights that `targets` knows. FormatError on what does not fit."""
+    try:
+        groups, unknown = group_keys(file.tensors)
+    except FormatError as error:
+        raise FormatError(f"{file.label}: {error}") from error
+    by_part: dict[str, list[Patch]] = {}
+    for key in list(unknown):
+        if patch := _whole_rows(file, key, targets):
+            by_part.setdefault("", []).append(patch)
+            unknown.remove(key)
+        elif stem := next((stem for stem in groups if key.startswith(f"{stem}.")), None):
+            raise FormatError(
+                f"{file.label}: {key!r} belongs to {stem!r} and is not known: without it, the "
+                "patch of that weight would be another"
+            )
+    unmatched, elsewhere = list(unknown), list[str]()
+    missed: dict[str, list[str]] = {}
+    for stem, group in groups.items():
+        found = _patches_of(file, stem, group, targets, transposed)
+        part = component_of(stem)
+        if found:
+            by_part.setdefault(part, []).extend(found)
+        else:
+            missed.setdefault(part, []).append(stem)
+    _drop_other_encoders(by_part, elsewhere, targets)
+    for part, stems in missed.items():
+        other = part and part not in by_part and by_part
+        (elsewhere if other else unmatched).extend(stems)
+    patches = [patch for found in by_part.values() for patch in found]
+    misfits = [patch for patch in patches if not _fits(patch, targets.shapes)]
+    fitting = [patch for patch in patches if patch not in misfits]
+    return ResolvedLora(
+        file.label,
+        without_repeats(fitting, targets.shapes),
+        unmatched,
+        elsewhere,
+        len(groups) + len(unknown),
+        misfits,
+    )
+
+
+def _drop_other_encoders(
+    by_part: dict[str, list[Patch]], elsewhere: list[str], targets: Targets
+) -> None:
+    """Text encoders share names: those of another size are not this module's."""
+    encoders = [part for part in by_part if part.startswith("text")]
+    misfits = [
+        part
+        for part in encoders
+        if any(not _fits(patch, targets.shapes) for patch in by_part[part])
+    ]
+    if len(misfits) < len(encoders):
+        for part in misfits:
+            elsewhere += [patch.stem for patch in by_part.pop(part)]
+
+
+def _fits(patch: Patch, shapes: Shapes) -> bool:
+    part = _part_shape(patch, shapes[patch.weight])
+    return bool(part) and patch.kind.fits(part)
+
+
+def _part_shape(patch: Patch, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the rows that a patch is for; () where the weight does not have them."""
+    rows = patch.kind.rows()
+    if not patch.part or rows is None:
+        return shape
+    if patch.first_row < 0 or patch.first_row + rows > shape[0]:
+        return ()
+    return (rows, *shape[1:])
+
+
+def _patches_of(
+    file: LoraFile, stem: str, group: Group, targets: Targets, transposed: Collection[str]
+) -> list[Patch]:
+    places = targets.find(stem)
+    if not places:
+        return []
+    parts = dict(group.parts)
+    alpha = parts.pop("alpha", None)
+    biases = [parts.pop("up_bias", None), parts.pop("diff_b", None)]
+    if alpha is not None and alpha.numel() != 1:
+        raise FormatError(f"{file.label}: {stem!r}: its alpha has the shape {list(alpha.shape)}")
+    own = None if alpha is None else float(alpha)
+    scaling = file.configuration.scaling(stem, own)
+    found: list[Patch] = []
+    try:
+        file.configuration.check_agrees(stem, parts)
+        if parts:
+            kind = make_kind(parts, scaling)
+            _check_makers_agree(kind, stem)
+            for place in places:
+                mine = turned(kind) if place.weight in transposed else kind
+                found.append(_put(mine, place, place.weight, targets, (stem, file.label)))
+        for bias, scale in zip(biases, (_bias_scale(parts, scaling), 1.0), strict=True):
+            if bias is None:
+                continue
+            for place in places:
+                name = targets.bias_of(place.weight)
+                if name is None:
+                    raise FormatError(f"it has a bias, {place.weight!r} has none")
+                added = DifferenceKind(bias, scale)
+                found.append(_put(added, place, name, targets, (stem, file.label)))
+    except FormatError as error:
+        raise FormatError(f"{file.label}: {stem!r}: {error}") from error
+    return found
+
+
+def _check_makers_agree(kind: Kind, stem: str) -> None:
+    """PEFT and LyCORIS make different weights of a LoKr for a convolution of one dimension."""
+    if isinstance(kind, KroneckerKind) and kind.right[0].dim() == 3 and PEFT_PREFIX in stem:
+        raise FormatError(
+            "PEFT lays out a LoKr of a one-dimensional convolution in a way of its own, which is "
+            "not read: merge it with PEFT (merge_and_unload)"
+        )
+
+
+_TOKEN_ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta$")
+
+
+def _whole_rows(file: LoraFile, key: str, targets: Targets) -> Patch | None:
+    """Whole weights and whole rows, which PEFT saves beside its factors: they replace."""
+    if not key.startswith(PEFT_PREFIX):
+        return None
+    tokens = _TOKEN_ROWS.match(key)
+    name = f"{tokens.group(1)}.weight" if tokens else key
+    places = targets.find(name.replace(".base_layer.", "."))
+    if len(places) != 1 or places[0].part or places[0].cut:
+        return None
+    value, weight = file.tensors[key], places[0].weight
+    kind: Kind = ReplacementKind(value)
+    if tokens:
+        indices = file.configuration.token_rows(tokens.group(1))
+        kind = RowsKind(torch.tensor(indices, dtype=torch.int64), value)
+    return Patch(weight, kind, 0, False, key, file.label, all_ends=bool(tokens))
+
+
+def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[str, str]) -> Patch:
+    """The patch on the rows of a weight that `place` names. `source`: its stem and file."""
+    if place.cut is not None:
+        kind = kind.some_rows(*place.cut)
+    if isinstance(kind, DifferenceKind) and not place.part:
+        kind = kind.shaped(targets.shapes[weight])
+    first, rows = 0, kind.rows()
+    if place.step:
+        if rows is None:
+            raise FormatError(f"a {kind.name} cannot go on a part of the fused {weight!r}")
+        end = 0 if place.step > 0 else targets.shapes[weight][0]
+        first = end + place.step * rows
+    return Patch(weight, kind, first, place.part, *source)
+
+
+def _bias_scale(parts: Mapping[str, Tensor], scaling: Scaling) -> float:
+    down = parts.get("down")
+    return scaling.of(int(down.shape[0])) if down is not None else 1.0
+
+
+def _complain(file: LoraFile, resolved: ResolvedLora, targets: Targets, strict: bool) -> None:
+    """Says what fits nothing, or not. FormatError if that is all there is, or with `strict`."""
+    said = [_sizes(resolved, targets)] if resolved.misfits else []
+    if resolved.unmatched or not (resolved.patches or said):
+        shown = (resolved.unmatched or resolved.elsewhere or list(file.tensors))[:_SHOWN]
+        said.append(
+            f"{len(resolved.unmatched)} of its {resolved.targets} targets fit no weight (as "
+            f"{shown}); the module has names as {list(targets.shapes)[:_SHOWN]}"
+        )
+    if not said:
+        return
+    message = f"{file.label}: {'; '.join(said)}"
+    if not resolved.patches:
+        raise FormatError(f"{message}; it was made for another model")
+    if strict:
+        raise FormatError(f"{message}; strict_loras=False skips single keys")
+    warnings.warn(message, stacklevel=4)
+
+
+def _sizes(resolved: ResolvedLora, targets: Targets) -> str:
+    """Which patches have another size than their weights."""
+    shown = [
+        f"the {patch.kind.name} for {patch.weight!r} ({patch.stem}) was made for "
+        f"{patch.kind.shape()}, the weight's shape is {tuple(targets.shapes[patch.weight])}"
+        for patch in resolved.misfits[:_SHOWN]
+    ]
+    rest = len(resolved.misfits) - len(shown)
+    return "; ".join([*shown, *([f"{rest} more are like that"] if rest else [])])
