@@ -6,7 +6,7 @@ same output bits.
 
 from distorch.api import distribute, plan, redistribute, undistribute
 from distorch.errors import DistorchError, FetchError, FormatError, PlacementError, SpecError
-from distorch.load import load
+from distorch.loading import load
 from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
 from distorch.report import Report, Stats, report, reset_stats, stats

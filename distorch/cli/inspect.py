@@ -7,7 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distorch._tables import human_bytes, text_table
-from distorch.formats.checkpoint import Checkpoint, dtype_name, open_checkpoint
+from distorch.formats.checkpoint import (
+    Checkpoint,
+    dtype_name,
+    is_no_weight,
+    open_checkpoint,
+)
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora.files import read_lora
 from distorch.lora.resolve import resolve
@@ -29,6 +34,7 @@ class Contents:
     lora_ranks: dict[int, int]
     largest: list[tuple[str, str, int]]
     metadata: dict[str, str]
+    passed_over: list[str]
     fits: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +55,8 @@ class Contents:
             "",
             text_table(("largest", "shape", "bytes"), [(n, s, str(b)) for n, s, b in self.largest]),
         ]
+        if self.passed_over:
+            lines.append(f"\nno weights, passed over: {', '.join(self.passed_over)}")
         if self.lora_ranks:
             ranks = ", ".join(
                 f"{rank} ({count} targets)" for rank, count in self.lora_ranks.items()
@@ -85,6 +93,7 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
         lora_ranks=_ranks(tensors),
         largest=[(t.name, "x".join(map(str, t.shape)) or "scalar", t.nbytes) for t in largest],
         metadata=checkpoint.metadata,
+        passed_over=[name for name in checkpoint.tensors if is_no_weight(name)],
         fits=_fits(path, fits) if fits is not None else None,
     )
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distorch.demo.model import DigitConfig, DigitTransformer
 from distorch.demo.sampling import sample, save_png, sheet
-from distorch.load import load
+from distorch.loading import load
 from distorch.report import Report, Stats, report, reset_stats, stats
 from distorch.runtime.machine import default_compute
 

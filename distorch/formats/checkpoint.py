@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distorch.errors import FormatError
 from distorch.formats import gguf
-from distorch.formats.files import find_files
+from distorch.formats.files import Files, find_files
+from distorch.formats.quantisation import BESIDE, with_declarations
 from distorch.formats.safetensors import StoredTensor, read_header
+from distorch.formats.scales import scale_keys
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
 from distorch.planner import Inventory, WeightInfo
 
 # Prefixes that whole-model files put before the names of the module's own weights.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
+
+_NO_WEIGHTS = ("spiece_model", "tekken_model", "scaled_fp8", "__index_timestep_zero__")
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,13 @@ class Checkpoint:
 
     def inventory(self) -> Inventory:
         """The file's tensors as a planner sees them."""
-        return Inventory(
-            tuple(weight_info(tensor, tensor.name) for tensor in self.tensors.values())
-        )
+        weights = (t for t in self.tensors.values() if not is_no_weight(t.name))
+        return Inventory(tuple(weight_info(tensor, tensor.name) for tensor in weights))
+
+
+def is_no_weight(name: str) -> bool:
+    """Whether a file has it for other programs: tokenizers, markers of a format or a version."""
+    return name.rpartition(".")[2] in _NO_WEIGHTS
 
 
 def dtype_name(tensor: StoredTensor) -> str:
@@ -64,23 +72,40 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) ->
     """
     files = find_files(path)
     tensors: dict[str, StoredTensor] = {}
-    told: dict[str, str] = {}
+    headers: list[dict[str, str]] = []
     for number, file in enumerate(files.paths):
         part = (number, len(files.paths)) if files.parts else None
+        if not file.is_file():
+            raise FormatError(f"{files.shown!r} lists {file.name!r}, which is not there")
         found, metadata = _read_file(file, quantised, part)
-        told = told or metadata
-        wanted = [name for name, place in files.listed.items() if place == file]
-        if lost := [name for name in wanted if name not in found]:
-            raise FormatError(f"{files.shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it")
-        if wanted:
-            found = {name: tensor for name, tensor in found.items() if name in set(wanted)}
+        headers.append(metadata)
+        if files.listed:
+            found = _listed(found, file, files)
         if twice := found.keys() & tensors.keys():
             raise FormatError(
                 f"{files.shown!r}: {min(twice)!r} is in {file.name!r} and in a part before it; "
                 "expected each tensor once"
             )
         tensors |= found
-    return Checkpoint(files.shown, tensors, told, gguf.is_gguf(files.paths[0]))
+    return Checkpoint(
+        files.shown,
+        with_declarations(tensors, headers, files.shown),
+        next(filter(None, headers), {}),
+        gguf.is_gguf(files.paths[0]),
+    )
+
+
+def _listed(found: Mapping[str, StoredTensor], file: Path, files: Files) -> dict[str, StoredTensor]:
+    """What the index lists in one of its files, and what lies there beside a listed weight: some
+    writers list the weights alone.
+    """
+    wanted = {name for name, place in files.listed.items() if place == file}
+    if lost := sorted(wanted - found.keys()):
+        raise FormatError(f"{files.shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it")
+    beside = {key for name in wanted for key in scale_keys(name).values()}
+    beside |= {name.removesuffix(".weight") + BESIDE for name in wanted}
+    beside -= files.listed.keys()
+    return {name: tensor for name, tensor in found.items() if name in wanted | beside}
 
 
 def _read_file(
@@ -112,11 +137,24 @@ def _read_gguf(
     return tensors, metadata
 
 
+def _other_prefixes(have: Collection[str], need: Sequence[str]) -> Iterator[str]:
+    """What stands before some of the wanted names in the file: "text_encoders.t5xxl."."""
+    seen = set()
+    for name in (*need[:1], *need[len(need) // 2 :][:1], *need[-1:]):
+        for key in have:
+            prefix = key.removesuffix(name)
+            if prefix != key and prefix.endswith(".") and prefix not in seen:
+                seen.add(prefix)
+                yield prefix
+
+
 def match_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     """Wanted name -> stored name, with the prefix stripped that makes most names fit."""
     have, need = set(stored), list(wanted)
     best: dict[str, str] = {}
-    for prefix in ("", *PREFIXES):
+    for prefix in ("", *PREFIXES, *_other_prefixes(have, need)):
+        if best and len(best) == len(need):
+            break
         fits = {name: prefix + name for name in need if prefix + name in have}
         if len(fits) > len(best):
             best = fits

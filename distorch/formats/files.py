@@ -50,6 +50,8 @@ def find_files(path: str | os.PathLike[str]) -> Files:
 
 def _in_folder(folder: Path) -> Path:
     found = next(filter(None, (sorted(folder.glob(p)) for p in _FOLDER_PATTERNS)), [])
+    if len(found) == 1 and (whole := folder / _IS_INDEX.sub("", found[0].name)).is_file():
+        return whole  # one file that stands beside an index is newer: so do others choose
     if len(found) == 1 or _are_one_set(found):
         return found[0]
     names = ", ".join(path.name for path in found[:_SHOWN]) or "none"

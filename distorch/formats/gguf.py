@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 
 from distorch.errors import FormatError
+from distorch.formats.safetensors import DTYPES as FILE_DTYPES
 from distorch.formats.safetensors import StoredTensor
 
 MAGIC = b"GGUF"
@@ -53,6 +54,16 @@ _SCALARS = {
 _TEXT, _ARRAY = 8, 9
 
 Value = bool | int | float | str | list["Value"]
+
+
+def check_readable(stored: StoredTensor) -> None:
+    """FormatError where a tensor has a type that this version does not decode."""
+    known = [name for name, _, _ in BLOCK_TYPES.values()]
+    if stored.block_type is not None and stored.block_type not in known:
+        raise FormatError(
+            f"tensor {stored.name!r} in {stored.path!r} has the type {stored.block_type}, which "
+            f"this version does not read; it reads {', '.join((*FILE_DTYPES, *known))}"
+        )
 
 
 def is_gguf(path: Path) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+    "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
 _PAGE = 4096  # bytes
@@ -34,7 +37,9 @@ class StoredTensor:
     `pieces` say what it is put together from where it is several ranges, and `path` and `offset`
     are then those of the first.
     With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
-    uint8. A shape's last dimension need not be whole blocks; all elements together are.
+    uint8. A shape's last dimension need not be whole blocks; all elements together are. So is what
+    this version does not read: its `block_type` is then no known one. `declared`: what the file
+    says of the format of its numbers (see `quantisation`).
     """
 
     name: str
@@ -46,6 +51,7 @@ class StoredTensor:
     data: torch.Tensor | None = None
     block_type: str | None = None
     pieces: tuple[Piece, ...] = ()
+    declared: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def in_one_range(self) -> bool:
@@ -107,13 +113,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _stored(name: str, entry: dict[str, Any], start: int, path: Path) -> StoredTensor:
     dtype = DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise FormatError(
-            f"tensor {name!r} in {str(path)!r} has dtype {entry['dtype']!r}, which this version "
-            f"does not read; it reads {', '.join(DTYPES)}"
-        )
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if dtype is None:  # refused where somebody wants it
+        known = start + begin, end - begin, torch.uint8, shape
+        return StoredTensor(name, str(path), *known, block_type=str(entry["dtype"]))
     if end - begin != prod(shape) * dtype.itemsize:
         raise FormatError(f"tensor {name!r} in {str(path)!r}: {end - begin} bytes for {shape}")
     return StoredTensor(name, str(path), start + begin, end - begin, dtype, shape)

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from distorch.errors import FormatError
+from distorch.formats.quantisation import check_declared
 from distorch.formats.safetensors import StoredTensor
 
 # Beside "x.weight": the factor on its numbers. {} is "x", the weight's own key {}.weight.
 _FACTORS = ("{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv", "{}.weight.scale")
 # bitsandbytes: int8 rows, largest absolute value of each.
 _LARGEST = ("{}.SCB", "{}.weight.SCB")
-# Said beside it, and not needed to have the numbers.
-_OTHER = (
-    "{}.scale_input", "{}.input_scale", "{}.weight_format", "{}.comfy_quant", "{}.weight.absmax",
-)  # fmt: skip
-_MARKERS = ("scaled_fp8", "model.diffusion_model.scaled_fp8")
+# Of what comes in or goes out, for arithmetic in the narrow dtype: not of the weight.
+_OF_ACTIVATIONS = ("{}.scale_input", "{}.input_scale", "{}.activation_scale", "{}.output_scale")
+# bitsandbytes: how the rows lie. 0 is one after the other.
+_LAYOUT = "{}.weight_format"
 BLOCK = 128  # rows and columns that share a scale where a grid of them is kept
 _INT8_LARGEST = 127.0
 
@@ -27,7 +27,8 @@ _INT8_LARGEST = 127.0
 def scale_keys(name: str) -> dict[str, str]:
     """Every key under which something of this weight's scales may stand, by its pattern."""
     stem = name.removesuffix(".weight")
-    return {pattern: pattern.format(stem) for pattern in (*_FACTORS, *_LARGEST, *_OTHER)}
+    patterns = (*_FACTORS, *_LARGEST, *_OF_ACTIVATIONS, _LAYOUT)
+    return {pattern: pattern.format(stem) for pattern in patterns}
 
 
 def own_scales(owner: nn.Module, key: str) -> str | None:
@@ -49,19 +50,48 @@ class Scales:
 def attach_scales(
     stored: StoredTensor, tensors: Mapping[str, StoredTensor], unclaimed: Sequence[str]
 ) -> tuple[Scales | None, list[str]]:
-    """The scales of a narrow weight and the keys that say them, among those nobody claimed.
+    """The scales of a weight and the keys that say them, among those nobody claimed.
 
-    FormatError on scales of a shape that means nothing.
+    FormatError on scales of a shape that means nothing, or where the file declares a format whose
+    numbers are not theirs times a scale.
     """
-    stem = stored.name.removesuffix(".weight")
-    free = set(unclaimed)
-    taken = [key for key in (*(t.format(stem) for t in _OTHER), *_MARKERS) if key in free]
+    declared = check_declared(stored)
+    stem, free = stored.name.removesuffix(".weight"), set(unclaimed)
+    if stored.dtype.itemsize > 1 or stored.block_type is not None:
+        return None, [key for key in (p.format(stem) for p in _OF_ACTIVATIONS) if key in free]
+    taken = [key for key in (p.format(stem) for p in (*_OF_ACTIVATIONS, _LAYOUT)) if key in free]
     for templates, divisor in ((_FACTORS, 1.0), (_LARGEST, _INT8_LARGEST)):
         for key in (template.format(stem) for template in templates):
             if key in free:
-                values = tensors[key].read().float() / divisor
+                _check_layout(tensors.get(_LAYOUT.format(stem)))
+                values = _numbers(tensors[key], stored) / divisor
                 return _grid(stored, key, values), [*taken, key]
-    return None, [key for key in taken if key in _MARKERS]
+    if declared:
+        raise FormatError(
+            f"{stored.name!r} is declared to be numbers with a scale (comfy_quant), and the file "
+            f"has no {_FACTORS[1].format(stem)!r}"
+        )
+    return None, []
+
+
+def _check_layout(layout: StoredTensor | None) -> None:
+    if layout is not None and bool(layout.read().any()):
+        raise FormatError(
+            f"{layout.name!r} says that rows do not lie one after the other; expected 0"
+        )
+
+
+def _numbers(scale: StoredTensor, weight: StoredTensor) -> torch.Tensor:
+    """Scales as float32. Bytes beside fp8 numbers are powers of two (E8M0)."""
+    values = scale.read()
+    if scale.dtype == torch.uint8 and weight.dtype.is_floating_point and not scale.block_type:
+        values = values.view(torch.float8_e8m0fnu)
+    if scale.block_type or not values.is_floating_point():
+        raise FormatError(
+            f"{scale.name!r} has the dtype {scale.block_type or scale.dtype}; expected floating "
+            f"scales for {weight.name!r} ({weight.dtype})"
+        )
+    return values.float()
 
 
 def _grid(stored: StoredTensor, key: str, values: torch.Tensor) -> Scales:
@@ -69,12 +99,15 @@ def _grid(stored: StoredTensor, key: str, values: torch.Tensor) -> Scales:
     columns = max(1, stored.nbytes // max(rows, 1))
     if values.numel() == 1:
         return Scales(values.reshape(1, 1), (rows, columns))
-    if values.numel() == rows:
+    if values.numel() == rows and (values.dim() == 1 or values.shape[0] == rows):
         return Scales(values.reshape(rows, 1).contiguous(), (1, columns))
-    grid = (-(-rows // BLOCK), -(-columns // BLOCK))
-    if tuple(values.shape) == grid:
-        return Scales(values.contiguous(), (BLOCK, BLOCK))
+    if values.dim() == 2 and len(stored.shape) == 2:
+        if values.shape == (-(-rows // BLOCK), -(-columns // BLOCK)):
+            return Scales(values.contiguous(), (BLOCK, BLOCK))
+        if rows % values.shape[0] == 0 == columns % values.shape[1]:
+            block = rows // values.shape[0], columns // values.shape[1]
+            return Scales(values.contiguous(), block)
     raise FormatError(
         f"{key!r} has shape {tuple(values.shape)}; expected one scale for {stored.name!r} "
-        f"{stored.shape}, one per row, or one per {BLOCK} x {BLOCK} block"
+        f"{stored.shape}, one per row, or one per block of rows and columns"
     )

@@ -68,9 +68,15 @@ def stored_in_torch_file(path: Path) -> dict[str, StoredTensor]:
     offsets = _storage_offsets(path)
     found = {}
     for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized:  # refused where it is wanted
+            kind = "a quantised tensor" if tensor.is_quantized else str(tensor.layout)
+            shape = tuple(tensor.shape)
+            found[name] = StoredTensor(name, str(path), 0, 0, torch.uint8, shape, block_type=kind)
+            continue
         nbytes = tensor.numel() * tensor.element_size()
         begin = offsets.get(name)
-        ranged = begin is not None and tensor.is_contiguous() and nbytes > 0
+        plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+        ranged = begin is not None and plain and nbytes > 0
         offset = 0
         if ranged and begin is not None:
             offset = begin + int(tensor.storage_offset()) * tensor.element_size()
@@ -92,7 +98,7 @@ def _storage_offsets(path: Path) -> dict[str, int]:
         return {}
     offsets = {}
     for name, tensor in loaded.items() if isinstance(loaded, Mapping) else ():
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
             begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
             if begin is not None:
                 offsets[str(name)] = int(begin)

@@ -48,8 +48,10 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (r"\.b_norm", "diff_b"),
 )
 _PATTERNS = [(re.compile(f"^(.+?){ending}$"), part) for ending, part in _ENDINGS]
-# Parts that carry nothing of a weight.
-_IGNORED = re.compile(r"(\.(lora_te|lora_unet)_?version|\.reg|\.bypass_mode|\.initial_norm)$")
+# Parts that carry nothing of a weight, and the embeddings that trainers put into the same file.
+_IGNORED = re.compile(
+    r"(\.(lora_te|lora_unet)_?version|\.reg|\.bypass_mode|\.initial_norm)$|^bundle_emb\."
+)
 
 
 @dataclass

@@ -117,7 +117,7 @@ def test_python_layers():
     [
         ("planner/spec.py", "import torch"),
         ("planner/plan.py", "from distorch.runtime import machine"),
-        ("formats/safetensors.py", "from distorch.load import load"),
+        ("formats/safetensors.py", "from distorch.loading import load"),
         ("_native.py", "from distorch import _ops"),
         ("runtime/groups.py", "import distorch.lora"),
     ],

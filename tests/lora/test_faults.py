@@ -1,6 +1,5 @@
 """A load with LoRAs that fails in the middle: the named error, the module as before, nothing left."""
 
-import sys
 import threading
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 
 import distorch
 from distorch import FetchError, FormatError, PlacementError, _donors
+from distorch.loading import bring, loader
 
 
 def net():
@@ -39,9 +39,6 @@ def load(module, tmp_path, spec="cpu,0b;disk,*"):
     return distorch.load(module, file, spec, loras=[(lora(), 1.0)], min_bytes=0)
 
 
-LOAD = sys.modules["distorch.load"]  # whose name the package gives to the function
-
-
 def fail_at(monkeypatch, module, name, count, error):
     """The function of that name raises at its `count`-th call."""
     real, calls = getattr(module, name), []
@@ -57,7 +54,7 @@ def fail_at(monkeypatch, module, name, count, error):
 
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_an_interrupt_while_patching(module, tmp_path, monkeypatch, count):
-    fail_at(monkeypatch, LOAD, "merged_value", count, KeyboardInterrupt())
+    fail_at(monkeypatch, bring, "merged_value", count, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         load(module, tmp_path)
 
@@ -72,7 +69,7 @@ def test_a_full_disk(module, tmp_path, monkeypatch, count):
 
 def test_a_file_that_becomes_shorter(module, tmp_path, monkeypatch):
     file = tmp_path / "base.safetensors"
-    real = LOAD.open_checkpoint
+    real = loader.open_checkpoint
 
     def opened(path, **options):
         found = real(path, **options)
@@ -80,7 +77,7 @@ def test_a_file_that_becomes_shorter(module, tmp_path, monkeypatch):
             handle.truncate(file.stat().st_size // 2)
         return found
 
-    monkeypatch.setattr(LOAD, "open_checkpoint", opened)
+    monkeypatch.setattr(loader, "open_checkpoint", opened)
     with pytest.raises((FetchError, FormatError), match=r"base\.safetensors"):
         load(module, tmp_path)
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distorch.errors import FormatError
-from distorch.formats.gguf import BLOCK_TYPES
+from distorch.formats.gguf import BLOCK_TYPES, check_readable
 from distorch.formats.pieces import Piece
 from distorch.formats.safetensors import StoredTensor
 
@@ -236,24 +236,34 @@ def as_stored(name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> StoredT
     if len(kinds) != 1:
         parts = ", ".join(f"{s.name!r} ({s.block_type or s.dtype})" for s in sources.values())
         raise FormatError(f"{name!r} is put together from {parts or 'nothing'}: expected one dtype")
+    declared = runs[0].source.declared
+    if any(source.declared != declared for source in sources.values()):
+        parts = ", ".join(repr(source.name) for source in sources.values())
+        raise FormatError(
+            f"{name!r} is put together from {parts}: expected one format (comfy_quant)"
+        )
     pieces = tuple(_piece(run) for run in runs)
     ((dtype, block_type),) = kinds
     nbytes, first = sum(piece.nbytes for piece in pieces), pieces[0]
     source, offset = first.source, first.source.offset + first.begin
     if len(pieces) > 1:
         return StoredTensor(
-            name, source.path, offset, nbytes, dtype, shape, block_type=block_type, pieces=pieces
-        )
+            name, source.path, offset, nbytes, dtype, shape, block_type=block_type, pieces=pieces,
+            declared=declared,
+        )  # fmt: skip
     data = None
     if source.data is not None:
         data = source.data.detach().reshape(-1)[runs[0].begin : runs[0].end].view(shape)
-    return StoredTensor(name, source.path, offset, nbytes, dtype, shape, data, block_type)
+    return StoredTensor(
+        name, source.path, offset, nbytes, dtype, shape, data, block_type, declared=declared
+    )
 
 
 def _piece(run: Run) -> Piece:
     source = run.source
     elements, nbytes = 1, source.dtype.itemsize
     if source.block_type is not None:
+        check_readable(source)
         elements, nbytes = _BLOCKS[source.block_type]
     if run.begin % elements or run.end % elements:
         raise FormatError(

@@ -1,0 +1,191 @@
+"""Which tensor of a checkpoint goes where in a module, and what may not be passed over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from distorch import _ops
+from distorch.errors import FormatError, PlacementError
+from distorch.formats.checkpoint import Checkpoint, is_no_weight, match_names
+from distorch.formats.gguf import check_readable
+from distorch.formats.safetensors import StoredTensor
+from distorch.formats.scales import attach_scales
+from distorch.loading.job import Job
+from distorch.lora import StoredRows
+from distorch.runtime import groups
+
+_SHOWN = 4
+
+
+def tie_again(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Tied weights of a transformers model that lost their tie on the way to the meta device."""
+    tie = getattr(module, "tie_weights", None)
+    if not callable(tie):
+        return
+    parameters = dict(module.named_parameters())
+    names = match_names(checkpoint.tensors, parameters)
+    if any(parameters[name].is_meta for name in parameters.keys() - names.keys()):
+        tie()
+
+
+def match(
+    module: nn.Module, checkpoint: Checkpoint, strict: bool, dtype: torch.dtype | None
+) -> list[Job]:
+    """Pairs stored tensors with parameters and buffers. FormatError on what does not fit."""
+    by_parameter: dict[int, list[groups.Member]] = {}
+    for member in groups.named_members(module):
+        by_parameter.setdefault(id(member.parameter), []).append(member)
+    buffers = groups.unique_buffers(module)
+    wanted = [m.name for ms in by_parameter.values() for m in ms]
+    wanted += [name for buffer in buffers for name in buffer.names]
+    names = match_names(checkpoint.tensors, wanted)
+    jobs, missing = [], []
+    for members in by_parameter.values():
+        stored = next((names[m.name] for m in members if m.name in names), None)
+        if stored is None:
+            missing.append(members[0].name)
+            continue
+        jobs.append(_job(checkpoint.tensors[stored], members, dtype, checkpoint.is_gguf))
+    for buffer in buffers:
+        stored = next((names[name] for name in buffer.names if name in names), None)
+        if stored is not None:
+            tensor = checkpoint.tensors[stored]
+            jobs.append(Job(tensor, [], tensor.dtype, buffer))
+        elif buffer.persistent:
+            missing.append(buffer.name)
+    used = set(names.values())
+    if wanted and not used and not strict:  # else it is told name by name
+        raise FormatError(
+            f"{checkpoint.path!r} has nothing of this {type(module).__name__}: it has names as "
+            f"{list(checkpoint.tensors)[:_SHOWN]}, the module as {wanted[:_SHOWN]}"
+        )
+    unexpected = sorted(set(checkpoint.tensors) - used)
+    unexpected = [name for name in unexpected if not is_no_weight(name)]
+    for job in jobs:
+        check_readable(job.stored)
+        taken = set(_take_scales(job, checkpoint, unexpected, dtype))
+        unexpected = [name for name in unexpected if name not in taken]
+    prefix = next((stored.removesuffix(name) for name, stored in names.items()), "")
+    _check_companions(module, unexpected, prefix)
+    _report_keys(module, checkpoint, missing, unexpected, strict)
+    _check_shapes(jobs, checkpoint.is_gguf)
+    return sorted(jobs, key=lambda job: (job.stored.path, job.stored.offset))
+
+
+def _job(
+    stored: StoredTensor, members: list[groups.Member], dtype: torch.dtype | None, is_gguf: bool
+) -> Job:
+    own = members[0].parameter.dtype
+    if stored.block_type is not None:
+        wide = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
+        return Job(stored, members, wide, rows=StoredRows(stored.block_type))
+    if is_gguf and dtype is None and own.is_floating_point:
+        dtype = own  # what small tensors were before they went into the file
+    floating = stored.dtype.is_floating_point and dtype is not None
+    return Job(stored, members, dtype if floating and dtype is not None else stored.dtype)
+
+
+def _take_scales(
+    job: Job, checkpoint: Checkpoint, unexpected: list[str], dtype: torch.dtype | None
+) -> list[str]:
+    """Gives a job the scales that the file has for it and the module has no place for."""
+    scales, taken = attach_scales(job.stored, checkpoint.tensors, unexpected)
+    if scales is not None and job.buffer is None:
+        job.rows = StoredRows(_ops.code_of(job.stored.dtype), scales.grid, scales.block)
+        own = job.members[0].parameter.dtype
+        job.dtype = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
+    return taken
+
+
+# What lies beside a weight and is a tensor of its own; a module may do without it.
+_OF_THEIR_OWN = frozenset({
+    "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "inv_freq",
+    "original_inv_freq", "position_ids", "masked_bias", "in_proj_weight", "in_proj_bias",
+})  # fmt: skip
+# What stands below a layer and says what its weight is.
+_PARTS_OF_A_WEIGHT = (
+    "weight.", "bias.", "parametrizations.", "base_layer.", "lora_", "_packed_params", "weight_",
+    "input_quantizer", "output_quantizer",
+)  # fmt: skip
+
+
+def _check_companions(module: nn.Module, unexpected: list[str], prefix: str) -> None:
+    """Whatever lies beside a weight may say what its numbers mean: scales, permutations, a second
+    part. What is not known is refused, strict or not: the weight would be wrong without a word.
+    """
+    if not unexpected:
+        return
+    owners = {path for path, owner in module.named_modules() if owner._parameters}
+    beside: dict[str, list[str]] = {}
+    for key in unexpected:
+        name = key.removeprefix(prefix)
+        path = name.rpartition(".")[0]
+        while path and path not in owners:
+            path = path.rpartition(".")[0]
+        rest = name.removeprefix(f"{path}.") if path else name
+        if path not in owners or rest in _OF_THEIR_OWN:
+            continue
+        if rest.startswith(_PARTS_OF_A_WEIGHT) or (path and "." not in rest):
+            beside.setdefault(path, []).append(key)
+    for path, keys in beside.items():
+        raise FormatError(
+            f"the file has {', '.join(keys)} beside the weights of {path!r}: they are not known, "
+            "and may change what the weights mean. Load a version of the file without them"
+        )
+
+
+def _report_keys(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    missing: list[str],
+    unexpected: list[str],
+    strict: bool,
+) -> None:
+    meta = [name for name, p in module.named_parameters() if p.is_meta and name in set(missing)]
+    if (missing or unexpected) and (strict or meta):
+        raise FormatError(
+            f"{checkpoint.path!r} does not fit this {type(module).__name__}: "
+            f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3]) or '-'}). "
+            "Build the module with the checkpoint's own configuration"
+            + ("" if meta else ", or pass strict=False")
+        )
+
+
+def _check_shapes(jobs: list[Job], is_gguf: bool) -> None:
+    """Each tensor has its place's shape. GGUF files drop dimensions of 1, and get them back."""
+    for job in jobs:
+        if job.buffer is not None:
+            shape = tuple(job.buffer.tensor.shape)
+        else:
+            shape = tuple(job.members[0].parameter.shape)
+        if is_gguf and _without_ones(shape) == _without_ones(job.stored.shape):
+            job.stored = replace(job.stored, shape=shape)
+        if shape != job.stored.shape:
+            raise FormatError(
+                f"{job.stored.name!r}: the file has shape {job.stored.shape}, the module wants "
+                f"{shape}; build the module with the checkpoint's own configuration"
+            )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def check_no_meta_left(module: nn.Module, jobs: list[Job]) -> None:
+    filled = {id(job.buffer.tensor) for job in jobs if job.buffer is not None}
+    empty = [
+        buffer.name
+        for buffer in groups.unique_buffers(module)
+        if buffer.tensor.is_meta and id(buffer.tensor) not in filled
+    ]
+    if empty:
+        raise PlacementError(
+            f"{len(empty)} buffers are on the meta device and the checkpoint does not have them "
+            f"({', '.join(map(repr, empty[:_SHOWN]))}); create the module so that only its "
+            "parameters are on meta (for example "
+            "accelerate.init_empty_weights(include_buffers=False)), or set the buffers first"
+        )
