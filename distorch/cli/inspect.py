@@ -107,7 +107,7 @@ def _fits(lora: str, checkpoint: str) -> dict[str, Any]:
         "targets": len({patch.stem for patch in found.patches}),
         "weights": len({patch.weight for patch in found.patches}),
         "elsewhere": len(found.elsewhere),
-        "unmatched": [*found.unmatched, *(patch.stem for patch in found.misfits)],
+        "unmatched": found.left_out,
     }
 
 

@@ -14,6 +14,7 @@ from distorch.formats.quantisation import BESIDE, with_declarations
 from distorch.formats.safetensors import StoredTensor, read_header
 from distorch.formats.scales import scale_keys
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
+from distorch.formats.wrapping import unwrapped
 from distorch.planner import Inventory, WeightInfo
 
 # Prefixes that whole-model files put before the names of the module's own weights.
@@ -149,8 +150,15 @@ def _other_prefixes(have: Collection[str], need: Sequence[str]) -> Iterator[str]
 
 
 def match_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """Wanted name -> stored name, with the prefix stripped that makes most names fit."""
-    have, need = set(stored), list(wanted)
+    """Wanted name -> stored name, with the prefix stripped that makes most names fit, and without
+    what wrappers put into either.
+    """
+    plain = {unwrapped(name): name for name in stored}
+    asked = {unwrapped(name): name for name in wanted}
+    return {asked[name]: plain[found] for name, found in _fitting(plain, list(asked)).items()}
+
+
+def _fitting(have: Collection[str], need: Sequence[str]) -> dict[str, str]:
     best: dict[str, str] = {}
     for prefix in ("", *PREFIXES, *_other_prefixes(have, need)):
         if best and len(best) == len(need):

@@ -13,6 +13,7 @@ from distorch.formats.checkpoint import Checkpoint, is_no_weight, match_names
 from distorch.formats.gguf import check_readable
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import attach_scales
+from distorch.formats.wrapping import unwrapped
 from distorch.loading.job import Job
 from distorch.lora import StoredRows
 from distorch.runtime import groups
@@ -68,7 +69,8 @@ def match(
         check_readable(job.stored)
         taken = set(_take_scales(job, checkpoint, unexpected, dtype))
         unexpected = [name for name in unexpected if name not in taken]
-    prefix = next((stored.removesuffix(name) for name, stored in names.items()), "")
+    whole = ((name, stored) for name, stored in names.items() if stored.endswith(name))
+    prefix = next((stored.removesuffix(name) for name, stored in whole), "")
     _check_companions(module, unexpected, prefix)
     _report_keys(module, checkpoint, missing, unexpected, strict)
     _check_shapes(jobs, checkpoint.is_gguf)
@@ -118,10 +120,10 @@ def _check_companions(module: nn.Module, unexpected: list[str], prefix: str) -> 
     """
     if not unexpected:
         return
-    owners = {path for path, owner in module.named_modules() if owner._parameters}
+    owners = {unwrapped(path) for path, owner in module.named_modules() if owner._parameters}
     beside: dict[str, list[str]] = {}
     for key in unexpected:
-        name = key.removeprefix(prefix)
+        name = unwrapped(key).removeprefix(prefix)
         path = name.rpartition(".")[0]
         while path and path not in owners:
             path = path.rpartition(".")[0]

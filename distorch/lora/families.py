@@ -78,7 +78,9 @@ _WAN_BLOCK = (
     ("cross_attn.k", "attn2.to_k"), ("cross_attn.v", "attn2.to_v"),
     ("cross_attn.o", "attn2.to_out.0"), ("cross_attn.k_img", "attn2.add_k_proj"),
     ("cross_attn.v_img", "attn2.add_v_proj"), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
-    ("norm3", "norm2"),
+    ("norm3", "norm2"), ("self_attn.norm_q", "attn1.norm_q"), ("self_attn.norm_k", "attn1.norm_k"),
+    ("cross_attn.norm_q", "attn2.norm_q"), ("cross_attn.norm_k", "attn2.norm_k"),
+    ("cross_attn.norm_k_img", "attn2.norm_added_k"), ("modulation", "scale_shift_table"),
 )  # fmt: skip
 _WAN_TOP = (
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -88,7 +90,14 @@ _WAN_TOP = (
     ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+    ("head.modulation", "scale_shift_table"),
 )  # fmt: skip
+
+# What only some models of a family have: Wan's image branch. Its LoRAs are used on the others, too.
+OPTIONAL_BRANCH = re.compile(r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb)(?:[._]|$)")
 
 _RESNET = (
     ("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
@@ -114,10 +123,11 @@ class _Same:
 
 def other_names(shapes: Shapes) -> dict[str, list[Place]]:
     """Module names (without ".weight") that a LoRA may use, with where its patch then goes."""
-    modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+    weights = _weights(shapes)
+    modules = set(weights)
     found: dict[str, list[Place]] = {}
     for same in _all(modules):
-        for name, places in _places(same, modules, shapes):
+        for name, places in _places(same, weights, shapes):
             if name not in modules:
                 found.setdefault(name, places)
     found.update(_attention_matrices(shapes))
@@ -129,17 +139,27 @@ def other_names(shapes: Shapes) -> dict[str, list[Place]]:
     return found
 
 
-def _places(same: _Same, modules: set[str], shapes: Shapes) -> Iterator[tuple[str, list[Place]]]:
-    if same.fused in modules:
-        weight = f"{same.fused}.weight"
+def _weights(shapes: Shapes) -> dict[str, str]:
+    """Names of modules, and of parameters that are no weight or bias of one -> the parameter's."""
+    plain = (name for name in shapes if not name.endswith((".weight", ".bias")))
+    modules = {name.removesuffix(".weight"): name for name in shapes if name.endswith(".weight")}
+    return {**{name: name for name in plain}, **modules}
+
+
+def _places(
+    same: _Same, weights: Mapping[str, str], shapes: Shapes
+) -> Iterator[tuple[str, list[Place]]]:
+    if same.fused in weights:
+        weight = weights[same.fused]
         for part, step in zip(same.parts, same.steps, strict=True):
             yield part, [Place(weight, step, part=len(same.parts) > 1)]
-    if all(part in modules for part in same.parts):
+    if all(part in weights for part in same.parts):
         places, begin = [], 0
-        for part in same.parts:
-            end = begin + shapes[f"{part}.weight"][0]
-            places.append(Place(f"{part}.weight", 0, (begin, end) if len(same.parts) > 1 else None))
+        for part in same.parts if len(same.parts) > 1 else ():
+            end = begin + shapes[weights[part]][0]
+            places.append(Place(weights[part], 0, (begin, end)))
             begin = end
+        places = places or [Place(weights[same.parts[0]])]
         yield same.fused, places
 
 

@@ -217,13 +217,19 @@ def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class KroneckerKind(Kind):
-    """LoKr: scale * kron(left, right), each side a matrix or a product of two."""
+    """LoKr: scale * kron(left, right), each side a matrix or a product of two.
+
+    Each row of the left side makes as many rows as the right side has; `part` is which of all
+    those it is for, (begin, end), if not for all.
+    """
 
     left: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
     core: Tensor | None  # of the right side: right[0] [r, c], right[1] [s, d]
     scale: float
+    part: tuple[int, int] | None = None
     name = "LoKr"
+    cuts = 1
 
     def delta(self, weight: Tensor) -> Tensor:
         left = _product(self.left, weight)
@@ -234,7 +240,9 @@ class KroneckerKind(Kind):
         )
         while left.dim() < right.dim():
             left = left.unsqueeze(-1)
-        return (torch.kron(left, right) * self.scale).reshape(weight.shape)
+        product = (torch.kron(left, right) * self.scale).reshape(self._all_rows(), -1)
+        begin, end = self.part or (0, self._all_rows())
+        return product[begin:end].reshape(weight.shape)
 
     def _count(self) -> int:
         return math.prod(_product_shape(self.left)) * (
@@ -243,22 +251,33 @@ class KroneckerKind(Kind):
             else self.right[0].shape[1] * self.right[1].shape[1] * math.prod(self.core.shape[2:])
         )
 
-    @property
-    def cuts(self) -> int:
+    def _step(self) -> int:
+        """Rows of the weight that one row of the left side makes."""
         return int(self.right[0].shape[0 if self.core is None else 1])
 
+    def _all_rows(self) -> int:
+        return int(self.left[0].shape[0]) * self._step()
+
     def _rows_of(self, begin: int, end: int) -> KroneckerKind:
-        left = self.left[0][begin // self.cuts : end // self.cuts]
-        return replace(self, left=(left, *self.left[1:]))
+        step, first = self._step(), (self.part or (0, 0))[0]
+        begin, end = begin + first, end + first
+        low, high = begin // step, -(-end // step)
+        left = self.left[0][low:high]
+        part = begin - low * step, end - low * step
+        return replace(self, left=(left, *self.left[1:]), part=part)
 
     def rows(self) -> int:
-        return int(self.left[0].shape[0] * self.cuts)
+        begin, end = self.part or (0, self._all_rows())
+        return end - begin
+
+    def _columns(self) -> int:
+        return self._count() // max(self._all_rows(), 1)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) > 1 and self.rows() == shape[0] and self._count() == math.prod(shape)
+        return len(shape) > 1 and (self.rows(), self._columns()) == (shape[0], columns_of(shape))
 
     def shape(self) -> str:
-        return f"[{self.rows()}, {self._count() // max(self.rows(), 1)}]"
+        return f"[{self.rows()}, {self._columns()}]"
 
 
 def _product(factors: tuple[Tensor, ...], like: Tensor) -> Tensor:

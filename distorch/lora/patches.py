@@ -51,6 +51,12 @@ class ResolvedLora:
     elsewhere: list[str]  # stems of other parts of the pipeline
     targets: int
     misfits: list[Patch] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)  # stems of a branch that this module lacks
+
+    @property
+    def left_out(self) -> list[str]:
+        """Stems that change nothing, and were meant for this module as far as one can tell."""
+        return [*self.unmatched, *(patch.stem for patch in self.misfits), *self.absent]
 
 
 class Patches:

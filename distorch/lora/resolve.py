@@ -13,7 +13,7 @@ from torch import Tensor
 from distorch.errors import FormatError, SpecError
 from distorch.lora.assemble import Scaling, make_kind
 from distorch.lora.configuration import PEFT_PREFIX
-from distorch.lora.families import Place, Shapes
+from distorch.lora.families import OPTIONAL_BRANCH, Place, Shapes
 from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
 from distorch.lora.kinds import (
     DifferenceKind,
@@ -115,6 +115,10 @@ def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) 
     for part, stems in missed.items():
         other = part and part not in by_part and by_part
         (elsewhere if other else unmatched).extend(stems)
+    absent: list[str] = []
+    if not any(OPTIONAL_BRANCH.search(patch.stem) for p in by_part.values() for patch in p):
+        absent = [stem for stem in unmatched if OPTIONAL_BRANCH.search(stem)]
+        unmatched = [stem for stem in unmatched if stem not in absent]
     patches = [patch for found in by_part.values() for patch in found]
     misfits = [patch for patch in patches if not _fits(patch, targets.shapes)]
     fitting = [patch for patch in patches if patch not in misfits]
@@ -125,6 +129,7 @@ def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) 
         elsewhere,
         len(groups) + len(unknown),
         misfits,
+        absent,
     )
 
 
@@ -251,6 +256,12 @@ def _complain(file: LoraFile, resolved: ResolvedLora, targets: Targets, strict: 
         said.append(
             f"{len(resolved.unmatched)} of its {resolved.targets} targets fit no weight (as "
             f"{shown}); the module has names as {list(targets.shapes)[:_SHOWN]}"
+        )
+    if resolved.absent and resolved.patches:
+        warnings.warn(
+            f"{file.label}: passed over what is for a branch that this module lacks (as "
+            f"{resolved.absent[:_SHOWN]}, {len(resolved.absent)} in all)",
+            stacklevel=4,
         )
     if not said:
         return

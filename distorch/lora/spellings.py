@@ -43,7 +43,7 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (rf"\.boft_R{_ADAPTER}", "boft_r"),
     (rf"\.boft_s{_ADAPTER}", "boft_s"),
     (r"\.([ab][12])\.weight", ""),
-    (r"\.(diff|diff_b|set_weight)", ""),
+    (r"\.(diff|diff_b|diff_m|set_weight)", ""),
     (r"\.w_norm", "diff"),
     (r"\.b_norm", "diff_b"),
 )
@@ -104,6 +104,8 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[st
                 unknown.append(key)
             continue
         stem, part = split
+        if part == "diff_m":  # of the table of modulations that a block keeps
+            stem, part = f"{stem}.modulation", "diff"
         group = groups.setdefault(stem, Group())
         if part == "peft_magnitude":
             group.put("magnitude", _with_axis(tensor, stem in embeddings), key)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from distorch.formats.wrapping import unwrapped
 from distorch.lora.families import Place, Shapes, other_names
 
 # What files put before the names of a module, and which part of a pipeline that says.
@@ -36,15 +37,18 @@ def without_component(stem: str) -> str:
 
 
 def _without_prefixes(stem: str) -> Iterator[str]:
-    """The stem, and what is left of it without prefixes, in any order of them."""
-    seen, queue = set(), [stem]
+    """The stem, and what is left of it without prefixes, in any order of them, and without
+    underscores that trainers leave at its ends.
+    """
+    seen, queue = set(), [unwrapped(stem), unwrapped(stem).strip("_")]
     while queue:
         name = queue.pop(0)
         if name in seen:
             continue
         seen.add(name)
         yield name
-        queue += [name.removeprefix(p) for p, _ in _PREFIXES if name.startswith(p) and name != p]
+        rests = [name.removeprefix(p) for p, _ in _PREFIXES if name.startswith(p) and name != p]
+        queue += [*rests, *(rest.lstrip("_") for rest in rests)]
 
 
 def _respelled(name: str) -> Iterator[str]:
@@ -74,9 +78,10 @@ def _places_by_name(shapes: Shapes) -> dict[str, list[Place]]:
     """Every name of a weight, its own first: with and without ".weight", and other families'."""
     found: dict[str, list[Place]] = {}
     for name in shapes:
-        found[name] = [Place(name)]
+        plain = unwrapped(name)
+        found[plain] = [Place(name)]
         if name.endswith(".weight"):
-            found[name.removesuffix(".weight")] = [Place(name)]
+            found[plain.removesuffix(".weight")] = [Place(name)]
     for name, places in other_names(shapes).items():
         found.setdefault(name, places)
     return found

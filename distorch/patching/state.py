@@ -165,7 +165,7 @@ class Patching:
                 "lora": lora.label,
                 "strength": strength,
                 "weights": len({patch.weight for patch in lora.patches}),
-                "unmatched": [*lora.unmatched, *(patch.stem for patch in lora.misfits)],
+                "unmatched": lora.left_out,
                 "for other models": len(lora.elsewhere),
             }
             for lora, strength in self.loras
