@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from distorch.lora.family_tables import ROWS
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -33,6 +35,7 @@ class Place:
 _QKV_STEPS = (0, -2, -1)
 _PAIR_STEPS = (0, -1)
 _QKV_MLP_STEPS = (0, 1, 2, -1)
+_STEPS = {1: (0,), 2: _PAIR_STEPS, 3: _QKV_STEPS, 4: _QKV_MLP_STEPS}
 
 _GENERIC = (
     (("to_q", "to_k", "to_v"), ("to_qkv", "qkv", "attn.qkv"), _QKV_STEPS),
@@ -43,57 +46,13 @@ _GENERIC = (
     (("add_q_proj", "add_k_proj", "add_v_proj"), ("to_added_qkv",), _QKV_STEPS),
     (("to_k", "to_v"), ("to_kv",), _PAIR_STEPS),
     (("gate_proj", "up_proj"), ("gate_up_proj",), _PAIR_STEPS),
+    (("to_out.0",), ("out", "to_out"), (0,)),
 )
 
-_FLUX_DOUBLE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
-    ("txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-    ("img_attn.proj", ("attn.to_out.0",)), ("txt_attn.proj", ("attn.to_add_out",)),
-    ("img_mlp.0", ("ff.net.0.proj",)), ("img_mlp.2", ("ff.net.2",)),
-    ("txt_mlp.0", ("ff_context.net.0.proj",)), ("txt_mlp.2", ("ff_context.net.2",)),
-    ("img_mod.lin", ("norm1.linear",)), ("txt_mod.lin", ("norm1_context.linear",)),
-)  # fmt: skip
-_FLUX_SINGLE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
-    ("linear2", ("proj_out",)), ("modulation.lin", ("norm.linear",)),
-)  # fmt: skip
-_FLUX_TOP = (
-    ("img_in", "x_embedder"), ("txt_in", "context_embedder"), ("final_layer.linear", "proj_out"),
-    ("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
-    ("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
-    ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
-    ("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
-    ("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1"),
-    ("guidance_in.out_layer", "time_text_embed.guidance_embedder.linear_2"),
-)  # fmt: skip
 # XLabs' names for parts of the original blocks.
 _XLABS = (
     ("processor.qkv_lora1", "img_attn.qkv"), ("processor.qkv_lora2", "txt_attn.qkv"),
     ("processor.proj_lora1", "img_attn.proj"), ("processor.proj_lora2", "txt_attn.proj"),
-)  # fmt: skip
-
-_WAN_BLOCK = (
-    ("self_attn.q", "attn1.to_q"), ("self_attn.k", "attn1.to_k"), ("self_attn.v", "attn1.to_v"),
-    ("self_attn.o", "attn1.to_out.0"), ("cross_attn.q", "attn2.to_q"),
-    ("cross_attn.k", "attn2.to_k"), ("cross_attn.v", "attn2.to_v"),
-    ("cross_attn.o", "attn2.to_out.0"), ("cross_attn.k_img", "attn2.add_k_proj"),
-    ("cross_attn.v_img", "attn2.add_v_proj"), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
-    ("norm3", "norm2"), ("self_attn.norm_q", "attn1.norm_q"), ("self_attn.norm_k", "attn1.norm_k"),
-    ("cross_attn.norm_q", "attn2.norm_q"), ("cross_attn.norm_k", "attn2.norm_k"),
-    ("cross_attn.norm_k_img", "attn2.norm_added_k"), ("modulation", "scale_shift_table"),
-)  # fmt: skip
-_WAN_TOP = (
-    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
-    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-    ("head.modulation", "scale_shift_table"),
 )  # fmt: skip
 
 # What only some models of a family have: Wan's image branch. Its LoRAs are used on the others, too.
@@ -165,27 +124,34 @@ def _places(
 
 def _all(modules: set[str]) -> Iterator[_Same]:
     yield from _generic(modules)
-    flux = _indices(modules, r"(?:double_blocks|transformer_blocks)\.(\d+)\.")
-    for i in flux:
-        for fused, parts in _FLUX_DOUBLE:
-            steps: tuple[int, ...] = (0,) if len(parts) == 1 else _QKV_STEPS
-            names = tuple(f"transformer_blocks.{i}.{part}" for part in parts)
-            yield _Same(f"double_blocks.{i}.{fused}", names, steps)
-    for i in _indices(modules, r"(?:single_blocks|single_transformer_blocks)\.(\d+)\."):
-        for fused, parts in _FLUX_SINGLE:
-            steps = (0,) if len(parts) == 1 else _QKV_MLP_STEPS
-            names = tuple(f"single_transformer_blocks.{i}.{part}" for part in parts)
-            yield _Same(f"single_blocks.{i}.{fused}", names, steps)
-            if len(parts) == 4:
-                yield _Same(f"single_blocks.{i}.processor.qkv", names[:3], steps[:3])
-    if flux:
-        yield from (_Same(a, (b,)) for a, b in _FLUX_TOP)
-    if any(".attn1." in name or ".self_attn." in name for name in modules):
-        for i in _indices(modules, r"blocks\.(\d+)\."):
-            yield from (_Same(f"blocks.{i}.{a}", (f"blocks.{i}.{b}",)) for a, b in _WAN_BLOCK)
-        yield from (_Same(a, (b,)) for a, b in _WAN_TOP)
+    numbers = _numbers_of_blocks(modules)
+    for author, parts in ROWS:
+        steps = _STEPS[len(parts)]
+        if "{}" not in author:
+            yield _Same(author, parts, steps)
+            continue
+        for i in sorted({*numbers[_before(author)], *numbers[_before(parts[0])]}):
+            yield _Same(author.format(i), tuple(part.format(i) for part in parts), steps)
     if any(name.startswith(("down_blocks.", "input_blocks.")) for name in modules):
         yield from (_Same(a, (b,)) for a, b in _unet_names(modules))
+
+
+def _before(name: str) -> str:
+    return name.partition("{}")[0]
+
+
+def _numbers_of_blocks(modules: set[str]) -> dict[str, set[int]]:
+    """What stands before the number of a block -> the numbers that the module has there."""
+    found: dict[str, set[int]] = {
+        _before(name): set() for author, parts in ROWS for name in (author, parts[0])
+    }
+    for name in modules:
+        steps = name.split(".")
+        for place, step in enumerate(steps):
+            before = "".join(f"{s}." for s in steps[:place])
+            if step.isdecimal() and before in found:
+                found[before].add(int(step))
+    return found
 
 
 def _generic(modules: set[str]) -> Iterator[_Same]:
