@@ -374,3 +374,18 @@ def test_token_rows_without_their_numbers(tmp_path):
     folder = folder_with(Path(tmp_path), {key: torch.ones(2, 8)}, r=2)
     with pytest.raises(FormatError, match="trainable_token_indices"):
         changes(folder, Words())
+
+
+def test_the_documentation_names_what_is_known():
+    from distorch.formats import quantisation, scales
+    from distorch.lora import configuration
+
+    text = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
+    patterns = (*scales._FACTORS, *scales._LARGEST, *scales._OF_ACTIVATIONS, scales._LAYOUT)
+    known = {
+        *quantisation.FORMATS, *KNOWN_TYPES, *configuration._USED, *configuration._REASONS,
+        *(word for word in configuration._KEEPING if word != "default"),
+        *(pattern.format("X") for pattern in patterns),
+    }  # fmt: skip
+    missing = [name for name in sorted(known - {"peft_type"}) if f"`{name}`" not in text]
+    assert not missing and "`peft_type`" in text
