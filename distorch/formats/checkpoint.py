@@ -10,9 +10,9 @@ from pathlib import Path
 from distorch.errors import FormatError
 from distorch.formats import gguf
 from distorch.formats.files import Files, find_files
-from distorch.formats.quantisation import BESIDE, with_declarations
+from distorch.formats.quantisation import with_declarations
 from distorch.formats.safetensors import StoredTensor, read_header
-from distorch.formats.scales import scale_keys
+from distorch.formats.scales import OF_THEIR_OWN
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
 from distorch.formats.wrapping import unwrapped
 from distorch.planner import Inventory, WeightInfo
@@ -74,6 +74,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) ->
     files = find_files(path)
     tensors: dict[str, StoredTensor] = {}
     headers: list[dict[str, str]] = []
+    wanted = _Listed(files)
     for number, file in enumerate(files.paths):
         part = (number, len(files.paths)) if files.parts else None
         if not file.is_file():
@@ -81,7 +82,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) ->
         found, metadata = _read_file(file, quantised, part)
         headers.append(metadata)
         if files.listed:
-            found = _listed(found, file, files)
+            found = wanted.of(file, found)
         if twice := found.keys() & tensors.keys():
             raise FormatError(
                 f"{files.shown!r}: {min(twice)!r} is in {file.name!r} and in a part before it; "
@@ -96,17 +97,33 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) ->
     )
 
 
-def _listed(found: Mapping[str, StoredTensor], file: Path, files: Files) -> dict[str, StoredTensor]:
-    """What the index lists in one of its files, and what lies there beside a listed weight: some
-    writers list the weights alone.
-    """
-    wanted = {name for name, place in files.listed.items() if place == file}
-    if lost := sorted(wanted - found.keys()):
-        raise FormatError(f"{files.shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it")
-    beside = {key for name in wanted for key in scale_keys(name).values()}
-    beside |= {name.removesuffix(".weight") + BESIDE for name in wanted}
-    beside -= files.listed.keys()
-    return {name: tensor for name, tensor in found.items() if name in wanted | beside}
+class _Listed:
+    """What an index lists, file by file."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._names: dict[Path, set[str]] = {}
+        for name, file in files.listed.items():
+            self._names.setdefault(file, set()).add(name)
+
+    def of(self, file: Path, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """What it lists in one file, and what lies there beside a listed weight: some writers list
+        the weights alone. FormatError if the file lacks a listed tensor.
+        """
+        names, shown = self._names[file], self._files.shown
+        if lost := sorted(names - found.keys()):
+            raise FormatError(f"{shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it")
+        layers = {name.rpartition(".")[0] for name in names if name.endswith(".weight")}
+        return {
+            name: tensor
+            for name, tensor in found.items()
+            if name in names or (name not in self._files.listed and _is_beside(name, layers))
+        }
+
+
+def _is_beside(name: str, layers: Collection[str]) -> bool:
+    layer, _, leaf = name.rpartition(".")
+    return layer in layers and leaf not in OF_THEIR_OWN
 
 
 def _read_file(

@@ -31,6 +31,8 @@ _HARMLESS = frozenset({
     "orig_dtype", "convrot", "convrot_groupsize",
 })  # fmt: skip
 
+_TRIED = 64  # layers by which a prefix is found
+
 
 def with_declarations(
     tensors: Mapping[str, StoredTensor], headers: Iterable[Mapping[str, str]], label: str
@@ -47,9 +49,12 @@ def with_declarations(
     for header in headers:  # it wins over what lies beside a weight, as in ComfyUI
         found |= _in_header(header, label)
     kept = {name: stored for name, stored in tensors.items() if not name.endswith(BESIDE)}
+    prefix = _prefix(found, kept)
     for layer, told in found.items():
-        for name in _weights_of(layer, kept):
-            kept[name] = replace(kept[name], declared=told)
+        for name in (f"{prefix}{layer}.weight", prefix + layer):
+            if name in kept:
+                kept[name] = replace(kept[name], declared=told)
+                break
     return kept
 
 
@@ -64,7 +69,7 @@ def check_declared(stored: StoredTensor) -> bool:
     told = {**(inner if isinstance(inner, dict) else {}), **stored.declared}
     kind = told.get("format")
     start = f"{stored.name!r} is stored in the format {kind!r} (comfy_quant)"
-    if kind not in FORMATS:
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise FormatError(f"{start}, which this version does not read; it reads {list(FORMATS)}")
     if told.get("convrot"):
         raise FormatError(
@@ -92,9 +97,10 @@ def _in_header(header: Mapping[str, str], label: str) -> dict[str, Any]:
 
 def _parsed(text: bytes, key: str, label: str) -> dict[str, Any]:
     try:
-        return _table(json.loads(text), key, label)
+        read = json.loads(text)
     except ValueError as error:
         raise FormatError(f"{label!r}: {key!r} is no JSON ({error})") from error
+    return _table(read, key, label)
 
 
 def _table(read: Any, key: str, label: str) -> dict[str, Any]:
@@ -103,10 +109,17 @@ def _table(read: Any, key: str, label: str) -> dict[str, Any]:
     return read
 
 
-def _weights_of(layer: str, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """The weights of a layer. Headers may leave out the prefix that the tensors have."""
-    for name in (f"{layer}.weight", layer):
-        if name in tensors:
-            return [name]
-    ends = (f".{layer}.weight", f".{layer}")
-    return [name for name in tensors if name.endswith(ends)]
+def _prefix(layers: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+    """What the tensors have before the names of the layers: headers may leave it out."""
+    best, most = "", 0
+    some = list(layers)[:_TRIED]
+    ends = {f"{layer}.weight" for layer in some} | set(some)
+    prefixes = {""}
+    for name in tensors if some else ():
+        if name.endswith(f".{some[0]}.weight") or name.endswith(f".{some[0]}"):
+            prefixes.add(name.removesuffix(".weight").removesuffix(some[0]))
+    for prefix in sorted(prefixes):
+        fits = sum(prefix + end in tensors for end in ends)
+        if fits > most:
+            best, most = prefix, fits
+    return best

@@ -27,6 +27,7 @@ DTYPES = {
 }  # fmt: skip
 
 _PAGE = 4096  # bytes
+_COMPARED = 32 << 20  # bytes of each, at one time
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,25 @@ class StoredTensor:
         """Where in a buffer its bytes lie as in the file, modulo a page."""
         start = (self.offset - buffer.data_ptr()) % _PAGE if self.in_one_range else 0
         return start if start % self.dtype.itemsize == 0 else 0
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of one dtype and shape have the same bytes. FetchError."""
+    if (one.dtype, one.block_type, one.shape) != (other.dtype, other.block_type, other.shape):
+        return False
+    if one.in_one_range and other.in_one_range:
+        if (one.path, one.offset) == (other.path, other.offset):
+            return True
+        for begin in range(0, one.nbytes, _COMPARED):
+            end = min(begin + _COMPARED, one.nbytes)
+            parts = [torch.empty(end - begin, dtype=torch.uint8) for _ in range(2)]
+            for tensor, into in zip((one, other), parts, strict=True):
+                _ops.read_file(tensor.path, tensor.offset + begin, into)
+            if not torch.equal(*parts):
+                return False
+        return True
+    ours, theirs = (tensor.read().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(ours, theirs)
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

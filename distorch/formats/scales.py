@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,17 @@ _FACTORS = ("{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv", "{}.wei
 # bitsandbytes: int8 rows, largest absolute value of each.
 _LARGEST = ("{}.SCB", "{}.weight.SCB")
 # Of what comes in or goes out, for arithmetic in the narrow dtype: not of the weight.
-_OF_ACTIVATIONS = ("{}.scale_input", "{}.input_scale", "{}.activation_scale", "{}.output_scale")
+_OF_ACTIVATIONS = (
+    "{}.scale_input", "{}.input_scale", "{}.activation_scale", "{}.output_scale", "{}.k_scale",
+    "{}.v_scale",
+)  # fmt: skip
 # bitsandbytes: how the rows lie. 0 is one after the other.
 _LAYOUT = "{}.weight_format"
+# What lies beside a weight and is a tensor of its own; a module may do without it.
+OF_THEIR_OWN = frozenset({
+    "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "inv_freq",
+    "original_inv_freq", "position_ids", "masked_bias", "in_proj_weight", "in_proj_bias",
+})  # fmt: skip
 BLOCK = 128  # rows and columns that share a scale where a grid of them is kept
 _INT8_LARGEST = 127.0
 
@@ -48,15 +56,21 @@ class Scales:
 
 
 def attach_scales(
-    stored: StoredTensor, tensors: Mapping[str, StoredTensor], unclaimed: Sequence[str]
+    stored: StoredTensor,
+    tensors: Mapping[str, StoredTensor],
+    free: Collection[str],
+    *,
+    own_scales: bool = False,
 ) -> tuple[Scales | None, list[str]]:
-    """The scales of a weight and the keys that say them, among those nobody claimed.
+    """The scales of a weight and the keys that say them, among those that nobody claimed.
+
+    `own_scales`: the module keeps them itself.
 
     FormatError on scales of a shape that means nothing, or where the file declares a format whose
     numbers are not theirs times a scale.
     """
     declared = check_declared(stored)
-    stem, free = stored.name.removesuffix(".weight"), set(unclaimed)
+    stem = stored.name.removesuffix(".weight")
     if stored.dtype.itemsize > 1 or stored.block_type is not None:
         return None, [key for key in (p.format(stem) for p in _OF_ACTIVATIONS) if key in free]
     taken = [key for key in (p.format(stem) for p in (*_OF_ACTIVATIONS, _LAYOUT)) if key in free]
@@ -66,12 +80,12 @@ def attach_scales(
                 _check_layout(tensors.get(_LAYOUT.format(stem)))
                 values = _numbers(tensors[key], stored) / divisor
                 return _grid(stored, key, values), [*taken, key]
-    if declared:
+    if declared and not own_scales:
         raise FormatError(
             f"{stored.name!r} is declared to be numbers with a scale (comfy_quant), and the file "
             f"has no {_FACTORS[1].format(stem)!r}"
         )
-    return None, []
+    return None, taken
 
 
 def _check_layout(layout: StoredTensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,9 @@ from distorch import _ops
 from distorch.errors import FormatError, PlacementError
 from distorch.formats.checkpoint import Checkpoint, is_no_weight, match_names
 from distorch.formats.gguf import check_readable
-from distorch.formats.safetensors import StoredTensor
-from distorch.formats.scales import attach_scales
+from distorch.formats.quantisation import check_declared
+from distorch.formats.safetensors import StoredTensor, same_bytes
+from distorch.formats.scales import OF_THEIR_OWN, Scales, attach_scales, own_scales
 from distorch.formats.wrapping import unwrapped
 from distorch.loading.job import Job
 from distorch.lora import StoredRows
@@ -43,35 +45,36 @@ def match(
     wanted = [m.name for ms in by_parameter.values() for m in ms]
     wanted += [name for buffer in buffers for name in buffer.names]
     names = match_names(checkpoint.tensors, wanted)
-    jobs, missing = [], []
-    for members in by_parameter.values():
-        stored = next((names[m.name] for m in members if m.name in names), None)
-        if stored is None:
-            missing.append(members[0].name)
-            continue
-        jobs.append(_job(checkpoint.tensors[stored], members, dtype, checkpoint.is_gguf))
-    for buffer in buffers:
-        stored = next((names[name] for name in buffer.names if name in names), None)
-        if stored is not None:
-            tensor = checkpoint.tensors[stored]
-            jobs.append(Job(tensor, [], tensor.dtype, buffer))
-        elif buffer.persistent:
-            missing.append(buffer.name)
-    used = set(names.values())
-    if wanted and not used and not strict:  # else it is told name by name
+    if wanted and not names and not strict:  # else it is told name by name
         raise FormatError(
             f"{checkpoint.path!r} has nothing of this {type(module).__name__}: it has names as "
             f"{list(checkpoint.tensors)[:_SHOWN]}, the module as {wanted[:_SHOWN]}"
         )
-    unexpected = sorted(set(checkpoint.tensors) - used)
-    unexpected = [name for name in unexpected if not is_no_weight(name)]
-    for job in jobs:
-        check_readable(job.stored)
-        taken = set(_take_scales(job, checkpoint, unexpected, dtype))
-        unexpected = [name for name in unexpected if name not in taken]
+    used = set(names.values())
+    left = {n for n in checkpoint.tensors if n not in used and not is_no_weight(n)}
+    jobs, missing = [], []
+    for members in by_parameter.values():
+        stored = [checkpoint.tensors[names[m.name]] for m in members if m.name in names]
+        if not stored:
+            missing.append(members[0].name)
+            continue
+        check_readable(stored[0])
+        job = _job(stored[0], members, dtype, checkpoint.is_gguf)
+        _take_scales(job, stored[1:], checkpoint, left, dtype)
+        jobs.append(job)
+    for buffer in buffers:
+        found = next((names[name] for name in buffer.names if name in names), None)
+        if found is not None:
+            tensor = checkpoint.tensors[found]
+            check_readable(tensor)
+            check_declared(tensor)
+            jobs.append(Job(tensor, [], tensor.dtype, buffer))
+        elif buffer.persistent:
+            missing.append(buffer.name)
     whole = ((name, stored) for name, stored in names.items() if stored.endswith(name))
     prefix = next((stored.removesuffix(name) for name, stored in whole), "")
-    _check_companions(module, unexpected, prefix)
+    unexpected = sorted(left)
+    _check_companions(module, unexpected, missing, prefix)
     _report_keys(module, checkpoint, missing, unexpected, strict)
     _check_shapes(jobs, checkpoint.is_gguf)
     return sorted(jobs, key=lambda job: (job.stored.path, job.stored.offset))
@@ -91,22 +94,39 @@ def _job(
 
 
 def _take_scales(
-    job: Job, checkpoint: Checkpoint, unexpected: list[str], dtype: torch.dtype | None
-) -> list[str]:
-    """Gives a job the scales that the file has for it and the module has no place for."""
-    scales, taken = attach_scales(job.stored, checkpoint.tensors, unexpected)
-    if scales is not None and job.buffer is None:
+    job: Job,
+    others: list[StoredTensor],
+    checkpoint: Checkpoint,
+    left: set[str],
+    dtype: torch.dtype | None,
+) -> None:
+    """Gives a job the scales that the file has for it and the module has no place for, and takes
+    them from what is `left`. `others`: what the file has under the other names of a tied weight.
+    """
+    member, tensors = job.members[0], checkpoint.tensors
+    own = own_scales(member.owner, member.key) is not None
+    scales, taken = attach_scales(job.stored, tensors, left, own_scales=own)
+    left -= set(taken)
+    for other in others:
+        also, taken = attach_scales(other, tensors, left, own_scales=own)
+        left -= set(taken)
+        if not _same_scales(scales, also) or not same_bytes(job.stored, other):
+            raise FormatError(
+                f"{job.stored.name!r} and {other.name!r} are one weight in this module (tied), and "
+                "differ in the file: untie them first, or load a file in which they are the same"
+            )
+    if scales is not None:
         job.rows = StoredRows(_ops.code_of(job.stored.dtype), scales.grid, scales.block)
-        own = job.members[0].parameter.dtype
-        job.dtype = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
-    return taken
+        wide = member.parameter.dtype
+        job.dtype = dtype or (wide if wide in _ops.DECODED_DTYPES else torch.bfloat16)
 
 
-# What lies beside a weight and is a tensor of its own; a module may do without it.
-_OF_THEIR_OWN = frozenset({
-    "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "inv_freq",
-    "original_inv_freq", "position_ids", "masked_bias", "in_proj_weight", "in_proj_bias",
-})  # fmt: skip
+def _same_scales(one: Scales | None, other: Scales | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.block == other.block and torch.equal(one.grid, other.grid)
+
+
 # What stands below a layer and says what its weight is.
 _PARTS_OF_A_WEIGHT = (
     "weight.", "bias.", "parametrizations.", "base_layer.", "lora_", "_packed_params", "weight_",
@@ -114,29 +134,53 @@ _PARTS_OF_A_WEIGHT = (
 )  # fmt: skip
 
 
-def _check_companions(module: nn.Module, unexpected: list[str], prefix: str) -> None:
+# What a tensor of quantisation is called, whatever it does.
+_OF_NUMBERS = re.compile("scale|zero|quant|packed|absmax|codebook|g_idx|perm|smooth|[aw]max")
+
+
+def _check_companions(
+    module: nn.Module, unexpected: list[str], missing: list[str], prefix: str
+) -> None:
     """Whatever lies beside a weight may say what its numbers mean: scales, permutations, a second
     part. What is not known is refused, strict or not: the weight would be wrong without a word.
     """
-    if not unexpected:
-        return
-    owners = {unwrapped(path) for path, owner in module.named_modules() if owner._parameters}
+    owners: dict[str, nn.Module] = {}
+    for path, owner in module.named_modules(remove_duplicate=False) if unexpected else ():
+        if owner._parameters or owner._buffers:
+            owners[unwrapped(path)] = owner
     beside: dict[str, list[str]] = {}
     for key in unexpected:
-        name = unwrapped(key).removeprefix(prefix)
+        name = unwrapped(key)
+        if not name.startswith(prefix):
+            continue
+        name = name.removeprefix(prefix)
         path = name.rpartition(".")[0]
         while path and path not in owners:
             path = path.rpartition(".")[0]
         rest = name.removeprefix(f"{path}.") if path else name
-        if path not in owners or rest in _OF_THEIR_OWN:
-            continue
-        if rest.startswith(_PARTS_OF_A_WEIGHT) or (path and "." not in rest):
+        if path in owners and _is_companion(rest, owners[path]):
             beside.setdefault(path, []).append(key)
     for path, keys in beside.items():
+        lost = [name for name in missing if name.rpartition(".")[0] == path]
         raise FormatError(
-            f"the file has {', '.join(keys)} beside the weights of {path!r}: they are not known, "
-            "and may change what the weights mean. Load a version of the file without them"
+            f"the file has {', '.join(keys)} beside the weights of {path!r}"
+            + (f", whose {', '.join(lost)} it lacks" if lost else "")
+            + ": they are not known, and may change what the weights mean. Load a version of the "
+            "file without them"
         )
+
+
+def _is_companion(rest: str, owner: nn.Module) -> bool:
+    """Whether what stands below a module in a file, and not in the module, may change its weight.
+
+    A layer has nothing but its weights; a block may have parameters that this one does without.
+    """
+    if rest in OF_THEIR_OWN:
+        return False
+    if rest.startswith(_PARTS_OF_A_WEIGHT):
+        return True
+    is_layer = not owner._modules
+    return "." not in rest and (is_layer or _OF_NUMBERS.search(rest) is not None)
 
 
 def _report_keys(

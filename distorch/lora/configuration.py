@@ -39,8 +39,9 @@ _HARMLESS = frozenset({
     "qalora_group_size", "use_effective_conv2d", "decompose_both", "decompose_factor",
     "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "oft_block_size", "eps",
     "block_share", "merge_weights",
-    # ms-swift writes these beside PEFT's.
-    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
+    # Trainers write these beside PEFT's.
+    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding",
+    "dtype", "torch_dtype", "model_type", "quantization_config",
 })  # fmt: skip
 # Keys that change the result when they are set, and why; so may any key that is not known.
 _REASONS = {
@@ -71,6 +72,9 @@ class Configuration:
     label: str
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     beside: bool = False  # from adapter_config.json, by which PEFT chooses modules
+    _compiled: dict[tuple[int, str], list[tuple[re.Pattern[str], Any]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def of(self, stem: str) -> tuple[Mapping[str, Any], str]:
         """What holds for a stem, and its name as the patterns of that configuration see it."""
@@ -122,11 +126,49 @@ class Configuration:
                 f"its configuration says use_dora={config['use_dora']}, and it has "
                 f"{'magnitudes' if decomposed else 'no magnitudes'}"
             )
-        if self.beside and stem.startswith(PEFT_PREFIX) and (key := _left_out_by(config, name)):
+        if (
+            self.beside
+            and stem.startswith(PEFT_PREFIX)
+            and (key := self._left_out_by(config, name))
+        ):
             raise FormatError(
                 f"its configuration says {key}={config[key]!r:.80}, which leaves {name!r} out, so "
                 "that PEFT passes over its keys; expected both to agree"
             )
+
+    def _left_out_by(self, config: Mapping[str, Any], name: str) -> str | None:
+        """The key by which PEFT leaves a module out, if it does."""
+        if (left := config.get("exclude_modules")) and self._names_it(
+            left, name, "exclude_modules"
+        ):
+            return "exclude_modules"
+        wanted = config.get("target_modules")
+        if not wanted or wanted == "all-linear":
+            return None
+        if not self._names_it(wanted, name, "target_modules"):
+            return None if config.get("target_parameters") else "target_modules"
+        layers = config.get("layers_to_transform")
+        if layers in (None, []) or isinstance(wanted, str) or name in wanted:
+            return None
+        given = config.get("layers_pattern") or r"[^.]*"
+        for pattern in [given] if isinstance(given, str) else given:
+            whole = compiled(pattern, "layers_pattern", self.label, r"(?:.*?\.)?{}\.(\d+)\.")
+            if found := whole.match(name):
+                chosen = layers if isinstance(layers, list) else [layers]
+                return None if int(found.group(1)) in chosen else "layers_to_transform"
+        return "layers_to_transform"
+
+    def _names_it(self, modules: Any, name: str, key: str) -> bool:
+        """PEFT's rule: a regular expression for the whole name, or ends of names."""
+        if isinstance(modules, str):
+            return compiled(modules, key, self.label).fullmatch(name) is not None
+        return any(name == end or name.endswith(f".{end}") for end in modules)
+
+    def saves_module(self, name: str) -> bool:
+        """Whether a weight is of a module that was trained whole, apart from what it is tied to."""
+        config, inner = self.of(name)
+        saved = config.get("modules_to_save") or ()
+        return any(f".{module}." in f".{inner}." for module in saved)
 
     def token_rows(self, stem: str) -> list[int]:
         """The rows of an embedding that were trained as such (PEFT's trainable tokens)."""
@@ -145,18 +187,23 @@ class Configuration:
 
     def _by_pattern(self, config: Mapping[str, Any], table: str, name: str, default: Any) -> Any:
         """PEFT's rule: the first pattern that is the end of a module's name, or all of it."""
-        patterns = config.get(table) or {}
-        if not isinstance(patterns, dict):
-            raise FormatError(f"{self.label}: its {table} is no table: {patterns!r:.80}")
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", name):
-                    return value
-            except re.error as error:
-                raise FormatError(
-                    f"{self.label}: {pattern!r} in its {table} is no pattern ({error})"
-                ) from error
+        for pattern, value in self._patterns(config, table):
+            if pattern.match(name):
+                return value
         return default
+
+    def _patterns(self, config: Mapping[str, Any], table: str) -> list[tuple[re.Pattern[str], Any]]:
+        """A table's patterns, compiled once: there may be one for every layer."""
+        key = id(config), table
+        if key not in self._compiled:
+            patterns = config.get(table) or {}
+            if not isinstance(patterns, dict):
+                raise FormatError(f"{self.label}: its {table} is no table: {patterns!r:.80}")
+            self._compiled[key] = [
+                (compiled(pattern, table, self.label, r"(.*\.)?({})$"), value)
+                for pattern, value in patterns.items()
+            ]
+        return self._compiled[key]
 
 
 def read_configuration(
@@ -222,31 +269,12 @@ def _fill_defaults(config: dict[str, Any], label: str) -> None:
         )
 
 
-def _left_out_by(config: Mapping[str, Any], name: str) -> str | None:
-    """The key by which PEFT leaves a module out, if it does."""
-    if (left := config.get("exclude_modules")) and _names_it(left, name):
-        return "exclude_modules"
-    wanted = config.get("target_modules")
-    if not wanted or wanted == "all-linear":
-        return None
-    if not _names_it(wanted, name):
-        return None if config.get("target_parameters") else "target_modules"
-    layers = config.get("layers_to_transform")
-    if layers in (None, []) or isinstance(wanted, str) or name in wanted:
-        return None
-    given = config.get("layers_pattern") or r"[^.]*"
-    patterns = [given] if isinstance(given, str) else given
-    numbers = (re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name) for pattern in patterns)
-    found = next(filter(None, numbers), None)
-    chosen = layers if isinstance(layers, list) else [layers]
-    return None if found and int(found.group(1)) in chosen else "layers_to_transform"
-
-
-def _names_it(modules: Any, name: str) -> bool:
-    """PEFT's rule: a regular expression for the whole name, or ends of names."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in modules)
+def compiled(pattern: str, key: str, label: str, within: str = "{}") -> re.Pattern[str]:
+    """A pattern of a configuration, `within` another one. FormatError if it is none."""
+    try:
+        return re.compile(within.replace("{}", pattern))
+    except re.error as error:
+        raise FormatError(f"{label}: {pattern!r} in its {key} is no pattern ({error})") from error
 
 
 def _check(config: Mapping[str, Any], label: str) -> None:

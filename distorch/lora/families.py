@@ -82,7 +82,7 @@ class _Same:
 
 def other_names(shapes: Shapes) -> dict[str, list[Place]]:
     """Module names (without ".weight") that a LoRA may use, with where its patch then goes."""
-    weights = _weights(shapes)
+    weights = weights_by_module(shapes)
     modules = set(weights)
     found: dict[str, list[Place]] = {}
     for same in _all(modules):
@@ -98,11 +98,16 @@ def other_names(shapes: Shapes) -> dict[str, list[Place]]:
     return found
 
 
-def _weights(shapes: Shapes) -> dict[str, str]:
+def weights_by_module(shapes: Shapes) -> dict[str, str]:
     """Names of modules, and of parameters that are no weight or bias of one -> the parameter's."""
-    plain = (name for name in shapes if not name.endswith((".weight", ".bias")))
+    # FLUX's own code calls the weight of a norm its scale.
+    plain = {
+        name.removesuffix(".scale") if name.endswith("_norm.scale") else name: name
+        for name in shapes
+        if not name.endswith((".weight", ".bias"))
+    }
     modules = {name.removesuffix(".weight"): name for name in shapes if name.endswith(".weight")}
-    return {**{name: name for name in plain}, **modules}
+    return {**plain, **modules}
 
 
 def _places(

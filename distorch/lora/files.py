@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from distorch.errors import FormatError
 from distorch.formats.safetensors import read_header
 from distorch.formats.torch_file import TORCH_SUFFIXES, read_torch_file
-from distorch.lora.configuration import Configuration, read_configuration
+from distorch.lora.configuration import PEFT_PREFIX, Configuration, read_configuration
 
 LoraSource = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -32,10 +33,15 @@ class LoraFile:
     configuration: Configuration
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 of those made in inference mode, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def identity_of(source: LoraSource) -> object:
     """What tells whether a source is the one that was read before."""
     if isinstance(source, Mapping):
-        return ("mapping", id(source), *((k, id(v), v._version) for k, v in source.items()))
+        return ("mapping", id(source), *((k, id(v), version_of(v)) for k, v in source.items()))
     path = _file_of(source)
     files = [path, path.parent / _CONFIG_NAME]
     return tuple(
@@ -59,13 +65,14 @@ def read_lora(source: LoraSource) -> LoraFile:
         label = "a LoRA state dict"
         return LoraFile(label, source, Configuration(label))
     path = _file_of(source)
-    label = repr(str(path))
+    metadata: dict[str, str] = {}
     if path.suffix in TORCH_SUFFIXES:
-        configuration = read_configuration(label, {}, _config_beside(path))
-        return LoraFile(label, read_torch_file(path), configuration)
-    tensors, metadata = read_header(path.resolve())
-    configuration = read_configuration(label, metadata, _config_beside(path))
-    return LoraFile(label, {n: stored.read() for n, stored in tensors.items()}, configuration)
+        tensors = read_torch_file(path)
+    else:
+        stored, metadata = read_header(path.resolve())
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
+    configuration = read_configuration(repr(str(path)), metadata, _config_beside(path, tensors))
+    return LoraFile(configuration.label, tensors, configuration)
 
 
 def _file_of(source: str | os.PathLike[str]) -> Path:
@@ -88,16 +95,23 @@ def _in_folder(folder: Path) -> Path:
     raise FormatError(f"LoRA folder {str(folder)!r}: expected one .safetensors, found {names}")
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
-    """PEFT's configuration, where the file is one that PEFT names so."""
+def _config_beside(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """PEFT's configuration, where the file is one of PEFT's: by its name, or by its keys."""
     config = path.parent / _CONFIG_NAME
-    if path.name not in _ADAPTER_NAMES:
+    named = path.name in _PEFT_NAMES
+    if not named and not any(key.startswith(PEFT_PREFIX) for key in tensors):
         return {}
     if not config.is_file():
-        if path.name in _PEFT_NAMES:
+        if named:
             raise FormatError(
                 f"LoRA {str(path)!r}: its {_CONFIG_NAME} is missing beside it; PEFT keeps there "
                 "how strong the LoRA is"
+            )
+        if not any(key.endswith(".alpha") for key in tensors):
+            warnings.warn(
+                f"LoRA {str(path)!r} has keys of PEFT, and neither a configuration nor alphas: "
+                "how strong it is is not known, 1 is taken",
+                stacklevel=6,
             )
         return {}
     try:

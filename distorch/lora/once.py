@@ -8,17 +8,19 @@ and a head that are one weight can only be changed together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from distorch.errors import FormatError
 from distorch.lora.families import Shapes
-from distorch.lora.kinds import Kind, LowRankKind, ReplacementKind, as_like
+from distorch.lora.kinds import LowRankKind, ReplacementKind, RowsKind, as_like
 from distorch.lora.patches import Patch, Patches
 
 _CLOSE = 1e-5  # of the largest number: two spellings may have been rounded apart
 _PROBES = 2  # random columns that stand for all of them
+_AT_ONCE = 1 << 22  # numbers of a weight, at one time
 
 
 def without_repeats(patches: Sequence[Patch], shapes: Shapes) -> list[Patch]:
@@ -51,12 +53,14 @@ def patches_of_tied(
 
     FormatError unless all of them are to be changed alike.
     """
-    found = [patches.of(names) for names in ends]
+    found = [_by_any_name(patches, names, shape) for names in ends]
     if len(ends) == 1 or not any(found):
         return found[0]
-    # The embedding is the first; rows of its tokens are meant for the head, too.
-    if not any(found[1:]) and all(patch.all_ends for patch, _ in found[0]):
-        return found[0]
+    changed = [entries for entries in found if entries]
+    if len(changed) == 1 and all(
+        _is_for_all(patch, changed[0] is found[0]) for patch, _ in changed[0]
+    ):
+        return changed[0]
     for names, entries in zip(ends[1:], found[1:], strict=True):
         if not _alike(found[0], entries, shape):
             patch = next(patch for entries in found for patch, _ in entries)
@@ -69,6 +73,28 @@ def patches_of_tied(
     return found[0]
 
 
+def _by_any_name(patches: Patches, names: Sequence[str], shape: Sequence[int]) -> Applied:
+    """The patches of one module's weight. A module may have several names, and a file use more than
+    one of them.
+    """
+    found = [entries for entries in (patches.of([name]) for name in names) if entries]
+    for entries in found[1:]:
+        if not _alike(found[0], entries, shape):
+            one, other = found[0][0][0], entries[0][0]
+            raise one.complaint(
+                f"{one.weight!r} and {other.weight!r} are one module, and {one.stem!r} and "
+                f"{other.stem!r} change it each in its own way. Remove the keys of one of them"
+            )
+    return found[0] if found else []
+
+
+def _is_for_all(patch: Patch, on_first: bool) -> bool:
+    """Whether one end's patch is meant for the others, too. Rows of tokens are the embedding's,
+    which comes first.
+    """
+    return patch.all_ends and (on_first or not isinstance(patch.kind, RowsKind))
+
+
 def _alike(one: Applied, other: Applied, shape: Sequence[int]) -> bool:
     return len(one) == len(other) and all(
         ours[1] == theirs[1] and same_change(ours[0], theirs[0], shape)
@@ -76,13 +102,34 @@ def _alike(one: Applied, other: Applied, shape: Sequence[int]) -> bool:
     )
 
 
+# What was found of pairs of patches: they are asked for at every set_loras.
+_known: WeakKeyDictionary[Patch, WeakKeyDictionary[Patch, bool]] = WeakKeyDictionary()
+
+
 def same_change(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
     """Whether two patches of a weight do the same to the rows that both have. False where neither
     has all rows of the other.
     """
+    known = _known.setdefault(one, WeakKeyDictionary())
+    if other not in known:
+        known[other] = _compared(one, other, shape)
+    return known[other]
+
+
+def _compared(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
     if not (_covers(one, other, shape) or _covers(other, one, shape)):
         return False
     rows = _shared(one, other, shape)
+    at_once = len(rows)
+    if all(patch.kind.cuts == 1 for patch in (one, other)):
+        at_once = max(1, _AT_ONCE // max(torch.Size(shape[1:]).numel(), 1))
+    return all(
+        _same_rows(one, other, range(begin, min(begin + at_once, rows.stop)), shape)
+        for begin in range(rows.start, rows.stop, max(at_once, 1))
+    )
+
+
+def _same_rows(one: Patch, other: Patch, rows: range, shape: Sequence[int]) -> bool:
     ours, theirs = (_effect(patch, rows, shape) for patch in (one, other))
     if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         return True  # the merge says what is wrong with them
@@ -119,22 +166,18 @@ def _effect(patch: Patch, rows: range, shape: Sequence[int]) -> Tensor:
     """What a patch does to some rows of a weight of random numbers, as it acts on random columns:
     float64 [rows, _PROBES]; of a vector, what it adds.
     """
-    random = torch.Generator().manual_seed(0)
     own = _rows(patch, shape)
+    random = torch.Generator().manual_seed(rows.start)
     columns = torch.Size(shape[1:]).numel()
     probes = torch.randn(columns, _PROBES, generator=random, dtype=torch.float64)
     part = slice(rows.start - own.start, rows.stop - own.start)
-    if isinstance(patch.kind, LowRankKind):
-        up, down = (as_like(factor, probes) for factor in (patch.kind.up, patch.kind.down))
-        return up[part] @ (down @ probes) * patch.kind.scale
-    return _delta_on_noise(patch.kind, own, shape, random)[part].flatten(1) @ probes
-
-
-def _delta_on_noise(
-    kind: Kind, own: range, shape: Sequence[int], random: torch.Generator
-) -> Tensor:
-    """What it adds to its rows [rows, ...] of noise; of a vector: [rows, 1]."""
-    sizes = (len(own), *shape[1:]) if shape else ()
-    weight = torch.randn(sizes, generator=random, dtype=torch.float64)
+    kind = patch.kind
+    if isinstance(kind, LowRankKind):
+        up, down = (as_like(factor, probes) for factor in (kind.up, kind.down))
+        return up[part] @ (down @ probes) * kind.scale
+    if kind.cuts == 1 and len(rows) < len(own):
+        kind, own, part = kind.some_rows(part.start, part.stop), rows, slice(None)
+    weight = torch.randn((len(own), *shape[1:]) if shape else (), generator=random).double()
     delta = kind.delta(weight)
-    return delta if delta.dim() > 1 else delta.reshape(-1, 1)
+    delta = delta.flatten(1) if delta.dim() > 1 else delta.reshape(-1, 1)
+    return delta[part] @ probes if delta.shape[1] == columns > 1 else delta[part]

@@ -52,6 +52,7 @@ class ResolvedLora:
     targets: int
     misfits: list[Patch] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)  # stems of a branch that this module lacks
+    complaints: list[str] = field(default_factory=list)  # what to say of misfits and unmatched
 
     @property
     def left_out(self) -> list[str]:

@@ -49,22 +49,21 @@ class LoraReader:
         for source, strength in _checked(loras):
             identity = identity_of(source)
             if identity not in known:
-                known[identity] = self._known.get(identity) or (
-                    source,
-                    self._resolve(source, strict),
-                )
+                before = self._known.get(identity)
+                known[identity] = before or (source, self._resolve(source))
+                _complain(known[identity][1], strict, again=before is not None)
             lora = known[identity][1]
             patches.add(lora, strength)
             found.append((lora, strength))
         self._known = known  # those that are not used any more may go
         return patches, found
 
-    def _resolve(self, source: LoraSource, strict: bool) -> ResolvedLora:
+    def _resolve(self, source: LoraSource) -> ResolvedLora:
         if self._targets is None:
             self._targets = Targets(self.shapes)
         file = read_lora(source)
         resolved = resolve(file, self._targets, self._transposed)
-        _complain(file, resolved, self._targets, strict)
+        resolved.complaints = _complaints(file, resolved, self._targets)
         return resolved
 
 
@@ -225,7 +224,8 @@ def _whole_rows(file: LoraFile, key: str, targets: Targets) -> Patch | None:
     if tokens:
         indices = file.configuration.token_rows(tokens.group(1))
         kind = RowsKind(torch.tensor(indices, dtype=torch.int64), value)
-    return Patch(weight, kind, 0, False, key, file.label, all_ends=bool(tokens))
+    shared = bool(tokens) or not file.configuration.saves_module(name)
+    return Patch(weight, kind, 0, False, key, file.label, all_ends=shared)
 
 
 def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[str, str]) -> Patch:
@@ -248,8 +248,8 @@ def _bias_scale(parts: Mapping[str, Tensor], scaling: Scaling) -> float:
     return scaling.of(int(down.shape[0])) if down is not None else 1.0
 
 
-def _complain(file: LoraFile, resolved: ResolvedLora, targets: Targets, strict: bool) -> None:
-    """Says what fits nothing, or not. FormatError if that is all there is, or with `strict`."""
+def _complaints(file: LoraFile, resolved: ResolvedLora, targets: Targets) -> list[str]:
+    """What fits nothing, or has another size."""
     said = [_sizes(resolved, targets)] if resolved.misfits else []
     if resolved.unmatched or not (resolved.patches or said):
         shown = (resolved.unmatched or resolved.elsewhere or list(file.tensors))[:_SHOWN]
@@ -257,20 +257,26 @@ def _complain(file: LoraFile, resolved: ResolvedLora, targets: Targets, strict: 
             f"{len(resolved.unmatched)} of its {resolved.targets} targets fit no weight (as "
             f"{shown}); the module has names as {list(targets.shapes)[:_SHOWN]}"
         )
-    if resolved.absent and resolved.patches:
+    return said
+
+
+def _complain(resolved: ResolvedLora, strict: bool, *, again: bool) -> None:
+    """FormatError on what does not fit, with `strict` or if that is all; else a warning, once."""
+    message = f"{resolved.label}: {'; '.join(resolved.complaints)}"
+    if resolved.complaints and not resolved.patches:
+        raise FormatError(f"{message}; it was made for another model")
+    if resolved.complaints and strict:
+        raise FormatError(f"{message}; strict_loras=False skips single keys")
+    if again:
+        return
+    if resolved.absent:
         warnings.warn(
-            f"{file.label}: passed over what is for a branch that this module lacks (as "
+            f"{resolved.label}: passed over what is for a branch that this module lacks (as "
             f"{resolved.absent[:_SHOWN]}, {len(resolved.absent)} in all)",
             stacklevel=4,
         )
-    if not said:
-        return
-    message = f"{file.label}: {'; '.join(said)}"
-    if not resolved.patches:
-        raise FormatError(f"{message}; it was made for another model")
-    if strict:
-        raise FormatError(f"{message}; strict_loras=False skips single keys")
-    warnings.warn(message, stacklevel=4)
+    if resolved.complaints:
+        warnings.warn(message, stacklevel=4)
 
 
 def _sizes(resolved: ResolvedLora, targets: Targets) -> str:

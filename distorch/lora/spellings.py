@@ -44,6 +44,11 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (rf"\.boft_s{_ADAPTER}", "boft_s"),
     (r"\.([ab][12])\.weight", ""),
     (r"\.(diff|diff_b|diff_m|set_weight)", ""),
+    # Norms that FLUX's control LoRAs bring whole, as their authors and as diffusers name them.
+    (r"(?<=\.query_norm)\.scale", "set_weight"),
+    (r"(?<=\.key_norm)\.scale", "set_weight"),
+    (r"(?<=\.norm_[qk])\.weight", "set_weight"),
+    (r"(?<=\.norm_added_[qk])\.weight", "set_weight"),
     (r"\.w_norm", "diff"),
     (r"\.b_norm", "diff_b"),
 )
@@ -127,7 +132,8 @@ def _with_axis(magnitude: Tensor, embedding: bool) -> Tensor:
 def looks_like_patches(names: Iterable[str]) -> bool:
     """Whether keys are those of a LoRA file rather than a checkpoint's."""
     parts = {split[1] for name in names if (split := split_key(name)) is not None}
-    return bool(parts - {"alpha", "down_plain", "up_plain", "rescale", "a1", "a2", "b1", "b2"})
+    common = {"alpha", "down_plain", "up_plain", "rescale", "a1", "a2", "b1", "b2", "set_weight"}
+    return bool(parts - common)
 
 
 def spelling_of(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from distorch.formats.wrapping import unwrapped
-from distorch.lora.families import Place, Shapes, other_names
+from distorch.lora.families import Place, Shapes, other_names, weights_by_module
 
 # What files put before the names of a module, and which part of a pipeline that says.
 _PREFIXES: tuple[tuple[str, str], ...] = (
@@ -78,10 +78,9 @@ def _places_by_name(shapes: Shapes) -> dict[str, list[Place]]:
     """Every name of a weight, its own first: with and without ".weight", and other families'."""
     found: dict[str, list[Place]] = {}
     for name in shapes:
-        plain = unwrapped(name)
-        found[plain] = [Place(name)]
-        if name.endswith(".weight"):
-            found[plain.removesuffix(".weight")] = [Place(name)]
+        found[unwrapped(name)] = [Place(name)]
+    for module, name in weights_by_module(shapes).items():
+        found[unwrapped(module)] = [Place(name)]
     for name, places in other_names(shapes).items():
         found.setdefault(name, places)
     return found

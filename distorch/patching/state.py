@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from distorch.lora import (
     StoredRows,
     patches_of_tied,
 )
-from distorch.runtime.groups import Member, named_members
+from distorch.lora.files import version_of
+from distorch.runtime.groups import Member, has_bytes, named_members
 
 if TYPE_CHECKING:
     from distorch.patching.background import Merging
@@ -88,12 +90,21 @@ class PatchOptions:
 INTEGERS = (torch.int8, torch.uint8)
 
 
+def _seen(parameter: torch.Tensor) -> tuple[Any, ...]:
+    """What changes when a parameter gets other values: in place, or by `.data =`."""
+    version = version_of(parameter)
+    if _ops.is_sharded(parameter):
+        return version, _ops.state(parameter).id, parameter.shape
+    where = parameter.data_ptr() if has_bytes(parameter) else 0
+    return version, where, parameter.shape
+
+
 @dataclass
 class Original:
     """A weight's values before any patch: in a file, or kept. `dtype` what it is unpatched.
 
-    `parameter` and its `version` tell whether the module still has the values that were put there:
-    vocabularies are resized and layers replaced without a word to us.
+    `parameter`, and what was `seen` of it then, tell whether the module still has the values that
+    were put there: vocabularies are resized and layers replaced without a word to us.
     """
 
     stored: StoredTensor | None
@@ -101,16 +112,18 @@ class Original:
     dtype: torch.dtype
     kept: torch.Tensor | None = None
     parameter: weakref.ref[torch.Tensor] | None = None
-    version: int = 0
+    seen: tuple[Any, ...] = ()
 
     def put(self, parameter: torch.Tensor) -> None:
         """Notes that `parameter` has values that were made of these."""
-        self.parameter, self.version = weakref.ref(parameter), parameter._version
+        self.parameter, self.seen = weakref.ref(parameter), _seen(parameter)
 
     def is_of(self, parameter: torch.Tensor) -> bool:
-        """Whether `parameter` has those values still."""
+        """Whether `parameter` has those values still, as far as torch shows it: what is written
+        through `.data`, it hides.
+        """
         known = self.parameter() if self.parameter is not None else None
-        return known is parameter and self.version == parameter._version
+        return known is parameter and self.seen == _seen(parameter)
 
     def merges_later(self, options: PatchOptions) -> bool:
         """Whether a patch that fetches put on now will be merged: not where that would widen."""
@@ -158,6 +171,20 @@ class Patching:
         applied = {name: list(entries) for name, entries in self.applied.items()}
         return Patching(self.reader, self.options, originals, applied, list(self.loras))
 
+    @contextmanager
+    def moving(self, module: nn.Module) -> Iterator[None]:
+        """The module's weights go elsewhere meanwhile, and are the same afterwards."""
+        here = {base_name(m.name): m.parameter for m in named_members(module)}
+        same = [
+            name
+            for name, original in self.originals.items()
+            if name in here and original.is_of(here[name])
+        ]
+        yield
+        there = {base_name(m.name): m.parameter for m in named_members(module)}
+        for name in same:
+            self.originals[name].put(there[name])
+
     def rows(self) -> list[dict[str, Any]]:
         """One entry per LoRA, for reports."""
         return [
@@ -186,8 +213,14 @@ def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
     """What changes the weight that these names stand for. FormatError if they are tied, and are
     not to be changed alike.
     """
-    if len({tuple(member.parameter.shape) for member in members}) > 1:  # refused when it is patched
-        return patches.of([base_name(member.name) for member in members])
+    views = {(p.shape, p.stride(), p.storage_offset()) for p in (m.parameter for m in members)}
+    if len(views) > 1:
+        if patches.of([base_name(member.name) for member in members]):
+            raise PlacementError(
+                f"{members[0].name!r} shares its bytes with weights of another shape or order: "
+                "patch them as plain tensors, after distorch.undistribute(model)"
+            )
+        return []
     ends: dict[tuple[int, str], list[str]] = {}
     for member in members:  # one module may have several names
         ends.setdefault((id(member.owner), member.key), []).append(base_name(member.name))

@@ -261,7 +261,9 @@ def place(
     `progress` is told the bytes of each weight as it is staged.
     """
     state = Distribution(plan, options, origins)
-    with nothing_merging(module):
+    known = module.__dict__.get(_KEY)
+    patching = known.patching if isinstance(known, Distribution) else None
+    with nothing_merging(module), patching.moving(module) if patching else nullcontext():
         return _place(module, state, groups, progress)
 
 

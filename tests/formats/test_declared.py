@@ -232,3 +232,139 @@ def test_inspect_names_what_is_passed_over(tmp_path, capsys):
               tmp_path / "m.safetensors")  # fmt: skip
     assert main(["inspect", str(tmp_path / "m.safetensors")]) == 0
     assert "passed over: te.spiece_model" in capsys.readouterr().out
+
+
+# --- scales of others: buffers, tied weights, modules that keep their own ---
+
+
+class Keeps(nn.Module):
+    """A layer whose narrow numbers are a buffer, with or without its scale."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(ROWS, COLUMNS, dtype=torch.int8))
+        if scale:
+            self.register_buffer("weight_scale", torch.zeros(ROWS, 1))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("comfy", [True, False])
+def test_scales_that_a_module_keeps_or_lacks(tmp_path, strict, comfy):
+    numbers, scale = int8()
+    beside, _ = declared("tensor", {"format": "int8_tensorwise"})
+    tensors = {"proj.weight": numbers, "proj.weight_scale": scale, **(beside if comfy else {})}
+    save_file(tensors, tmp_path / "m.safetensors")
+    module = nn.ModuleDict({"proj": Keeps(True)})
+    distorch.load(module, tmp_path / "m.safetensors", "cpu,*", min_bytes=0, strict=strict)
+    assert torch.equal(module["proj"].weight, numbers)
+    assert torch.equal(module["proj"].weight_scale, scale)
+    with pytest.raises(FormatError, match="proj.weight_scale"):
+        module = nn.ModuleDict({"proj": Keeps(False)})
+        distorch.load(module, tmp_path / "m.safetensors", "cpu,*", min_bytes=0, strict=strict)
+
+
+def tied():
+    module = nn.ModuleDict({n: nn.Linear(COLUMNS, ROWS, bias=False) for n in ("a", "b")})
+    module["b"].weight = module["a"].weight
+    return module
+
+
+def test_both_ends_of_a_tie_in_one_file(tmp_path):
+    numbers, scale = fp8()
+    for change in (0.0, 1.0):
+        for kind in ("plain", "scaled"):
+            first = (
+                {"weight": weight()}
+                if kind == "plain"
+                else {"weight": numbers, "weight_scale": scale}
+            )
+            key = "weight" if kind == "plain" else "weight_scale"
+            second = {**first, key: first[key] + change}
+            tensors = {
+                f"{m}.{k}": v.clone()
+                for m, part in (("a", first), ("b", second))
+                for k, v in part.items()
+            }
+            save_file(tensors, tmp_path / "m.safetensors")
+            if change:
+                with pytest.raises(FormatError, match="'a.weight' and 'b.weight' are one weight"):
+                    distorch.load(tied(), tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
+                continue
+            module = distorch.load(tied(), tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
+            wanted = weight() if kind == "plain" else numbers.float() * scale
+            torch.testing.assert_close(distorch.materialize(module["b"].weight), wanted)
+
+
+def test_companions_of_a_modules_second_name(tmp_path):
+    module = nn.ModuleDict({"a": nn.Linear(COLUMNS, ROWS, bias=False)})
+    module["b"] = module["a"]
+    save_file(
+        {"b.weight": weight(), "b.weight_zero_point": torch.ones(ROWS)}, tmp_path / "m.safetensors"
+    )
+    with pytest.raises(FormatError, match="b.weight_zero_point"):
+        distorch.load(module, tmp_path / "m.safetensors", "cpu,*", strict=False, min_bytes=0)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(4))
+        self.proj = nn.Linear(COLUMNS, ROWS, bias=False)
+
+
+def test_what_a_block_does_without(tmp_path):
+    """Parameters of a block are no scales of a layer; what is named like one is refused."""
+    tensors = {"net.modulation": torch.ones(4), "net.proj.weight": weight(),
+               "net.mask_token": torch.ones(4), "other.proj.gain": torch.ones(4)}  # fmt: skip
+    save_file(tensors, tmp_path / "m.safetensors")
+    module = nn.ModuleDict({"net": Block()})
+    distorch.load(module, tmp_path / "m.safetensors", "cpu,*", strict=False, min_bytes=0)
+    assert torch.equal(module["net"].modulation, torch.ones(4))
+    save_file({**tensors, "net.weight_scales": torch.ones(4)}, tmp_path / "m.safetensors")
+    with pytest.raises(FormatError, match="net.weight_scales"):
+        distorch.load(module, tmp_path / "m.safetensors", "cpu,*", strict=False, min_bytes=0)
+
+
+def test_old_names_of_a_norm(tmp_path):
+    save_file({"norm.gamma": torch.ones(4), "norm.beta": torch.ones(4)}, tmp_path / "m.safetensors")
+    module = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+    with pytest.raises(
+        FormatError, match="norm.beta, norm.gamma beside.*whose norm.weight, norm.bias it lacks"
+    ):
+        distorch.load(module, tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
+
+
+def test_a_format_that_is_no_word(tmp_path):
+    numbers, scale = int8()
+    beside, _ = declared("tensor", {"format": ["int8_tensorwise"]})
+    with pytest.raises(FormatError, match="the format"):
+        loaded(tmp_path, {"proj.weight": numbers, "proj.weight_scale": scale, **beside})
+
+
+def test_a_bare_header_is_for_one_prefix(tmp_path):
+    """A layer's name that is the end of another's is not the other."""
+    numbers, scale = int8()
+    _, metadata = declared("header", {"format": "int8_tensorwise"})
+    tensors = {"proj.weight": numbers, "proj.weight_scale": scale, "blk.proj.weight": weight()}
+    save_file(tensors, tmp_path / "m.safetensors", metadata)
+    blk = nn.ModuleDict({"proj": nn.Linear(COLUMNS, ROWS, bias=False)})
+    module = nn.ModuleDict({"proj": nn.Linear(COLUMNS, ROWS, bias=False), "blk": blk})
+    distorch.load(module, tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
+    assert torch.equal(blk["proj"].weight, weight())
+
+
+def test_only_a_scale_of_activations(tmp_path):
+    numbers = weight().to(torch.float8_e4m3fn)
+    found = loaded(tmp_path, {"proj.weight": numbers, "proj.input_scale": torch.ones(1)})
+    assert found.dtype == torch.float8_e4m3fn  # the numbers as they are
+
+
+def test_an_index_does_not_hide_a_companion(tmp_path):
+    numbers, scale = int8()
+    tensors = {"proj.weight": numbers, "proj.weight_scale": scale, "proj.weight_zero_point": scale}
+    save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"proj.weight": "x.safetensors"}}))
+    module = nn.ModuleDict({"proj": nn.Linear(COLUMNS, ROWS, bias=False)})
+    with pytest.raises(FormatError, match="proj.weight_zero_point"):
+        distorch.load(module, index, "cpu,*", min_bytes=0, strict=False)

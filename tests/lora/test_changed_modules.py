@@ -41,7 +41,6 @@ CHANGES = {
     "a parameter": lambda m, new: setattr(m["proj"], "weight", nn.Parameter(new)),
     "a layer": lambda m, new: m.update({"proj": with_weight(nn.Linear(8, 8, bias=False), new)}),
     "data": lambda m, new: setattr(m["proj"].weight, "data", new.clone()),
-    "a write": lambda m, new: m["proj"].weight.data.copy_(new),
 }
 
 
@@ -52,7 +51,7 @@ def with_weight(layer, new):
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("way", ["load", "distribute"])
-@pytest.mark.parametrize("change", ["a parameter", "a layer"])
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("copied", [False, True])
 def test_what_was_replaced_is_the_new_original(tmp_path, spec, way, change, copied):
     module = placed(spec, tmp_path, way)
@@ -70,13 +69,14 @@ def test_what_was_replaced_is_the_new_original(tmp_path, spec, way, change, copi
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("way", ["load", "distribute"])
 @pytest.mark.parametrize("copied", [False, True])
-def test_a_patched_weight_that_was_replaced(tmp_path, spec, way, copied):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_patched_weight_that_was_replaced(tmp_path, spec, way, copied, change):
     state, _ = lora()
     module = placed(spec, tmp_path, way, [(state, 1.0)])
     if copied:
         module = copy.deepcopy(module)
     new = torch.full((8, 8), 3.0)
-    CHANGES["a parameter"](module, new)
+    CHANGES[change](module, new)
     with pytest.raises(
         distorch.PlacementError, match="'proj.weight' was written to, or is another"
     ):
@@ -97,17 +97,56 @@ def test_a_copy_takes_its_loras_off(tmp_path, spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("way", ["load", "distribute"])
-def test_a_vocabulary_that_grew(tmp_path, spec, way):
+@pytest.mark.parametrize("grow", ["a layer", "data"])
+def test_a_vocabulary_that_grew(tmp_path, spec, way, grow):
     state, delta = lora("words", 14)
     module = placed(spec, tmp_path, way)
     distorch.set_loras(module, [(lora()[0], 0.5)])  # a reader that knows the old size
     grown = nn.Embedding(14, 8)
     grown.weight = nn.Parameter(torch.arange(112.0).reshape(14, 8))
-    module["words"] = grown
+    if grow == "data":  # as transformers does it
+        module["words"].weight.data = grown.weight.data
+    else:
+        module["words"] = grown
     distorch.set_loras(module, [(state, 1.0)])
     wanted = torch.arange(112.0).reshape(14, 8) + delta
     torch.testing.assert_close(value(module["words"].weight), wanted)
     assert torch.equal(value(module["proj"].weight), net()["proj"].weight)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("way", ["load", "distribute"])
+def test_what_only_moved_is_the_same(tmp_path, spec, way):
+    """Placed anew between two changes of LoRAs: the originals are still what they were."""
+    state, delta = lora()
+    module = placed(spec, tmp_path, way, [(state, 1.0)])
+    before = net()["proj"].weight.detach()
+    for step, other in enumerate([*SPECS, *SPECS[::-1], "cpu,0.5;disk,*"]):
+        distorch.redistribute(module, other)
+        distorch.set_loras(module, [(state, step / 4)])
+        torch.testing.assert_close(value(module["proj"].weight), before + step / 4 * delta)
+    distorch.redistribute(module, SPECS[1])
+    distorch.set_loras(module, [])
+    assert torch.equal(value(module["proj"].weight), before)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        module = distorch.distribute(net(), "cpu,*", min_bytes=0, compute="cpu")
+        state, delta = lora()
+        distorch.set_loras(module, [(state, 1.0)])
+        before = net()["proj"].weight
+        torch.testing.assert_close(value(module["proj"].weight), before + delta)
+
+
+def test_views_in_another_order_are_refused():
+    module = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False)})
+    module["b"].weight = nn.Parameter(module["a"].weight.data.t())
+    distorch.distribute(module, "cpu,*", min_bytes=0, compute="cpu")
+    with pytest.raises(distorch.PlacementError, match="of another shape or order"):
+        distorch.set_loras(
+            module, [({"a.diff": torch.ones(8, 8), "b.diff": torch.ones(8, 8)}, 1.0)]
+        )
 
 
 class Labelled(nn.Parameter):

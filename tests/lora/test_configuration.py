@@ -154,8 +154,6 @@ DISAGREE = {
     "fewer targets": ({"r": RANK, "target_modules": ["up"]}, r"target_modules=\['up'\].*'down'"),
     "a pattern": ({"r": RANK, "target_modules": r"(.*\.)?up"}, "target_modules"),
     "excluded": ({"r": RANK, "exclude_modules": ["down"]}, "exclude_modules.*'down'"),
-    "layers": ({"r": RANK, "target_modules": ["p", "n", "wn"], "layers_to_transform": [1]},
-               "target_modules"),
     "no pattern": ({"r": RANK, "alpha_pattern": {"(": 1}}, r"'\(' in its alpha_pattern"),
     "no table": ({"r": RANK, "rank_pattern": [1]}, "rank_pattern is no table"),
 }  # fmt: skip
@@ -168,16 +166,56 @@ def test_a_configuration_that_does_not_fit_its_tensors(tmp_path, case):
         changes(folder_with(tmp_path, **config))
 
 
-def test_layers_to_transform():
-    from distorch.lora.configuration import _left_out_by
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(4))
 
-    config = {"target_modules": ["q"], "layers_to_transform": [1, 3]}
-    assert _left_out_by(config, "model.layers.1.attn.q") is None
-    assert _left_out_by(config, "model.layers.2.attn.q") == "layers_to_transform"
-    assert _left_out_by({**config, "layers_pattern": "layers"}, "a.layers.3.q") is None
-    assert (
-        _left_out_by({**config, "layers_pattern": ["h"]}, "a.layers.3.q") == "layers_to_transform"
-    )
+
+LAYERS = {
+    "those": ({"layers_to_transform": [1, 3]}, [1, 3]),
+    "one": ({"layers_to_transform": 2}, [2]),
+    "their pattern": ({"layers_to_transform": [0], "layers_pattern": "layers"}, [0]),
+    "another one": ({"layers_to_transform": [1]}, [1, 2]),
+    "another pattern": ({"layers_to_transform": [1], "layers_pattern": ["h"]}, [1]),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_to_transform(tmp_path, case):
+    config, numbers = LAYERS[case]
+    state = {}
+    for number in numbers:
+        stem = f"base_model.model.layers.{number}.q"
+        state |= {
+            f"{stem}.lora_A.weight": torch.ones(1, 4),
+            f"{stem}.lora_B.weight": torch.ones(4, 1),
+        }
+    folder = folder_with(tmp_path, state, r=1, lora_alpha=1, target_modules=["q"], **config)
+    if "another" in case:
+        with pytest.raises(FormatError, match=r"layers_to_transform=\[1\].*layers.[12].q"):
+            changes(folder, Layers())
+    else:
+        assert changes(folder, Layers()).keys() == {f"layers.{n}.q.weight" for n in numbers}
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_patterns_that_are_none(tmp_path, key):
+    with pytest.raises(FormatError, match=rf"'up\(' in its {key} is no pattern"):
+        changes(folder_with(tmp_path, r=RANK, **{key: "up("}))
+
+
+def test_a_renamed_file_of_peft(tmp_path):
+    state = factors()
+    folder_with(tmp_path, state, r=RANK, lora_alpha=3 * RANK)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "mine.safetensors")
+    wanted = 3 * product(state, "base_model.model.up")
+    for source in (tmp_path, tmp_path / "mine.safetensors"):
+        torch.testing.assert_close(changes(source)["up.weight"], wanted)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(UserWarning, match="neither a configuration nor alphas"):
+        changes(tmp_path)
 
 
 def test_a_folder_without_its_configuration(tmp_path):

@@ -165,3 +165,49 @@ def test_a_branch_that_the_module_lacks_is_passed_over_aloud():
         distorch.set_loras(module, [(branch, 1.0)])
     with pytest.raises(FormatError, match="fit no weight"):
         distorch.set_loras(module, [({**ours, "diffusion_model.other.diff": torch.ones(8)}, 1.0)])
+
+
+class Flux(nn.Module):
+    """A block of FLUX, named by its authors or by diffusers."""
+
+    def __init__(self, authors):
+        super().__init__()
+        block = nn.Module()
+        if authors:
+            block.img_attn = nn.Module()
+            block.img_attn.norm = nn.Module()
+            block.img_attn.norm.query_norm = nn.Module()
+            block.img_attn.norm.query_norm.scale = nn.Parameter(torch.ones(4))
+            self.img_in, self.double_blocks = nn.Linear(8, 4), nn.ModuleList([block])
+        else:
+            block.attn = nn.Module()
+            block.attn.norm_q = nn.RMSNorm(4)
+            self.x_embedder, self.transformer_blocks = nn.Linear(8, 4), nn.ModuleList([block])
+
+
+CONTROL = {
+    True: ("double_blocks.0.img_attn.norm.query_norm.scale", "img_in"),
+    False: ("transformer.transformer_blocks.0.attn.norm_q.weight", "transformer.x_embedder"),
+}
+
+
+@pytest.mark.parametrize("module_of_authors", [True, False])
+@pytest.mark.parametrize("file_of_authors", [True, False])
+def test_control_loras_bring_norms_whole(module_of_authors, file_of_authors):
+    torch.manual_seed(4)
+    norm, layer = CONTROL[file_of_authors]
+    down, up = torch.randn(2, 8), torch.randn(4, 2)
+    state = {
+        norm: torch.full((4,), 3.0),
+        f"{layer}.lora_A.weight": down,
+        f"{layer}.lora_B.weight": up,
+    }
+    module = Flux(module_of_authors)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    distorch.distribute(module, "cpu,*", min_bytes=0, compute="cpu")
+    distorch.set_loras(module, [(state, 1.0)])
+    norm, layer = (key.removeprefix("transformer.") for key in CONTROL[module_of_authors])
+    after = module.state_dict()
+    assert torch.equal(after[norm], torch.full((4,), 3.0))
+    change = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+    torch.testing.assert_close(change, up @ down, rtol=1e-5, atol=1e-5)

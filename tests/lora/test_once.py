@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import distorch
@@ -187,14 +188,65 @@ def test_tied_weights_are_changed_alike(tmp_path, mode, way):
 
 
 def test_one_module_by_two_names_is_no_tie():
-    module = nn.ModuleDict({"a": nn.Linear(8, 6, bias=False)})
-    module["b"] = module["a"]
     torch.manual_seed(8)
     down, up = torch.randn(2, 8), torch.randn(6, 2)
-    before = module["a"].weight.detach().clone()
-    distorch.distribute(module, "cpu,*", min_bytes=0, compute="cpu")
-    for names in (["a"], ["b"]):
+
+    def change(state):
+        module = nn.ModuleDict({"a": nn.Linear(8, 6, bias=False)})
+        module["b"] = module["a"]
+        return change_of(module, state, lambda m: m.state_dict()["a.weight"])
+
+    for names in (["a"], ["b"], ["a", "b"]):
         state = dict(itertools.chain(*(pair(name, down, up).items() for name in names)))
+        torch.testing.assert_close(change(state), up @ down, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FormatError, match="'a.weight' and 'b.weight' are one module"):
+        change(pair("a", down, up) | pair("b", down, 2 * up))
+
+
+def test_an_embedding_that_was_saved_whole_is_for_all(tmp_path):
+    """As PEFT loads it: into the one parameter."""
+    value = torch.ones(12, 8)
+    for key, saved, right in (
+        ("embed", None, True),
+        ("head", None, True),
+        ("embed", ["embed"], False),
+    ):
+        module = distorch.distribute(Tied(), "cpu,*", min_bytes=0, compute="cpu")
+        (tmp_path / "adapter_config.json").write_text(
+            f'{{"r": 2, "modules_to_save": {saved or []}}}'.replace("'", '"')
+        )
+        save_file({f"base_model.model.{key}.weight": value}, tmp_path / "adapter_model.safetensors")
+        if right:
+            distorch.set_loras(module, [(tmp_path, 1.0)])
+            assert torch.equal(distorch.materialize(module.embed.weight), value)
+        else:
+            with pytest.raises(FormatError, match="are tied"):
+                distorch.set_loras(module, [(tmp_path, 1.0)])
+
+
+def test_large_replacements_are_compared_in_parts(monkeypatch):
+    from distorch.lora import once
+
+    monkeypatch.setattr(once, "_AT_ONCE", 16)  # two rows
+    values = torch.randn(12, 8)
+    for change in (0.0, 1.0):
+        state = {"head.set_weight": values, "embed.set_weight": values.clone()}
+        state["embed.set_weight"][11, 7] += change
+        module = distorch.distribute(Tied(), "cpu,*", min_bytes=0, compute="cpu")
+        if change:
+            with pytest.raises(FormatError, match="are tied"):
+                distorch.set_loras(module, [(state, 1.0)])
+        else:
+            distorch.set_loras(module, [(state, 1.0)])
+            assert torch.equal(distorch.materialize(module.embed.weight), values)
+
+
+def test_strict_says_it_again_of_a_file_that_is_known():
+    torch.manual_seed(9)
+    module = distorch.distribute(nn.ModuleDict({"proj": nn.Linear(8, 6)}), "cpu,*", min_bytes=0)
+    state = pair("proj", torch.randn(2, 8), torch.randn(6, 2)) | {"other.diff": torch.ones(3)}
+    with pytest.warns(UserWarning, match="fit no weight"):
+        distorch.set_loras(module, [(state, 1.0)], strict_loras=False)
+    distorch.set_loras(module, [(state, 0.5)], strict_loras=False)  # was said
+    with pytest.raises(FormatError, match="fit no weight"):
         distorch.set_loras(module, [(state, 1.0)])
-        found = distorch.materialize(module["a"].weight) - before
-        torch.testing.assert_close(found, up @ down, rtol=1e-5, atol=1e-5)
