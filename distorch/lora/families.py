@@ -46,7 +46,7 @@ _GENERIC = (
     (("add_q_proj", "add_k_proj", "add_v_proj"), ("to_added_qkv",), _QKV_STEPS),
     (("to_k", "to_v"), ("to_kv",), _PAIR_STEPS),
     (("gate_proj", "up_proj"), ("gate_up_proj",), _PAIR_STEPS),
-    (("to_out.0",), ("out", "to_out"), (0,)),
+    (("to_out.0",), ("out", "to_out", "o"), (0,)),
 )
 
 # XLabs' names for parts of the original blocks.
@@ -73,11 +73,12 @@ _UNET_BLOCKS = 4
 
 @dataclass(frozen=True)
 class _Same:
-    """`fused` holds the rows of `parts`, one after the other."""
+    """`fused` holds the rows of `parts`, one after the other; `swapped`: their halves."""
 
     fused: str
     parts: tuple[str, ...]
     steps: tuple[int, ...] = (0,)
+    swapped: bool = False
 
 
 def other_names(shapes: Shapes) -> dict[str, list[Place]]:
@@ -94,7 +95,6 @@ def other_names(shapes: Shapes) -> dict[str, list[Place]]:
         places = found.get(name) or [Place(f"{name}.weight", part=True)]
         if all(place.weight in shapes for place in places):
             found.setdefault(alias, places)
-    found.update(_flux_last_norm(modules, shapes))
     return found
 
 
@@ -113,6 +113,13 @@ def weights_by_module(shapes: Shapes) -> dict[str, str]:
 def _places(
     same: _Same, weights: Mapping[str, str], shapes: Shapes
 ) -> Iterator[tuple[str, list[Place]]]:
+    if same.swapped:
+        for mine, other in ((same.fused, same.parts[0]), (same.parts[0], same.fused)):
+            if mine in weights:
+                half = shapes[weights[mine]][0] // 2
+                halves = ((1, (0, half)), (0, (half, 2 * half)))
+                yield other, [Place(weights[mine], step, cut, part=True) for step, cut in halves]
+        return
     if same.fused in weights:
         weight = weights[same.fused]
         for part, step in zip(same.parts, same.steps, strict=True):
@@ -130,13 +137,15 @@ def _places(
 def _all(modules: set[str]) -> Iterator[_Same]:
     yield from _generic(modules)
     numbers = _numbers_of_blocks(modules)
-    for author, parts in ROWS:
-        steps = _STEPS[len(parts)]
+    for author, names in ROWS:
+        parts = tuple(name.replace("~", "") for name in names)
+        steps, swapped = _STEPS[len(parts)], names != parts
         if "{}" not in author:
-            yield _Same(author, parts, steps)
+            yield _Same(author, parts, steps, swapped)
             continue
         for i in sorted({*numbers[_before(author)], *numbers[_before(parts[0])]}):
-            yield _Same(author.format(i), tuple(part.format(i) for part in parts), steps)
+            numbered = tuple(part.format(i) for part in parts)
+            yield _Same(author.format(i), numbered, steps, swapped)
     if any(name.startswith(("down_blocks.", "input_blocks.")) for name in modules):
         yield from (_Same(a, (b,)) for a, b in _unet_names(modules))
 
@@ -190,23 +199,6 @@ def _xlabs_names(names: set[str]) -> Iterator[tuple[str, str]]:
         if f"single_blocks.{i}.processor.qkv" not in names:
             yield f"single_blocks.{i}.processor.qkv", f"single_blocks.{i}.linear1"
         yield f"single_blocks.{i}.processor.proj", f"single_blocks.{i}.linear2"
-
-
-def _flux_last_norm(modules: set[str], shapes: Shapes) -> dict[str, list[Place]]:
-    """Its two halves, shift and scale, come in the other order in diffusers."""
-    pair = ("final_layer.adaLN_modulation.1", "norm_out.linear")
-    found: dict[str, list[Place]] = {}
-    if not any(
-        name.startswith(("single_blocks.", "single_transformer_blocks.")) for name in modules
-    ):
-        return found
-    for mine, other in (pair, pair[::-1]):
-        if mine in modules:
-            weight = f"{mine}.weight"
-            half = shapes[weight][0] // 2
-            halves = ((1, (0, half)), (0, (half, 2 * half)))
-            found[other] = [Place(weight, step, cut, part=True) for step, cut in halves]
-    return found
 
 
 def _indices(names: set[str], pattern: str) -> list[str]:

@@ -1,8 +1,9 @@
 """How the networks of one family are named by their authors and by diffusers.
 
 A row is an author's name and the diffusers names whose rows it holds, one after the other; "{}" is
-the number of a block. A row counts only where a module has one side of it, so that rows of several
-families do not get in each other's way. Sources: the conversions of diffusers' loaders.
+the number of a block, "~" says that the two halves of its rows are swapped (shift and scale). A row
+counts only where a module has one side of it, so that rows of several families do not get in each
+other's way. Sources: the conversions of diffusers' loaders.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _FLUX = (
     ),
     *_under("", "",
         ("img_in", "x_embedder"), ("txt_in", "context_embedder"),
-        ("final_layer.linear", "proj_out"),
+        ("final_layer.linear", "proj_out"), ("final_layer.adaLN_modulation.1", "~norm_out.linear"),
     ),
     *_under("", "time_text_embed.",
         ("time_in.in_layer", "timestep_embedder.linear_1"),
@@ -136,4 +137,120 @@ _Z_IMAGE = _under("", "", ("x_embedder", "all_x_embedder.2-1"),
     ("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
 )  # fmt: skip
 
-ROWS: tuple[Row, ...] = (*_FLUX, *_FLUX_2, *_HUNYUAN_VIDEO, *_WAN, *_Z_IMAGE)
+_LUMINA_BLOCK = (
+    ("attention.qkv", _QKV), ("attention.out", "attn.to_out.0"),
+    ("feed_forward.w1", "feed_forward.linear_1"), ("feed_forward.w2", "feed_forward.linear_2"),
+    ("feed_forward.w3", "feed_forward.linear_3"), ("adaLN_modulation.1", "norm1.linear"),
+)  # fmt: skip
+_LUMINA_2 = (
+    *_under("layers.{}.", "layers.{}.", *_LUMINA_BLOCK),
+    *_under("noise_refiner.{}.", "noise_refiner.{}.", *_LUMINA_BLOCK),
+    *_under("context_refiner.{}.", "context_refiner.{}.", *_LUMINA_BLOCK),
+    *_under("", "",
+        ("cap_embedder.0", "time_caption_embed.caption_embedder.0"),
+        ("cap_embedder.1", "time_caption_embed.caption_embedder.1"),
+        ("t_embedder.mlp.0", "time_caption_embed.timestep_embedder.linear_1"),
+        ("t_embedder.mlp.2", "time_caption_embed.timestep_embedder.linear_2"),
+        ("final_layer.adaLN_modulation.1", "norm_out.linear_1"),
+        ("final_layer.linear", "norm_out.linear_2"),
+    ),
+)  # fmt: skip
+
+_KREA_BLOCK = (
+    ("attn.wq", "attn.to_q"), ("attn.wk", "attn.to_k"), ("attn.wv", "attn.to_v"),
+    ("attn.wo", "attn.to_out.0"), ("attn.gate", "attn.to_gate"), ("mlp.gate", "ff.gate"),
+    ("mlp.up", "ff.up"), ("mlp.down", "ff.down"),
+)  # fmt: skip
+_KREA_2 = (
+    *_under("blocks.{}.", "transformer_blocks.{}.", *_KREA_BLOCK),
+    *_under("txtfusion.layerwise_blocks.{}.", "text_fusion.layerwise_blocks.{}.", *_KREA_BLOCK),
+    *_under("txtfusion.refiner_blocks.{}.", "text_fusion.refiner_blocks.{}.", *_KREA_BLOCK),
+    *_under("", "",
+        ("first", "img_in"), ("last.linear", "final_layer.linear"),
+        ("tmlp.0", "time_embed.linear_1"), ("tmlp.2", "time_embed.linear_2"),
+        ("tproj.1", "time_mod_proj"), ("txtmlp.1", "txt_in.linear_1"),
+        ("txtmlp.3", "txt_in.linear_2"), ("txtfusion.projector", "text_fusion.projector"),
+    ),
+)  # fmt: skip
+
+_LTX_TIMES = tuple(
+    (f"{author}{end}", f"{ours}{end}")
+    for author, ours in (
+        ("adaln_single.", "time_embed."), ("audio_adaln_single.", "audio_time_embed."),
+        ("av_ca_video_scale_shift_adaln_single.", "av_cross_attn_video_scale_shift."),
+        ("av_ca_audio_scale_shift_adaln_single.", "av_cross_attn_audio_scale_shift."),
+        ("av_ca_a2v_gate_adaln_single.", "av_cross_attn_video_a2v_gate."),
+        ("av_ca_v2a_gate_adaln_single.", "av_cross_attn_audio_v2a_gate."),
+        ("prompt_adaln_single.", "prompt_adaln."),
+        ("audio_prompt_adaln_single.", "audio_prompt_adaln."),
+    )
+    for end in ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
+)  # fmt: skip
+_LTX_ATTENTIONS = (
+    "attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn",
+)  # fmt: skip
+_LTX = (
+    *_under("", "", *_LTX_TIMES,
+        ("patchify_proj", "proj_in"), ("audio_patchify_proj", "audio_proj_in"),
+        ("text_embedding_projection.aggregate_embed", "text_proj_in"),
+    ),
+    *_under("transformer_blocks.{}.", "transformer_blocks.{}.",
+        ("scale_shift_table_a2v_ca_video", "video_a2v_cross_attn_scale_shift_table"),
+        ("scale_shift_table_a2v_ca_audio", "audio_a2v_cross_attn_scale_shift_table"),
+        *((f"{name}.q_norm", f"{name}.norm_q") for name in _LTX_ATTENTIONS),
+        *((f"{name}.k_norm", f"{name}.norm_k") for name in _LTX_ATTENTIONS),
+    ),
+)  # fmt: skip
+
+_FLUX_3_BLOCK = (
+    ("q_proj", "attn.to_q"), ("k_proj", "attn.to_k"), ("v_proj", "attn.to_v"),
+    ("attn_out", "attn.to_out.0"), ("mlp_in", "ff.linear_in"), ("mlp_out", "ff.linear_out"),
+)  # fmt: skip
+_FLUX_3 = (
+    *(row for mode in ("image", "image_cond")
+      for row in _under(f"content_mode_blocks.{mode}.{{}}.", f"mode_blocks.{mode}.{{}}.",
+                        *_FLUX_3_BLOCK)),
+    *_under("txt_mode_blocks.{}.", "txt_mode_blocks.{}.", *_FLUX_3_BLOCK),
+    *_under("single_blocks.{}.", "single_transformer_blocks.{}.", *_FLUX_3_BLOCK),
+    *_under("", "",
+        ("time_in.in_layer", "timestep_embedder.linear_1"),
+        ("time_in.out_layer", "timestep_embedder.linear_2"),
+        ("ref_time_in.in_layer", "target_timestep_embedder.linear_1"),
+        ("ref_time_in.out_layer", "target_timestep_embedder.linear_2"),
+        ("final_layer.image.linear", "proj_out"),
+        ("final_layer.image.adaLN_modulation.1", "~norm_out.linear"),
+    ),
+)  # fmt: skip
+
+_ACE_STEP = _under("layers.{}.", "layers.{}.",
+    *((f"{where}.{name}_proj", f"{where}.to_{name}")
+      for where in ("self_attn", "cross_attn") for name in "qkv"),
+    ("self_attn.o_proj", "self_attn.to_out.0"), ("cross_attn.o_proj", "cross_attn.to_out.0"),
+)  # fmt: skip
+
+_ANIMA = (
+    *_under("blocks.{}.", "transformer_blocks.{}.",
+        *((f"adaln_modulation_{part}.{n}", f"norm{i}.linear_{n}")
+          for i, part in enumerate(("self_attn", "cross_attn", "mlp"), 1) for n in (1, 2)),
+        *((f"{where}.{name}_proj", f"attn{i}.to_{name}")
+          for i, where in enumerate(("self_attn", "cross_attn"), 1) for name in "qkv"),
+        ("self_attn.output_proj", "attn1.to_out.0"), ("cross_attn.output_proj", "attn2.to_out.0"),
+        ("mlp.layer1", "ff.net.0.proj"), ("mlp.layer2", "ff.net.2"),
+    ),
+    *_under("", "",
+        ("final_layer.adaln_modulation.1", "norm_out.linear_1"),
+        ("final_layer.adaln_modulation.2", "norm_out.linear_2"), ("final_layer.linear", "proj_out"),
+        ("t_embedder.1.linear_1", "time_embed.t_embedder.linear_1"),
+        ("t_embedder.1.linear_2", "time_embed.t_embedder.linear_2"),
+        ("t_embedding_norm", "time_embed.norm"), ("x_embedder.proj.1", "patch_embed.proj"),
+    ),
+)  # fmt: skip
+
+_CHROMA = _under("distilled_guidance_layer.layers.{}.", "distilled_guidance_layer.layers.{}.",
+    ("in_layer", "linear_1"), ("out_layer", "linear_2"),
+)  # fmt: skip
+
+ROWS: tuple[Row, ...] = (
+    *_FLUX, *_FLUX_2, *_HUNYUAN_VIDEO, *_WAN, *_Z_IMAGE, *_KREA_2, *_LTX, *_FLUX_3, *_ACE_STEP,
+    *_ANIMA, *_LUMINA_2, *_CHROMA,
+)  # fmt: skip

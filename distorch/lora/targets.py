@@ -19,7 +19,8 @@ _PREFIXES: tuple[tuple[str, str], ...] = (
     ("lora_te_", "text 1"), ("text_encoders.clip_l.", "text 1"),
     ("text_encoders.clip_g.", "text 2"), ("text_encoders.t5xxl.", "text 3"),
     ("text_model.", ""), ("text_model_", ""), ("model.", ""), ("module.", ""),
-    ("transformer_", ""), ("diffusion_model_", "model"),
+    ("transformer_", ""), ("diffusion_model_", "model"), ("conditional_transformer.", "model"),
+    ("llm_adapter.", ""), ("llm_adapter_", ""),
 )  # fmt: skip
 
 
@@ -55,6 +56,8 @@ def _respelled(name: str) -> Iterator[str]:
     yield name
     plain = re.sub(r"\.processor\.(?=(to_|add_))", ".", name)
     plain = re.sub(r"(?<=\.)to_out$", "to_out.0", plain)
+    plain = re.sub(r"^sformer_blocks\.", "transformer_blocks.", plain)
+    plain = re.sub(r"(?<=\.self_attn\.)to_(q|k|v|out)(\.0)?$", r"\1_proj", plain)
     if plain != name:
         yield plain
 
