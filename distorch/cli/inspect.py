@@ -13,6 +13,7 @@ from distorch.formats.checkpoint import (
     is_no_weight,
     open_checkpoint,
 )
+from distorch.formats.quantisation import declared_name
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora.files import read_lora
 from distorch.lora.resolve import resolve
@@ -35,6 +36,7 @@ class Contents:
     largest: list[tuple[str, str, int]]
     metadata: dict[str, str]
     passed_over: list[str]
+    formats: dict[str, int]  # that the file declares -> tensors
     fits: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +57,9 @@ class Contents:
             "",
             text_table(("largest", "shape", "bytes"), [(n, s, str(b)) for n, s, b in self.largest]),
         ]
+        if self.formats:
+            told = ", ".join(f"{name} ({count} tensors)" for name, count in self.formats.items())
+            lines.append(f"\ndeclared formats (comfy_quant): {told}")
         if self.passed_over:
             lines.append(f"\nno weights, passed over: {', '.join(self.passed_over)}")
         if self.lora_ranks:
@@ -93,6 +98,7 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
         lora_ranks=_ranks(tensors),
         largest=[(t.name, "x".join(map(str, t.shape)) or "scalar", t.nbytes) for t in largest],
         metadata=checkpoint.metadata,
+        formats=dict(Counter(declared_name(t) for t in tensors if t.declared).most_common()),
         passed_over=[name for name in checkpoint.tensors if is_no_weight(name)],
         fits=_fits(path, fits) if fits is not None else None,
     )

@@ -65,8 +65,7 @@ def check_declared(stored: StoredTensor) -> bool:
     """
     if stored.declared is None:
         return False
-    inner = stored.declared.get("params")
-    told = {**(inner if isinstance(inner, dict) else {}), **stored.declared}
+    told = _told(stored.declared)
     kind = told.get("format")
     start = f"{stored.name!r} is stored in the format {kind!r} (comfy_quant)"
     if not isinstance(kind, str) or kind not in FORMATS:
@@ -82,6 +81,17 @@ def check_declared(stored: StoredTensor) -> bool:
     if stored.dtype != FORMATS[kind]:
         raise FormatError(f"{start}, and its numbers are {stored.dtype}")
     return True
+
+
+def declared_name(stored: StoredTensor) -> str:
+    """The format that a file declares for a tensor, in words."""
+    told = _told(stored.declared or {})
+    return f"{told.get('format')}{' with convrot' if told.get('convrot') else ''}"
+
+
+def _told(declared: Mapping[str, Any]) -> dict[str, Any]:
+    inner = declared.get("params")
+    return {**(inner if isinstance(inner, dict) else {}), **declared}
 
 
 def _in_header(header: Mapping[str, str], label: str) -> dict[str, Any]:

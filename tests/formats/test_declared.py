@@ -228,10 +228,18 @@ def test_what_a_module_may_do_without(tmp_path):
 def test_inspect_names_what_is_passed_over(tmp_path, capsys):
     from distorch.cli import main
 
-    save_file({"proj.weight": weight(), "te.spiece_model": torch.zeros(9, dtype=torch.uint8)},
-              tmp_path / "m.safetensors")  # fmt: skip
+    numbers, _ = int8()
+    beside, _ = declared("tensor", {"format": "int8_tensorwise", "convrot": True})
+    tensors = {
+        "proj.weight": numbers,
+        **beside,
+        "te.spiece_model": torch.zeros(9, dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
     assert main(["inspect", str(tmp_path / "m.safetensors")]) == 0
-    assert "passed over: te.spiece_model" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "passed over: te.spiece_model" in told
+    assert "int8_tensorwise with convrot (1 tensors)" in told
 
 
 # --- scales of others: buffers, tied weights, modules that keep their own ---
