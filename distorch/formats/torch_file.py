@@ -14,6 +14,11 @@ from distorch.errors import FormatError
 from distorch.formats.safetensors import StoredTensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# What torch's unpickler raises on bytes that are no file of its own.
+_DAMAGED = (
+    RuntimeError, pickle.UnpicklingError, OSError, ValueError, EOFError, IndexError, KeyError,
+    TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
+)  # fmt: skip
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 
 
@@ -30,10 +35,11 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped where it allows that. FormatError when it is none."""
     try:
         loaded = _load(path)
-    except (RuntimeError, pickle.UnpicklingError, OSError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise FormatError(
             f"{str(path)!r} is no file of tensors that torch.load(weights_only=True) reads "
-            f"({str(error).splitlines()[0]}); convert it to .safetensors where you trust it"
+            f"({said}); convert it to .safetensors where you trust it"
         ) from error
     loaded = _unwrapped(loaded)
     tensors = (
@@ -94,7 +100,7 @@ def _storage_offsets(path: Path) -> dict[str, int]:
     try:
         with FakeTensorMode():
             loaded = _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, ValueError):
+    except _DAMAGED:
         return {}
     offsets = {}
     for name, tensor in loaded.items() if isinstance(loaded, Mapping) else ():

@@ -91,45 +91,56 @@ def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) 
         groups, unknown = group_keys(file.tensors)
     except FormatError as error:
         raise FormatError(f"{file.label}: {error}") from error
-    by_part: dict[str, list[Patch]] = {}
-    for key in list(unknown):
-        if patch := _whole_rows(file, key, targets):
-            by_part.setdefault("", []).append(patch)
-            unknown.remove(key)
-        elif stem := next((stem for stem in groups if key.startswith(f"{stem}.")), None):
-            raise FormatError(
-                f"{file.label}: {key!r} belongs to {stem!r} and is not known: without it, the "
-                "patch of that weight would be another"
-            )
-    unmatched, elsewhere = list(unknown), list[str]()
+    whole = {key: patch for key in unknown if (patch := _whole_rows(file, key, targets))}
+    strays = [key for key in unknown if key not in whole]
+    by_part: dict[str, list[Patch]] = {"": list(whole.values())} if whole else {}
     missed: dict[str, list[str]] = {}
     for stem, group in groups.items():
-        found = _patches_of(file, stem, group, targets, transposed)
         part = component_of(stem)
-        if found:
+        if found := _patches_of(file, stem, group, targets, transposed):
             by_part.setdefault(part, []).extend(found)
         else:
             missed.setdefault(part, []).append(stem)
+    unmatched, elsewhere = list(strays), list[str]()
     _drop_other_encoders(by_part, elsewhere, targets)
     for part, stems in missed.items():
         other = part and part not in by_part and by_part
         (elsewhere if other else unmatched).extend(stems)
-    absent: list[str] = []
-    if not any(OPTIONAL_BRANCH.search(patch.stem) for p in by_part.values() for patch in p):
-        absent = [stem for stem in unmatched if OPTIONAL_BRANCH.search(stem)]
-        unmatched = [stem for stem in unmatched if stem not in absent]
     patches = [patch for found in by_part.values() for patch in found]
-    misfits = [patch for patch in patches if not _fits(patch, targets.shapes)]
-    fitting = [patch for patch in patches if patch not in misfits]
+    _check_strays(file, strays, patches)
+    absent = _of_an_absent_branch(unmatched, patches)
+    fitting = [patch for patch in patches if _fits(patch, targets.shapes)]
     return ResolvedLora(
         file.label,
         without_repeats(fitting, targets.shapes),
-        unmatched,
+        [stem for stem in unmatched if stem not in absent],
         elsewhere,
         len(groups) + len(unknown),
-        misfits,
+        [patch for patch in patches if not _fits(patch, targets.shapes)],
         absent,
     )
+
+
+def _check_strays(file: LoraFile, strays: Collection[str], patches: Collection[Patch]) -> None:
+    """A key that is not known, below a stem whose other keys are, is a part of that patch."""
+    stems = {patch.stem for patch in patches} if strays else set()
+    for key in strays:
+        steps = key.split(".")
+        stem = next(
+            (s for i in range(len(steps) - 1, 0, -1) if (s := ".".join(steps[:i])) in stems), ""
+        )
+        if stem:
+            raise FormatError(
+                f"{file.label}: {key!r} belongs to {stem!r} and is not known: without it, the "
+                "patch of that weight would be another"
+            )
+
+
+def _of_an_absent_branch(unmatched: Collection[str], patches: Collection[Patch]) -> list[str]:
+    """The stems that are for a branch of which this module has nothing."""
+    if any(OPTIONAL_BRANCH.search(patch.stem) for patch in patches):
+        return []
+    return [stem for stem in unmatched if OPTIONAL_BRANCH.search(stem)]
 
 
 def _drop_other_encoders(

@@ -272,3 +272,29 @@ def test_dimensions_of_one_that_gguf_files_drop(tmp_path):
     save_file({"tok": tok, "conv.weight": conv}, tmp_path / "m.safetensors")
     with pytest.raises(FormatError, match=r"'tok': the file has shape \(64,\)"):
         distorch.load(module, tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_damaged_torch_files(tmp_path, kind):
+    """Bytes changed, cut and put in: an error of ours, or the file is still one."""
+    torch.save(state(), tmp_path / "m.pt", _use_new_zipfile_serialization=kind == "zip")
+    whole = (tmp_path / "m.pt").read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        at = int(generator.integers(0, 700 if generator.random() < 0.7 else len(data)))
+        change = generator.integers(0, 3)
+        if change == 0:
+            data[at] ^= int(generator.integers(1, 256))
+        elif change == 1:
+            del data[at : at + int(generator.integers(1, 40))]
+        else:
+            data[at:at] = generator.bytes(3)
+        (tmp_path / "m.pt").write_bytes(data)
+        try:
+            open_checkpoint(tmp_path / "m.pt")
+        except FormatError as error:
+            assert "m.pt" in str(error)
+            refused += 1
+    assert refused > 50
