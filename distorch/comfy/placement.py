@@ -15,7 +15,10 @@ from distorch.planner import DeviceInfo, Spec, parse_spec, virtual_vram_spec
 SMALL_SHARE = 1e-4  # tensors below this share of the model stay on the compute device
 SMALL_MOST = 1 << 20  # bytes
 
-_ENTRY = re.compile(r"\s*([^,;]+?)\s*,\s*([0-9.]+|\*)\s*([a-z]*|%)\s*\Z", re.IGNORECASE)
+_ENTRY = re.compile(
+    r"\s*([^,;]+?)\s*,\s*(?:[0-9.]*\s*[a-z%]*\s*(?=\*))?([0-9.]+|\*)\s*([a-z]*|%)\s*\Z",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -64,29 +67,36 @@ class Placement:
         return replace(self, spec=";".join(moved) or self.spec, compute=device)
 
 
-def expert_spec(text: str) -> str:
+def expert_spec(text: str, compute: str | None = None) -> str:
     """The old "expert mode allocations" as a placement string of ours. SpecError.
 
-    A string of ours means what it says. Else the rules of old: with a percentage in it every bare
-    number is one, with bytes in it every bare number is bytes.
+    The rules of old: what has no comma is skipped; a device that is named twice has what was said
+    last; one with "*" takes the rest, whatever number stands beside it ("cpu,5gb*"). With bytes in
+    the string every bare number is bytes; with a percentage every one is a part of a ratio, so
+    that "cpu,50%" alone is all of it. Bare numbers alone are shares of the devices' memory, and
+    what they leave stays on `compute`.
     """
-    try:
-        return parse_spec(text).text
-    except SpecError as ours:
-        entries = [_ENTRY.match(part) for part in text.split(";") if part.strip()]
-        if not entries or not all(entries):
-            raise
-        parts = [(m[1], m[2], m[3]) for m in entries if m is not None]
-        units = {unit for _, number, unit in parts if number != "*"}
-        default = "%" if "%" in units else "b" if units - {""} else ""
-        if not default:
-            raise
-        try:
-            return parse_spec(
-                ";".join(f"{d},{n}{'' if n == '*' else u or default}" for d, n, u in parts)
-            ).text
-        except SpecError:
-            raise ours from None
+    parts = [part for part in text.split(";") if "," in part]
+    entries = [_ENTRY.match(part) for part in parts]
+    if not entries or not all(entries):
+        return parse_spec(text).text  # of ours, or an error that says where it is
+    said: dict[str, tuple[str, str]] = {}
+    for number, unit, device in ((m[2], m[3].lower(), m[1]) for m in entries if m is not None):
+        if said.get(device, ("", ""))[0] != "*":
+            said[device] = (number, unit)
+    rest = [device for device, (number, _) in said.items() if number == "*"]
+    for device in rest[:-1]:
+        del said[device]
+    units = {unit for number, unit in said.values() if number != "*"}
+    in_bytes, in_percent = bool(units - {"", "%"}), "%" in units
+    if in_percent and not in_bytes and len(said) == 1:
+        return parse_spec(f"{next(iter(said))},*").text
+    if units == {""} and not rest and compute is not None:
+        said = {compute: ("*", ""), **{d: s for d, s in said.items() if d != compute}}
+    default = "b" if in_bytes else "%" if in_percent else ""
+    return parse_spec(
+        ";".join(f"{d},{n}{'' if n == '*' else u or default}" for d, (n, u) in said.items())
+    ).text
 
 
 def donors_for(donor: str, compute: str, others: Sequence[str] = ()) -> str:
@@ -109,7 +119,7 @@ def old_placement(
     As of old, an expert string wins over virtual VRAM. Raises SpecError, PlacementError.
     """
     if expert.strip():
-        return Placement(expert_spec(expert), compute)
+        return Placement(expert_spec(expert, compute), compute)
     others = [name for name in devices if name not in ("cpu", "disk")] if other_vram else []
     donors = donors_for(donor, compute, others)
     if virtual_vram_gb <= 0 or not donors:

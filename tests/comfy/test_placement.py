@@ -34,10 +34,31 @@ DEVICES = {
         ("cuda:0,1024;cpu,2gb", "cuda:0,1024b;cpu,2gb"),
         ("musa:0,1gb;cpu,*", "musa:0,1gb;cpu,*"),  # 'm' and 'k' in names are no units
         ("cuda:0,2tb;cpu,*", "cuda:0,2tb;cpu,*"),
+        # The old pack's own examples, and what its parser made of the rest.
+        ("cuda:0,500mb;cuda:1,3.0g;cpu,5gb*", "cuda:0,500mb;cuda:1,3.0g;cpu,*"),
+        ("cuda:0,8%;cuda:1,8%;cpu,4%", "cuda:0,8%;cuda:1,8%;cpu,4%"),
+        ("cpu,50%", "cpu,*"),
+        ("cpu,5gb *", "cpu,*"),
+        ("cuda:1,4gb;nonsense;cpu,*", "cuda:1,4gb;cpu,*"),
+        ("cuda:1,1gb;cuda:1,2gb;cpu,*", "cuda:1,2gb;cpu,*"),
+        ("cuda:0,10%;cpu,20%;cuda:0,30%", "cuda:0,30%;cpu,20%"),
+        ("cpu,2gb;cuda:1,1gb;cpu,*", "cpu,*;cuda:1,1gb"),
+        ("cuda:1,*;cpu,*", "cpu,*"),
+        ("cuda:1,4g", "cuda:1,4g"),
+        ("auto", "auto"),
+        ("cpu+cuda:1,2gb;disk,*", "cpu+cuda:1,2gb;disk,*"),
+        ("cuda:0,40%;cpu,*", "cuda:0,40%;cpu,*"),
     ],
 )
 def test_expert_strings(old, ours):
     assert expert_spec(old) == ours
+
+
+def test_shares_of_memory_leave_the_rest_on_the_compute_device():
+    assert expert_spec("cuda:0,0.1;cpu,0.5", "cuda:0") == "cuda:0,*;cpu,0.5"
+    assert expert_spec("cpu,0.25", "cuda:0") == "cuda:0,*;cpu,0.25"
+    found = old_placement("cuda:0", 4.0, "cpu", "cpu,0.25;cuda:1,0.5", DEVICES)
+    assert found == Placement("cuda:0,*;cpu,0.25;cuda:1,0.5", "cuda:0")
 
 
 @pytest.mark.parametrize("text", ["cuda:0", "cuda:0,5;cpu,*", "cuda:0,2qb", "nonsense"])
