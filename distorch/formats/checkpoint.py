@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,7 @@ from distorch.formats.quantisation import with_declarations
 from distorch.formats.safetensors import StoredTensor, read_header
 from distorch.formats.scales import OF_THEIR_OWN
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
-from distorch.formats.wrapping import unwrapped
 from distorch.planner import Inventory, WeightInfo
-
-# Prefixes that whole-model files put before the names of the module's own weights.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
 
 _NO_WEIGHTS = ("spiece_model", "tekken_model", "scaled_fp8", "__index_timestep_zero__")
 
@@ -153,34 +149,3 @@ def _read_gguf(
             "which cannot be loaded yet"
         )
     return tensors, metadata
-
-
-def _other_prefixes(have: Collection[str], need: Sequence[str]) -> Iterator[str]:
-    """What stands before some of the wanted names in the file: "text_encoders.t5xxl."."""
-    seen = set()
-    for name in (*need[:1], *need[len(need) // 2 :][:1], *need[-1:]):
-        for key in have:
-            prefix = key.removesuffix(name)
-            if prefix != key and prefix.endswith(".") and prefix not in seen:
-                seen.add(prefix)
-                yield prefix
-
-
-def match_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """Wanted name -> stored name, with the prefix stripped that makes most names fit, and without
-    what wrappers put into either.
-    """
-    plain = {unwrapped(name): name for name in stored}
-    asked = {unwrapped(name): name for name in wanted}
-    return {asked[name]: plain[found] for name, found in _fitting(plain, list(asked)).items()}
-
-
-def _fitting(have: Collection[str], need: Sequence[str]) -> dict[str, str]:
-    best: dict[str, str] = {}
-    for prefix in ("", *PREFIXES, *_other_prefixes(have, need)):
-        if best and len(best) == len(need):
-            break
-        fits = {name: prefix + name for name in need if prefix + name in have}
-        if len(fits) > len(best):
-            best = fits
-    return best

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from distorch.errors import FormatError
+from distorch.formats.plain_names import match_names
 from distorch.formats.safetensors import StoredTensor
 
 BESIDE = ".comfy_quant"
@@ -31,8 +32,6 @@ _HARMLESS = frozenset({
     "orig_dtype", "convrot", "convrot_groupsize",
 })  # fmt: skip
 
-_TRIED = 64  # layers by which a prefix is found
-
 
 def with_declarations(
     tensors: Mapping[str, StoredTensor], headers: Iterable[Mapping[str, str]], label: str
@@ -49,12 +48,11 @@ def with_declarations(
     for header in headers:  # it wins over what lies beside a weight, as in ComfyUI
         found |= _in_header(header, label)
     kept = {name: stored for name, stored in tensors.items() if not name.endswith(BESIDE)}
-    prefix = _prefix(found, kept)
+    # Headers may leave out the prefix that the tensors have.
+    names = match_names(kept, [*(f"{layer}.weight" for layer in found), *found])
     for layer, told in found.items():
-        for name in (f"{prefix}{layer}.weight", prefix + layer):
-            if name in kept:
-                kept[name] = replace(kept[name], declared=told)
-                break
+        if name := names.get(f"{layer}.weight") or names.get(layer):
+            kept[name] = replace(kept[name], declared=told)
     return kept
 
 
@@ -117,19 +115,3 @@ def _table(read: Any, key: str, label: str) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise FormatError(f"{label!r}: expected a table of keys in {key!r}, found {read!r:.80}")
     return read
-
-
-def _prefix(layers: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
-    """What the tensors have before the names of the layers: headers may leave it out."""
-    best, most = "", 0
-    some = list(layers)[:_TRIED]
-    ends = {f"{layer}.weight" for layer in some} | set(some)
-    prefixes = {""}
-    for name in tensors if some else ():
-        if name.endswith(f".{some[0]}.weight") or name.endswith(f".{some[0]}"):
-            prefixes.add(name.removesuffix(".weight").removesuffix(some[0]))
-    for prefix in sorted(prefixes):
-        fits = sum(prefix + end in tensors for end in ends)
-        if fits > most:
-            best, most = prefix, fits
-    return best

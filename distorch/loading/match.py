@@ -10,12 +10,12 @@ from torch import nn
 
 from distorch import _ops
 from distorch.errors import FormatError, PlacementError
-from distorch.formats.checkpoint import Checkpoint, is_no_weight, match_names
+from distorch.formats.checkpoint import Checkpoint, is_no_weight
 from distorch.formats.gguf import check_readable
+from distorch.formats.plain_names import match_names, unwrapped
 from distorch.formats.quantisation import check_declared
 from distorch.formats.safetensors import StoredTensor, same_bytes
 from distorch.formats.scales import OF_THEIR_OWN, Scales, attach_scales, own_scales
-from distorch.formats.wrapping import unwrapped
 from distorch.loading.job import Job
 from distorch.lora import StoredRows
 from distorch.runtime import groups

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from distorch.formats.wrapping import unwrapped
+from distorch.formats.plain_names import unwrapped
 from distorch.lora.families import Place, Shapes, other_names, weights_by_module
 
 # What files put before the names of a module, and which part of a pipeline that says.

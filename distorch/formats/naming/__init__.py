@@ -8,10 +8,11 @@ from dataclasses import replace
 from torch import nn
 
 from distorch.errors import FormatError
-from distorch.formats.checkpoint import PREFIXES, Checkpoint, match_names
+from distorch.formats.checkpoint import Checkpoint
 from distorch.formats.naming import diffusers_names, llama_cpp
 from distorch.formats.naming.part_scales import scales_of_part, take_scales
 from distorch.formats.naming.tracing import Convert, NamesDoNotFitError, trace
+from distorch.formats.plain_names import PREFIXES, match_names
 from distorch.formats.safetensors import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
