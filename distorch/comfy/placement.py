@@ -77,13 +77,13 @@ def expert_spec(text: str, compute: str | None = None) -> str:
     what they leave stays on `compute`.
     """
     parts = [part for part in text.split(";") if "," in part]
-    entries = [_ENTRY.match(part) for part in parts]
-    if not entries or not all(entries):
+    entries = [found for part in parts if (found := _ENTRY.match(part))]
+    if not entries or len(entries) < len(parts):
         return parse_spec(text).text  # of ours, or an error that says where it is
     said: dict[str, tuple[str, str]] = {}
-    for number, unit, device in ((m[2], m[3].lower(), m[1]) for m in entries if m is not None):
+    for device, number, unit in (entry.groups() for entry in entries):
         if said.get(device, ("", ""))[0] != "*":
-            said[device] = (number, unit)
+            said[device] = (number, unit.lower())
     rest = [device for device, (number, _) in said.items() if number == "*"]
     for device in rest[:-1]:
         del said[device]

@@ -1,5 +1,6 @@
-"""Names as a module has them: without the prefixes that files put before them, and without the steps
-that wrappers put into them (torch.compile, FSDP, checkpointed activations).
+"""Names as a module has them.
+
+Files put prefixes before them. Wrappers put steps into them: torch.compile, FSDP, checkpointing.
 """
 
 from __future__ import annotations

@@ -38,9 +38,10 @@ class StoredTensor:
     `pieces` say what it is put together from where it is several ranges, and `path` and `offset`
     are then those of the first.
     With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
-    uint8. A shape's last dimension need not be whole blocks; all elements together are. So is what
-    this version does not read: its `block_type` is then no known one. `declared`: what the file
-    says of the format of its numbers (see `quantisation`).
+    uint8. A shape's last dimension need not be whole blocks; all elements together are. A
+    tensor of a type that this version does not read is kept in the same way, with the type's own
+    name as `block_type`; `gguf.check_readable` refuses it. `declared`: what the file says of the
+    format of its numbers (see `quantisation`).
     """
 
     name: str

@@ -60,11 +60,11 @@ def attach_scales(
     tensors: Mapping[str, StoredTensor],
     free: Collection[str],
     *,
-    own_scales: bool = False,
+    kept_by_module: bool = False,
 ) -> tuple[Scales | None, list[str]]:
     """The scales of a weight and the keys that say them, among those that nobody claimed.
 
-    `own_scales`: the module keeps them itself.
+    `kept_by_module`: the module has a place for them, so that they are not missing.
 
     FormatError on scales of a shape that means nothing, or where the file declares a format whose
     numbers are not theirs times a scale.
@@ -80,7 +80,7 @@ def attach_scales(
                 _check_layout(tensors.get(_LAYOUT.format(stem)))
                 values = _numbers(tensors[key], stored) / divisor
                 return _grid(stored, key, values), [*taken, key]
-    if declared and not own_scales:
+    if declared and not kept_by_module:
         raise FormatError(
             f"{stored.name!r} is declared to be numbers with a scale (comfy_quant), and the file "
             f"has no {_FACTORS[1].format(stem)!r}"

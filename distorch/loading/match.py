@@ -104,11 +104,11 @@ def _take_scales(
     them from what is `left`. `others`: what the file has under the other names of a tied weight.
     """
     member, tensors = job.members[0], checkpoint.tensors
-    own = own_scales(member.owner, member.key) is not None
-    scales, taken = attach_scales(job.stored, tensors, left, own_scales=own)
+    kept = own_scales(member.owner, member.key) is not None
+    scales, taken = attach_scales(job.stored, tensors, left, kept_by_module=kept)
     left -= set(taken)
     for other in others:
-        also, taken = attach_scales(other, tensors, left, own_scales=own)
+        also, taken = attach_scales(other, tensors, left, kept_by_module=kept)
         left -= set(taken)
         if not _same_scales(scales, also) or not same_bytes(job.stored, other):
             raise FormatError(
@@ -132,17 +132,17 @@ _PARTS_OF_A_WEIGHT = (
     "weight.", "bias.", "parametrizations.", "base_layer.", "lora_", "_packed_params", "weight_",
     "input_quantizer", "output_quantizer",
 )  # fmt: skip
-
-
-# What a tensor of quantisation is called, whatever it does.
+# What tensors of quantisation are called, whatever they do.
 _OF_NUMBERS = re.compile("scale|zero|quant|packed|absmax|codebook|g_idx|perm|smooth|[aw]max")
 
 
 def _check_companions(
     module: nn.Module, unexpected: list[str], missing: list[str], prefix: str
 ) -> None:
-    """Whatever lies beside a weight may say what its numbers mean: scales, permutations, a second
-    part. What is not known is refused, strict or not: the weight would be wrong without a word.
+    """FormatError on tensors beside a weight that are not known, strict or not.
+
+    They may say what the weight's numbers mean: scales, permutations, a second part. Without them
+    the weight would be wrong, and nobody would be told.
     """
     owners: dict[str, nn.Module] = {}
     for path, owner in module.named_modules(remove_duplicate=False) if unexpected else ():
@@ -165,8 +165,7 @@ def _check_companions(
         raise FormatError(
             f"the file has {', '.join(keys)} beside the weights of {path!r}"
             + (f", whose {', '.join(lost)} it lacks" if lost else "")
-            + ": they are not known, and may change what the weights mean. Load a version of the "
-            "file without them"
+            + ". This version does not know what they do to the weights: load a file without them"
         )
 
 
@@ -222,6 +221,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_no_meta_left(module: nn.Module, jobs: list[Job]) -> None:
+    """PlacementError that names the buffers without values that the file does not bring."""
     filled = {id(job.buffer.tensor) for job in jobs if job.buffer is not None}
     empty = [
         buffer.name

@@ -3,6 +3,7 @@
 from distorch.lora.files import LoraSource
 from distorch.lora.once import patches_of_tied
 from distorch.lora.patches import (
+    Applied,
     Patch,
     Patches,
     ResolvedLora,
@@ -14,6 +15,7 @@ from distorch.lora.patches import (
 from distorch.lora.resolve import LoraReader
 
 __all__ = [
+    "Applied",
     "LoraReader",
     "LoraSource",
     "Patch",

@@ -1,7 +1,7 @@
 """What an adapter says of itself: PEFT's configuration, in a file beside it or in its metadata.
 
-A key of a configuration is known to set the scale, known to be harmless, or refused. PEFT adds keys
-with every version, and one that is passed over can make every weight wrong.
+A key of a configuration is read, or it is known to be harmless, or it is refused. PEFT adds keys
+with every version. One of them, passed over, can make every weight wrong.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ PEFT_PREFIX = "base_model.model."
 # The types whose keys are read; all others are refused by their name.
 KNOWN_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")
 
-# Keys that `scaling` and the reader of whole rows use.
+# Keys that are read: they set the scale, or have to agree with the tensors.
 _USED = frozenset({
     "peft_type", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora",
     "use_cayley_neumann", "num_cayley_neumann_terms", "init_lora_weights",
-    "trainable_token_indices",
+    "trainable_token_indices", "use_dora", "target_modules", "target_parameters",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
 })  # fmt: skip
-# Keys that change nothing of the result, or nothing that the tensors do not show themselves: which
-# modules were chosen, how training went, on what it ran.
+# Keys that say how training went, or what the tensors show themselves.
 _HARMLESS = frozenset({
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "target_parameters", "modules_to_save", "bias", "lora_bias", "use_dora", "fan_in_fan_out",
+    "inference_mode", "bias", "lora_bias", "fan_in_fan_out",
     "lora_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout",
     "init_weights", "megatron_config", "megatron_core", "eva_config", "corda_config",
     "loftq_config", "lora_ga_config", "velora_config", "runtime_config", "ensure_weight_tying",
@@ -77,7 +76,10 @@ class Configuration:
     )
 
     def of(self, stem: str) -> tuple[Mapping[str, Any], str]:
-        """What holds for a stem, and its name as the patterns of that configuration see it."""
+        """The configuration that a stem belongs to, and the stem's name inside that part.
+
+        FormatError if several differ and the stem does not say which.
+        """
         for part, config in self.parts.items():
             if part and stem.startswith(f"{part}."):
                 return config, stem.removeprefix(f"{part}.")
@@ -97,7 +99,9 @@ class Configuration:
         return (fitting[0] if fitting else {}), without_component(stem)
 
     def scaling(self, stem: str, own_alpha: float | None) -> Scaling:
-        """How strong the patch of one target is at strength 1. Its own alpha comes first."""
+        """How strong the patch of one target is at strength 1. `own_alpha`, if its tensors have
+        one, wins over the configuration. FormatError if a value is no number.
+        """
         config, name = self.of(stem)
         alpha, rank = own_alpha, None
         if alpha is None:
@@ -152,7 +156,7 @@ class Configuration:
             return None
         given = config.get("layers_pattern") or r"[^.]*"
         for pattern in [given] if isinstance(given, str) else given:
-            whole = compiled(pattern, "layers_pattern", self.label, r"(?:.*?\.)?{}\.(\d+)\.")
+            whole = _compile(pattern, "layers_pattern", self.label, r"(?:.*?\.)?{}\.(\d+)\.")
             if found := whole.match(name):
                 chosen = layers if isinstance(layers, list) else [layers]
                 return None if int(found.group(1)) in chosen else "layers_to_transform"
@@ -161,7 +165,7 @@ class Configuration:
     def _names_it(self, modules: Any, name: str, key: str) -> bool:
         """PEFT's rule: a regular expression for the whole name, or ends of names."""
         if isinstance(modules, str):
-            return compiled(modules, key, self.label).fullmatch(name) is not None
+            return _compile(modules, key, self.label).fullmatch(name) is not None
         return any(name == end or name.endswith(f".{end}") for end in modules)
 
     def saves_module(self, name: str) -> bool:
@@ -171,7 +175,9 @@ class Configuration:
         return any(f".{module}." in f".{inner}." for module in saved)
 
     def token_rows(self, stem: str) -> list[int]:
-        """The rows of an embedding that were trained as such (PEFT's trainable tokens)."""
+        """The numbers of the embedding rows that PEFT trained one by one. FormatError if there are
+        none.
+        """
         config, name = self.of(stem)
         told = config.get("trainable_token_indices")
         if isinstance(told, dict):
@@ -200,7 +206,7 @@ class Configuration:
             if not isinstance(patterns, dict):
                 raise FormatError(f"{self.label}: its {table} is no table: {patterns!r:.80}")
             self._compiled[key] = [
-                (compiled(pattern, table, self.label, r"(.*\.)?({})$"), value)
+                (_compile(pattern, table, self.label, r"(.*\.)?({})$"), value)
                 for pattern, value in patterns.items()
             ]
         return self._compiled[key]
@@ -269,8 +275,10 @@ def _fill_defaults(config: dict[str, Any], label: str) -> None:
         )
 
 
-def compiled(pattern: str, key: str, label: str, within: str = "{}") -> re.Pattern[str]:
-    """A pattern of a configuration, `within` another one. FormatError if it is none."""
+def _compile(pattern: str, key: str, label: str, within: str = "{}") -> re.Pattern[str]:
+    """A regular expression of a configuration, put into `within` where that has {}. FormatError if
+    it is none.
+    """
     try:
         return re.compile(within.replace("{}", pattern))
     except re.error as error:

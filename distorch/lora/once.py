@@ -1,8 +1,8 @@
 """One change once: in a file that says it twice, and on a weight that modules share.
 
 Trainers write a fused projection and its parts side by side, or one module under two names. Both
-change the same rows; the sum would be twice what was trained. Tied weights are alike: an embedding
-and a head that are one weight can only be changed together.
+change the same rows, and their sum would be twice what was trained. Tied weights have the same
+trouble: an embedding and a head that are one weight can only be changed together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from distorch.errors import FormatError
 from distorch.lora.families import Shapes
 from distorch.lora.kinds import LowRankKind, ReplacementKind, RowsKind, as_like
-from distorch.lora.patches import Patch, Patches
+from distorch.lora.patches import Applied, Patch, Patches
 
 _CLOSE = 1e-5  # of the largest number: two spellings may have been rounded apart
 _PROBES = 2  # random columns that stand for all of them
@@ -34,16 +34,12 @@ def without_repeats(patches: Sequence[Patch], shapes: Shapes) -> list[Patch]:
             if not same_change(patch, other, shape):
                 raise FormatError(
                     f"{patch.label}: {other.stem!r} and {patch.stem!r} both change "
-                    f"{patch.weight!r}, each in its own way; a file holds a change once. Remove "
-                    "the keys of one of them"
+                    f"{patch.weight!r}, and do not agree. Remove the keys of one of them"
                 )
         if any(_covers(other, patch, shape) for other in repeats):
             continue
         by_weight[patch.weight] = [other for other in kept if other not in repeats] + [patch]
     return [patch for kept in by_weight.values() for patch in kept]
-
-
-Applied = list[tuple[Patch, float]]
 
 
 def patches_of_tied(
@@ -66,9 +62,9 @@ def patches_of_tied(
             patch = next(patch for entries in found for patch, _ in entries)
             raise patch.complaint(
                 f"{ends[0][0]!r} and {names[0]!r} are tied: they are one weight, and the LoRA does "
-                "not change both alike. Untie them first (give one of the modules a parameter of "
-                "its own, a clone, and set tie_word_embeddings to False in the configuration), or "
-                "leave these keys out"
+                "not change both alike. Untie them first (give one module a clone of the parameter "
+                "and set tie_word_embeddings to False in the configuration), or leave these keys "
+                "out"
             )
     return found[0]
 
@@ -83,7 +79,7 @@ def _by_any_name(patches: Patches, names: Sequence[str], shape: Sequence[int]) -
             one, other = found[0][0][0], entries[0][0]
             raise one.complaint(
                 f"{one.weight!r} and {other.weight!r} are one module, and {one.stem!r} and "
-                f"{other.stem!r} change it each in its own way. Remove the keys of one of them"
+                f"{other.stem!r} do not change it alike. Remove the keys of one of them"
             )
     return found[0] if found else []
 
@@ -138,7 +134,7 @@ def _same_rows(one: Patch, other: Patch, rows: range, shape: Sequence[int]) -> b
 
 
 def _both_change(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
-    # A stem may bring a weight's bias in two pieces, and a patch for a weight that it replaces.
+    # One stem may bring a bias in two pieces. A file may replace a weight and patch the new one.
     if one.stem == other.stem:
         return False
     if isinstance(one.kind, ReplacementKind) != isinstance(other.kind, ReplacementKind):

@@ -41,6 +41,9 @@ class Patch:
         )
 
 
+Applied = list[tuple[Patch, float]]  # with strengths, in the order of adding
+
+
 @dataclass(eq=False)
 class ResolvedLora:
     """One file's patches on one module, and what of it fits nothing, or has another size."""

@@ -125,14 +125,13 @@ def _check_strays(file: LoraFile, strays: Collection[str], patches: Collection[P
     """A key that is not known, below a stem whose other keys are, is a part of that patch."""
     stems = {patch.stem for patch in patches} if strays else set()
     for key in strays:
-        steps = key.split(".")
-        stem = next(
-            (s for i in range(len(steps) - 1, 0, -1) if (s := ".".join(steps[:i])) in stems), ""
-        )
-        if stem:
+        above = key
+        while above and above not in stems:
+            above = above.rpartition(".")[0]
+        if above:
             raise FormatError(
-                f"{file.label}: {key!r} belongs to {stem!r} and is not known: without it, the "
-                "patch of that weight would be another"
+                f"{file.label}: {key!r} belongs to {above!r}, and this version does not know it: "
+                "the patch would be wrong without it"
             )
 
 

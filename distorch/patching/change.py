@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from distorch.errors import PlacementError
 from distorch.formats.safetensors import StoredTensor
-from distorch.lora import LoraSource, Patches
+from distorch.lora import Applied, LoraSource, Patches
 from distorch.patching.background import merge_in_background
 from distorch.patching.forms import Work, redo
 from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
-    Applied,
     Patching,
     PatchOptions,
     base_name,

@@ -9,8 +9,8 @@ import torch
 
 from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
-from distorch.lora import StoredRows, low_rank_terms, merge
-from distorch.patching.state import INTEGERS, Applied, Original, Patching, PatchOptions, base_name
+from distorch.lora import Applied, StoredRows, low_rank_terms, merge
+from distorch.patching.state import INTEGERS, Original, Patching, PatchOptions, base_name
 from distorch.planner import Plan
 from distorch.runtime.groups import Group
 from distorch.runtime.staging import current_place

@@ -25,8 +25,8 @@ from distorch.errors import PlacementError, SpecError
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import own_scales
 from distorch.lora import (
+    Applied,
     LoraReader,
-    Patch,
     Patches,
     ResolvedLora,
     StoredRows,
@@ -37,8 +37,6 @@ from distorch.runtime.groups import Member, has_bytes, named_members
 
 if TYPE_CHECKING:
     from distorch.patching.background import Merging
-
-Applied = list[tuple[Patch, float]]
 
 _MODES = ("merge", "fetch", "background")
 _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

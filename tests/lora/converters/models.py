@@ -3,10 +3,13 @@
 import diffusers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
-S = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+SIZES = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+WAN = {
+    **SIZES, "in_channels": 4, "out_channels": 4, "text_dim": 12, "freq_dim": 8, "ffn_dim": 24,
+}  # fmt: skip
 FACTORIES = {
     "flux": lambda: diffusers.FluxTransformer2DModel(
-        **S,
+        **SIZES,
         in_channels=4,
         num_single_layers=2,
         joint_attention_dim=12,
@@ -15,7 +18,7 @@ FACTORIES = {
         axes_dims_rope=(2, 2, 4),
     ),
     "chroma": lambda: diffusers.ChromaTransformer2DModel(
-        **S,
+        **SIZES,
         in_channels=4,
         num_single_layers=2,
         joint_attention_dim=12,
@@ -25,7 +28,7 @@ FACTORIES = {
         approximator_layers=2,
     ),
     "flux2": lambda: diffusers.Flux2Transformer2DModel(
-        **S,
+        **SIZES,
         in_channels=8,
         num_single_layers=2,
         joint_attention_dim=12,
@@ -43,31 +46,13 @@ FACTORIES = {
         timestep_channels=20,
         axes_dims_rope=(2, 2, 2, 2),
     ),
-    "wan": lambda: diffusers.WanTransformer3DModel(
-        **S,
-        in_channels=4,
-        out_channels=4,
-        text_dim=12,
-        freq_dim=8,
-        ffn_dim=24,
-        image_dim=10,
-        added_kv_proj_dim=16,
-    ),
+    "wan": lambda: diffusers.WanTransformer3DModel(**WAN, image_dim=10, added_kv_proj_dim=16),
     "skyreels": lambda: diffusers.SkyReelsV2Transformer3DModel(
-        **S,
-        in_channels=4,
-        out_channels=4,
-        text_dim=12,
-        freq_dim=8,
-        ffn_dim=24,
-        image_dim=10,
-        added_kv_proj_dim=16,
+        **WAN, image_dim=10, added_kv_proj_dim=16
     ),
-    "helios": lambda: diffusers.HeliosTransformer3DModel(
-        **S, in_channels=4, out_channels=4, text_dim=12, freq_dim=8, ffn_dim=24, rope_dim=(4, 2, 2)
-    ),
+    "helios": lambda: diffusers.HeliosTransformer3DModel(**WAN, rope_dim=(4, 2, 2)),
     "qwen": lambda: diffusers.QwenImageTransformer2DModel(
-        **S, in_channels=8, out_channels=2, joint_attention_dim=12, axes_dims_rope=(2, 2, 4)
+        **SIZES, in_channels=8, out_channels=2, joint_attention_dim=12, axes_dims_rope=(2, 2, 4)
     ),
     "z_image": lambda: diffusers.ZImageTransformer2DModel(
         in_channels=4,
@@ -81,7 +66,7 @@ FACTORIES = {
         axes_lens=[16, 16, 16],
     ),
     "hunyuan_video": lambda: diffusers.HunyuanVideoTransformer3DModel(
-        **S,
+        **SIZES,
         in_channels=4,
         out_channels=4,
         num_single_layers=2,
@@ -91,10 +76,10 @@ FACTORIES = {
         rope_axes_dim=(2, 2, 4),
     ),
     "ltx": lambda: diffusers.LTXVideoTransformer3DModel(
-        **S, in_channels=4, out_channels=4, cross_attention_dim=16, caption_channels=12
+        **SIZES, in_channels=4, out_channels=4, cross_attention_dim=16, caption_channels=12
     ),
     "ltx2": lambda: diffusers.LTX2VideoTransformer3DModel(
-        **S,
+        **SIZES,
         in_channels=4,
         out_channels=4,
         cross_attention_dim=16,
