@@ -72,7 +72,7 @@ def _additive(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind | None:
 
 
 def _check_all_used(parts: Mapping[str, Tensor], used: Collection[str]) -> None:
-    """A part that is left over belongs to another patch of the same weight, or to a new kind."""
+    """FormatError if a part is left over: it is of another patch, or of a kind that is new."""
     rest = sorted(parts.keys() - {*used, "magnitude"})
     if rest:
         raise FormatError(f"its parts {rest} do not go with {sorted(set(used) & parts.keys())}")

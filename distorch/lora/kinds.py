@@ -219,8 +219,8 @@ def _tucker(core: Tensor, up: Tensor, down: Tensor) -> Tensor:
 class KroneckerKind(Kind):
     """LoKr: scale * kron(left, right), each side a matrix or a product of two.
 
-    Each row of the left side makes as many rows as the right side has; `part` is which of all
-    those it is for, (begin, end), if not for all.
+    Each row of the left side makes as many rows as the right side has. `part` (begin, end): only
+    these rows of the product are used.
     """
 
     left: tuple[Tensor, ...]
@@ -393,8 +393,8 @@ class TurnedKind(Kind):
 
 
 def turned(kind: Kind) -> Kind:
-    """A patch made for [out, in] as one for [in, out]. What was made for the weight itself, its
-    difference or its replacement, is as the weight is.
+    """A patch made for [out, in] as one for [in, out]. Differences and replacements are made for
+    the weight itself, and stay as they are.
     """
     if isinstance(kind, LowRankKind):
         return kind.transposed()

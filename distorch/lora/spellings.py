@@ -61,9 +61,7 @@ _IGNORED = re.compile(
 
 @dataclass
 class Group:
-    """The parts of one target, by name: down, up, mid, alpha, magnitude, hada_w1_a, ...; and the
-    key that each came under.
-    """
+    """The parts of one target, by name (down, up, mid, alpha, magnitude, ...), and their keys."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
@@ -123,8 +121,10 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[st
 
 
 def _with_axis(magnitude: Tensor, embedding: bool) -> Tensor:
-    """PEFT's magnitudes are of outputs, of embeddings of columns; for convolutions it keeps them as
-    [1, outputs, 1, 1], which LyCORIS means for inputs.
+    """PEFT's magnitude in a shape that says what it is for: [outputs, 1] or [1, columns].
+
+    PEFT has one number per output, of an embedding one per column. For convolutions it writes
+    [1, outputs, 1, 1]. LyCORIS uses that shape for inputs.
     """
     return magnitude.reshape(1, -1) if embedding else magnitude.reshape(-1, 1)
 

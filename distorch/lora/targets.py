@@ -38,8 +38,8 @@ def without_component(stem: str) -> str:
 
 
 def _without_prefixes(stem: str) -> Iterator[str]:
-    """The stem, and what is left of it without prefixes, in any order of them, and without
-    underscores that trainers leave at its ends.
+    """The stem, and what is left when prefixes are taken off, in any order. Underscores that
+    trainers leave at the ends go, too.
     """
     seen, queue = set(), [unwrapped(stem), unwrapped(stem).strip("_")]
     while queue:
