@@ -4,7 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+// DISTORCH_ONE_PATH: without paths for vectors, which take a minute to compile.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(DISTORCH_ONE_PATH)
 #include <immintrin.h>
 #define DISTORCH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c")))
 #define DISTORCH_AVX2 __attribute__((target("avx2,f16c")))
