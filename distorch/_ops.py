@@ -100,20 +100,25 @@ def decode(
     *,
     scales: torch.Tensor | None = None,
     block: Sequence[int] = (1, 1),
+    table: torch.Tensor | None = None,
+    rotation: int = 0,
     terms: Terms | None = None,
     finite: torch.Tensor | None = None,
 ) -> None:
-    """into [rows, columns] = round_once(float32(stored) * scales + terms), on into's device.
+    """into [rows, columns] = round_once(turned_back(float32(stored)) * scales + terms), on into's
+    device. (W4x16 and W6x16 get their scales before they are turned back.)
 
     `stored` has rows as `code` says, in whatever dtype; `scales` float32 [grid rows, grid columns],
-    one for `block` (rows, columns) elements. `finite` (bool [1]) turns false when a product is not.
+    one for `block` (rows, columns) elements; `table` float32 [n], numbers that all blocks of some
+    codes share; `rotation`: columns that ConvRot turned together, 0 for none. `finite` (bool [1])
+    turns false when a product is not.
     """
     terms, device = terms or Terms(), into.device
     ups, downs = ([f.to(device) for f in factors] for factors in (terms.ups, terms.downs))
-    scales = scales.to(device) if scales is not None else None
+    scales, table = (part.to(device) if part is not None else None for part in (scales, table))
     _ops.decode_(
         into, stored, code, scales, list(block), ups, downs, terms.strengths, terms.first_rows,
-        finite,
+        finite, table, rotation,
     )  # fmt: skip
 
 
@@ -125,11 +130,17 @@ def decoded(
     *,
     scales: torch.Tensor | None = None,
     block: Sequence[int] = (1, 1),
+    table: torch.Tensor | None = None,
+    rotation: int = 0,
     name: str,
 ) -> torch.Tensor:
-    """A sharded tensor `dtype` [sizes] whose fetch decodes the bytes of `stored` (sharded)."""
+    """A sharded tensor `dtype` [sizes] whose fetch decodes the bytes of `stored` (sharded), as
+    `decode` does.
+    """
     _check_can_decode(stored, name)
-    made = _ops.decoded(stored, code, dtype, list(sizes), scales, list(block), name)
+    made = _ops.decoded(
+        stored, code, dtype, list(sizes), scales, list(block), name, table, rotation
+    )
     return cast(torch.Tensor, made)
 
 
@@ -289,6 +300,13 @@ def dequantise(blocks: torch.Tensor, block_type: str, dtype: torch.dtype) -> tor
 def dequantise_into(into: torch.Tensor, blocks: torch.Tensor, block_type: str) -> None:
     """The same into a contiguous tensor [.., elements]."""
     _ops.dequantise_(into, blocks, block_type)
+
+
+def interleave(into: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Fills uint8 [rows, blocks * bytes] with blocks: of each its bytes of every part, one part
+    after the other. `parts` are uint8 [rows, blocks * own bytes], of the first one byte per block.
+    """
+    _ops.interleave_(into, list(parts))
 
 
 def suggest_order(sharded: Sequence[torch.Tensor]) -> None:

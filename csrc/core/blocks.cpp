@@ -12,7 +12,8 @@ constexpr BlockType kTypes[] = {
     BlockType::kIQ2_XXS, BlockType::kIQ2_XS, BlockType::kIQ3_XXS, BlockType::kIQ1_S,
     BlockType::kIQ4_NL,  BlockType::kIQ3_S,  BlockType::kIQ2_S,   BlockType::kIQ4_XS,
     BlockType::kIQ1_M,   BlockType::kBF16,   BlockType::kTQ1_0,   BlockType::kTQ2_0,
-    BlockType::kMXFP4,   BlockType::kNVFP4,
+    BlockType::kMXFP4,   BlockType::kNVFP4,  BlockType::kFP4x16,  BlockType::kFP8x32,
+    BlockType::kW4x16,   BlockType::kW6x16,  BlockType::kI4x16,
 };
 
 constexpr BlockInfo info_of(BlockType type) {
@@ -25,14 +26,14 @@ constexpr BlockInfo info_of(BlockType type) {
       return {"BF16", 1, 2};
 #define DISTORCH_INFO(name) \
   case BlockType::k##name:  \
-    return {#name, blocks::name::kElements, blocks::name::kBytes};
+    return {#name, blocks::name::kElements, blocks::name::kBytes, blocks::kTableOf<blocks::name>};
       DISTORCH_BLOCK_TYPES(DISTORCH_INFO)
 #undef DISTORCH_INFO
   }
   return {"unknown", 1, 1};
 }
 
-constexpr int kNumbers = 41;
+constexpr int kNumbers = 205;
 
 struct Infos {
   BlockInfo of[kNumbers] = {};

@@ -1,4 +1,4 @@
-// The tensor types of GGUF files: names, numbers in the file, bytes of a block.
+// Types of blocks: the tensor types of GGUF files, and those that are packed here.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace distorch {
 
-// The numbers are those of the file format.
+// The numbers are those of GGUF files, or from 200 on our own: see block_types_packed.h.
 enum class BlockType : uint8_t {
   kF32 = 0,
   kF16 = 1,
@@ -36,12 +36,19 @@ enum class BlockType : uint8_t {
   kTQ2_0 = 35,
   kMXFP4 = 39,
   kNVFP4 = 40,
+  kFP4x16 = 200,
+  kFP8x32 = 201,
+  kW4x16 = 202,
+  kW6x16 = 203,
+  kI4x16 = 204,
 };
 
-// `elements` numbers are stored in `bytes` bytes. Blocks need no alignment.
+// `elements` numbers are stored in `bytes` bytes. Blocks need no alignment. `table`: how many
+// numbers (float32) all blocks of a weight share, beside their bytes.
 struct BlockInfo {
   const char* name;  // "Q4_K"
   int64_t elements, bytes;
+  int64_t table = 0;
 };
 
 const BlockInfo& block_info(BlockType type);

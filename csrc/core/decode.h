@@ -21,17 +21,27 @@ struct Scales {
   int64_t per_row = 1;  // grid columns
 };
 
-// W' = round_once(float(stored) * scale + sum of low-rank terms), in float32.
+// W' = round_once(turned_back(float(stored)) * scale + sum of low-rank terms), in float32. (Codes
+// that are scaled before they are turned: see RowCode.)
 struct Decoding {
   const RowCode* code;
   Scales scales;
   Element out;
   int64_t columns;
   std::span<const LowRank> terms;
+  const float* table = nullptr;  // code->table numbers
+  int64_t rotation = 0;          // numbers that were turned together (core/rotation.h); 0: none
 
   int64_t stored_row() const { return code->bytes_of(columns); }        // bytes
   int64_t decoded_row() const { return columns * element_bytes(out); }  // bytes
-  bool in_place() const { return code->is == out && scales.data == nullptr; }
+  // Whether the stored numbers are the weight's, but for the terms.
+  bool in_place() const { return code->is == out && scales.data == nullptr && rotation == 0; }
+  // What scaled numbers are rounded to before they are turned. A patched weight is rounded once.
+  Element rounded_first() const { return terms.empty() ? out : Element::kFloat32; }
+  // Whether the code alone makes the result, so that rows may be decoded in any pieces.
+  bool code_alone() const {
+    return code->to_element != nullptr && scales.data == nullptr && rotation == 0 && terms.empty();
+  }
 };
 
 // Rows [begin, end); `stored` and `into` are where row `begin` starts, and the

@@ -31,7 +31,7 @@
 namespace distorch {
 namespace {
 
-using Decode = void (*)(BlockType, const uint8_t*, int64_t, float*);
+using Decode = void (*)(BlockType, const uint8_t*, int64_t, const float*, float*);
 using Round = void (*)(const float*, int64_t, Element, uint16_t*);
 
 // What a processor computes with. kRounds: it has an instruction that rounds to
@@ -126,8 +126,9 @@ DISTORCH_INLINE auto round_ordinary(const Floats& numbers) {
 }
 
 template <class Type, class Level, Element kOut, bool kStreamed>
-DISTORCH_INLINE void decode_group(const uint8_t* block, int g, Stored<kOut>* __restrict into) {
-  const auto group = Type::open(block, g);
+DISTORCH_INLINE void decode_group(const uint8_t* block, int g, const float* table,
+                                  Stored<kOut>* __restrict into) {
+  const auto group = blocks::open_group<Type>(block, g, table);
   constexpr int kStep = std::min(Level::kLanes, Type::kGroup);
   into += g * Type::kGroup;
   if constexpr (Level::kLanes == 1) {  // the description as it is
@@ -153,22 +154,23 @@ DISTORCH_INLINE void decode_group(const uint8_t* block, int g, Stored<kOut>* __r
 // through float32 in memory.
 template <class Level, Element kOut>
 [[gnu::noinline, gnu::cold]] void decode_in_two_steps(BlockType type, const uint8_t* from,
-                                                      int64_t elements, Stored<kOut>* into) {
+                                                      int64_t elements, const float* table,
+                                                      Stored<kOut>* into) {
   alignas(64) float numbers[kMostElements];
-  Level::kDecode(type, from, 1, numbers);
+  Level::kDecode(type, from, 1, table, numbers);
   Level::kRound(numbers, elements, kOut, into);
 }
 
 template <class Type, class Level, Element kOut, bool kStreamed>
 DISTORCH_INLINE void decode_ordinary(const uint8_t* __restrict from, int64_t blocks,
-                                     Stored<kOut>* __restrict into) {
+                                     const float* table, Stored<kOut>* __restrict into) {
   // A copy, which the numbers written cannot be: what groups share is computed once.
   uint8_t bytes[Type::kBytes];
   for (int64_t block = 0; block < blocks; ++block) {
     std::memcpy(bytes, from, Type::kBytes);
 #pragma GCC unroll 16
     for (int g = 0; g < Type::kElements / Type::kGroup; ++g) {
-      decode_group<Type, Level, kOut, kStreamed>(bytes, g, into);
+      decode_group<Type, Level, kOut, kStreamed>(bytes, g, table, into);
     }
     from += Type::kBytes;
     into += Type::kElements;
@@ -176,19 +178,20 @@ DISTORCH_INLINE void decode_ordinary(const uint8_t* __restrict from, int64_t blo
 }
 
 template <class Type, class Level, Element kOut, bool kStreamed>
-DISTORCH_INLINE void decode(BlockType type, const uint8_t* from, int64_t blocks,
+DISTORCH_INLINE void decode(BlockType type, const uint8_t* from, int64_t blocks, const float* table,
                             Stored<kOut>* into) {
   static_assert(Type::kElements <= kMostElements);
   if constexpr (Level::kLanes == 1 || kOut == Element::kFloat32) {
-    decode_ordinary<Type, Level, kOut, kStreamed>(from, blocks, into);
+    decode_ordinary<Type, Level, kOut, kStreamed>(from, blocks, table, into);
   } else {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block;
-      while (block < blocks && Type::ordinary(from + block * Type::kBytes)) ++block;
+      while (block < blocks && blocks::is_ordinary<Type>(from + block * Type::kBytes, table))
+        ++block;
       decode_ordinary<Type, Level, kOut, kStreamed>(from + first * Type::kBytes, block - first,
-                                                    into + first * Type::kElements);
+                                                    table, into + first * Type::kElements);
       if (block == blocks) return;
-      decode_in_two_steps<Level, kOut>(type, from + block * Type::kBytes, Type::kElements,
+      decode_in_two_steps<Level, kOut>(type, from + block * Type::kBytes, Type::kElements, table,
                                        into + block * Type::kElements);
     }
   }
@@ -280,7 +283,7 @@ DISTORCH_INLINE void convert(Round round, BlockType type, const uint8_t* from, i
 
 template <class Level, Element kOut, bool kStreamed>
 DISTORCH_INLINE void decode_any(BlockType type, const uint8_t* from, int64_t blocks,
-                                Stored<kOut>* into) {
+                                const float* table, Stored<kOut>* into) {
   switch (type) {
     case BlockType::kF32:
     case BlockType::kF16:
@@ -295,7 +298,7 @@ DISTORCH_INLINE void decode_any(BlockType type, const uint8_t* from, int64_t blo
       return;
 #define DISTORCH_DECODE(name) \
   case BlockType::k##name:    \
-    return decode<blocks::name, Level, kOut, kStreamed>(type, from, blocks, into);
+    return decode<blocks::name, Level, kOut, kStreamed>(type, from, blocks, table, into);
       DISTORCH_BLOCK_TYPES(DISTORCH_DECODE)
 #undef DISTORCH_DECODE
   }
@@ -318,31 +321,32 @@ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(addres
 
 template <class Level, Element kOut>
 DISTORCH_INLINE void dequantise_to(BlockType type, const void* from, int64_t blocks, void* into,
-                                   Stores stores) {
+                                   Stores stores, const float* table) {
   const auto* bytes = static_cast<const uint8_t*>(from);
   auto* numbers = static_cast<Stored<kOut>*>(into);
   if (is_copy(type, kOut)) {
     if (blocks > 0) std::memcpy(into, from, static_cast<size_t>(blocks * block_info(type).bytes));
   } else if (Level::kLanes > 1 && stores == Stores::kStreamed && is_aligned(into)) {
-    decode_any<Level, kOut, (Level::kLanes > 1)>(type, bytes, blocks, numbers);
+    decode_any<Level, kOut, (Level::kLanes > 1)>(type, bytes, blocks, table, numbers);
     stream_fence();
   } else if constexpr (Level::kLanes > 1 && kOut == Element::kFloat32) {
-    Level::kDecode(type, bytes, blocks, numbers);
+    Level::kDecode(type, bytes, blocks, table, numbers);
   } else {
-    decode_any<Level, kOut, false>(type, bytes, blocks, numbers);
+    decode_any<Level, kOut, false>(type, bytes, blocks, table, numbers);
   }
 }
 
 template <class Level>
 DISTORCH_INLINE void dequantise_at(BlockType type, const void* from, int64_t blocks,
-                                   Element out_type, void* into, Stores stores) {
+                                   Element out_type, void* into, Stores stores,
+                                   const float* table) {
   switch (out_type) {
     case Element::kFloat32:
-      return dequantise_to<Level, Element::kFloat32>(type, from, blocks, into, stores);
+      return dequantise_to<Level, Element::kFloat32>(type, from, blocks, into, stores, table);
     case Element::kFloat16:
-      return dequantise_to<Level, Element::kFloat16>(type, from, blocks, into, stores);
+      return dequantise_to<Level, Element::kFloat16>(type, from, blocks, into, stores, table);
     case Element::kBFloat16:
-      return dequantise_to<Level, Element::kBFloat16>(type, from, blocks, into, stores);
+      return dequantise_to<Level, Element::kBFloat16>(type, from, blocks, into, stores, table);
   }
 }
 
@@ -353,38 +357,42 @@ const Round Avx2::kRound = round_avx2;
 const Round Avx512::kRound = round_avx512;
 
 DISTORCH_AVX512 void decode_avx512(BlockType type, const uint8_t* from, int64_t blocks,
-                                   float* into) {
-  decode_any<Avx512, Element::kFloat32, false>(type, from, blocks, into);
+                                   const float* table, float* into) {
+  decode_any<Avx512, Element::kFloat32, false>(type, from, blocks, table, into);
 }
 const Decode Avx512::kDecode = decode_avx512;
 
-DISTORCH_AVX2 void decode_avx2(BlockType type, const uint8_t* from, int64_t blocks, float* into) {
-  decode_any<Avx2, Element::kFloat32, false>(type, from, blocks, into);
+DISTORCH_AVX2 void decode_avx2(BlockType type, const uint8_t* from, int64_t blocks,
+                               const float* table, float* into) {
+  decode_any<Avx2, Element::kFloat32, false>(type, from, blocks, table, into);
 }
 const Decode Avx2::kDecode = decode_avx2;
 
 #ifndef __clang__  // which lets no such instruction be inlined from a template
 DISTORCH_AVX512 void dequantise_avx512_bf16(BlockType type, const void* from, int64_t blocks,
-                                            Element out_type, void* into, Stores stores) {
-  dequantise_at<Avx512Bfloat16>(type, from, blocks, out_type, into, stores);
+                                            Element out_type, void* into, Stores stores,
+                                            const float* table) {
+  dequantise_at<Avx512Bfloat16>(type, from, blocks, out_type, into, stores, table);
 }
 #endif
 
 DISTORCH_AVX512 void dequantise_avx512(BlockType type, const void* from, int64_t blocks,
-                                       Element out_type, void* into, Stores stores) {
-  dequantise_at<Avx512>(type, from, blocks, out_type, into, stores);
+                                       Element out_type, void* into, Stores stores,
+                                       const float* table) {
+  dequantise_at<Avx512>(type, from, blocks, out_type, into, stores, table);
 }
 
 DISTORCH_AVX2 void dequantise_avx2(BlockType type, const void* from, int64_t blocks,
-                                   Element out_type, void* into, Stores stores) {
-  dequantise_at<Avx2>(type, from, blocks, out_type, into, stores);
+                                   Element out_type, void* into, Stores stores,
+                                   const float* table) {
+  dequantise_at<Avx2>(type, from, blocks, out_type, into, stores, table);
 }
 
 #endif
 
 void dequantise_plain(BlockType type, const void* from, int64_t blocks, Element out_type,
-                      void* into, Stores stores) {
-  dequantise_at<Plain>(type, from, blocks, out_type, into, stores);
+                      void* into, Stores stores, const float* table) {
+  dequantise_at<Plain>(type, from, blocks, out_type, into, stores, table);
 }
 
 }  // namespace
@@ -404,9 +412,9 @@ std::vector<DequantisePath> dequantise_paths() {
 }
 
 void dequantise(BlockType type, const void* from, int64_t blocks, Element out_type, void* into,
-                Stores stores) {
+                Stores stores, const float* table) {
   static const auto chosen = dequantise_paths().back().run;
-  chosen(type, from, blocks, out_type, into, stores);
+  chosen(type, from, blocks, out_type, into, stores, table);
 }
 
 }  // namespace distorch

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "core/element.h"
 #include "core/portable.h"
 
 namespace distorch {
@@ -33,6 +34,13 @@ inline uint16_t to_float16(float value) {
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // rounds beyond 65504
   result = magnitude > 0x7f800000u ? 0x7e00u : result;
   return static_cast<uint16_t>(sign | result);
+}
+
+// The nearest number of a type.
+inline float rounded_to(Element type, float value) {
+  if (type == Element::kFloat16) return from_float16(to_float16(value));
+  if (type == Element::kBFloat16) return from_bfloat16(to_bfloat16(value));
+  return value;
 }
 
 }  // namespace distorch

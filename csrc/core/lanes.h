@@ -67,6 +67,32 @@ DISTORCH_HD typename VectorOf<float, kLanesOf<Vector>>::Type to_float(Vector num
   return __builtin_convertvector(numbers, typename VectorOf<float, kLanesOf<Vector>>::Type);
 }
 
+template <class Number>
+using FloatsOf = typename VectorOf<float, kLanesOf<Number>>::Type;
+
+template <AVector Vector>
+DISTORCH_HD FloatsOf<Vector> float_of(Vector bits) {
+  return (FloatsOf<Vector>)bits;
+}
+
+template <AVector Floats, AVector Vector>
+DISTORCH_HD Floats flipped(Floats number, Vector bits) {
+  return (Floats)((Vector)number ^ bits);
+}
+
+template <AVector Vector>
+DISTORCH_HD FloatsOf<Vector> entry_of(const float* table, Vector index) {
+  FloatsOf<Vector> entries;
+#if !defined(__clang__)
+  if constexpr (kLanesOf<Vector> == 16) {  // one instruction
+    std::memcpy(&entries, table, sizeof(entries));
+    return __builtin_shuffle(entries, index);
+  }
+#endif
+  for (int lane = 0; lane < kLanesOf<Vector>; ++lane) entries[lane] = table[index[lane]];
+  return entries;
+}
+
 template <AVector Vector>
 DISTORCH_HD Vector times_plus(float a, Vector b, float c) {
   return a * b + c;

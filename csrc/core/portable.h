@@ -70,6 +70,17 @@ DISTORCH_HD int32_t packed_at(uint32_t word, int32_t i) {
   return static_cast<int32_t>(word >> kBits * i & ((1u << kBits) - 1));
 }
 
+// The number with these bits.
+DISTORCH_HD float float_of(int32_t bits) { return as_float(static_cast<uint32_t>(bits)); }
+
+// The number with some of its bits turned over, such as the sign.
+DISTORCH_HD float flipped(float number, int32_t bits) {
+  return as_float(as_bits(number) ^ static_cast<uint32_t>(bits));
+}
+
+// One of 16 numbers.
+DISTORCH_HD float entry_of(const float* table, int32_t index) { return table[index]; }
+
 DISTORCH_HD float to_float(int32_t number) { return static_cast<float>(number); }
 
 // a * b + c with both roundings. Hosts compile this under fp-contract=off.

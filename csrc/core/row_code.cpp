@@ -14,7 +14,7 @@ namespace distorch {
 namespace {
 
 template <class Number>
-void bytes_to_float(const std::byte* from, int64_t count, float* into) {
+void bytes_to_float(const std::byte* from, int64_t count, const float*, float* into) {
   static const std::array<float, 256> table = [] {
     std::array<float, 256> values;
     for (int bits = 0; bits < 256; ++bits) {
@@ -27,7 +27,7 @@ void bytes_to_float(const std::byte* from, int64_t count, float* into) {
 }
 
 template <float (*kValue)(uint16_t)>
-void halves_to_float(const std::byte* from, int64_t count, float* into) {
+void halves_to_float(const std::byte* from, int64_t count, const float*, float* into) {
   for (int64_t i = 0; i < count; ++i) {
     uint16_t bits;
     std::memcpy(&bits, from + 2 * i, sizeof bits);
@@ -35,7 +35,7 @@ void halves_to_float(const std::byte* from, int64_t count, float* into) {
   }
 }
 
-void floats(const std::byte* from, int64_t count, float* into) {
+void floats(const std::byte* from, int64_t count, const float*, float* into) {
   std::memcpy(into, from, static_cast<size_t>(count) * sizeof(float));
 }
 
@@ -50,21 +50,29 @@ const RowCode kCodes[] = {
 };
 
 template <BlockType kType>
-void blocks_to_element(const std::byte* from, int64_t count, Element type, void* into,
-                       Stores stores) {
-  dequantise(kType, from, count / block_info(kType).elements, type, into, stores);
+void blocks_to_element(const std::byte* from, int64_t count, const float* table, Element type,
+                       void* into, Stores stores) {
+  dequantise(kType, from, count / block_info(kType).elements, type, into, stores, table);
 }
 
 template <BlockType kType>
-void blocks_to_float(const std::byte* from, int64_t count, float* into) {
-  blocks_to_element<kType>(from, count, Element::kFloat32, into, Stores::kCached);
+void blocks_to_float(const std::byte* from, int64_t count, const float* table, float* into) {
+  blocks_to_element<kType>(from, count, table, Element::kFloat32, into, Stores::kCached);
 }
 
 template <BlockType kType>
 RowCode block_code() {
   const BlockInfo& info = block_info(kType);
-  return {info.name,    info.elements,           info.bytes,
-          std::nullopt, &blocks_to_float<kType>, &blocks_to_element<kType>};
+  // comfy-kitchen does so for these two.
+  constexpr bool kScaledFirst = kType == BlockType::kW4x16 || kType == BlockType::kW6x16;
+  return {info.name,
+          info.elements,
+          info.bytes,
+          std::nullopt,
+          &blocks_to_float<kType>,
+          &blocks_to_element<kType>,
+          info.table,
+          kScaledFirst};
 }
 
 const std::vector<RowCode>& block_codes() {

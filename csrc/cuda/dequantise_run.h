@@ -14,12 +14,13 @@ constexpr int kRun = 8;
 
 // Numbers [kRun * run, kRun * run + kRun) of `blocks`.
 template <class Type>
-DISTORCH_HD void decode_run(const uint8_t* blocks, int64_t run, float* numbers) {
+DISTORCH_HD void decode_run(const uint8_t* blocks, int64_t run, const float* table,
+                            float* numbers) {
   static_assert(Type::kGroup % kRun == 0 && Type::kElements % Type::kGroup == 0);
   constexpr int kRuns = Type::kElements / kRun;
   const uint8_t* block = blocks + run / kRuns * Type::kBytes;
   const int first = static_cast<int>(run % kRuns) * kRun;
-  const auto group = Type::open(block, first / Type::kGroup);
+  const auto group = blocks::open_group<Type>(block, first / Type::kGroup, table);
   for (int i = 0; i < kRun; ++i) numbers[i] = Type::number(group, first % Type::kGroup + i);
 }
 

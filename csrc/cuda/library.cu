@@ -9,25 +9,41 @@
 #include "cuda/dequantise.cuh"
 #include "cuda/merge.cuh"
 #include "cuda/numbers.cuh"
+#include "cuda/rotation.cuh"
 
 namespace distorch::cuda {
 namespace {
 
-// Rows as float32 or as what the weight is, before patches.
-int widen(const Decoding& decoding, int64_t begin, int64_t rows, const void* stored,
-          Element out_type, void* into, cudaStream_t stream) {
+// Rows as float32 or as what the weight is, before they are turned back and patched.
+int widen(const Decoding& decoding, const Scales& scales, int64_t begin, int64_t rows,
+          const void* stored, Element out_type, void* into, cudaStream_t stream) {
   const int64_t columns = decoding.columns;
   const std::string_view code = decoding.code->name;
   if (decoding.code->elements == 1) {
-    return scale(code, stored, begin, rows, columns, decoding.scales, out_type, into, stream);
+    return scale(code, stored, begin, rows, columns, scales, out_type, into, stream);
   }
   const auto type = block_type_named(code);
   if (!type) return cudaErrorInvalidValue;
   const int64_t blocks = rows * columns / decoding.code->elements;
-  const int error = dequantise(*type, stored, blocks, out_type, into, stream);
-  if (error != cudaSuccess || decoding.scales.data == nullptr) return error;
+  const int error = dequantise(*type, stored, blocks, decoding.table, out_type, into, stream);
+  if (error != cudaSuccess || scales.data == nullptr) return error;
   // REQUIRES: out_type is float32 (needs_panel).
-  return scale("float32", into, begin, rows, columns, decoding.scales, out_type, into, stream);
+  return scale("float32", into, begin, rows, columns, scales, out_type, into, stream);
+}
+
+// Rows as float32 with all but their patches: as decode_rows (core/decode.h) does.
+int fill_panel(const Decoding& decoding, int64_t begin, int64_t rows, const void* stored,
+               float* panel, cudaStream_t stream) {
+  const int64_t columns = decoding.columns;
+  const bool scaled_first = decoding.code->scaled_before_rotation || decoding.rotation == 0;
+  int error = widen(decoding, scaled_first ? decoding.scales : Scales{}, begin, rows, stored,
+                    Element::kFloat32, panel, stream);
+  if (error != cudaSuccess || decoding.rotation == 0) return error;
+  error = rotate_back(panel, rows * columns, decoding.rotation,
+                      scaled_first ? decoding.rounded_first() : Element::kFloat32, stream);
+  if (error != cudaSuccess || scaled_first || decoding.scales.data == nullptr) return error;
+  return scale("float32", panel, begin, rows, columns, decoding.scales, Element::kFloat32, panel,
+               stream);
 }
 
 std::vector<LowRank> from_row(std::span<const LowRank> terms, int64_t begin) {
@@ -65,14 +81,14 @@ int queue_decoding(const Decoding& decoding, int64_t begin, int64_t end, const v
     return cudaMemcpyAsync(into, stored, bytes, cudaMemcpyDeviceToDevice, stream);
   }
   if (!needs_panel(decoding)) {
-    return widen(decoding, begin, rows, stored, decoding.out, into, stream);
+    return widen(decoding, decoding.scales, begin, rows, stored, decoding.out, into, stream);
   }
   const auto* from = static_cast<const std::byte*>(stored);
   auto* to = static_cast<std::byte*>(into);
   for (int64_t row = begin; row < end; row += panel_rows) {
     const int64_t count = std::min(panel_rows, end - row);
-    int error = widen(decoding, row, count, from + (row - begin) * decoding.stored_row(),
-                      Element::kFloat32, panel, stream);
+    int error = fill_panel(decoding, row, count, from + (row - begin) * decoding.stored_row(),
+                           panel, stream);
     if (error != cudaSuccess) return error;
     error =
         merge(Element::kFloat32, panel, decoding.out, to + (row - begin) * decoding.decoded_row(),

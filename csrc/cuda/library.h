@@ -20,7 +20,7 @@ struct CUstream_st;
 namespace distorch::cuda {
 
 // Both sides are of one build.
-constexpr int kLibraryVersion = 3;
+constexpr int kLibraryVersion = 4;
 
 struct Kernels {
   int version;
@@ -69,7 +69,8 @@ inline uint64_t more_terms_bytes(const Decoding& decoding) {
 inline bool needs_panel(const Decoding& decoding) {
   if (decoding.in_place()) return false;
   const bool blocks = decoding.code->elements > 1;
-  return !decoding.terms.empty() || (blocks && decoding.scales.data != nullptr);
+  return !decoding.terms.empty() || decoding.rotation > 0 ||
+         (blocks && decoding.scales.data != nullptr);
 }
 
 }  // namespace distorch::cuda

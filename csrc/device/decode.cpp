@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 
+#include "core/rotation.h"
 #include "device/cuda.h"
 #include "device/threads.h"
 
@@ -20,8 +21,7 @@ void decode_on_host(const DecodeJob& job) {
   const std::vector<LowRank> terms = low_rank_of(job.terms);
   Decoding decoding = decoding_of(job.recipe, terms);
   int64_t rows = job.recipe.rows;
-  const bool blocks_alone = decoding.code->to_element != nullptr;
-  if (blocks_alone && terms.empty() && decoding.scales.data == nullptr) {
+  if (decoding.code_alone()) {
     // Nothing depends on the row, so that each block counts as one: parts may begin anywhere.
     rows *= decoding.columns / decoding.code->elements;
     decoding.columns = decoding.code->elements;
@@ -85,6 +85,22 @@ void check_fits(const RowRecipe& recipe, std::span<const PatchTerm> terms, c10::
         ", each for ", recipe.scale_rows, " x ", recipe.scale_columns,
         " elements, do not fit a weight of [", recipe.rows, ", ", recipe.columns, "] on ", device);
   }
+  const int64_t shared = recipe.table.defined() ? recipe.table.numel() : 0;
+  TORCH_CHECK_VALUE(shared == recipe.code->table, recipe.code->name, " takes a table of ",
+                    recipe.code->table, " numbers, not of ", shared);
+  TORCH_CHECK_VALUE(
+      shared == 0 || (recipe.table.scalar_type() == at::kFloat && recipe.table.is_contiguous() &&
+                      recipe.table.device() == device),
+      "a table is float32, contiguous, and on ", device);
+  if (recipe.rotation != 0) {
+    TORCH_CHECK_VALUE(is_rotation(recipe.rotation) && recipe.columns % recipe.rotation == 0,
+                      "rows of ", recipe.columns, " elements are not turned in groups of ",
+                      recipe.rotation, ": expected a power of 4, at most ", kLargestRotation,
+                      ", that divides them");
+    TORCH_CHECK_VALUE(!recipe.scales.defined() || recipe.scale_columns % recipe.rotation == 0,
+                      "a scale for ", recipe.scale_columns, " columns is not one for groups of ",
+                      recipe.rotation, " that were turned together");
+  }
   for (const PatchTerm& term : terms) {
     TORCH_CHECK_VALUE(
         is_matrix_on(term.up, device) && is_matrix_on(term.down, device) &&
@@ -126,7 +142,9 @@ Decoding decoding_of(const RowRecipe& recipe, std::span<const LowRank> terms) {
     scales = {recipe.scales.const_data_ptr<float>(), recipe.scale_rows, recipe.scale_columns,
               recipe.scales.size(1)};
   }
-  return {recipe.code, scales, element_of(recipe.dtype), recipe.columns, terms};
+  const float* table = recipe.table.defined() ? recipe.table.const_data_ptr<float>() : nullptr;
+  return {recipe.code, scales, element_of(recipe.dtype), recipe.columns,
+          terms,       table,  recipe.rotation};
 }
 
 std::vector<LowRank> low_rank_of(std::span<const PatchTerm> terms) {

@@ -28,10 +28,13 @@ struct RowRecipe {
   int64_t scale_rows = 1, scale_columns = 1;  // elements per scale
   at::ScalarType dtype;
   int64_t rows, columns;
+  at::Tensor table = {};  // float32 [code->table], contiguous; undefined: none
+  int64_t rotation = 0;   // columns that were turned together (core/rotation.h); 0: none
 };
 
-// One decoding: into = round_once(float32(stored) * scales + sum of terms). All tensors are on one
-// device, contiguous, and fit each other (check_fits).
+// One decoding: into = round_once(turned_back(float32(stored)) * scales + sum of terms), in the
+// order that the code asks for (RowCode). All
+// tensors are on one device, contiguous, and fit each other (check_fits).
 struct DecodeJob {
   const RowRecipe& recipe;
   std::span<const PatchTerm> terms;

@@ -23,9 +23,13 @@ RowDecoder::RowDecoder(RowRecipe recipe, std::vector<PatchTerm> terms, c10::Devi
     terms_there_.push_back(
         {on_device(term.up, previous), on_device(term.down, previous), term.scale, term.first_row});
   }
-  if (!recipe_.scales.defined()) return;
-  recipe_there_.scales =
-      previous != nullptr ? previous->recipe_there_.scales : recipe_.scales.to(compute);
+  const auto there = [&](at::Tensor RowRecipe::* part) {
+    if (!(recipe_.*part).defined()) return;
+    recipe_there_.*part =
+        previous != nullptr ? previous->recipe_there_.*part : (recipe_.*part).to(compute);
+  };
+  there(&RowRecipe::scales);
+  there(&RowRecipe::table);
 }
 
 at::Tensor RowDecoder::on_device(const at::Tensor& factor, const RowDecoder* previous) const {
@@ -56,13 +60,14 @@ void RowDecoder::decode_on_device(const std::byte* stored, std::byte* into) cons
   const c10::Stream stream = guard.getStream(compute_);
   // The allocator must not give this memory to others before the stream has read it.
   const auto read_there = [&](const at::Tensor& tensor) {
-    guard.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
+    if (tensor.defined()) guard.recordDataPtrOnStream(tensor.storage().data_ptr(), stream);
   };
   for (const PatchTerm& term : terms_there_) {
     read_there(term.up);
     read_there(term.down);
   }
-  if (recipe_there_.scales.defined()) read_there(recipe_there_.scales);
+  read_there(recipe_there_.scales);
+  read_there(recipe_there_.table);
   const at::Tensor from = bytes_at(stored, stored_bytes(), compute_);
   const at::Tensor to = bytes_at(into, decoded_bytes(), compute_);
   // Whether products are finite is not asked: the host would have to wait for the answer.
@@ -72,6 +77,7 @@ void RowDecoder::decode_on_device(const std::byte* stored, std::byte* into) cons
 
 uint64_t RowDecoder::factor_bytes() const {
   uint64_t bytes = recipe_.scales.defined() ? recipe_.scales.nbytes() : 0;
+  if (recipe_.table.defined()) bytes += recipe_.table.nbytes();
   for (const PatchTerm& term : terms_) bytes += term.up.nbytes() + term.down.nbytes();
   return bytes;
 }

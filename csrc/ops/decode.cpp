@@ -3,20 +3,23 @@
 #include <torch/library.h>
 
 #include "core/blocks.h"
+#include "core/interleave.h"
 #include "device/decode.h"
+#include "device/threads.h"
 #include "hook/errors.h"
 
 namespace distorch {
 namespace {
 
-// into [rows, columns] = round_once(float32(stored) * scales + sum of strength * up @ down, each
-// from its first row on). `stored` has the rows' bytes as `code` says, of any dtype. It is `into`
-// itself only where nothing changes but by patches. `finite` (bool, one element) becomes false when
-// a product is not.
+// into [rows, columns] = round_once(turned_back(float32(stored)) * scales + sum of strength * up @
+// down, each from its first row on). `stored` has the rows' bytes as `code` says, of any dtype. It
+// is `into` itself only where nothing changes but by patches. `finite` (bool, one element) becomes
+// false when a product is not.
 void decode_matrix(at::Tensor into, const at::Tensor& stored, c10::string_view code,
                    const std::optional<at::Tensor>& scales, at::IntArrayRef scale_block,
                    at::TensorList ups, at::TensorList downs, at::ArrayRef<double> strengths,
-                   at::IntArrayRef first_rows, std::optional<at::Tensor> finite) {
+                   at::IntArrayRef first_rows, std::optional<at::Tensor> finite,
+                   const std::optional<at::Tensor>& table, int64_t rotation) {
   at_border([&] {
     TORCH_CHECK_VALUE(into.dim() == 2 && into.is_contiguous() && stored.is_contiguous() &&
                           stored.device() == into.device() && scale_block.size() == 2,
@@ -27,7 +30,9 @@ void decode_matrix(at::Tensor into, const at::Tensor& stored, c10::string_view c
                            scale_block[1],
                            into.scalar_type(),
                            into.size(0),
-                           into.size(1)};
+                           into.size(1),
+                           table.value_or(at::Tensor()),
+                           rotation};
     const std::vector<PatchTerm> terms = terms_of(ups, downs, strengths, first_rows);
     check_fits(recipe, terms, into.device());
     const Decoding decoding = decoding_of(recipe, {});
@@ -43,13 +48,14 @@ void decode_matrix(at::Tensor into, const at::Tensor& stored, c10::string_view c
 void decode_nothing(at::Tensor, const at::Tensor&, c10::string_view,
                     const std::optional<at::Tensor>&, at::IntArrayRef, at::TensorList,
                     at::TensorList, at::ArrayRef<double>, at::IntArrayRef,
-                    std::optional<at::Tensor>) {}
+                    std::optional<at::Tensor>, const std::optional<at::Tensor>&, int64_t) {}
 
 // --- blocks of GGUF files ---
 
 BlockType type_of(const std::string& name) {
   const auto type = block_type_named(name);
-  TORCH_CHECK_VALUE(type.has_value(), "dequantise: no block type ", name);
+  TORCH_CHECK_VALUE(type.has_value() && block_info(*type).table == 0, "dequantise: no block type ",
+                    name, " that needs no table");
   return *type;
 }
 
@@ -104,6 +110,39 @@ at::Tensor dequantise_new(const at::Tensor& blocks, const std::string& name, at:
   return into;
 }
 
+// --- blocks that are made of numbers and their scales ---
+
+// into [rows, blocks * bytes]: of each block its bytes of every part, one part after the other.
+// `parts` are uint8 [rows, blocks * own bytes]; the first has one byte per block.
+void interleave(at::Tensor into, at::TensorList parts) {
+  at_border([&] {
+    const auto is_rows = [&](const at::Tensor& rows) {
+      return rows.dim() == 2 && rows.scalar_type() == at::kByte && rows.is_contiguous() &&
+             rows.size(0) == into.size(0);
+    };
+    TORCH_CHECK_VALUE(into.dim() == 2 && is_rows(into) && !parts.empty(),
+                      "interleave_ takes contiguous rows of bytes");
+    const int64_t blocks = parts[0].size(1);
+    std::vector<Part> found;
+    int64_t block = 0;
+    for (const at::Tensor& part : parts) {
+      TORCH_CHECK_VALUE(is_rows(part) && blocks > 0 && part.size(1) % blocks == 0,
+                        "interleave_: ", part.sizes(), " has not rows of ", blocks, " blocks");
+      found.push_back({part.const_data_ptr<uint8_t>(), part.size(1) / blocks});
+      block += found.back().bytes;
+    }
+    TORCH_CHECK_VALUE(into.size(1) == blocks * block, "interleave_: ", into.sizes(),
+                      " has not room for ", blocks, " blocks of ", block, " bytes");
+    auto* to = into.mutable_data_ptr<uint8_t>();
+    const auto threads = static_cast<int64_t>(compute_threads());
+    const int64_t rows = into.size(0);
+    for_ranges(rows, rows_per_part(rows, blocks * block, 1, threads), threads,
+               [&](int64_t begin, int64_t end) {
+                 interleave_rows(found, blocks, begin, end, to + begin * blocks * block);
+               });
+  });
+}
+
 void register_kernels(torch::Library& library) {
   library.impl("decode_", &decode_matrix);
   library.impl("dequantise", &dequantise_new);
@@ -112,7 +151,10 @@ void register_kernels(torch::Library& library) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(distorch, CPU, library) { register_kernels(library); }
+TORCH_LIBRARY_IMPL(distorch, CPU, library) {
+  register_kernels(library);
+  library.impl("interleave_", &interleave);
+}
 
 TORCH_LIBRARY_IMPL(distorch, CUDA, library) { register_kernels(library); }
 

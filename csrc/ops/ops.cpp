@@ -155,7 +155,8 @@ weight_info(const at::Tensor& tensor) {
 // (sharded, plain), and which operators see as `dtype` [sizes].
 at::Tensor decoded(const at::Tensor& stored, std::string code, at::ScalarType dtype,
                    at::IntArrayRef sizes, const std::optional<at::Tensor>& scales,
-                   at::IntArrayRef scale_block, std::string name) {
+                   at::IntArrayRef scale_block, std::string name,
+                   const std::optional<at::Tensor>& table, int64_t rotation) {
   return at_border([&] {
     TORCH_CHECK_VALUE(!sizes.empty() && scale_block.size() == 2, "decoded: no shape");
     const Handle& handle = handle_of(stored);
@@ -169,7 +170,7 @@ at::Tensor decoded(const at::Tensor& stored, std::string code, at::ScalarType dt
     const int64_t columns = numbers / std::max<int64_t>(rows, 1);
     RowRecipe recipe{
         &stored_as, scales.value_or(at::Tensor()), scale_block[0], scale_block[1], dtype, rows,
-        columns};
+        columns,    table.value_or(at::Tensor()),  rotation};
     auto decoder =
         std::make_shared<RowDecoder>(std::move(recipe), std::vector<PatchTerm>(), handle.compute);
     const auto donor = handle.weight->donor();
@@ -406,7 +407,7 @@ TORCH_LIBRARY(distorch, library) {
               &weight_info);
   library.def(
       "decoded(Tensor stored, str code, ScalarType dtype, int[] sizes, Tensor? scales, "
-      "int[] scale_block, str name) -> Tensor",
+      "int[] scale_block, str name, Tensor? table=None, int rotation=0) -> Tensor",
       &decoded);
   library.def("block_elements(str code) -> int",
               [](std::string code) { return at_border([&] { return row_code(code).elements; }); });
@@ -421,8 +422,9 @@ TORCH_LIBRARY(distorch, library) {
       &set_patches);
   library.def(
       "decode_(Tensor(a!) into, Tensor stored, str code, Tensor? scales, int[] scale_block, "
-      "Tensor[] ups, Tensor[] downs, float[] strengths, int[] first_rows, Tensor(b!)? finite) "
-      "-> ()");
+      "Tensor[] ups, Tensor[] downs, float[] strengths, int[] first_rows, Tensor(b!)? finite, "
+      "Tensor? table=None, int rotation=0) -> ()");
+  library.def("interleave_(Tensor(a!) into, Tensor[] parts) -> ()");
   library.def("moves(Tensor weight) -> int", &moves);
   library.def("adopt(Tensor weight, Tensor same, int moves) -> bool", &adopt);
   library.def("file_range(Tensor tensor) -> (str, int)", &file_range);

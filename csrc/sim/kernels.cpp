@@ -138,14 +138,16 @@ bool has_composite_twin(const c10::OperatorHandle& op) {
 
 // The fallback runs it, as it runs every operator.
 void decode_on_sim(const DecodeJob& job) {
-  static const auto decode = named("distorch::decode_")
-                                 .typed<void(at::Tensor, const at::Tensor&, c10::string_view,
-                                             const std::optional<at::Tensor>&, at::IntArrayRef,
-                                             at::TensorList, at::TensorList, at::ArrayRef<double>,
-                                             at::IntArrayRef, std::optional<at::Tensor>)>();
+  static const auto decode =
+      named("distorch::decode_")
+          .typed<void(at::Tensor, const at::Tensor&, c10::string_view,
+                      const std::optional<at::Tensor>&, at::IntArrayRef, at::TensorList,
+                      at::TensorList, at::ArrayRef<double>, at::IntArrayRef,
+                      std::optional<at::Tensor>, const std::optional<at::Tensor>&, int64_t)>();
   const RowRecipe& recipe = job.recipe;
-  std::optional<at::Tensor> scales;
-  if (recipe.scales.defined()) scales = recipe.scales;
+  const auto if_there = [](const at::Tensor& part) {
+    return part.defined() ? std::optional(part) : std::nullopt;
+  };
   std::vector<at::Tensor> ups, downs;
   std::vector<double> strengths;
   std::vector<int64_t> first_rows;
@@ -155,9 +157,9 @@ void decode_on_sim(const DecodeJob& job) {
     strengths.push_back(term.scale);
     first_rows.push_back(term.first_row);
   }
-  decode.call(job.into, job.stored, recipe.code->name, scales,
+  decode.call(job.into, job.stored, recipe.code->name, if_there(recipe.scales),
               {recipe.scale_rows, recipe.scale_columns}, ups, downs, strengths, first_rows,
-              job.finite);
+              job.finite, if_there(recipe.table), recipe.rotation);
 }
 
 void register_kernels() {

@@ -17,11 +17,15 @@ using namespace distorch;
 
 namespace {
 
+// What types with a table are tried with: a factor, or levels.
+constexpr float table[16] = {0.37f, -0.98f, -0.79f, 0.64f, -0.5f, 0.38f, -0.26f, 0.0f,
+                             0.16f, -0.05f, 0.27f,  0.5f,  0.64f, 0.79f, 0.98f,  -1.0f};
+
 template <class Type>
 float described(const uint8_t* bytes, int64_t number) {
   const uint8_t* block = bytes + number / Type::kElements * Type::kBytes;
   const int at = static_cast<int>(number % Type::kElements);
-  return Type::number(Type::open(block, at / Type::kGroup), at % Type::kGroup);
+  return Type::number(blocks::open_group<Type>(block, at / Type::kGroup, table), at % Type::kGroup);
 }
 
 float described(BlockType type, const uint8_t* bytes, int64_t number) {
@@ -68,9 +72,9 @@ void check_path(const DequantisePath& path, BlockType type, int64_t blocks, Stor
   std::vector<float, OnALine<float>> full(count);
   std::vector<uint16_t> half(count), brain(count);
   const uint8_t* from = bytes.data() + 1;
-  path.run(type, from, blocks, Element::kFloat32, full.data(), stores);
-  path.run(type, from, blocks, Element::kFloat16, half.data(), stores);
-  path.run(type, from, blocks, Element::kBFloat16, brain.data(), stores);
+  path.run(type, from, blocks, Element::kFloat32, full.data(), stores, table);
+  path.run(type, from, blocks, Element::kFloat16, half.data(), stores, table);
+  path.run(type, from, blocks, Element::kBFloat16, brain.data(), stores, table);
   for (size_t i = 0; i < count; ++i) {
     const float wanted = described(type, from, static_cast<int64_t>(i));
     CHECK(same(full[i], wanted));
@@ -86,10 +90,10 @@ void check_runs(BlockType type, std::mt19937_64& random) {
   std::vector<uint8_t> bytes(kBlocks * Type::kBytes);
   for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
   std::vector<float> wanted(kBlocks * Type::kElements);
-  dequantise(type, bytes.data(), kBlocks, Element::kFloat32, wanted.data());
+  dequantise(type, bytes.data(), kBlocks, Element::kFloat32, wanted.data(), Stores::kCached, table);
   for (int64_t run = 0; run < kRuns; ++run) {
     float numbers[cuda::kRun];
-    cuda::decode_run<Type>(bytes.data(), run, numbers);
+    cuda::decode_run<Type>(bytes.data(), run, table, numbers);
     for (int i = 0; i < cuda::kRun; ++i) CHECK(same(numbers[i], wanted[run * cuda::kRun + i]));
   }
 }
@@ -102,7 +106,7 @@ void check_ordinary(std::mt19937_64& random) {
   int ordinary = 0;
   for (int i = 0; i < kBlocks; ++i) {
     for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
-    if (!Type::ordinary(block)) continue;
+    if (!blocks::is_ordinary<Type>(block, table)) continue;
     ++ordinary;
     for (int k = 0; k < Type::kElements; ++k) {
       const float magnitude = std::fabs(described<Type>(block, k));

@@ -39,6 +39,7 @@ int decode(int device, const Decoding& decoding, int64_t begin, int64_t end, con
   }
   here.terms = terms;
   here.scales.data = on_host(decoding.scales.data);
+  here.table = on_host(decoding.table);
   const bool all = decode_rows(here, begin, end, static_cast<const std::byte*>(on_host(stored)),
                                static_cast<std::byte*>(on_host(into)));
   if (!all && finite != nullptr) *on_host(finite) = 0;

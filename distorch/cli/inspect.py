@@ -98,7 +98,9 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
         lora_ranks=_ranks(tensors),
         largest=[(t.name, "x".join(map(str, t.shape)) or "scalar", t.nbytes) for t in largest],
         metadata=checkpoint.metadata,
-        formats=dict(Counter(declared_name(t) for t in tensors if t.declared).most_common()),
+        formats=dict(
+            Counter(declared_name(t.declared) for t in tensors if t.declared).most_common()
+        ),
         passed_over=[name for name in checkpoint.tensors if is_no_weight(name)],
         fits=_fits(path, fits) if fits is not None else None,
     )

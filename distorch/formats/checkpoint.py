@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distorch.errors import FormatError
 from distorch.formats import gguf
+from distorch.formats.block_types import PACKED_TYPES
 from distorch.formats.files import Files, find_files
 from distorch.formats.quantisation import with_declarations
 from distorch.formats.safetensors import StoredTensor, read_header
@@ -45,7 +46,9 @@ def is_no_weight(name: str) -> bool:
 
 
 def dtype_name(tensor: StoredTensor) -> str:
-    """ "bfloat16", "Q4_K"."""
+    """ "bfloat16", "Q4_K", "nvfp4"."""
+    if tensor.block_type in PACKED_TYPES and tensor.declared is not None:
+        return str(tensor.declared.told["format"])
     return tensor.block_type or str(tensor.dtype).removeprefix("torch.")
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 from distorch.errors import FormatError
-from distorch.formats.safetensors import DTYPES as FILE_DTYPES
+from distorch.formats.block_types import GGUF_TYPES
 from distorch.formats.safetensors import StoredTensor
 
 MAGIC = b"GGUF"
@@ -31,16 +31,6 @@ _MOST_NESTING = 4
 _KEPT = 64  # entries of an array that are kept; longer ones are described
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
-# The number in a file -> name, elements of a block, bytes of a block.
-BLOCK_TYPES = {
-    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
-}  # fmt: skip
 # Types that are what they say: no blocks.
 DTYPES = {
     0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32,
@@ -54,16 +44,6 @@ _SCALARS = {
 _TEXT, _ARRAY = 8, 9
 
 Value = bool | int | float | str | list["Value"]
-
-
-def check_readable(stored: StoredTensor) -> None:
-    """FormatError where a tensor has a type that this version does not decode."""
-    known = [name for name, _, _ in BLOCK_TYPES.values()]
-    if stored.block_type is not None and stored.block_type not in known:
-        raise FormatError(
-            f"tensor {stored.name!r} in {stored.path!r} has the type {stored.block_type}, which "
-            f"this version does not read; it reads {', '.join((*FILE_DTYPES, *known))}"
-        )
 
 
 def is_gguf(path: Path) -> bool:
@@ -217,13 +197,13 @@ class _Header:
             raise self._damaged(f"tensor {name!r} has the shape {shape}")
         if kind in DTYPES:
             return DTYPES[kind], None, elements * DTYPES[kind].itemsize
-        if kind not in BLOCK_TYPES:
-            known = ", ".join(block[0] for block in BLOCK_TYPES.values())
+        if kind not in GGUF_TYPES:
+            known = ", ".join(block[0] for block in GGUF_TYPES.values())
             raise FormatError(
                 f"tensor {name!r} in {str(self._path)!r} has the GGUF type {kind}, which this "
                 f"version does not decode; it decodes {known}, F16, BF16, F32"
             )
-        block_type, block_elements, block_bytes = BLOCK_TYPES[kind]
+        block_type, block_elements, block_bytes = GGUF_TYPES[kind]
         if not shape or shape[-1] % block_elements:
             raise self._damaged(f"tensor {name!r} ({block_type}) has the shape {shape}")
         return torch.uint8, block_type, elements // block_elements * block_bytes

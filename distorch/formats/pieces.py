@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from distorch import _ops
-
 if TYPE_CHECKING:
     from distorch.formats.safetensors import StoredTensor
 
@@ -29,7 +27,8 @@ class Piece(NamedTuple):
 
 
 def read_pieces(pieces: Sequence[Piece], into: torch.Tensor) -> None:
-    """Fills uint8 [bytes] with the pieces, in order. Takes up to 16 MiB more while it does.
+    """Fills uint8 [bytes] with the pieces, in order. Takes up to 16 MiB more while it does, twice
+    that for packed tensors.
 
     Raises FormatError, FetchError.
     """
@@ -39,11 +38,11 @@ def read_pieces(pieces: Sequence[Piece], into: torch.Tensor) -> None:
         end = max(piece.end for piece in near)
         total = sum(piece.nbytes for piece in near)
         if len(near) == 1:
-            _read(near[0].source, begin, into[at : at + total])
+            near[0].source.read_bytes(begin, into[at : at + total])
             at += total
             continue
-        span = torch.empty(end - begin, dtype=torch.uint8)
-        _read(near[0].source, begin, span)
+        span = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
+        near[0].source.read_bytes(begin, span)
         for piece in near:
             into[at : at + piece.nbytes] = span[piece.begin - begin : piece.end - begin]
             at += piece.nbytes
@@ -62,11 +61,3 @@ def _near_ones(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         group.append(piece)
     if group:
         yield group
-
-
-def _read(source: StoredTensor, begin: int, into: torch.Tensor) -> None:
-    if source.data is None:
-        _ops.read_file(source.path, source.offset + begin, into)
-        return
-    flat = source.data.detach().reshape(-1).view(torch.uint8)
-    into.copy_(flat[begin : begin + into.numel()])

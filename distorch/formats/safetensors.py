@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from distorch import _ops
 from distorch.errors import FormatError
+from distorch.formats.packing import Packing
 from distorch.formats.pieces import Piece, read_pieces
 
 DTYPES = {
@@ -31,6 +32,22 @@ _COMPARED = 32 << 20  # bytes of each, at one time
 
 
 @dataclass(frozen=True)
+class Declared:
+    """What a file says of a tensor's numbers: `told`, its words.
+
+    `table` are numbers that all blocks share, `rotation` how many columns were turned together (0:
+    none). `scale` is the key beside the layer that the numbers need, if any. `refusal` says why
+    this version does not read them, where it does not.
+    """
+
+    told: Mapping[str, Any] = field(compare=False)
+    table: tuple[float, ...] = ()
+    rotation: int = 0
+    scale: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes.
 
@@ -40,8 +57,9 @@ class StoredTensor:
     With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
     uint8. A shape's last dimension need not be whole blocks; all elements together are. A
     tensor of a type that this version does not read is kept in the same way, with the type's own
-    name as `block_type`; `gguf.check_readable` refuses it. `declared`: what the file says of the
-    format of its numbers (see `quantisation`).
+    name as `block_type`; `block_types.check_readable` refuses it. With a `packing` the blocks are
+    put together from two other tensors. `declared`: what the file says of the format of its
+    numbers (see `quantisation`).
     """
 
     name: str
@@ -53,12 +71,13 @@ class StoredTensor:
     data: torch.Tensor | None = None
     block_type: str | None = None
     pieces: tuple[Piece, ...] = ()
-    declared: Mapping[str, Any] | None = field(default=None, compare=False)
+    packing: Packing | None = None
+    declared: Declared | None = field(default=None, compare=False)
 
     @property
     def in_one_range(self) -> bool:
         """Whether `offset` and `nbytes` say all: the file itself can be its donor."""
-        return self.data is None and not self.pieces
+        return self.data is None and not self.pieces and self.packing is None
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Its values, contiguous, in new memory or in `into` (uint8, `room` bytes); of blocks, the
@@ -72,13 +91,27 @@ class StoredTensor:
         else:
             start = self._start_in(into)
             target = into[start : start + self.nbytes].view(self.dtype).view(shape)
-        if self.data is not None:
-            return target.copy_(self.data.detach())
-        if self.pieces:
+        if self.packing is not None:
+            self.packing.read(0, target)
+        elif self.data is not None:
+            target.copy_(self.data.detach())
+        elif self.pieces:
             read_pieces(self.pieces, target.view(-1).view(torch.uint8))
         elif self.nbytes:
             _ops.read_file(self.path, self.offset, target)
         return target
+
+    def read_bytes(self, begin: int, into: torch.Tensor) -> None:
+        """Fills uint8 [bytes] with its bytes from `begin` on. REQUIRES: it has no pieces itself.
+        FormatError, FetchError.
+        """
+        if self.packing is not None:
+            self.packing.read(begin, into)
+        elif self.data is not None:
+            flat = self.data.detach().reshape(-1).view(torch.uint8)
+            into.copy_(flat[begin : begin + into.numel()])
+        elif into.numel():
+            _ops.read_file(self.path, self.offset + begin, into)
 
     @property
     def room(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from distorch.formats.safetensors import StoredTensor
 
 # Beside "x.weight": the factor on its numbers. {} is "x", the weight's own key {}.weight.
 _FACTORS = ("{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv", "{}.weight.scale")
+# Only where the file declares it (`quantisation`): of integers that have scales of their own.
+_DECLARED = ("{}.weight_s_channel",)
 # bitsandbytes: int8 rows, largest absolute value of each.
 _LARGEST = ("{}.SCB", "{}.weight.SCB")
 # Of what comes in or goes out, for arithmetic in the narrow dtype: not of the weight.
@@ -35,7 +38,7 @@ _INT8_LARGEST = 127.0
 def scale_keys(name: str) -> dict[str, str]:
     """Every key under which something of this weight's scales may stand, by its pattern."""
     stem = name.removesuffix(".weight")
-    patterns = (*_FACTORS, *_LARGEST, *_OF_ACTIVATIONS, _LAYOUT)
+    patterns = (*_FACTORS, *_DECLARED, *_LARGEST, *_OF_ACTIVATIONS, _LAYOUT)
     return {pattern: pattern.format(stem) for pattern in patterns}
 
 
@@ -71,21 +74,35 @@ def attach_scales(
     """
     declared = check_declared(stored)
     stem = stored.name.removesuffix(".weight")
-    if stored.dtype.itemsize > 1 or stored.block_type is not None:
+    if not may_have_scales(stored) or (declared is not None and not declared.scale):
         return None, [key for key in (p.format(stem) for p in _OF_ACTIVATIONS) if key in free]
     taken = [key for key in (p.format(stem) for p in (*_OF_ACTIVATIONS, _LAYOUT)) if key in free]
+    if declared is not None:
+        key = f"{stem}.{declared.scale}"
+        if key in free:
+            values = _numbers(tensors[key], stored)
+            _check_per_row(stored, key, values, may_be_one=declared.scale == "weight_scale")
+            return _grid(stored, key, values), [*taken, key]
+        if not kept_by_module:
+            raise FormatError(
+                f"{stored.name!r} is declared to be numbers with a scale (comfy_quant), and the "
+                f"file has no {key!r}"
+            )
+        return None, taken
     for templates, divisor in ((_FACTORS, 1.0), (_LARGEST, _INT8_LARGEST)):
         for key in (template.format(stem) for template in templates):
             if key in free:
                 _check_layout(tensors.get(_LAYOUT.format(stem)))
                 values = _numbers(tensors[key], stored) / divisor
                 return _grid(stored, key, values), [*taken, key]
-    if declared and not kept_by_module:
-        raise FormatError(
-            f"{stored.name!r} is declared to be numbers with a scale (comfy_quant), and the file "
-            f"has no {_FACTORS[1].format(stem)!r}"
-        )
     return None, taken
+
+
+def may_have_scales(stored: StoredTensor) -> bool:
+    """Whether a tensor's numbers are of those that files keep scales beside."""
+    if stored.block_type is not None:
+        return stored.declared is not None
+    return stored.dtype.itemsize == 1
 
 
 def _check_layout(layout: StoredTensor | None) -> None:
@@ -108,9 +125,22 @@ def _numbers(scale: StoredTensor, weight: StoredTensor) -> torch.Tensor:
     return values.float()
 
 
+def _check_per_row(
+    stored: StoredTensor, key: str, values: torch.Tensor, *, may_be_one: bool
+) -> None:
+    """FormatError where a declared format has other scales than one, or one for each row."""
+    rows = stored.shape[0] if stored.shape else 1
+    if values.shape in ((rows,), (rows, 1)) or (may_be_one and values.numel() == 1):
+        return
+    raise FormatError(
+        f"{key!r} has shape {tuple(values.shape)}; expected {'one scale, or ' * may_be_one}one for "
+        f"each of the {rows} rows of {stored.name!r} (comfy_quant)"
+    )
+
+
 def _grid(stored: StoredTensor, key: str, values: torch.Tensor) -> Scales:
     rows = stored.shape[0] if len(stored.shape) > 1 else 1
-    columns = max(1, stored.nbytes // max(rows, 1))
+    columns = max(1, prod(stored.shape) // max(rows, 1))
     if values.numel() == 1:
         return Scales(values.reshape(1, 1), (rows, columns))
     if values.numel() == rows and (values.dim() == 1 or values.shape[0] == rows):

@@ -73,7 +73,8 @@ def load(
     `set_loras`); `lora_mode` "merge" (now), "fetch" (each time: strengths can be changed at once,
     same bits) or "background" (as "fetch" at first, and merged while the model is used: see
     `finish_merging`);
-    `patched_dtype` for patched weights of 8 bits ("bfloat16", "float16", "float32", "base"). Other
+    `patched_dtype` for patched weights of 8 bits or less ("bfloat16", "float16", "float32"; "base"
+    rounds back, plain numbers without scales only). Other
     options are those of `distribute`. Peak host memory: what stays there, the ring, two of the
     largest tensors, factors of LoRAs.
     Raises FormatError, SpecError, PlacementError, FetchError; the module is then as it was.
@@ -138,6 +139,7 @@ def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
             if job.rows is None:
                 check_plain_numbers(job.members[0], job.stored.dtype)
             narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
+            options.check_rounds_to(job.rows, job.name)
             job.patched_dtype = options.dtype_of(narrow, job.module_dtype)
             fits = job.rows is not None or job.dtype == job.stored.dtype
             known = job.patched_dtype in _ops.DECODED_DTYPES

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import nn
 
 from distorch import _ops
-from distorch.errors import FormatError, PlacementError
+from distorch.errors import FormatError, PlacementError, SpecError
+from distorch.formats.block_types import SIZES, check_readable
 from distorch.formats.checkpoint import Checkpoint, is_no_weight
-from distorch.formats.gguf import check_readable
 from distorch.formats.plain_names import match_names, unwrapped
-from distorch.formats.quantisation import check_declared
-from distorch.formats.safetensors import StoredTensor, same_bytes
+from distorch.formats.quantisation import check_declared, declared_name
+from distorch.formats.safetensors import Declared, StoredTensor, same_bytes
 from distorch.formats.scales import OF_THEIR_OWN, Scales, attach_scales, own_scales
 from distorch.loading.job import Job
 from distorch.lora import StoredRows
@@ -67,7 +68,7 @@ def match(
         if found is not None:
             tensor = checkpoint.tensors[found]
             check_readable(tensor)
-            check_declared(tensor)
+            _check_plain(tensor, buffer.name)
             jobs.append(Job(tensor, [], tensor.dtype, buffer))
         elif buffer.persistent:
             missing.append(buffer.name)
@@ -85,12 +86,26 @@ def _job(
 ) -> Job:
     own = members[0].parameter.dtype
     if stored.block_type is not None:
-        wide = dtype or (own if own in _ops.DECODED_DTYPES else torch.bfloat16)
-        return Job(stored, members, wide, rows=StoredRows(stored.block_type))
+        return Job(stored, members, _decoded_to(dtype, own), rows=_rows(stored))
     if is_gguf and dtype is None and own.is_floating_point:
         dtype = own  # what small tensors were before they went into the file
     floating = stored.dtype.is_floating_point and dtype is not None
     return Job(stored, members, dtype if floating and dtype is not None else stored.dtype)
+
+
+def _decoded_to(asked: torch.dtype | None, own: torch.dtype) -> torch.dtype:
+    """What fetches decode a weight to: as `load` was asked, or as near to the module's own dtype as
+    they can. SpecError.
+    """
+    if asked is None:
+        nearest = torch.float32 if own.itemsize > 4 else torch.bfloat16
+        return own if own in _ops.DECODED_DTYPES else nearest
+    if asked not in _ops.DECODED_DTYPES:
+        raise SpecError(
+            f"dtype={asked}: the file has weights in blocks or with scales, which are decoded to "
+            "torch.float32, torch.float16 or torch.bfloat16; expected one of these"
+        )
+    return asked
 
 
 def _take_scales(
@@ -110,15 +125,50 @@ def _take_scales(
     for other in others:
         also, taken = attach_scales(other, tensors, left, kept_by_module=kept)
         left -= set(taken)
-        if not _same_scales(scales, also) or not same_bytes(job.stored, other):
+        same = _same_scales(scales, also) and _coding(job.stored) == _coding(other)
+        if not same or not same_bytes(job.stored, other):
             raise FormatError(
                 f"{job.stored.name!r} and {other.name!r} are one weight in this module (tied), and "
                 "differ in the file: untie them first, or load a file in which they are the same"
             )
+    declared = job.stored.declared
+    if kept and declared is not None and (declared.rotation or job.stored.block_type):
+        raise FormatError(
+            f"{member.name!r} is stored as {declared_name(declared)}, and the module keeps its "
+            "scales itself: distorch decodes such weights only for modules without, as nn.Linear"
+        )
     if scales is not None:
-        job.rows = StoredRows(_ops.code_of(job.stored.dtype), scales.grid, scales.block)
-        wide = member.parameter.dtype
-        job.dtype = dtype or (wide if wide in _ops.DECODED_DTYPES else torch.bfloat16)
+        job.rows = replace(_rows(job.stored), scales=scales.grid, block=scales.block)
+        job.dtype = _decoded_to(dtype, member.parameter.dtype)
+
+
+def _coding(stored: StoredTensor) -> tuple[tuple[float, ...], int]:
+    """What a file declares of a tensor's numbers beside their scales."""
+    declared = stored.declared or Declared({})
+    return declared.table, declared.rotation
+
+
+def _rows(stored: StoredTensor) -> StoredRows:
+    """How the numbers of a tensor are stored, but for scales that lie beside it."""
+    table, rotation = _coding(stored)
+    code = stored.block_type or _ops.code_of(stored.dtype)
+    return StoredRows(code, table=_host_floats(table), rotation=rotation)
+
+
+def _host_floats(table: tuple[float, ...]) -> torch.Tensor | None:
+    """float32 on the host, whatever dtype and device the caller made the default."""
+    return torch.tensor(table, dtype=torch.float32, device="cpu") if table else None
+
+
+def _check_plain(stored: StoredTensor, name: str) -> None:
+    """FormatError where a buffer would get numbers that are not its own."""
+    declared = check_declared(stored)
+    if stored.block_type is not None or (declared is not None and declared.rotation):
+        kind = stored.block_type or _ops.code_of(stored.dtype)
+        raise FormatError(
+            f"the buffer {name!r} is stored as {declared_name(declared) if declared else kind}, "
+            "which distorch decodes for parameters only"
+        )
 
 
 def _same_scales(one: Scales | None, other: Scales | None) -> bool:
@@ -209,11 +259,32 @@ def _check_shapes(jobs: list[Job], is_gguf: bool) -> None:
             shape = tuple(job.members[0].parameter.shape)
         if is_gguf and _without_ones(shape) == _without_ones(job.stored.shape):
             job.stored = replace(job.stored, shape=shape)
+        job.stored = _without_padding(job.stored, shape)
         if shape != job.stored.shape:
             raise FormatError(
                 f"{job.stored.name!r}: the file has shape {job.stored.shape}, the module wants "
-                f"{shape}; build the module with the checkpoint's own configuration"
+                f"{shape}; {_advice(job.stored)}"
             )
+
+
+def _advice(stored: StoredTensor) -> str:
+    own = "build the module with the checkpoint's own configuration"
+    if stored.packing is None or stored.packing.row_multiple == 1:
+        return own
+    return f"{own}. (Rows that were padded with zeros are cut off; padded columns are not read)"
+
+
+def _without_padding(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """A packed weight without the rows of zeros that its format adds for cuBLAS."""
+    packing = stored.packing
+    if packing is None or stored.block_type is None or stored.shape[1:] != shape[1:]:
+        return stored
+    rows, multiple = stored.shape[0], packing.row_multiple
+    padded = shape[0] < rows == -(-shape[0] // multiple) * multiple
+    if not padded or not packing.is_padding(shape[0], rows):
+        return stored
+    elements, nbytes = SIZES[stored.block_type]
+    return replace(stored, shape=shape, nbytes=prod(shape) // elements * nbytes)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

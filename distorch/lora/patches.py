@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,14 +106,30 @@ def low_rank_terms(
 
 @dataclass(frozen=True)
 class StoredRows:
-    """How a weight is stored where that is not its own dtype: `code` and scales.
+    """How a weight is stored where that is not its own dtype: `code` and what `_ops.decode` wants.
 
-    `scales` float32 [grid rows, grid columns], one for `block` (rows, columns) elements.
+    `scales` float32 [grid rows, grid columns], one for `block` (rows, columns) elements; `table`
+    float32 [n]; `rotation` in columns, 0 for none.
     """
 
     code: str
     scales: Tensor | None = None
     block: tuple[int, int] = (1, 1)
+    table: Tensor | None = None
+    rotation: int = 0
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether the code says all: no scales, and nothing turned."""
+        return self.scales is None and self.rotation == 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `_ops.decode` and `_ops.decoded` want beside the code."""
+        return {
+            "scales": self.scales, "block": self.block, "table": self.table,
+            "rotation": self.rotation,
+        }  # fmt: skip
 
     def whole_rows(self, shape: Sequence[int]) -> bool:
         """Whether each row of a weight of that shape has its own bytes."""
@@ -147,15 +164,12 @@ def merge(
         terms = None
     if terms is None:
         return _merge_wide(patches, _plain(stored, rows, sizes), dtype)
-    same = in_place and stored.dtype == dtype == kernel_dtype and rows.scales is None
+    same = in_place and stored.dtype == dtype == kernel_dtype and rows.are_plain
     matrix = _ops.as_matrix(sizes)
     if into is None or into.dtype != kernel_dtype or into.device != stored.device:
         into = stored if same else _ops.empty_beside(stored, sizes, kernel_dtype)
     finite = torch.ones(1, dtype=torch.bool, device=stored.device)
-    _ops.decode(
-        into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block, terms=terms,
-        finite=finite,
-    )  # fmt: skip
+    _ops.decode(into.view(matrix), stored, rows.code, **rows.options, terms=terms, finite=finite)
     if not bool(finite):
         raise _not_finite(patches)
     return into.to(dtype)
@@ -163,11 +177,11 @@ def merge(
 
 def _plain(stored: Tensor, rows: StoredRows, shape: Sequence[int]) -> Tensor:
     """The numbers of a base, in float32 if they are not plain."""
-    if rows.code == _ops.code_of(stored.dtype) and rows.scales is None:
+    if rows.code == _ops.code_of(stored.dtype) and rows.are_plain:
         return stored
     into = _ops.empty_beside(stored, shape, torch.float32)
     matrix = _ops.as_matrix(shape) if rows.whole_rows(shape) else (1, into.numel())
-    _ops.decode(into.view(matrix), stored, rows.code, scales=rows.scales, block=rows.block)
+    _ops.decode(into.view(matrix), stored, rows.code, **rows.options)
     return into
 
 

@@ -124,6 +124,8 @@ def _changes(
         original = known.originals.get(base_name(group.name))
         if new and (original is None or original.rows is None):
             check_plain_numbers(group.members[0], group.first.dtype)
+        if new and original is not None:
+            options.check_rounds_to(original.rows, group.name)
         respelled = options != known.options and (old or new)
         if not _same(old, new) or respelled:
             changes.append(_Change(group, old, new, known.options))

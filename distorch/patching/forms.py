@@ -123,9 +123,7 @@ def with_rows(
     stored: torch.Tensor, rows: StoredRows, dtype: torch.dtype, shape: Sequence[int], name: str
 ) -> torch.Tensor:
     """A sharded tensor `dtype` [shape] that is decoded from the bytes of `stored` (sharded)."""
-    return _ops.decoded(
-        stored, rows.code, dtype, shape, scales=rows.scales, block=rows.block, name=name
-    )
+    return _ops.decoded(stored, rows.code, dtype, shape, **rows.options, name=name)
 
 
 def _redo_merged(
@@ -201,19 +199,7 @@ def merged_value(
     narrow = dtype.itemsize == 1
     target = torch.float32 if narrow else dtype
     value = merge(patches, values.to(device), target, rows, shape=shape, into=into, in_place=True)
-    if narrow and rows is not None and rows.scales is not None:
-        value = _unscaled(value, rows)
     if dtype in INTEGERS:
         limits = torch.iinfo(dtype)
         value = value.round().clamp(limits.min, limits.max)
     return value.to(dtype)
-
-
-def _unscaled(value: torch.Tensor, rows: StoredRows) -> torch.Tensor:
-    """The numbers that the scales make `value` of (float32), for rounding back to them."""
-    assert rows.scales is not None
-    matrix = value.view(_ops.as_matrix(value.shape))
-    grid = rows.scales.to(value.device)
-    grid = grid.repeat_interleave(rows.block[0], 0)[: matrix.shape[0]]
-    grid = grid.repeat_interleave(rows.block[1], 1)[:, : matrix.shape[1]]
-    return (matrix / grid).view(value.shape)

@@ -46,7 +46,7 @@ _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class PatchOptions:
     """How patches are put on: `mode` "merge" | "fetch" | "background"; `dtype` of patched weights
     whose base is narrower than 16 bits (None: the module's own, else bfloat16; "base": rounded
-    back).
+    back, where they are plain numbers without scales).
     """
 
     mode: str = "merge"
@@ -73,6 +73,15 @@ class PatchOptions:
     def at_fetch(self) -> bool:
         """Whether fetches patch what they can, for the time being or for good."""
         return self.mode != "merge"
+
+    def check_rounds_to(self, rows: StoredRows | None, name: str) -> None:
+        """SpecError where a patched weight is to be rounded to numbers that mean nothing alone."""
+        if self.dtype == "base" and rows is not None:
+            raise SpecError(
+                f"patched_dtype='base': {name!r} is stored as {rows.code}, in blocks or with "
+                "scales. Patched weights are not rounded to such numbers; expected 'bfloat16', "
+                "'float16' or 'float32'"
+            )
 
     def dtype_of(self, stored: torch.dtype, module_dtype: torch.dtype) -> torch.dtype:
         """What a patched weight is kept in."""

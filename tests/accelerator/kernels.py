@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from distorch import _ops
-from distorch.formats.gguf import BLOCK_TYPES
+from distorch.formats.block_types import GGUF_TYPES, PACKED_TYPES
 
 # Elements and bytes of a block. The package gguf is not asked: it may be missing beside a GPU, and
 # tests/kernels compares this table with it.
-SIZES = {name: (elements, nbytes) for name, elements, nbytes in BLOCK_TYPES.values()}
+SIZES = {name: (elements, nbytes) for name, elements, nbytes in GGUF_TYPES.values()}
 SIZES |= {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}
 PLAIN = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
 BLOCKS = sorted(name for name, (elements, _) in SIZES.items() if elements > 1)
@@ -29,6 +29,21 @@ def stored(code):
         return blocks_of(code)
     numbers = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)) * 8
     return numbers.to(getattr(torch, code))
+
+
+TURNED = {"int8": 256, "I4x16": 64, "W4x16": 256, "W6x16": 16, "FP4x16": 0, "FP8x32": 0}
+
+
+def turned(code):
+    """Random rows of a packed type, and what they are decoded with."""
+    elements, nbytes = PACKED_TYPES.get(code, (1, 1))
+    generator = torch.Generator().manual_seed(4)
+    shape = (ROWS, COLUMNS // elements * nbytes)
+    rows = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    entries = {"W4x16": 16, "FP4x16": 1}.get(code)
+    table = torch.randn(entries, generator=generator) if entries else None
+    scales = torch.rand(ROWS, 1, generator=generator) if TURNED[code] else None
+    return rows, {"scales": scales, "block": (1, COLUMNS), "table": table, "rotation": TURNED[code]}
 
 
 def terms():
@@ -55,6 +70,19 @@ def test_decode(machine, code, dtype, patched):
     rows = stored(code)
     scales = torch.rand(5, 4, generator=torch.Generator().manual_seed(3)) if code in PLAIN else None
     options = {"scales": scales, "block": (32, 128), "terms": terms() if patched else None}
+    wanted = torch.empty(ROWS, COLUMNS, dtype=dtype)
+    _ops.decode(wanted, rows, code, **options)
+    got = torch.empty(ROWS, COLUMNS, dtype=dtype, device=machine.device)
+    _ops.decode(got, rows.to(machine.device), code, **options)
+    assert_same_numbers(got, wanted)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("code", TURNED)
+def test_blocks_with_tables_and_rotations(machine, code, dtype, patched):
+    rows, options = turned(code)
+    options["terms"] = terms() if patched else None
     wanted = torch.empty(ROWS, COLUMNS, dtype=dtype)
     _ops.decode(wanted, rows, code, **options)
     got = torch.empty(ROWS, COLUMNS, dtype=dtype, device=machine.device)

@@ -62,11 +62,12 @@ def test_formats_that_are_numbers_times_a_scale(tmp_path, where, prefix):
 
 
 REFUSED = {
-    "convrot": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16},
-    "int8_tensorwise": {"format": "int8_tensorwise", "params": {"convrot": 1}},
-    "nvfp4": {"format": "nvfp4"},
+    "convrot_groupsize": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 32},
+    "int8_tensorwise": {"format": "int8_tensorwise", "params": {"convrot": 1}},  # of 256 columns
+    "nvfp4": {"format": "nvfp4"},  # the numbers are int8
     "mxfp8": {"format": "mxfp8"},
-    "asym_w4a8_int8": {"format": "asym_w4a8_int8", "group_size": 16},
+    "asym_w4a8_int8": {"format": "asym_w4a8_int8", "group_size": 16},  # other scales
+    "awq_w4a16": {"format": "awq_w4a16"},
     "INT8_TENSORWISE": {"format": "INT8_TENSORWISE"},
     "None": {"format": None},
     "a_key_to_come": {"format": "int8_tensorwise", "a_key_to_come": 4},

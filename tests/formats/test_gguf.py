@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import distorch
 from distorch import FormatError, _ops
 from distorch.cli.inspect import inspect_file
+from distorch.formats.block_types import GGUF_TYPES
 from distorch.formats.checkpoint import open_checkpoint
-from distorch.formats.gguf import BLOCK_TYPES, DTYPES, read_header
+from distorch.formats.gguf import DTYPES, read_header
 
 Q = gguf.GGMLQuantizationType
 
@@ -81,7 +82,7 @@ def test_reads_what_gguf_writes(small):
 
 
 def test_type_table_is_the_formats():
-    for number, (name, elements, size) in BLOCK_TYPES.items():
+    for number, (name, elements, size) in GGUF_TYPES.items():
         assert Q(number).name == name
         assert gguf.GGML_QUANT_SIZES[Q(number)] == (elements, size)
         block = torch.zeros(1, size, dtype=torch.uint8)
@@ -89,7 +90,7 @@ def test_type_table_is_the_formats():
     for number, dtype in DTYPES.items():
         assert gguf.GGML_QUANT_SIZES[Q(number)] == (1, dtype.itemsize)
     decodable = {Q.F32, Q.F16, *gguf.quants._type_traits}
-    assert {int(kind) for kind in decodable} <= BLOCK_TYPES.keys() | DTYPES.keys()
+    assert {int(kind) for kind in decodable} <= GGUF_TYPES.keys() | DTYPES.keys()
 
 
 def test_plan_counts_quantised_bytes(small):

@@ -19,7 +19,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(set((CSRC / "cuda").glob("*.cu")) - {CSRC / "cuda" / "library.cu"})
 GPUS = ["75", "80", "86", "89", "90", "100", "120"]
 # Half of a GPU's threads or more at work; a quarter for merges, whose sums are in registers.
-MOST_REGISTERS = {"dequantise.cu": 64, "merge.cu": 128, "numbers.cu": 64}
+MOST_REGISTERS = {"dequantise.cu": 64, "merge.cu": 128, "numbers.cu": 64, "rotation.cu": 32}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
@@ -63,7 +63,7 @@ def test_one_library_of_all_kernels(tmp_path):
 def host_kernels(tmp_path_factory):
     """(version, driver) -> a library with the same table, made of the host's kernels."""
     folder = tmp_path_factory.mktemp("kernels")
-    compiling = [COMPILER, "-std=c++20", "-O0", "-fPIC", f"-I{CSRC}"]
+    compiling = [COMPILER, "-std=c++20", "-O0", "-fPIC", "-DDISTORCH_ONE_PATH", f"-I{CSRC}"]
     core = sorted((CSRC / "core").glob("*.cpp"))
     subprocess.run([*compiling, "-c", *map(str, core)], cwd=folder, check=True)
     objects = [str(folder / f"{source.stem}.o") for source in core]
@@ -112,7 +112,7 @@ elif torch.version.cuda is None:
 
 
 def test_the_library_is_found(host_kernels, tmp_path):
-    cases = ((3, 13, "found"), (2, 13, "of another build"), (3, 12, "newer than the driver"))
+    cases = ((4, 13, "found"), (3, 13, "of another build"), (4, 12, "newer than the driver"))
     for version, driver, outcome in cases:
         path = host_kernels(version, driver)
         subprocess.run([sys.executable, "-c", PROGRAM, str(path), outcome], check=True)
@@ -152,6 +152,21 @@ for code in ("float32", "bfloat16", "float8_e4m3fn", "int8", "Q8_0", "Q6_K"):
             terms.strengths, terms.first_rows, finite)
         kernels.assert_same_numbers(got, wanted)
         assert bool(finite) and library.device_of_last_call() == 1
+
+for code in kernels.TURNED:
+    for terms in (_ops.Terms(), kernels.terms()):
+        rows, options = kernels.turned(code)
+        wanted = torch.empty(kernels.ROWS, kernels.COLUMNS, dtype=torch.bfloat16)
+        _ops.decode(wanted, rows, code, **options, terms=terms)
+        got = torch.zeros_like(wanted, device=device)
+        factors = [[factor.to(device) for factor in side] for side in (terms.ups, terms.downs)]
+        scales, table = (
+            options[name].to(device) if options[name] is not None else None
+            for name in ("scales", "table"))
+        ops.decode_.default.redispatch(
+            CUDA, got, rows.to(device), code, scales, options["block"], *factors,
+            terms.strengths, terms.first_rows, finite, table, options["rotation"])
+        kernels.assert_same_numbers(got, wanted)
 
 # More patches than travel with a launch.
 terms = _ops.Terms()
@@ -199,7 +214,7 @@ else:
 
 
 def test_what_the_operators_ask_of_the_library(host_kernels):
-    path = host_kernels(3, 13)
+    path = host_kernels(4, 13)
     subprocess.run([sys.executable, "-c", CALLS, str(path)], check=True, cwd=CSRC.parent)
 
 

@@ -68,6 +68,62 @@ def test_grids_that_end_within_a_block():
     assert torch.equal(arguments["into"], each)
 
 
+TURNED = {
+    "no power of 4": ({"rotation": 8}, "not turned in groups of 8"),
+    "too large": ({"rotation": 4**7}, "not turned in groups of 16384"),
+    "negative": ({"rotation": -4}, "not turned in groups of -4"),
+    "columns that are not whole groups": ({"rotation": 1024}, "not turned in groups of 1024"),
+    "scales within a group": (
+        {"rotation": 256, "scales": torch.ones(2, 2), "block": (32, 128)}, "scale for 128 columns"
+    ),
+    "a table for nothing": ({"table": torch.ones(1)}, "int8 takes a table of 0 numbers, not of 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TURNED)
+def test_rotations_and_tables_that_do_not_fit(case):
+    options, message = TURNED[case]
+    plain = torch.zeros(ROWS, COLUMNS, dtype=torch.int8)
+    with pytest.raises(ValueError, match=message):
+        _ops.decode(parts()["into"], plain, "int8", **options)
+    stored = _ops.shard_host(plain, torch.device("cpu"), "w")
+    with pytest.raises(ValueError, match=message):
+        _ops.decoded(stored, "int8", torch.float32, [ROWS, COLUMNS], name="w", **options)
+
+
+def test_blocks_that_need_a_table():
+    blocks = torch.zeros(ROWS, COLUMNS // 16 * 9, dtype=torch.uint8)
+    into = torch.empty(ROWS, COLUMNS)
+    for table in (
+        None,
+        torch.ones(15),
+        torch.ones(16, dtype=torch.float64),
+        torch.ones(16, 2)[:, 0],
+    ):
+        with pytest.raises(ValueError, match="a table"):
+            _ops.decode(into, blocks, "W4x16", table=table)
+    with pytest.raises(ValueError, match="W4x16 that needs no table"):
+        _ops.dequantise(blocks, "W4x16", torch.float32)
+    assert _ops.dequantise(torch.zeros(1, 8, dtype=torch.uint8), "I4x16", torch.float32).sum() == 0
+
+
+INTERLEAVED = {
+    "no parts": (8, []),
+    "another number of rows": (9, [(2, 1), (3, 8)]),
+    "bytes that are not those of blocks": (9, [(2, 2), (2, 9)]),
+    "no room": (8, [(2, 1), (2, 8)]),
+    "no blocks": (0, [(2, 0), (2, 0)]),
+}
+
+
+@pytest.mark.parametrize("case", INTERLEAVED)
+def test_parts_that_do_not_make_blocks(case):
+    columns, shapes = INTERLEAVED[case]
+    made = [torch.zeros(*shape, dtype=torch.uint8) for shape in shapes]
+    with pytest.raises(ValueError, match="interleave_"):
+        _ops.interleave(torch.zeros(2, columns, dtype=torch.uint8), made)
+
+
 def test_a_sharded_weight_whose_scales_do_not_fit():
     plain = torch.zeros(ROWS, COLUMNS, dtype=torch.int8)
     stored = _ops.shard_host(plain, torch.device("cpu"), "w")

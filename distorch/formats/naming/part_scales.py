@@ -9,7 +9,7 @@ from math import prod
 from distorch.errors import FormatError
 from distorch.formats.naming.tracing import Run, as_stored
 from distorch.formats.safetensors import StoredTensor
-from distorch.formats.scales import BLOCK, scale_keys
+from distorch.formats.scales import BLOCK, may_have_scales, scale_keys
 
 # id of a stored weight -> ending of a key, as {} stands for the weight's stem -> its scales
 Scales = dict[int, dict[str, StoredTensor]]
@@ -22,7 +22,7 @@ def take_scales(
     scales: Scales = {}
     taken = set()
     for name, stored in tensors.items():
-        if stored.dtype.itemsize > 1 or stored.block_type is not None:
+        if not may_have_scales(stored):
             continue
         beside = {ending: key for ending, key in scale_keys(name).items() if key in tensors}
         taken |= set(beside.values())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -21,15 +21,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distorch.errors import FormatError
-from distorch.formats.gguf import BLOCK_TYPES, check_readable
+from distorch.formats.block_types import SIZES, check_readable
 from distorch.formats.pieces import Piece
+from distorch.formats.quantisation import check_declared
 from distorch.formats.safetensors import StoredTensor
 
 Convert = Callable[[dict[str, torch.Tensor]], Mapping[str, Any]]
 
 # A weight of more pieces was transposed: elements moved, not rows.
 _MOST_PIECES = 1 << 17
-_BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in BLOCK_TYPES.values()}
 _aten = torch.ops.aten
 
 
@@ -236,6 +236,8 @@ def as_stored(name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> StoredT
     if len(kinds) != 1:
         parts = ", ".join(f"{s.name!r} ({s.block_type or s.dtype})" for s in sources.values())
         raise FormatError(f"{name!r} is put together from {parts or 'nothing'}: expected one dtype")
+    for source in sources.values():
+        check_declared(source)
     declared = runs[0].source.declared
     if any(source.declared != declared for source in sources.values()):
         parts = ", ".join(repr(source.name) for source in sources.values())
@@ -243,10 +245,13 @@ def as_stored(name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> StoredT
             f"{name!r} is put together from {parts}: expected one format (comfy_quant)"
         )
     pieces = tuple(_piece(run) for run in runs)
+    whole = pieces[0].source
+    if len(pieces) == 1 and whole.packing is not None and pieces[0].nbytes == whole.nbytes:
+        return replace(whole, name=name, shape=shape)
     ((dtype, block_type),) = kinds
     nbytes, first = sum(piece.nbytes for piece in pieces), pieces[0]
     source, offset = first.source, first.source.offset + first.begin
-    if len(pieces) > 1:
+    if len(pieces) > 1 or source.packing is not None:
         return StoredTensor(
             name, source.path, offset, nbytes, dtype, shape, block_type=block_type, pieces=pieces,
             declared=declared,
@@ -264,11 +269,14 @@ def _piece(run: Run) -> Piece:
     elements, nbytes = 1, source.dtype.itemsize
     if source.block_type is not None:
         check_readable(source)
-        elements, nbytes = _BLOCKS[source.block_type]
-    if run.begin % elements or run.end % elements:
+        elements, nbytes = SIZES[source.block_type]
+    whole = max(elements, source.declared.rotation if source.declared is not None else 0)
+    if run.begin % whole or run.end % whole:
+        kind = "turned groups (convrot)" if whole > elements else "blocks"
         raise FormatError(
-            f"{source.name!r} ({source.block_type}): the conversion to the module's names cuts its "
-            f"blocks of {elements} elements; load a version of the file that is not quantised"
+            f"{source.name!r} ({source.block_type or source.dtype}): the conversion to the "
+            f"module's names cuts its {kind} of {whole} elements; load a version of the file that "
+            "is not quantised"
         )
     begin, end = (edge // elements * nbytes for edge in (run.begin, run.end))
     return Piece(source, begin, end - begin)
