@@ -24,7 +24,7 @@ from distorch.errors import PlacementError
 
 # Libraries that ask for addresses only to see whether two weights are one. A number that is no
 # address must not get further than that: what launches kernels gets the error.
-_COMPARE_ADDRESSES = ("peft.",)
+_COMPARE_ADDRESSES = ("peft.", "accelerate.hooks", "accelerate.utils.modeling")
 
 # (weight id, how often the weight has moved) -> the tensor that state_dict gave out for it, so that
 # tied weights stay tied, and its version then. Once somebody wrote to that tensor, it is theirs and

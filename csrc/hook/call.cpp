@@ -48,6 +48,8 @@ bool same_geometry(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
+bool holds_sharded(const c10::IValue& value) { return first_handle(value) != nullptr; }
+
 struct Call::Traced {
   Traced(const Handle& handle, const std::string& name) {
     if (handle.compute.is_cpu()) {
@@ -110,8 +112,8 @@ void Call::tell_that_room_was_made(c10::OutOfMemoryError& error) const {
                "their way, and the operator was run again. Offload more, or use smaller batches"));
 }
 
-void Call::run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                     torch::jit::Stack& stack) {
+void Call::run_boxed(const c10::OperatorHandle& op, torch::jit::Stack& stack,
+                     c10::function_ref<void()> kernel) {
   const c10::FunctionSchema& schema = op.schema();
   const size_t below = stack.size() - schema.arguments().size();
   const auto once = [&] {
@@ -120,7 +122,7 @@ void Call::run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
       stack.insert(stack.end(), arguments_.begin(), arguments_.end());
     }
     swap_arguments(schema, stack);
-    op.redispatchBoxed(keys, &stack);
+    kernel();
   };
   run(once, &op);
   commit();

@@ -1,13 +1,18 @@
 // One operator call with sharded arguments.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/function_schema.h>
 #include <ATen/core/stack.h>
+#include <c10/util/FunctionRef.h>
 #include <c10/util/SmallVector.h>
 
 #include "hook/sharded.h"
 
 namespace distorch {
+
+// Whether a tensor, or one of a list, is sharded.
+bool holds_sharded(const c10::IValue& value);
 
 // The dispatch keys that an operator still has to pass below the hook.
 inline c10::DispatchKeySet below_hook(c10::DispatchKeySet keys) {
@@ -50,9 +55,15 @@ class Call {
       throw;
     }
   }
-  // An operator whose arguments are on top of `stack`, with those keys: replaces
-  // arguments, runs it, brings to donors what it wrote, and wraps its results.
-  void run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack& stack);
+  // An operator whose arguments are on top of `stack`: replaces arguments, has `kernel` run it on
+  // the stack, brings to donors what it wrote, and wraps its results.
+  void run_boxed(const c10::OperatorHandle& op, torch::jit::Stack& stack,
+                 c10::function_ref<void()> kernel);
+  // The same with the kernel that the operator has for those keys.
+  void run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                 torch::jit::Stack& stack) {
+    run_boxed(op, stack, [&] { op.redispatchBoxed(keys, &stack); });
+  }
 
   // The real tensor to pass for `tensor`, or `tensor` itself if it is plain.
   at::Tensor real(const at::Tensor& tensor, bool writes = false);

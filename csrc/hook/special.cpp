@@ -67,13 +67,11 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
   });
 }
 
-// Note [Nested and sparse arguments]
-// The kernels of nested and sparse tensors come before the hook's key and read
-// dense weights as memory. Operators that are only there for such arguments are
-// met a key earlier, at BackendSelect, where weights become real whatever else
-// is nested or sparse: those that torch.nn calls with a padding mask, and
-// torch.sparse's. (mm and the like with a sparse argument are not: everybody's
-// calls would pay for it.)
+// Note [Nested arguments]
+// The kernels of nested tensors come before the hook's key and read dense weights
+// as memory. Operators that torch.nn calls with a padding mask are met a key
+// earlier, at BackendSelect, where weights become real whatever else is nested.
+// (For sparse tensors see Note [Sparse arguments].)
 void before_backends(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                      torch::jit::Stack* stack) {
   at_border([&] {
@@ -185,9 +183,7 @@ TORCH_LIBRARY_IMPL(aten, AutogradCPU, library) {
 TORCH_LIBRARY_IMPL(aten, AutogradCUDA, library) { meet_reading_composites(library); }
 
 TORCH_LIBRARY_IMPL(aten, BackendSelect, library) {
-  for (const char* name :
-       {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "_sparse_addmm",
-        "_sparse_mm_reduce_impl", "_sparse_mm_reduce_impl_backward", "sparse_sampled_addmm"}) {
+  for (const char* name : {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&before_backends>());
   }
 }

@@ -1,6 +1,7 @@
 #include "hook/sweep.h"
 
 #include <ATen/core/enum_tag.h>
+#include <c10/util/Exception.h>
 
 #include <atomic>
 #include <memory>
@@ -11,6 +12,7 @@
 #include "core/mutex.h"
 #include "hook/fallback.h"
 #include "hook/sharded.h"
+#include "hook/sparse.h"
 
 namespace distorch {
 namespace {
@@ -102,6 +104,11 @@ c10::KernelFunction kernel_for(Treatment treatment) {
   return c10::KernelFunction::makeFromBoxedFunction<&run_with_real_weights>();
 }
 
+class Silence : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning&) override {}
+};
+
 // Counts registrations of operators, from whatever library.
 class Listener : public c10::OpRegistrationListener {
  public:
@@ -136,14 +143,34 @@ class Sweeper {
 
  private:
   void attend(const c10::OperatorHandle& op) REQUIRES(mutex_) {
+    if (op.hasSchema() && attended_.insert(op.operator_name()).second) attend_sparse(op);
     const Treatment treatment = classify(op);
-    if (treatment == Treatment::kLeave) return;
+    if (treatment != Treatment::kLeave) put(op, kHookKey, kernel_for(treatment));
+  }
+
+  // Once for each operator: the kernels that are put in front call those that they find.
+  void attend_sparse(const c10::OperatorHandle& op) REQUIRES(mutex_) {
+    for (const DispatchKey key : keys_of_constructor(op)) {
+      put(op, key, before_constructor(op, key));
+    }
+    if (!may_meet_weights(op.schema()) || !keys_of_constructor(op).empty()) return;
+    for (const DispatchKey key : kSparseKeys) {
+      if (op.hasKernelForDispatchKey(key)) put(op, key, before_sparse_kernel(op, key));
+    }
+  }
+
+  void put(const c10::OperatorHandle& op, DispatchKey key, c10::KernelFunction kernel)
+      REQUIRES(mutex_) {
+    // PyTorch warns where a kernel takes another one's place. Ours goes on to the other one.
+    Silence silence;
+    const c10::WarningUtils::WarningHandlerGuard guard(&silence);
     registrations_.push_back(c10::Dispatcher::singleton().registerImpl(
-        op.operator_name(), kHookKey, kernel_for(treatment), std::nullopt, nullptr,
+        op.operator_name(), key, std::move(kernel), std::nullopt, nullptr,
         "distorch: sharded weights"));
   }
 
   Mutex mutex_;
+  std::unordered_set<c10::OperatorName> attended_ GUARDED_BY(mutex_);
   std::atomic<uint64_t> registered_{0};
   std::atomic<uint64_t> swept_{0};
   std::vector<c10::RegistrationHandleRAII> registrations_ GUARDED_BY(mutex_);

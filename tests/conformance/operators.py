@@ -11,12 +11,13 @@ import argparse
 import fnmatch
 import itertools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .compare import assert_same, copies, gradients, outcome, shardable
 from .sweep import Case, add_arguments, run_cases
@@ -62,6 +63,42 @@ def check(name: str, dtype: torch.dtype, samples: int | None = None) -> None:
                 _check_sample(Run(op, function, mode, grad), structure)
 
 
+def check_sparse(name: str, samples: int | None = None) -> int:
+    """The same in float32 with one argument sparse, where the operator takes one: every other
+    tensor sharded alone. How many calls were compared. Raises DifferentError.
+    """
+    op, compared = OPS[name], 0
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        inputs = op.sample_inputs("cpu", torch.float32)
+        functions = [op.op] + ([op.inplace_variant] if op.inplace_variant else [])
+        for sample, function in itertools.product(itertools.islice(inputs, samples), functions):
+            run = Run(op, function, "no_grad", grad=False)
+            for structure in _with_one_sparse((sample.input, sample.args, sample.kwargs)):
+                plain = copies(structure, set())
+                if isinstance(
+                    outcome(lambda f=function, p=plain: f(p[0], *p[1], **p[2])), Exception
+                ):
+                    continue
+                for position, value in enumerate(tree_flatten(structure)[0]):
+                    if shardable(value):
+                        _check_choice(run, structure, {position})
+                        compared += 1
+    return compared
+
+
+def _with_one_sparse(structure: Any) -> Iterator[Any]:
+    """The arguments with one of several tensors sparse, each in turn, in two layouts."""
+    leaves, spec = tree_flatten(structure)
+    tensors = [i for i, value in enumerate(leaves) if shardable(value)]
+    for position in tensors if len(tensors) > 1 else ():
+        value = leaves[position].detach()
+        if value.dim() != 2 or not value.is_floating_point():
+            continue
+        for sparse in (value.to_sparse(), value.to_sparse_csr()):
+            yield tree_unflatten([*leaves[:position], sparse, *leaves[position + 1 :]], spec)
+
+
 def _check_sample(run: Run, structure: Any) -> None:
     """One sample: every tensor sharded alone, then all."""
     found = [i for i, value in enumerate(tree_flatten(structure)[0]) if shardable(value)]
@@ -93,20 +130,26 @@ def _check_choice(run: Run, structure: Any, sharded: set[int]) -> None:
 def cases(options: argparse.Namespace) -> list[Case]:
     """Every operator in every dtype that was asked for."""
     dtypes = [d for d in DTYPES if str(d).removeprefix("torch.") in options.dtype]
-    return [
+    chosen = [
         Case(str(dtype).removeprefix("torch."), name, check, (name, dtype, options.samples))
         for dtype in dtypes
         for name in names(dtype)
-        if fnmatch.fnmatch(name, options.only)
     ]
+    if "sparse" in options.dtype:
+        chosen += [
+            Case("sparse", name, check_sparse, (name, options.samples))
+            for name in names(torch.float32)
+        ]
+    return [case for case in chosen if fnmatch.fnmatch(case.name, options.only)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, help="at most so many per operator (default: all)")
     parser.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16", "int64"], help="default: all three"
-    )
+        "--dtype", nargs="+", default=["float32", "bfloat16", "int64", "sparse"],
+        help="default: all three, and float32 beside sparse arguments",
+    )  # fmt: skip
     add_arguments(parser)
     options = parser.parse_args()
     return run_cases("operators", cases(options), options)

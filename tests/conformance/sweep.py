@@ -24,7 +24,7 @@ class Case:
 
     group: str
     name: str
-    check: Callable[..., None]
+    check: Callable[..., object]
     args: tuple[Any, ...]
 
 

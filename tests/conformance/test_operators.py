@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .compare import DifferentError, assert_same
-from .operators import OPS, check, names
+from .operators import OPS, check, check_sparse, names
 
 FLOATS = names(torch.float32)
 INTEGERS = [name for name in names(torch.int64) if name not in FLOATS]
@@ -18,6 +18,13 @@ def test_float32(name):
 @pytest.mark.parametrize("name", INTEGERS)
 def test_int64(name):
     check(name, torch.int64, samples=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "mm", "addmm", "addmv", "inner", "__rmatmul__"]
+)
+def test_beside_sparse_arguments(name):
+    assert check_sparse(name) > 0
 
 
 def test_there_are_many():
