@@ -94,7 +94,7 @@ struct FP8x32 {
 };
 
 // asym_w4a8_int8. 0: the scale (E4M3). 1..8: which of the table's 16 levels, the low half first.
-// The products are integers of 8 bits; those times the row's scale are the weight.
+// Level times scale gives an integer of 8 bits. Integers times the row's scale are the weight.
 struct W4x16 {
   static constexpr int kElements = 16, kBytes = 9, kGroup = 16, kTable = 16;
   struct Group {
@@ -111,7 +111,7 @@ struct W4x16 {
     const auto level = entry_of(group.levels, half_at_place(group.halves, place_of(i)));
     return to_int8_grid(level * group.d);
   }
-  // NaN, which no integer is, counts as zero.
+  // A scale of NaN would make no integers: it counts as zero.
   static DISTORCH_HD float finite_e4m3(uint8_t byte) {
     return (byte & 0x7f) == 0x7f ? 0.0f : e4m3(static_cast<int32_t>(byte));
   }

@@ -26,8 +26,8 @@ constexpr bool is_rotation(int64_t group) {
   return power == group;
 }
 
-// What is left of each number of a quad: the sum of all four without twice its opposite.
-// Numbers, or vectors of them.
+// Each number of a quad becomes the sum of all four, minus twice the number opposite to it: d is
+// opposite to a, c to b. `Number` is a float or a vector of floats.
 template <class Number>
 DISTORCH_HD void turn_quad(Number& a, Number& b, Number& c, Number& d) {
   const Number sum = (a + b) + (c + d);
@@ -45,8 +45,8 @@ DISTORCH_HD float rotation_scale(int64_t group) {
   return scale;
 }
 
-// Turns each group of `count` numbers back, in place. REQUIRES: is_rotation(group), and `count`
-// is a number of whole groups.
+// Turns `count` numbers back in place, group by group. REQUIRES: is_rotation(group), and `count` is
+// a multiple of it.
 void rotate_back(float* numbers, int64_t count, int64_t group);
 
 }  // namespace distorch

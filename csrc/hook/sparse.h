@@ -14,8 +14,8 @@ namespace distorch {
 // that take more than one tensor get a kernel of ours in front, which makes weights real and calls
 // the old one. Calls without a sparse tensor never get here, and pay nothing.
 //
-// A sparse tensor keeps the tensors that it is made of. One that is made of a weight gets a copy of
-// its values: its kernels could not bring them.
+// A sparse tensor keeps the tensors that it is made of, and its kernels cannot fetch. So one that
+// is made of a weight gets a copy of the values.
 inline constexpr std::array kSparseKeys{c10::DispatchKey::SparseCPU, c10::DispatchKey::SparseCUDA,
                                         c10::DispatchKey::SparseCsrCPU,
                                         c10::DispatchKey::SparseCsrCUDA};

@@ -54,7 +54,7 @@ class Packing:
         return self.blocks * (1 + sum(self.planes))
 
     def is_padding(self, begin: int, end: int) -> bool:
-        """Whether rows [begin, end) of fp4 or fp8 numbers are zeros, as those are that pad."""
+        """Whether the fp4 or fp8 numbers of rows [begin, end) are all zero. FetchError."""
         each = self.blocks * sum(self.planes)
         numbers = _bytes((end - begin) * each)
         self.numbers.read_bytes(begin * each, numbers)

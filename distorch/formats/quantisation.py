@@ -46,12 +46,12 @@ class _Layer:
             f"(comfy_quant), {what}"
         )
 
-    def check_dtype(self, *dtypes: torch.dtype) -> None:
-        if self.weight.dtype not in dtypes:
-            raise self.refusal(f"and its numbers are {self.weight.dtype}; expected {dtypes[0]}")
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        if self.weight.dtype != dtype:
+            raise self.refusal(f"and its numbers are {self.weight.dtype}; expected {dtype}")
 
     def check_is(self, key: str, wanted: int) -> None:
-        """A key that files may have, and which has one value."""
+        """Refuses a key that says something else than the one value that the format has."""
         if self.told.get(key, wanted) != wanted:
             raise self.refusal(f"with {key}={self.told[key]!r:.60}; expected {wanted}")
 
@@ -65,7 +65,7 @@ class _Layer:
         return f"{self.weight.name.removesuffix('.weight')}.{suffix}"
 
     def beside(self, suffix: str, shape: Sequence[int], *dtypes: torch.dtype) -> StoredTensor:
-        """What the format keeps beside the weight."""
+        """A tensor that the format keeps beside the weight, of that shape and one of the dtypes."""
         key = self.key(suffix)
         found = self.tensors.get(key)
         if found is None:
@@ -192,9 +192,7 @@ def _w4a8(layer: _Layer) -> StoredTensor:
     # The scales tell how many columns there are, and so how many bits a number has.
     groups = relative.shape[-1] if relative is not None and relative.shape else 0
     columns = groups * group
-    layer_scales = layer.beside(
-        "weight_s_rel", (rows, groups), torch.float8_e4m3fn, torch.uint8
-    )  # fmt: skip
+    scales = layer.beside("weight_s_rel", (rows, groups), torch.float8_e4m3fn, torch.uint8)
     bits = 8 * width // columns if columns else 0
     if bits not in (4, 6) or columns * bits != 8 * width:
         raise layer.refusal(
@@ -210,7 +208,7 @@ def _w4a8(layer: _Layer) -> StoredTensor:
             codebook = layer.beside("weight_codebook", (16,), torch.float32)
             table = tuple(codebook.read().tolist())
     planes = (8,) if bits == 4 else (8, 4)
-    packing = Packing(layer.weight, layer_scales, columns // 16, planes, shared=group // 16)
+    packing = Packing(layer.weight, scales, columns // 16, planes, shared=group // 16)
     packed = layer.packed(f"W{bits}x16", rows, columns, packing)
     declared = Declared(layer.told, table=table, rotation=rotation, scale="weight_s_channel")
     return replace(packed, declared=declared)
@@ -247,7 +245,7 @@ FORMATS = {
 def with_declarations(
     tensors: Mapping[str, StoredTensor], headers: Iterable[Mapping[str, str]], label: str
 ) -> dict[str, StoredTensor]:
-    """The tensors as the file declares them; what declares is none of them.
+    """The tensors as the file declares them, without the declarations.
 
     Those that this version does not read keep a `refusal`, for whoever wants them. FormatError on a
     declaration that cannot be read.

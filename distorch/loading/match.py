@@ -135,7 +135,7 @@ def _take_scales(
     if kept and declared is not None and (declared.rotation or job.stored.block_type):
         raise FormatError(
             f"{member.name!r} is stored as {declared_name(declared)}, and the module keeps its "
-            "scales itself: distorch decodes such weights only for modules without, as nn.Linear"
+            "scales itself. distorch decodes such weights for modules that keep none: nn.Linear"
         )
     if scales is not None:
         job.rows = replace(_rows(job.stored), scales=scales.grid, block=scales.block)
@@ -143,13 +143,13 @@ def _take_scales(
 
 
 def _coding(stored: StoredTensor) -> tuple[tuple[float, ...], int]:
-    """What a file declares of a tensor's numbers beside their scales."""
+    """The table and the rotation that a file declares for a tensor."""
     declared = stored.declared or Declared({})
     return declared.table, declared.rotation
 
 
 def _rows(stored: StoredTensor) -> StoredRows:
-    """How the numbers of a tensor are stored, but for scales that lie beside it."""
+    """How the numbers of a tensor are stored, without the scales that lie beside it."""
     table, rotation = _coding(stored)
     code = stored.block_type or _ops.code_of(stored.dtype)
     return StoredRows(code, table=_host_floats(table), rotation=rotation)
@@ -161,7 +161,7 @@ def _host_floats(table: tuple[float, ...]) -> torch.Tensor | None:
 
 
 def _check_plain(stored: StoredTensor, name: str) -> None:
-    """FormatError where a buffer would get numbers that are not its own."""
+    """FormatError where the numbers of a buffer would have to be decoded."""
     declared = check_declared(stored)
     if stored.block_type is not None or (declared is not None and declared.rotation):
         kind = stored.block_type or _ops.code_of(stored.dtype)
