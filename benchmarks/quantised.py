@@ -142,7 +142,7 @@ def cold(kind: str, layers: int, width: int, tokens: int, rounds: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "model.gguf"
         write_file(path, kind, layers, width)
-        tensors = open_checkpoint(path, quantised=True).tensors
+        tensors = open_checkpoint(path).tensors
         on_disk = distorch.load(Stack(layers, width), path, "cpu,0b;disk,*", progress=False)
         resident = distorch.load(
             Stack(layers, width), path, "cpu,*", resident="dequantised", progress=False

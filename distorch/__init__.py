@@ -4,15 +4,22 @@ The weights live on donors (system RAM, disk, other devices) and arrive just in 
 same output bits.
 """
 
-from distorch.api import distribute, plan, redistribute, undistribute
-from distorch.errors import DistorchError, FetchError, FormatError, PlacementError, SpecError
-from distorch.loading import load
+from distorch.api import distribute, redistribute, undistribute
+from distorch.errors import (
+    DistorchError,
+    FetchError,
+    FormatError,
+    PlacementError,
+    PlacementWarning,
+    SpecError,
+)
+from distorch.loading import init_empty_weights, load, plan
 from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
-from distorch.report import Report, Stats, report, reset_stats, stats
+from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.links import Calibration, calibrate, devices
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
-from distorch.trace import profiling, trace
+from distorch.tracing import profiling, trace
 
 __version__ = "0.1.0"
 
@@ -22,6 +29,7 @@ __all__ = [
     "FetchError",
     "FormatError",
     "PlacementError",
+    "PlacementWarning",
     "Plan",
     "Report",
     "ShardedParameter",
@@ -32,6 +40,7 @@ __all__ = [
     "distribute",
     "fetch_count",
     "finish_merging",
+    "init_empty_weights",
     "is_sharded",
     "load",
     "materialize",

@@ -164,7 +164,11 @@ def _behaviour(
         found = ref()
         if found is None:  # `shard(t).tolist()`: Python let go of the object to call its method
             found = stand_in
-        assert found is not None, "a method of a parameter outlived it"
+        if found is None:
+            raise PlacementError(
+                "the weight whose method this is does not exist any more: keep its "
+                "module. distorch.materialize(weight) gives a tensor with an address"
+            )
         return found
 
     def deepcopy(memo: dict[Any, Any]) -> torch.Tensor:
@@ -201,7 +205,10 @@ def _behaviour(
         asker = str(sys._getframe(2).f_globals.get("__name__"))
         if asker.startswith(_COMPARE_ADDRESSES):
             return _ops.state(p).id
-        return torch.Tensor.data_ptr(p)  # our error
+        try:
+            return torch.Tensor.data_ptr(p)
+        except RuntimeError as error:  # our text, which torch threw as its own class
+            raise PlacementError(str(error)) from None
 
     def while_sharded(name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
         # `p.data = plain` makes a plain parameter of it, with the behaviour of its class.

@@ -1,45 +1,20 @@
-"""The functions that users call on a module."""
+"""The functions that users call on a module that exists."""
 
 from __future__ import annotations
 
-import os
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from distorch.errors import SpecError
-from distorch.formats.checkpoint import open_checkpoint
+from distorch._progress import Progress, check_progress
 from distorch.planner import Plan
 from distorch.runtime import distribution
-from distorch.runtime.options import Options
+from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def plan(
-    source: nn.Module | str | os.PathLike[str],
-    spec: str | None = None,
-    *,
-    virtual_vram: str | int | None = None,
-    donor: str = "cpu",
-    **options: Any,
-) -> Plan:
-    """A dry run: where every weight of a module or of a checkpoint file would go. Nothing moves.
-
-    Options are those of `distribute`. Raises SpecError, PlacementError, FormatError.
-    """
-    opts = Options(**options)
-    if isinstance(source, nn.Module):
-        groups = distribution.group_members(source)
-        inventory = distribution.inventory_of(source, groups)
-        devices = distribution.devices_for(groups, source)
-    else:
-        inventory = open_checkpoint(source, quantised=True).inventory()
-        devices = distribution.devices_for((), None)
-    return distribution.plan_inventory(
-        inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
-    )
+_ARGUMENTS = ("spec", "plan", "virtual_vram", "donor", "progress")
 
 
 def distribute(
@@ -48,58 +23,79 @@ def distribute(
     *,
     plan: Plan | None = None,
     virtual_vram: str | int | None = None,
-    donor: str = "cpu",
-    progress: distribution.Progress | None = None,
-    **options: Any,
+    donor: str | None = None,
+    progress: Progress = None,
+    **options: Unpack[PlacementOptions],
 ) -> Module:
-    """Places a module's weights as the spec (or a saved plan) says; returns the same module.
+    """Places a module's weights; returns the same module.
 
-    Options: `compute` device; `order` "interleaved" | "sequential"; `min_bytes` (smaller and 1-D
-    tensors stay resident, 0: every floating parameter may leave); `keep` / `offload` name patterns
-    (what is kept stays resident like small tensors do, even beyond the compute device's share:
-    `plan.floor` says how much that is);
-    `rules` [(pattern, device)]; `prefetch` bytes of look-ahead ("auto", 0 = none); `compress`
-    "auto" | "never". `progress` is called with the bytes of each weight that was moved. On a
-    distributed module this is `redistribute`.
+    Where they go is said by one of: `spec`, a placement string such as "cuda:0,2.5gb;cpu,*";
+    `plan`, a saved one; `virtual_vram`, the bytes to give away to `donor` ("cpu" if not given).
+
+    Options: `compute` the device that runs the model; `order` "interleaved" | "sequential";
+    `min_bytes` 1048576: smaller and 1-D tensors stay resident; 0: every floating parameter may
+    leave; "auto": as many as needed leave, the largest first, where the compute device's share is
+    too small for what would stay. `keep` / `offload` name patterns of what stays and of what
+    leaves. `rules` [(pattern, device)]. `prefetch` bytes of look-ahead ("auto", 0 = none).
+    `compress` "auto" | "never". Bytes are numbers or "1mb".
+
+    What is kept or small stays on the compute device even if it is more than its share. Then there
+    is a PlacementWarning, and `report` is not `ok`. (A share of 0 asks for no more than this.)
+
+    `progress`: None is a bar on a terminal and in a notebook, True and False are always and never,
+    and a function is called with the bytes of each weight that was moved.
+
+    On a distributed module this is `redistribute`: options that are not given stay as they were.
     All or nothing: SpecError, PlacementError, FetchError leave the module as it was.
     """
-    opts = Options(**options)
+    check_module(module)
+    check_progress(progress)
+    check_one_placement(spec, plan, virtual_vram, donor)
+    distributed = distribution.is_distributed(module)
+    before = distribution.distribution_of(module) if distributed else None
+    opts = Options.of(options, _ARGUMENTS, before.lasting_options() if before else None)
     groups = distribution.group_members(module)
     inventory = distribution.inventory_of(module, groups)
     if plan is not None:
-        if spec is not None or virtual_vram is not None:
-            raise SpecError("give a placement, virtual_vram= or plan=, not several of them")
-        opts.check()
         distribution.check_plan_fits(plan, inventory)
+        opts = opts.as_planned(plan, options)
     else:
         devices = distribution.devices_for(groups, module)
         plan = distribution.plan_inventory(
             inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
         )
     distribution.check_has_values(module, plan.compute)
-    origins = {}
-    if distribution.is_distributed(module):
-        origins = distribution.distribution_of(module).origins
+    origins = before.origins if before else {}
     return distribution.place(module, plan, opts, groups, origins, progress=progress)
 
 
 def redistribute(
-    module: Module, spec: str | None = None, *, plan: Plan | None = None, **options: Any
+    module: Module,
+    spec: str | None = None,
+    *,
+    plan: Plan | None = None,
+    virtual_vram: str | int | None = None,
+    donor: str | None = None,
+    progress: Progress = None,
+    **options: Unpack[PlacementOptions],
 ) -> Module:
     """A new placement of a distributed module, without loading it again.
 
-    Options that are not given stay as they were. Other threads that call the module wait for a
-    moment, at their next call of a part of it. Raises as `distribute`, and PlacementError on a
-    module that is not distributed, or if such a thread does not come to rest for a minute.
+    Arguments are those of `distribute`; options that are not given stay as they were. Other threads
+    that call the module wait for a moment, at their next call of a part of it. Raises as
+    `distribute`, and PlacementError on a module that is not distributed, or if such a thread does
+    not come to rest for a minute.
     """
-    before = distribution.distribution_of(module)
-    kept = {
-        name: value
-        for name, value in vars(before.options).items()
-        if name not in options and not (name == "compute" and value is None)
-    }
-    kept.setdefault("compute", options.get("compute", before.plan.compute))
-    return distribute(module, spec, plan=plan, **{**kept, **options})
+    distribution.distribution_of(module)
+    return distribute(
+        module,
+        spec,
+        plan=plan,
+        virtual_vram=virtual_vram,
+        donor=donor,
+        progress=progress,
+        **options,
+    )
 
 
 def undistribute(module: Module, device: str | torch.device | None = None) -> Module:
@@ -108,4 +104,5 @@ def undistribute(module: Module, device: str | torch.device | None = None) -> Mo
     Other threads that call the module wait for a moment. PlacementError if it is not distributed,
     or if such a thread does not come to rest for a minute.
     """
+    check_module(module)
     return distribution.unplace(module, device)

@@ -6,15 +6,19 @@ class DistorchError(Exception):
 
 
 class SpecError(DistorchError, ValueError):
-    """The placement string is wrong; names the entry and its position."""
+    """The placement string (names the entry and its position) or another option is wrong."""
 
 
 class PlacementError(DistorchError, RuntimeError):
     """A placement cannot be honoured with this model on these devices."""
 
 
+class PlacementWarning(UserWarning):
+    """A placement is followed as far as it can be: a device holds more than its share."""
+
+
 class FormatError(DistorchError, ValueError):
-    """A file is damaged, cut short, or of an unknown kind."""
+    """A file is not there, damaged, cut short, or of an unknown kind."""
 
 
 class FetchError(DistorchError, RuntimeError):

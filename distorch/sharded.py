@@ -8,11 +8,14 @@ import torch
 
 from distorch import _donors, _native, _ops
 from distorch._behaviour import attach_behaviour
-from distorch.errors import PlacementError
+from distorch.errors import PlacementError, SpecError
 from distorch.runtime.groups import has_bytes
 from distorch.runtime.options import compute_device
 
-is_sharded = _ops.is_sharded
+
+def is_sharded(tensor: object) -> bool:
+    """Whether this is a tensor whose bytes live on a donor. False for everything else."""
+    return isinstance(tensor, torch.Tensor) and _ops.is_sharded(tensor)
 
 
 def shard(
@@ -28,6 +31,7 @@ def shard(
     the same device: a fetch may then be the donor's memory itself. An `nn.Parameter` gives an
     `nn.Parameter`. Raises PlacementError when the donor has no room or is not there.
     """
+    _check_tensor(tensor)
     if not has_bytes(tensor):
         raise PlacementError(
             f"cannot shard a {type(tensor).__name__} with layout {tensor.layout}: expected plain "
@@ -53,8 +57,14 @@ def shard(
 
 def materialize(tensor: torch.Tensor) -> torch.Tensor:
     """A real copy of a tensor on its compute device (strides kept), detached from autograd."""
+    _check_tensor(tensor)
     with torch.no_grad():
         return tensor.detach().clone(memory_format=torch.preserve_format)
+
+
+def _check_tensor(tensor: object) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise SpecError(f"expected a tensor, got {type(tensor).__name__}")
 
 
 def fetch_count() -> int:

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     plan.add_argument("--plot", metavar="PNG", help="also draw it (needs matplotlib)")
     plan.add_argument("--order", default="interleaved", choices=["interleaved", "sequential"])
-    plan.add_argument("--min-bytes", type=int, default=1 << 20, metavar="BYTES")
+    plan.add_argument("--min-bytes", default="1mb", metavar="BYTES", help="or auto (default 1mb)")
 
     doctor = commands.add_parser("doctor", help="devices, memory, versions, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -56,7 +56,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from distorch.api import plan
+    from distorch.loading import plan
 
     made = plan(
         arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes

@@ -86,7 +86,7 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
 
     FormatError when a file is damaged, of an unknown kind, or does not fit.
     """
-    checkpoint = open_checkpoint(path, quantised=True)
+    checkpoint = open_checkpoint(path)
     tensors = list(checkpoint.tensors.values())
     largest = sorted(tensors, key=lambda tensor: -tensor.nbytes)[:_SHOWN]
     return Contents(
@@ -108,7 +108,7 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
 
 def _fits(lora: str, checkpoint: str) -> dict[str, Any]:
     """How many targets of a LoRA fit the weights that a checkpoint holds."""
-    tensors = open_checkpoint(checkpoint, quantised=True).tensors
+    tensors = open_checkpoint(checkpoint).tensors
     found = resolve(read_lora(lora), Targets({name: t.shape for name, t in tensors.items()}))
     return {
         "checkpoint": checkpoint,

@@ -54,10 +54,6 @@ class DistributeModel:
                     ["interleaved", "sequential"],
                     {"tooltip": "Offloaded weights spread over a step, or the first bytes first."},
                 ),
-                "compression": (
-                    ["auto", "never"],
-                    {"tooltip": "Lossless compression of transfers where a link is slow."},
-                ),
                 "prefetch": (
                     "STRING",
                     {"default": "auto", "tooltip": "Bytes of look-ahead, such as 512mb; 0b: none."},
@@ -82,7 +78,6 @@ class DistributeModel:
         spec: str,
         compute_device: str = "default",
         order: str = "interleaved",
-        compression: str = "auto",
         prefetch: str = "auto",
         lora_precision: str = "as stored",
     ) -> tuple[Any, ...]:
@@ -93,7 +88,6 @@ class DistributeModel:
             device,
             order=order,
             prefetch=prefetch,
-            compress=compression,
             lora_precision=lora_precision,
         )
         return (outputs.own_copy(model, placement),)

@@ -198,7 +198,7 @@ def load_model(path: str, device: str, dequant_dtype: str | None = None) -> Any:
     `dequant_dtype` "float32" | "float16" | "bfloat16": what fetches decode to, before the host
     casts it to what the model computes in; else that at once. FormatError.
     """
-    checkpoint = open_checkpoint(path, quantised=True)
+    checkpoint = open_checkpoint(path)
     reader = _Reader(_without_prefix(checkpoint.tensors, _MODEL_PREFIX), torch.device(device))
     load = comfy.sd.load_diffusion_model_state_dict
     options = {"custom_operations": Operations}
@@ -268,7 +268,7 @@ def load_clip(paths: Iterable[str], clip_type: str, device: str) -> Any:
     readers, weights = [], []
     for path in paths:
         if path.lower().endswith(SUFFIX):
-            checkpoint = open_checkpoint(path, quantised=True)
+            checkpoint = open_checkpoint(path)
             readers.append(_Reader(_text_tensors(checkpoint), torch.device(device)))
             weights.append(readers[-1].state_dict())
         else:

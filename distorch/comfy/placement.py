@@ -34,7 +34,6 @@ class Placement:
     compute: str
     order: str = "interleaved"
     prefetch: str = "auto"
-    compress: str = "auto"
     lora_precision: str = "as stored"
 
     def options(self, model_bytes: int) -> dict[str, object]:
@@ -44,7 +43,6 @@ class Placement:
             "compute": self.compute,
             "order": self.order,
             "prefetch": self.prefetch,
-            "compress": self.compress,
             "min_bytes": small,
         }
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from distorch.demo.model import DigitConfig, DigitTransformer
 from distorch.demo.sampling import sample, save_png, sheet
 from distorch.loading import load
-from distorch.report import Report, Stats, report, reset_stats, stats
+from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.machine import default_compute
 
 # Small enough that this small model really streams: a few weights at a time.

@@ -64,12 +64,8 @@ def weight_info(tensor: StoredTensor, name: str, aliases: tuple[str, ...] = ()) 
     )
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) -> Checkpoint:
-    """Reads the headers only. FormatError when there is nothing to read or it is damaged.
-
-    Without `quantised` a file that stores tensors in blocks is refused: for callers that take
-    `nbytes` for elements of `dtype`.
-    """
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads the headers only. FormatError when there is nothing to read or it is damaged."""
     files = find_files(path)
     tensors: dict[str, StoredTensor] = {}
     headers: list[dict[str, str]] = []
@@ -78,7 +74,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantised: bool = False) ->
         part = (number, len(files.paths)) if files.parts else None
         if not file.is_file():
             raise FormatError(f"{files.shown!r} lists {file.name!r}, which is not there")
-        found, metadata = _read_file(file, quantised, part)
+        found, metadata = _read_file(file, part)
         headers.append(metadata)
         if files.listed:
             found = wanted.of(file, found)
@@ -126,7 +122,7 @@ def _is_beside(name: str, layers: Collection[str]) -> bool:
 
 
 def _read_file(
-    path: Path, quantised: bool, part: tuple[int, int] | None
+    path: Path, part: tuple[int, int] | None
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The kind is said by the name that the user knows, the bytes are where its links lead: in a
     cache of downloads those are blobs without a suffix.
@@ -135,20 +131,7 @@ def _read_file(
     if path.suffix in TORCH_SUFFIXES:
         return stored_in_torch_file(target), {}
     if path.suffix == ".gguf" or gguf.is_gguf(target):
-        return _read_gguf(target, quantised, part)
+        return gguf.read_header(target, part)
     if path.suffix != ".safetensors" and is_torch_file(target):
         return stored_in_torch_file(target), {}
     return read_header(target)
-
-
-def _read_gguf(
-    path: Path, quantised: bool, part: tuple[int, int] | None
-) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    tensors, metadata = gguf.read_header(path, part)
-    blocks = [tensor for tensor in tensors.values() if tensor.block_type]
-    if blocks and not quantised:
-        raise FormatError(
-            f"{str(path)!r} has quantised tensors ({blocks[0].name!r} is {blocks[0].block_type}), "
-            "which cannot be loaded yet"
-        )
-    return tensors, metadata

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from distorch.errors import FormatError
+from distorch.errors import FormatError, SpecError
 
 _FOLDER_PATTERNS = (
     "*.safetensors.index*.json", "*.safetensors", "*.bin.index*.json", "*.bin", "*.gguf",
@@ -36,6 +36,10 @@ def find_files(path: str | os.PathLike[str]) -> Files:
 
     FormatError when that is none of them, is ambiguous, or a part is missing.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise SpecError(
+            f"file={path!r:.80}: expected the path of a checkpoint, got {type(path).__name__}"
+        )
     target = Path(path)
     if target.is_dir():
         target = _in_folder(target)

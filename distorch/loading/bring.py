@@ -8,16 +8,15 @@ bytes from that budget before it is read and gives them back when it is in its p
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
 
 from distorch import _donors, _ops
+from distorch._progress import Progress, progress_of
 from distorch.loading.job import Job
 from distorch.lora import StoredRows, low_rank_terms
 from distorch.patching import merged_value, with_rows
@@ -79,16 +78,15 @@ def _threads(budget: _Budget) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolEx
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def bring_all(jobs: list[Job], plan: Plan, progress: bool | None) -> list[torch.Tensor]:
+def bring_all(jobs: list[Job], plan: Plan, progress: Progress) -> list[torch.Tensor]:
     """Every job's weight at its place, in the order of the jobs."""
     compute = torch.device(plan.compute)
-    show = sys.stderr.isatty() if progress is None else progress
     largest = max((_room(job, plan) for job in jobs), default=0)
     budget = _Budget(2 * largest)
     total = sum(job.stored.nbytes for job in jobs)
     values: list[Future[torch.Tensor]] = []
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not show) as bar,
+        progress_of(progress, total, "loading") as done,
         _threads(budget) as (reader, placer),
     ):
         reads: list[Future[torch.Tensor | None] | None] = [
@@ -108,7 +106,7 @@ def bring_all(jobs: list[Job], plan: Plan, progress: bool | None) -> list[torch.
             for placed in values[-_PLACED_LATELY:]:
                 if placed.done():
                     placed.result()  # its error is known now, not at the end
-            bar.update(job.stored.nbytes)
+            done(job.stored.nbytes)
         return [value.result() for value in values]
 
 

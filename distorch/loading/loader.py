@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from distorch import _ops
 from distorch._behaviour import as_parameter, attach_behaviour
-from distorch.errors import SpecError
-from distorch.formats.checkpoint import open_checkpoint
-from distorch.formats.naming import fit_names
+from distorch._progress import Progress, check_progress
 from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
-from distorch.loading.match import check_no_meta_left, match, tie_again
-from distorch.lora import LoraSource, Patches, are_low_rank
-from distorch.patching import (
-    Original,
-    Patching,
-    PatchOptions,
-    base_name,
-    check_plain_numbers,
-    merge_in_background,
-    new_reader,
-    patches_on,
-)
-from distorch.planner import Inventory, Plan
+from distorch.loading.match import check_no_meta_left
+from distorch.loading.prepare import Request, Resident, prepare
+from distorch.lora import LoraSource
+from distorch.patching import LoraMode, Original, Patching, base_name, merge_in_background
+from distorch.planner import Plan
 from distorch.runtime import distribution, groups
-from distorch.runtime.options import Options
+from distorch.runtime.options import Options, PlacementOptions
 from distorch.runtime.staging import Origin
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,14 +37,14 @@ def load(
     loras: Sequence[tuple[LoraSource, float]] = (),
     strict: bool = True,
     strict_loras: bool = True,
-    lora_mode: str = "merge",
+    lora_mode: LoraMode = "merge",
     patched_dtype: torch.dtype | str | None = None,
-    dtype: torch.dtype | None = None,
-    resident: str = "quantised",
+    dtype: torch.dtype | str | None = None,
+    resident: Resident = "quantised",
     virtual_vram: str | int | None = None,
-    donor: str = "cpu",
-    progress: bool | None = None,
-    **options: Any,
+    donor: str | None = None,
+    progress: Progress = None,
+    **options: Unpack[PlacementOptions],
 ) -> Module:
     """Fills a module from a checkpoint, each weight straight to its place.
 
@@ -79,41 +69,17 @@ def load(
     largest tensors, factors of LoRAs.
     Raises FormatError, SpecError, PlacementError, FetchError; the module is then as it was.
     """
-    opts = Options(**options)
-    patching = PatchOptions.checked(lora_mode, patched_dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise SpecError(f"dtype={dtype!r}: expected a floating torch.dtype, such as torch.bfloat16")
-    if resident not in ("quantised", "dequantised"):
-        raise SpecError(f"resident={resident!r}: expected 'quantised' or 'dequantised'")
-    checkpoint = fit_names(open_checkpoint(file, quantised=True), module)
-    tie_again(module, checkpoint)
-    jobs = match(module, checkpoint, strict, dtype)
-    reader = new_reader(module)
-    patches, found = reader.read(loras, strict_loras)
-    _assign(jobs, patches, patching)
-    if plan is None:
-        devices = distribution.devices_for((), None)
-        for job in jobs if resident == "dequantised" else ():
-            job.widened = job.rows is not None  # as it would be on the compute device
-        plan = distribution.plan_inventory(
-            _inventory(module, jobs), spec, opts, devices, virtual_vram=virtual_vram, donor=donor
-        )
-        plan = _narrowed(plan, jobs)
-    else:
-        distribution.check_plan_fits(plan, _inventory(module, jobs))
-    _fill(module, jobs, plan, opts, progress=progress)
-    known = Patching(reader, patching, loras=found)
-    _remember(module, jobs, known)
-    if patching.mode == "background":
+    check_progress(progress)
+    request = Request(
+        spec, plan, virtual_vram, donor, options, loras, strict, strict_loras, lora_mode,
+        patched_dtype, dtype, resident,
+    )  # fmt: skip
+    ready = prepare(module, file, request)
+    _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
+    _remember(module, ready.jobs, ready.patching)
+    if ready.patching.options.mode == "background":
         merge_in_background(module)
     return module
-
-
-def _narrowed(plan: Plan, jobs: list[Job]) -> Plan:
-    """The plan, once it is known who stays on the compute device: all others are narrow."""
-    for job in jobs:
-        job.widened = job.widened and plan.placement[job.name] == plan.compute
-    return plan.resized({job.name: job.nbytes for job in jobs})
 
 
 def _remember(module: nn.Module, jobs: list[Job], known: Patching) -> None:
@@ -129,53 +95,10 @@ def _remember(module: nn.Module, jobs: list[Job], known: Patching) -> None:
     distribution.distribution_of(module).patching = known
 
 
-def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
-    """Tells each job what is to be added to it."""
-    for job in jobs:
-        if job.buffer is not None:
-            continue
-        job.patches = patches_on(job.members, patches)
-        if job.patches:
-            if job.rows is None:
-                check_plain_numbers(job.members[0], job.stored.dtype)
-            narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
-            options.check_rounds_to(job.rows, job.name)
-            job.patched_dtype = options.dtype_of(narrow, job.module_dtype)
-            fits = job.rows is not None or job.dtype == job.stored.dtype
-            known = job.patched_dtype in _ops.DECODED_DTYPES
-            low_rank = are_low_rank(job.patches)
-            whole = job.rows is None or job.rows.whole_rows(job.stored.shape)
-            job.at_fetch = options.at_fetch and fits and known and low_rank and whole
-
-
-def _inventory(module: nn.Module, jobs: list[Job]) -> Inventory:
-    """The module as it will be: what the file brings, and what stays as it is."""
-    brought = {job.name: job for job in jobs}
-    filled = {id(member.parameter) for job in jobs for member in job.members}
-    weights = {}
-    for group in groups.group_members(module):
-        rest = [member for member in group.members if id(member.parameter) not in filled]
-        if rest:
-            weights[rest[0].name] = groups.Group(group.begin, group.end, rest).info()
-    for job in jobs:
-        weights[job.name] = job.info()
-    order = {member.name: i for i, member in enumerate(groups.named_members(module))}
-    parameters = sorted(
-        (weight for name, weight in weights.items() if name in order),
-        key=lambda weight: order[weight.name],
-    )
-    buffers = []
-    for buffer in groups.buffer_infos(module):
-        new = brought.get(buffer.name)
-        info = buffer if new is None else new.info()
-        buffers.append(replace(info, kind="buffer"))
-    return Inventory((*parameters, *buffers))
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def _fill(
-    module: Module, jobs: list[Job], plan: Plan, options: Options, *, progress: bool | None
+    module: Module, jobs: list[Job], plan: Plan, options: Options, *, progress: Progress
 ) -> Module:
     check_no_meta_left(module, jobs)
     values = bring_all(jobs, plan, progress)
@@ -188,7 +111,7 @@ def _fill(
     try:
         _swap_in(module, jobs, values, torch.device(plan.compute), undo)
         found = groups.group_members(module)
-        return distribution.place(module, plan, options, found, origins)
+        return distribution.place(module, plan, options, found, origins, progress=False)
     except BaseException:
         for table, key, value in reversed(undo):
             table[key] = value

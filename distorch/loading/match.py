@@ -301,8 +301,8 @@ def check_no_meta_left(module: nn.Module, jobs: list[Job]) -> None:
     ]
     if empty:
         raise PlacementError(
-            f"{len(empty)} buffers are on the meta device and the checkpoint does not have them "
-            f"({', '.join(map(repr, empty[:_SHOWN]))}); create the module so that only its "
-            "parameters are on meta (for example "
-            "accelerate.init_empty_weights(include_buffers=False)), or set the buffers first"
+            f"{len(empty)} buffers ({', '.join(map(repr, empty[:_SHOWN]))}) are on the meta "
+            "device, and the checkpoint does not have them. Make the module inside `with "
+            "distorch.init_empty_weights():`, which leaves buffers as the module's own __init__ "
+            "fills them, or set them first"
         )

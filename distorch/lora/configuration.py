@@ -230,6 +230,11 @@ def read_configuration(
     return Configuration(label, parts, beside=bool(beside) and not within)
 
 
+def is_configured(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file's metadata says how strong the LoRA is."""
+    return "lora_adapter_metadata" in metadata or bool(_flat(metadata))
+
+
 def _within(metadata: Mapping[str, str], label: str) -> dict[str, dict[str, Any]]:
     """What diffusers writes: one table, its keys under the name of a part ("unet.lora_alpha")."""
     text = metadata.get("lora_adapter_metadata")

@@ -12,10 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from distorch.errors import FormatError
+from distorch.errors import FormatError, SpecError
 from distorch.formats.safetensors import read_header
 from distorch.formats.torch_file import TORCH_SUFFIXES, read_torch_file
-from distorch.lora.configuration import PEFT_PREFIX, Configuration, read_configuration
+from distorch.lora.configuration import (
+    PEFT_PREFIX,
+    Configuration,
+    is_configured,
+    read_configuration,
+)
 
 LoraSource = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -71,11 +76,17 @@ def read_lora(source: LoraSource) -> LoraFile:
     else:
         stored, metadata = read_header(path.resolve())
         tensors = {name: tensor.read() for name, tensor in stored.items()}
-    configuration = read_configuration(repr(str(path)), metadata, _config_beside(path, tensors))
+    configuration = read_configuration(
+        repr(str(path)), metadata, _config_beside(path, tensors, metadata)
+    )
     return LoraFile(configuration.label, tensors, configuration)
 
 
 def _file_of(source: str | os.PathLike[str]) -> Path:
+    if not isinstance(source, str | os.PathLike):
+        raise SpecError(
+            f"loras: expected the path of a LoRA or its state dict, got {type(source).__name__}"
+        )
     path = Path(source)
     if path.is_dir():
         path = _in_folder(path)
@@ -95,7 +106,9 @@ def _in_folder(folder: Path) -> Path:
     raise FormatError(f"LoRA folder {str(folder)!r}: expected one .safetensors, found {names}")
 
 
-def _config_beside(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config_beside(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Any]:
     """PEFT's configuration, where the file is one of PEFT's: by its name, or by its keys."""
     config = path.parent / _CONFIG_NAME
     named = path.name in _PEFT_NAMES
@@ -107,7 +120,8 @@ def _config_beside(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"LoRA {str(path)!r}: its {_CONFIG_NAME} is missing beside it; PEFT keeps there "
                 "how strong the LoRA is"
             )
-        if not any(key.endswith(".alpha") for key in tensors):
+        known = is_configured(metadata) or any(key.endswith(".alpha") for key in tensors)
+        if not known:
             warnings.warn(
                 f"LoRA {str(path)!r} has keys of PEFT, and neither a configuration nor alphas: "
                 "how strong it is is not known, 1 is taken",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +70,11 @@ class LoraReader:
 
 def _checked(loras: Sequence[tuple[LoraSource, float]]) -> list[tuple[LoraSource, float]]:
     found = []
+    if loras is None or isinstance(loras, str | os.PathLike) or not isinstance(loras, Iterable):
+        raise SpecError(
+            f"loras={loras!r:.80}: expected a list of (file or state dict, strength) pairs, such "
+            "as [('style.safetensors', 0.8)]; [] is none"
+        )
     for entry in loras:
         if isinstance(entry, str | Mapping) or not isinstance(entry, Sequence) or len(entry) != 2:
             raise SpecError(
@@ -76,7 +82,7 @@ def _checked(loras: Sequence[tuple[LoraSource, float]]) -> list[tuple[LoraSource
             )
         source, strength = entry
         try:
-            number = float(strength)
+            number = math.nan if isinstance(strength, str) else float(strength)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

@@ -4,6 +4,7 @@ from distorch.patching.background import finish_merging, merge_in_background
 from distorch.patching.change import set_loras
 from distorch.patching.forms import merged_value, with_rows
 from distorch.patching.state import (
+    LoraMode,
     Original,
     Patching,
     PatchOptions,
@@ -14,7 +15,7 @@ from distorch.patching.state import (
 )
 
 __all__ = [
-    "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers",
+    "LoraMode", "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers",
     "finish_merging", "merge_in_background", "merged_value", "new_reader", "patches_on",
     "set_loras", "with_rows",
 ]  # fmt: skip

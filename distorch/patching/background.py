@@ -11,7 +11,6 @@ the weights themselves. Who changes a module as a whole holds the thread meanwhi
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from distorch import _donors, _ops
+from distorch._progress import Progress, progress_of
 from distorch.patching.state import Patching, base_name
 from distorch.planner import Plan
 from distorch.runtime import distribution
@@ -74,16 +73,16 @@ class Merging:
         finally:
             self.start()
 
-    def finish(self, progress: bool | None = None) -> None:
+    def finish(self, progress: Progress = None) -> None:
         """Waits for the last weight. Raises what merging raised."""
         if self.error is None and (self._thread is None or not self._thread.is_alive()):
             self.start()  # an interrupt may have ended it
-        show = sys.stderr.isatty() if progress is None else progress
-        total = sum(self.left.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=not show) as bar:
+        left = total = sum(self.left.values())
+        with progress_of(progress, total, "merging") as done:
             while self._thread is not None and self._thread.is_alive():
                 self._thread.join(_POLL_SECONDS)
-                bar.update(total - sum(list(self.left.values())) - bar.n)
+                before, left = left, sum(list(self.left.values()))
+                done(before - left)
         if self.error is not None:
             raise self.error
 
@@ -136,10 +135,10 @@ def merge_in_background(module: nn.Module) -> None:
     known.merging.start()
 
 
-def finish_merging(module: Module, *, progress: bool | None = None) -> Module:
+def finish_merging(module: Module, *, progress: Progress = None) -> Module:
     """Waits until all LoRAs of a module with `lora_mode="background"` are merged; returns it.
 
-    `progress`: a bar of bytes; None: on a terminal. In `stats`, merging counts as fetches.
+    `progress` is as in `distribute`. In `stats`, merging counts as fetches.
     Raises what went wrong while merging, such as FetchError; weights that are not merged are still
     patched when they are fetched, with the same bits. PlacementError if it is not distributed.
     """

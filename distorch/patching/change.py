@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from distorch._progress import Progress, check_progress, progress_of
 from distorch.errors import PlacementError
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
@@ -18,6 +17,7 @@ from distorch.patching.background import merge_in_background
 from distorch.patching.forms import Work, redo
 from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
+    LoraMode,
     Patching,
     PatchOptions,
     base_name,
@@ -40,9 +40,9 @@ def set_loras(
     loras: Sequence[tuple[LoraSource, float]],
     *,
     strict_loras: bool = True,
-    lora_mode: str | None = None,
+    lora_mode: LoraMode | None = None,
     patched_dtype: torch.dtype | str | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> Module:
     """Puts these LoRAs, and no others, on a distributed module; returns the module.
 
@@ -55,12 +55,13 @@ def set_loras(
     used, all but 8-bit and quantised weights and what is on disk (see `finish_merging`).
     `lora_mode` and `patched_dtype` stay as they were unless given. A patched weight of 8 bits takes
     16 in "merge" mode: plan and report count it so, even where that is more than the spec gave its
-    device; `redistribute` then places anew.
+    device; `redistribute` then places anew. `progress` is as in `distribute`.
     Other threads that call the module wait meanwhile, at their next call of a part of it.
     Raises FormatError, SpecError, FetchError, and PlacementError, also if such a thread does not
     come to rest for a minute. An error or an interrupt leaves the module with the LoRAs it had.
     """
     state = distribution.distribution_of(module)
+    check_progress(progress)
     known = state.patching
     if known is None:
         known = Patching(new_reader(module), PatchOptions())
@@ -158,22 +159,21 @@ def _apply(
     known: Patching,
     options: PatchOptions,
     plan: Plan,
-    progress: bool | None,
+    progress: Progress,
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
-    show = sys.stderr.isatty() if progress is None else progress
     total = sum(change.group.nbytes for change in changes)
     begun: list[_Change] = []
     try:
         with (
-            tqdm(total=total, unit="B", unit_scale=True, desc="patching", disable=not show) as bar,
+            progress_of(progress, total, "patching") as done,
             ReadAhead([_read_ahead(change, known, options) for change in changes]) as originals,
         ):
             for change in changes:
                 values = originals.next()
                 begun.append(change)
                 redo(change.group, change.new, known, Work(options, plan), values)
-                bar.update(change.group.nbytes)
+                done(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
             redo(change.group, change.old, known, Work(change.old_options, plan))

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -34,12 +34,12 @@ from distorch.lora import (
 )
 from distorch.lora.files import version_of
 from distorch.runtime.groups import Member, has_bytes, named_members
+from distorch.runtime.options import dtype_of
 
 if TYPE_CHECKING:
     from distorch.patching.background import Merging
 
-_MODES = ("merge", "fetch", "background")
-_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LoraMode = Literal["merge", "fetch", "background"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,14 @@ class PatchOptions:
     @staticmethod
     def checked(mode: str, dtype: torch.dtype | str | None) -> PatchOptions:
         """Raises SpecError on values that mean nothing."""
-        if mode not in _MODES:
+        if mode not in get_args(LoraMode):
             raise SpecError(f"lora_mode={mode!r}: expected 'merge', 'fetch' or 'background'")
-        if isinstance(dtype, str) and dtype != "base":
-            if dtype not in _HALVES:
+        if dtype is not None and dtype != "base":
+            dtype = dtype_of(dtype, "patched_dtype")
+            if dtype not in _ops.DECODED_DTYPES:
                 raise SpecError(
-                    f"patched_dtype={dtype!r}: expected 'bfloat16', 'float16', 'float32' or 'base'"
+                    f"patched_dtype={dtype}: expected 'bfloat16', 'float16', 'float32' or 'base'"
                 )
-            dtype = _HALVES[dtype]
-        if isinstance(dtype, torch.dtype) and dtype not in _ops.DECODED_DTYPES:
-            raise SpecError(f"patched_dtype={dtype}: expected a floating dtype of 16 or 32 bits")
         if mode != "merge" and dtype == "base":
             raise SpecError("patched_dtype='base' needs lora_mode='merge'")
         return PatchOptions(mode, dtype)

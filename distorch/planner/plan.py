@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from distorch._tables import html_table, human_bytes, text_table
 from distorch.errors import FormatError
 from distorch.planner.inventory import Inventory
 
-_VERSION = 1
+_VERSION = 2
+_SHOWN = 3
 _HEADER = ("device", "weights", "bytes", "size", "share")
 
 
@@ -38,6 +39,8 @@ class PlanDiff:
             return "no difference"
         return text_table(("weight", "from", "to", "bytes"), self._rows())
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return html_table(("weight", "from", "to", "bytes"), self._rows())
 
@@ -47,7 +50,8 @@ class Plan:
     """Where every weight lives.
 
     `placement` maps every parameter and buffer name (aliases too) to a device; `sizes` maps the
-    first name of each weight to bytes; `floor` is the bytes that cannot leave the compute device.
+    first name of each weight to bytes. `floor` is the bytes that cannot leave the compute device,
+    and `budget` the bytes that the spec gives it: None is the rest, 0 no more than the floor.
     """
 
     placement: Mapping[str, str]
@@ -56,6 +60,7 @@ class Plan:
     spec: str
     order: str
     floor: int
+    budget: int | None
     options: Mapping[str, Any]
 
     @classmethod
@@ -68,6 +73,7 @@ class Plan:
         spec: str,
         order: str,
         floor: int,
+        budget: int | None,
         options: Mapping[str, Any],
     ) -> Plan:
         """A plan in the order of the inventory; `placement` names the first name of each weight."""
@@ -75,14 +81,12 @@ class Plan:
             name: placement[weight.name] for weight in inventory.weights for name in weight.names
         }
         sizes = {weight.name: weight.nbytes for weight in inventory.weights}
-        return cls(everywhere, sizes, compute, spec, order, floor, dict(options))
+        return cls(everywhere, sizes, compute, spec, order, floor, budget, dict(options))
 
     def resized(self, sizes: Mapping[str, int]) -> Plan:
         """The same places for weights that have other sizes now (bytes by first name)."""
         known = {name: sizes.get(name, size) for name, size in self.sizes.items()}
-        return Plan(
-            self.placement, known, self.compute, self.spec, self.order, self.floor, self.options
-        )
+        return replace(self, sizes=known)
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -92,6 +96,30 @@ class Plan:
             device = self.placement[name]
             found[device] = found.get(device, 0) + nbytes
         return found
+
+    def with_budget(self, nbytes: int) -> Plan:
+        """The same plan, for a compute device that is to hold no more than `nbytes`."""
+        return replace(self, budget=max(0, nbytes))
+
+    def over_budget(self, nbytes: int | None = None) -> str:
+        """What to do when the compute device holds more than its share; "" when it does not.
+
+        `nbytes` are those that were found there; without them, those of the plan.
+        """
+        held = self.bytes[self.compute] if nbytes is None else nbytes
+        if not self.budget or held <= self.budget:
+            return ""
+        smallest = self.options.get("min_bytes", 0)
+        here = [name for name in self.sizes if self.placement[name] == self.compute]
+        largest = sorted(here, key=lambda name: -self.sizes[name])[:_SHOWN]
+        return (
+            f"{self.compute} gets {held} bytes ({human_bytes(held)}), more than its share of "
+            f"{self.budget} ({human_bytes(self.budget)}): {self.floor} bytes must stay there, "
+            f"which are buffers, what keep= names, and tensors that are 1-D or smaller than "
+            f"min_bytes ({smallest}). The largest there are {', '.join(map(repr, largest))}. "
+            "Give min_bytes='auto' (smaller ones leave as needed) or min_bytes=0, fewer names to "
+            "keep, or a larger share"
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -103,6 +131,9 @@ class Plan:
         """SHA-256 of the canonical form: equal plans have equal hashes on every machine."""
         return hashlib.sha256(_canonical(self._content()).encode()).hexdigest()
 
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
     def _content(self) -> dict[str, Any]:
         return {
             "version": _VERSION,
@@ -110,6 +141,7 @@ class Plan:
             "spec": self.spec,
             "order": self.order,
             "floor": self.floor,
+            "budget": self.budget,
             "options": dict(self.options),
             "placement": dict(self.placement),
             "sizes": dict(self.sizes),
@@ -149,7 +181,7 @@ class Plan:
         if not isinstance(data, dict) or data.get("version") != _VERSION:
             found = data.get("version") if isinstance(data, dict) else type(data).__name__
             raise FormatError(f"plan {path!r}: expected version {_VERSION}, found {found!r}")
-        names = ("placement", "sizes", "compute", "spec", "order", "floor", "options")
+        names = ("placement", "sizes", "compute", "spec", "order", "floor", "budget", "options")
         if missing := [name for name in names if name not in data]:
             raise FormatError(f"plan {path!r}: {', '.join(missing)} missing; make it again")
         for name in ("placement", "sizes", "options"):
@@ -189,6 +221,8 @@ class Plan:
 
     def __str__(self) -> str:
         return text_table(_HEADER, self._rows(), self._title())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html_table(_HEADER, self._rows(), self._title())

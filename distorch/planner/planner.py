@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -23,7 +24,9 @@ from distorch.planner.spec import (
     parse_spec,
 )
 
-ORDERS = ("interleaved", "sequential", "optimal")
+# Fetches of smaller weights cost more than their bytes are worth.
+MIN_BYTES = 1 << 20
+ORDERS = ("interleaved", "sequential")
 
 
 @dataclass
@@ -59,7 +62,7 @@ def make_plan(
     compute: str,
     devices: Mapping[str, DeviceInfo],
     order: str = "interleaved",
-    min_bytes: int = 1 << 20,
+    min_bytes: int | str = MIN_BYTES,
     keep: Sequence[str] = (),
     offload: Sequence[str] = (),
     rules: Sequence[tuple[str, str]] = (),
@@ -69,16 +72,25 @@ def make_plan(
 
     Entries are served in the order given; a device never gets more than its share, and less by
     less than the next tensor. Weights that cannot move (buffers, 1-D, small, kept) stay on
-    `compute` and are counted first there. `reserve_bytes` is left free by "auto".
-    Raises SpecError, PlacementError.
+    `compute` and are counted first there; where they alone are more than its share,
+    `Plan.over_budget` says so. `min_bytes="auto"` is `MIN_BYTES`, or less where the share asks for
+    it. `reserve_bytes` is left free by a spec that is "auto". Raises SpecError, PlacementError.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     _check_order(order)
     parsed = _auto_spec(inventory, compute, devices, reserve_bytes) if parsed.auto else parsed
     _check_devices(parsed, compute, devices)
-    sorted_ = _sort(inventory, min_bytes, keep, offload, rules)
+    bins = _make_bins(parsed, inventory.total_bytes, compute, devices)
+    budget = next((b.budget for b in bins if b.device == compute), 0)
+    least = MIN_BYTES if min_bytes == "auto" else int(min_bytes)
+    sorted_ = _sort(inventory, least, keep, offload, rules)
+    if min_bytes == "auto":
+        least = _lowered(sorted_, budget, keep)
+        sorted_ = _sort(inventory, least, keep, offload, rules)
     floor = sum(weight.nbytes for weight in sorted_.fixed)
-    bins = _make_bins(parsed, inventory.total_bytes, compute, devices, floor)
+    for filled in bins:
+        if filled.device == compute and filled.budget is not None:
+            filled.budget = max(0, filled.budget - floor)
     placement = {weight.name: compute for weight in sorted_.fixed}
     placement |= _place_ruled(sorted_, bins, compute)
     donors = [b for b in bins if b.device != compute]
@@ -92,7 +104,8 @@ def make_plan(
         spec="auto" if not isinstance(spec, str) and spec.auto else parsed.text,
         order=order,
         floor=floor,
-        options={"min_bytes": min_bytes, "keep": list(keep), "offload": list(offload),
+        budget=budget,
+        options={"min_bytes": least, "keep": list(keep), "offload": list(offload),
                  "rules": [list(rule) for rule in rules]},
     )  # fmt: skip
     _check_capacity(plan, devices)
@@ -125,12 +138,7 @@ def virtual_vram_spec(
 
 def _check_order(order: str) -> None:
     if order not in ORDERS:
-        raise PlacementError(f"order={order!r}: expected 'interleaved' or 'sequential'")
-    if order == "optimal":
-        raise PlacementError(
-            "order='optimal' needs measured step times, which this version does not record; "
-            "use 'interleaved'"
-        )
+        raise SpecError(f"order={order!r}: expected 'interleaved' or 'sequential'")
 
 
 def _auto_spec(
@@ -154,7 +162,8 @@ def _auto_spec(
 def _missing(device: str, devices: Mapping[str, DeviceInfo]) -> str:
     hint = ""
     if device == "disk":
-        hint = "; make the folder for donor files (the environment variable DISTORCH_DISK names it)"
+        folder = os.environ.get("DISTORCH_DISK", "not set")
+        hint = f"; make the folder for donor files (DISTORCH_DISK in the environment: {folder})"
     return f"device {device!r} is not there; this machine has {', '.join(sorted(devices))}{hint}"
 
 
@@ -217,7 +226,10 @@ def _sort(
         raise PlacementError(f"weight {both[0]!r} is matched by keep and by offload; choose one")
     ruled: dict[str, str] = {}
     for pattern, device in rules:
-        target = parse_spec(f"{device},*").entries[0].device
+        try:
+            target = parse_spec(f"{device},*").entries[0].device
+        except SpecError as error:
+            raise SpecError(f"rules={[pattern, device]!r}: {error}") from error
         for name in _select(inventory, (pattern,), "rule"):
             ruled.setdefault(name, target)  # the first rule that matches decides
     result = _Sorted()
@@ -233,6 +245,29 @@ def _sort(
         else:
             result.free.append(weight)
     return result
+
+
+def _lowered(sorted_: _Sorted, budget: int | None, keep: Sequence[str]) -> int:
+    """The largest `min_bytes` with which what must stay fits into the compute device's budget.
+
+    First matrices leave, the largest first, and then (0) everything that may. Without a budget, or
+    with one of 0, which asks for no more than the usual, it is `MIN_BYTES`.
+    """
+    over = sum(weight.nbytes for weight in sorted_.fixed) - (budget or 0)
+    if not budget or over <= 0:
+        return MIN_BYTES
+    matrices = [
+        weight.nbytes
+        for weight in sorted_.fixed
+        if weight.kind == "parameter"
+        and _movable(weight, 1)
+        and not any(_matches(weight, pattern) for pattern in keep)
+    ]
+    for nbytes in sorted(matrices, reverse=True):
+        over -= nbytes
+        if over <= 0:
+            return nbytes
+    return 0
 
 
 def can_leave(inventory: Inventory, min_bytes: int, keep: Sequence[str]) -> set[str]:
@@ -268,15 +303,12 @@ def _budget(
 
 
 def _make_bins(
-    spec: Spec, total: int, compute: str, devices: Mapping[str, DeviceInfo], floor: int
+    spec: Spec, total: int, compute: str, devices: Mapping[str, DeviceInfo]
 ) -> list[_Bin]:
-    """Budgets in bytes for what may move, in the order of the entries, with one open bin."""
+    """Budgets in bytes, in the order of the entries, with one open bin."""
     percents = [e.share.percent for e in spec.entries if isinstance(e.share, Percent)]
     ratio_sum = sum(percents, Decimal(0)) if spec.is_ratio else Decimal(100)
     bins = [_Bin(e.device, _budget(e, total, ratio_sum, devices), e) for e in spec.entries]
-    for filled in bins:
-        if filled.device == compute and filled.budget is not None:
-            filled.budget = max(0, filled.budget - floor)
     if all(b.budget is not None for b in bins):
         _open_one(bins, spec, compute)
     return bins

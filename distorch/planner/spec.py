@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import NoReturn
@@ -17,6 +16,11 @@ DEVICE_TYPES = (
     "cuda", "xpu", "mps", "hpu", "mtia", "maia", "npu", "mlu", "musa", "xla", "sim",
     "privateuseone",
 )  # fmt: skip
+# What people write for a device, and its name here.
+_CALLED = {
+    "gpu": "cuda:0", "vram": "cuda:0", "hip": "cuda:0", "rocm": "cuda:0", "ram": "cpu",
+    "host": "cpu", "ssd": "disk", "nvme": "disk", "hdd": "disk", "file": "disk",
+}  # fmt: skip
 _UNIT_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-z%]*)\Z")
 _UNIT = re.compile(r"([kmgt]?)(i?)b?\Z")
@@ -75,10 +79,6 @@ class Spec:
         """Two or more entries, all percentages: divided by their sum, they place everything."""
         return len(self.entries) >= 2 and all(isinstance(e.share, Percent) for e in self.entries)
 
-    def share_of(self, device: str) -> Share | None:
-        """The share of a device, or None when the spec does not name it."""
-        return next((e.share for e in self.entries if e.device == device), None)
-
 
 class _Where:
     """Where in the string we are, for error messages."""
@@ -108,10 +108,10 @@ def parse_bytes(text: str | int) -> int:
     return share.nbytes
 
 
-def parse_spec(text: str, *, known_types: Iterable[str] = ()) -> Spec:
+def parse_spec(text: str) -> Spec:
     """Parses a placement string such as "cuda:0,2.5gb;cpu,*" (or "auto").
 
-    `known_types` adds device types to the usual ones. Blanks and case do not matter; one
+    Blanks and case do not matter; one
     semicolon at the end is tolerated. Raises SpecError naming the entry and its position.
     """
     if not isinstance(text, str):
@@ -123,9 +123,8 @@ def parse_spec(text: str, *, known_types: Iterable[str] = ()) -> Spec:
         return Spec((), "auto", auto=True)
     if not squeezed:
         raise SpecError(f"placement {text!r} is empty; expected for example {EXAMPLE!r} or 'auto'")
-    types = (*DEVICE_TYPES, *known_types)
     entries = tuple(
-        _parse_entry(entry, position, column, text, types)
+        _parse_entry(entry, position, column, text)
         for position, (column, entry) in enumerate(_split_entries(text), start=1)
     )
     _check_together(entries, text)
@@ -143,7 +142,7 @@ def _split_entries(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def _parse_entry(raw: str, position: int, column: int, text: str, types: tuple[str, ...]) -> Entry:
+def _parse_entry(raw: str, position: int, column: int, text: str) -> Entry:
     where = _Where(text, position, raw, column)
     squeezed = re.sub(r"\s+", "", raw).lower()
     if not squeezed:
@@ -154,13 +153,13 @@ def _parse_entry(raw: str, position: int, column: int, text: str, types: tuple[s
             f"expected 'device,share', found {len(parts)} part(s)",
             f"write for example {EXAMPLE!r}; entries are separated by ';'",
         )
-    device = _parse_device(parts[0], where, types)
+    device = _parse_device(parts[0], where)
     return Entry(device, _parse_share(parts[1], where), position, squeezed)
 
 
-def _parse_device(name: str, where: _Where, types: tuple[str, ...]) -> str:
+def _parse_device(name: str, where: _Where) -> str:
     if "+" in name:  # stripes over several donors
-        parts = [_parse_device(part, where, types) for part in name.split("+")]
+        parts = [_parse_device(part, where) for part in name.split("+")]
         if len(set(parts)) < len(parts) or "disk" in parts:
             where.fail(
                 f"{name!r} cannot hold stripes",
@@ -168,7 +167,7 @@ def _parse_device(name: str, where: _Where, types: tuple[str, ...]) -> str:
             )
         return "+".join(parts)
     match = _DEVICE.fullmatch(name)
-    kinds = (*HOST_TIERS, *types)
+    kinds = (*HOST_TIERS, *DEVICE_TYPES)
     if match is None:
         where.fail(
             f"{name!r} is not a device",
@@ -176,7 +175,8 @@ def _parse_device(name: str, where: _Where, types: tuple[str, ...]) -> str:
         )
     kind, index = match.groups()
     if kind not in kinds:
-        close = difflib.get_close_matches(kind, kinds, n=1)
+        known = _CALLED.get(kind)
+        close = [known] if known else difflib.get_close_matches(kind, kinds, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(kinds)}"
         where.fail(f"unknown device {name!r}", hint)
     if kind in HOST_TIERS:

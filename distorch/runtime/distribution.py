@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from torch import nn
 
 from distorch import _donors, _native, _ops
 from distorch._behaviour import replace_data
-from distorch.errors import PlacementError, SpecError
+from distorch._progress import Progress, progress_of
+from distorch.errors import PlacementError, PlacementWarning
 from distorch.planner import (
+    MIN_BYTES,
     DeviceInfo,
     Inventory,
     Plan,
@@ -37,7 +40,7 @@ from distorch.runtime.groups import (
     unique_buffers,
 )
 from distorch.runtime.module_agent import ModuleAgent
-from distorch.runtime.options import Options, compute_device
+from distorch.runtime.options import Options, check_module, compute_device
 from distorch.runtime.staging import (
     Origin,
     Packing,
@@ -50,7 +53,6 @@ from distorch.runtime.staging import (
 
 Module = TypeVar("Module", bound=nn.Module)
 _Undo = list[Callable[[], None]]
-Progress = Callable[[int], None]
 
 _KEY = "_distorch"
 _AUTO_RING_BYTES = 128 << 20
@@ -84,6 +86,10 @@ class Distribution:
         # A saved module is a plain one: its weights are in the file.
         return _nothing, ()
 
+    def lasting_options(self) -> Options:
+        """The options that hold until others are given: it goes on computing where it does."""
+        return dataclasses.replace(self.options, compute=self.plan.compute)
+
     def reserve(self, nbytes: int) -> None:
         """Makes the ring of the compute device at least so large while this object lives."""
         # The old room goes first only when the new one is there.
@@ -97,6 +103,7 @@ def _nothing() -> None:
 
 def distribution_of(module: nn.Module) -> Distribution:
     """The distribution of a module. PlacementError when it has none."""
+    check_module(module)
     found = module.__dict__.get(_KEY)
     if not isinstance(found, Distribution):
         raise PlacementError(
@@ -153,13 +160,11 @@ def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
 def resolve_spec(
     spec: str | None,
     virtual_vram: str | int | None,
-    donor: str,
+    donor: str | None,
     compute: str | torch.device | None,
     devices: dict[str, DeviceInfo],
 ) -> tuple[Spec, str]:
     """The parsed spec and the compute device that it means."""
-    if (spec is None) == (virtual_vram is None):
-        raise SpecError("give either a placement such as 'cuda:0,2.5gb;cpu,*' or virtual_vram=")
     if compute is not None:
         compute = compute_device(compute)
     if spec is not None:
@@ -168,7 +173,9 @@ def resolve_spec(
         return parsed, compute or machine.default_compute(entries)
     target = compute or machine.default_compute(())
     assert virtual_vram is not None
-    return virtual_vram_spec(virtual_vram, donor, target, devices), target
+    return virtual_vram_spec(
+        virtual_vram, "cpu" if donor is None else donor, target, devices
+    ), target
 
 
 def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, DeviceInfo]:
@@ -198,15 +205,14 @@ def plan_inventory(
     devices: dict[str, DeviceInfo],
     *,
     virtual_vram: str | int | None = None,
-    donor: str = "cpu",
+    donor: str | None = None,
 ) -> Plan:
     """A plan for weights that are known by name and size."""
-    options.check()
     parsed, compute = resolve_spec(spec, virtual_vram, donor, options.compute, devices)
     named = {place for entry in parsed.entries for place in entry.device.split("+")}
     devices = machine.with_exact(devices, {compute, *named})
     reserve = int(devices[compute].free_bytes * _RESERVE_SHARE) if compute in devices else 0
-    return make_plan(
+    plan = make_plan(
         inventory,
         parsed,
         compute=compute,
@@ -218,15 +224,17 @@ def plan_inventory(
         rules=options.rules,
         reserve_bytes=reserve,
     )
+    if virtual_vram is not None:
+        kept = plan.total_bytes - parse_bytes(virtual_vram)
+        if plan.floor > kept:  # so much cannot be given away
+            plan = plan.with_budget(kept)
+    if problem := plan.over_budget():
+        warnings.warn(problem, PlacementWarning, stacklevel=3)
+    return plan
 
 
 def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
     """A plan that is given must be about these weights and this machine. PlacementError."""
-    if not isinstance(plan, Plan):
-        raise SpecError(
-            f"plan={plan!r}: expected a Plan; Plan.load('p.json') reads a saved one, and a "
-            "placement string is given without plan="
-        )
     compute_device(plan.compute, "the plan's compute")
     there = machine.devices()
     if absent := [d for place in plan.bytes for d in place.split("+") if d not in there]:
@@ -254,11 +262,11 @@ def place(
     groups: list[Group],
     origins: dict[str, Origin],
     *,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Module:
     """Makes the plan true. All or nothing: any exception leaves the module as it was.
 
-    `progress` is told the bytes of each weight as it is staged.
+    `progress` is told the bytes of each weight as it is staged (see `progress_of`).
     """
     state = Distribution(plan, options, origins)
     known = module.__dict__.get(_KEY)
@@ -267,9 +275,7 @@ def place(
         return _place(module, state, groups, progress)
 
 
-def _place(
-    module: Module, state: Distribution, groups: list[Group], progress: Progress | None
-) -> Module:
+def _place(module: Module, state: Distribution, groups: list[Group], progress: Progress) -> Module:
     """`state` is the new one; what goes on from the old one is taken over."""
     plan, compute = state.plan, torch.device(state.plan.compute)
     known = module.__dict__.get(_KEY)
@@ -301,7 +307,8 @@ def _place_for_graphs(module: nn.Module) -> None:
     if isinstance(state, Distribution) and not state.compiled:
         state.compiled = True
         try:
-            place(module, state.plan, state.options, group_members(module), state.origins)
+            found = group_members(module)
+            place(module, state.plan, state.options, found, state.origins, progress=False)
         except BaseException:
             state.compiled = False
             raise
@@ -311,27 +318,28 @@ def _stage_all(
     module: nn.Module,
     state: Distribution,
     groups: list[Group],
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[int, torch.Tensor]:
     compute = torch.device(state.plan.compute)
     places = [_place_of(group, state.plan) for group in groups]
     sharded = [place != str(compute) for place in places]
     if state.compiled:
-        options = state.options
-        leave = can_leave(inventory_of(module, groups), options.min_bytes, options.keep)
+        least = int(state.plan.options.get("min_bytes", MIN_BYTES))
+        leave = can_leave(inventory_of(module, groups), least, state.options.keep)
         for i, group in enumerate(groups):
             known = group.name in state.plan.placement or _ops.is_sharded(group.first)
             sharded[i] = sharded[i] or (known and group.name in leave)
     moving = [i for i, g in enumerate(groups) if not _is_there(g, places[i], compute, sharded[i])]
     packing = Packing([groups[i] for i in moving if places[i] == "cpu"], compute)
     staged: dict[int, torch.Tensor] = {}
-    for i in moving:
-        origin = state.origins.get(groups[i].name)
-        staged[i] = stage(groups[i], places[i], compute, origin, packing)
-        if sharded[i] and has_bytes(groups[i].first) and not _ops.is_sharded(staged[i]):
-            staged[i] = in_place(staged[i], compute, groups[i].name)
-        if progress is not None:
-            progress(groups[i].nbytes)
+    total = sum(groups[i].nbytes for i in moving)
+    with progress_of(progress, total, "placing") as done:
+        for i in moving:
+            origin = state.origins.get(groups[i].name)
+            staged[i] = stage(groups[i], places[i], compute, origin, packing)
+            if sharded[i] and has_bytes(groups[i].first) and not _ops.is_sharded(staged[i]):
+                staged[i] = in_place(staged[i], compute, groups[i].name)
+            done(groups[i].nbytes)
     return staged
 
 

@@ -64,6 +64,8 @@ class Calibration:
     def __str__(self) -> str:
         return text_table(_HEADER, self._rows(), "measured links")
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return html_table(_HEADER, self._rows(), "measured links")
 

@@ -128,7 +128,7 @@ def test_llama_cpp_names_fill_a_transformers_module(tmp_path, which, kind):
     tensors = llama_cpp_tensors(model, arch, config)
     tensors["rope_freqs.weight"] = torch.ones(8)  # llama.cpp's own; no module has it
     write_gguf(file, arch, tensors, kind, config)
-    checkpoint = open_checkpoint(file, quantised=True)
+    checkpoint = open_checkpoint(file)
     fitted = fit_names(checkpoint, empty(cls, config)).tensors
     wanted = dict(model.named_parameters())
     assert set(fitted) == set(wanted)
@@ -150,7 +150,7 @@ def test_the_same_tensors_as_transformers_reads(tmp_path, which):
     model, file = small(cls, config), tmp_path / "m.gguf"
     write_gguf(file, arch, llama_cpp_tensors(model, arch, config), Q.Q8_0, config)
     theirs = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
-    fitted = fit_names(open_checkpoint(file, quantised=True), empty(cls, config)).tensors
+    fitted = fit_names(open_checkpoint(file), empty(cls, config)).tensors
     both = set(theirs) & set(fitted)
     assert len(both) == len(fitted)
     assert all(torch.equal(values(fitted[name]), theirs[name]) for name in both)
@@ -174,14 +174,14 @@ def test_transposed_weights_are_refused(tmp_path):
                for k, v in llama_cpp_tensors(model, "gpt2", config).items()}  # fmt: skip
     write_gguf(file, "gpt2", tensors, Q.Q8_0)
     with pytest.raises(FormatError, match=r"blk.0.\S+weight' \(Q8_0.*blocks of 32"):
-        fit_names(open_checkpoint(file, quantised=True), empty(GPT2LMHeadModel, config))
+        fit_names(open_checkpoint(file), empty(GPT2LMHeadModel, config))
 
 
 @pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0])
 def test_a_diffusion_gguf_in_original_names(tmp_path, small_widths, kind):
     model, file = small(FluxTransformer2DModel, FLUX), tmp_path / "m.gguf"
     write_gguf(file, "flux", flux_original(model.state_dict()), kind)
-    checkpoint = open_checkpoint(file, quantised=True)
+    checkpoint = open_checkpoint(file)
     fitted = fit_names(checkpoint, empty(FluxTransformer2DModel, FLUX)).tensors
     wanted = model.state_dict()
     assert set(fitted) == set(wanted)

@@ -111,8 +111,6 @@ def test_keep_offload_rules():
         ("cuda:0,1gb;cpu,*", {"keep": ["w0"], "offload": ["w*"]}, "choose one"),
         ("cuda:0,1gb;cpu,*", {"rules": [("w0", "disk")]}, "does not name"),
         ("cuda:0,1gb;cpu,1mb", {}, "have no place"),
-        ("cuda:0,1gb;cpu,*", {"order": "optimal"}, "not"),
-        ("cuda:0,1gb;cpu,*", {"order": "sideways"}, "expected"),
         ("cuda:0,1gb;cpu,*", {"compute": "cuda:7"}, "is not there"),
     ],
 )

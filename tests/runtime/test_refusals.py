@@ -22,7 +22,7 @@ WRONG_OPTIONS = [
     {"min_bytes": float("nan")},
     {"min_bytes": 1.5},
     {"min_bytes": -1},
-    {"min_bytes": "1mb"},
+    {"min_bytes": "1 mile"},
     {"keep": 5},
     {"keep": [5]},
     {"offload": None},

@@ -83,6 +83,8 @@ class Report:
         ]
         return "\n".join(parts)
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return (
             html_table(_HEADER, self._rows(), self._title())
@@ -180,6 +182,8 @@ def report(module: nn.Module) -> Report:
         for name, nbytes in sizes.items()
         if nbytes > plan.sizes.get(name, nbytes)
     ]
+    if over := plan.over_budget(measured[plan.compute]):
+        problems.append(over)
     problems += [f"{name}: not in the plan" for name in placement if name not in plan.placement]
     problems += [f"{name}: in the plan, gone" for name in plan.placement if name not in placement]
     loras = state.patching.rows() if state.patching is not None else []
@@ -225,6 +229,10 @@ class Stats:
     overflows: int
     bytes: dict[str, int]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as JSON types."""
+        return dict(self.__dict__)
+
     def _rows(self) -> list[tuple[str, str]]:
         return [
             ("fetches", str(self.fetches)),
@@ -236,6 +244,8 @@ class Stats:
 
     def __str__(self) -> str:
         return text_table(("since reset_stats", "value"), self._rows())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html_table(("since reset_stats", "value"), self._rows())

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from distorch import _native, _ops
-from distorch.errors import PlacementError
+from distorch.errors import PlacementError, SpecError
 from distorch.runtime.distribution import distribution_of
 
 _tracing = False
@@ -27,6 +27,8 @@ def trace(module: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
     """
     global _tracing  # noqa: PLW0603
     compute = distribution_of(module).plan.compute
+    if not isinstance(path, str | os.PathLike):
+        raise SpecError(f"trace: expected the path of a JSON file, got {path!r:.80}")
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"trace: the folder {str(target.parent)!r} is not there; make it")
@@ -49,8 +51,10 @@ def profiling(module: nn.Module) -> Iterator[None]:
     With these, the profiler notes the address of every tensor that it meets, and a sharded weight
     answers that with an error. In this block the address is 0. Open it first, so that the profiler
     stops inside of it: `with distorch.profiling(model), profile(record_shapes=True) as prof:`.
-    Fetches are in every profile, as "distorch::fetch <weight>".
+    Fetches are in every profile, as "distorch::fetch <weight>". PlacementError if the module is not
+    distributed.
     """
+    distribution_of(module)
     weights = [p for p in module.parameters() if _ops.is_sharded(p)]
     for weight in weights:
         _ops.show_address(weight, True)

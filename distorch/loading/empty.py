@@ -1,0 +1,41 @@
+"""Modules without weights, to be loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@contextmanager
+def init_empty_weights() -> Iterator[None]:
+    """Modules that this thread makes inside have parameters on the meta device, without memory.
+
+    Buffers are real: a module's own `__init__` has filled them, and a checkpoint often lacks them.
+    This is the difference to `torch.device("meta")`. Parameters that are no plain `nn.Parameter`
+    (lazy ones, those of quantised layers) stay as they are.
+    """
+    thread = threading.get_ident()
+    # A parameter that is registered twice is tied, and must stay one.
+    known = WeakIdKeyDictionary()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or type(parameter) is not nn.Parameter:
+            return None
+        if parameter.is_meta:
+            return None
+        if parameter not in known:
+            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            empty.__dict__.update(parameter.__dict__)
+            known[parameter] = empty
+        return known[parameter]  # type: ignore[no-any-return]
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()

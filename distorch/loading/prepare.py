@@ -1,0 +1,190 @@
+"""Before a load moves anything: files are opened, names are matched, every weight has its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distorch import _ops
+from distorch.errors import SpecError
+from distorch.formats.checkpoint import open_checkpoint
+from distorch.formats.naming import fit_names
+from distorch.loading.job import Job
+from distorch.loading.match import match, tie_again
+from distorch.lora import LoraSource, Patches, are_low_rank
+from distorch.patching import (
+    LoraMode,
+    Patching,
+    PatchOptions,
+    check_plain_numbers,
+    new_reader,
+    patches_on,
+)
+from distorch.planner import Inventory, Plan
+from distorch.runtime import distribution, groups
+from distorch.runtime.options import (
+    Options,
+    PlacementOptions,
+    check_module,
+    check_one_placement,
+    dtype_of,
+)
+
+Resident = Literal["quantised", "dequantised", "quantized", "dequantized"]
+
+
+class LoadOptions(PlacementOptions, total=False):
+    """The options of `load`, as documented there."""
+
+    loras: Sequence[tuple[LoraSource, float]]
+    strict: bool
+    strict_loras: bool
+    lora_mode: LoraMode
+    patched_dtype: torch.dtype | str | None
+    dtype: torch.dtype | str | None
+    resident: Resident
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `load` was asked for; `placing` has the options of `distribute` by name."""
+
+    spec: str | None = None
+    plan: Plan | None = None
+    virtual_vram: str | int | None = None
+    donor: str | None = None
+    placing: Mapping[str, Any] = field(default_factory=dict)
+    loras: Sequence[tuple[LoraSource, float]] = ()
+    strict: bool = True
+    strict_loras: bool = True
+    lora_mode: str = "merge"
+    patched_dtype: torch.dtype | str | None = None
+    dtype: torch.dtype | str | None = None
+    resident: str = "quantised"
+
+    @classmethod
+    def of(
+        cls,
+        spec: str | None,
+        virtual_vram: str | int | None,
+        donor: str | None,
+        options: LoadOptions,
+    ) -> Request:
+        """A request by the names of options."""
+        given: dict[str, Any] = dict(options)
+        own = {key: given.pop(key) for key in [f.name for f in fields(cls)] if key in given}
+        return cls(spec=spec, virtual_vram=virtual_vram, donor=donor, placing=given, **own)
+
+    def options(self, before: Options | None = None) -> Options:
+        """Those of `distribute`, checked; those that are not given are as `before`. SpecError."""
+        check_one_placement(self.spec, self.plan, self.virtual_vram, self.donor)
+        names = [*(field.name for field in fields(self)), "progress"]
+        options = Options.of(self.placing, names, before)
+        return options if self.plan is None else options.as_planned(self.plan, self.placing)
+
+    def floating_dtype(self) -> torch.dtype | None:
+        """What floating weights become. SpecError."""
+        if self.dtype is None:
+            return None
+        dtype = dtype_of(self.dtype, "dtype")
+        if not dtype.is_floating_point:
+            raise SpecError(f"dtype={dtype}: expected a floating dtype, such as torch.bfloat16")
+        return dtype
+
+    def widens(self) -> bool:
+        """Whether narrow weights are decoded for good where they stay resident. SpecError."""
+        spelled = str(self.resident).lower().replace("quantiz", "quantis")
+        if spelled not in ("quantised", "dequantised"):
+            raise SpecError(f"resident={self.resident!r}: expected 'quantised' or 'dequantised'")
+        return spelled == "dequantised"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A load that is decided: the work, where it goes, and what is to be remembered."""
+
+    jobs: list[Job]
+    plan: Plan
+    options: Options
+    patching: Patching
+
+
+def prepare(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Ready:
+    """Decides everything about a load. Raises SpecError, FormatError, PlacementError."""
+    check_module(module)
+    options, dtype, widens = request.options(), request.floating_dtype(), request.widens()
+    patch_options = PatchOptions.checked(request.lora_mode, request.patched_dtype)
+    checkpoint = fit_names(open_checkpoint(file), module)
+    tie_again(module, checkpoint)
+    jobs = match(module, checkpoint, request.strict, dtype)
+    reader = new_reader(module)
+    patches, found = reader.read(request.loras, request.strict_loras)
+    _assign(jobs, patches, patch_options)
+    for job in jobs if widens else ():
+        job.widened = job.rows is not None  # as it would be on the compute device
+    plan = request.plan
+    if plan is None:
+        plan = distribution.plan_inventory(
+            _inventory(module, jobs), request.spec, options, distribution.devices_for((), None),
+            virtual_vram=request.virtual_vram, donor=request.donor,
+        )  # fmt: skip
+        _narrow_elsewhere(jobs, plan)
+        plan = plan.resized({job.name: job.nbytes for job in jobs})
+    else:
+        _narrow_elsewhere(jobs, plan)
+        distribution.check_plan_fits(plan, _inventory(module, jobs))
+    return Ready(jobs, plan, options, Patching(reader, patch_options, loras=found))
+
+
+def _narrow_elsewhere(jobs: list[Job], plan: Plan) -> None:
+    """Once it is known who stays on the compute device, all others are as narrow as in the file."""
+    for job in jobs:
+        job.widened = job.widened and plan.placement.get(job.name) == plan.compute
+
+
+def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
+    """Tells each job what is to be added to it."""
+    for job in jobs:
+        if job.buffer is not None:
+            continue
+        job.patches = patches_on(job.members, patches)
+        if job.patches:
+            if job.rows is None:
+                check_plain_numbers(job.members[0], job.stored.dtype)
+            narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
+            options.check_rounds_to(job.rows, job.name)
+            job.patched_dtype = options.dtype_of(narrow, job.module_dtype)
+            fits = job.rows is not None or job.dtype == job.stored.dtype
+            known = job.patched_dtype in _ops.DECODED_DTYPES
+            low_rank = are_low_rank(job.patches)
+            whole = job.rows is None or job.rows.whole_rows(job.stored.shape)
+            job.at_fetch = options.at_fetch and fits and known and low_rank and whole
+
+
+def _inventory(module: nn.Module, jobs: list[Job]) -> Inventory:
+    """The module as it will be: what the file brings, and what stays as it is."""
+    brought = {job.name: job for job in jobs}
+    filled = {id(member.parameter) for job in jobs for member in job.members}
+    weights = {}
+    for group in groups.group_members(module):
+        rest = [member for member in group.members if id(member.parameter) not in filled]
+        if rest:
+            weights[rest[0].name] = groups.Group(group.begin, group.end, rest).info()
+    for job in jobs:
+        weights[job.name] = job.info()
+    order = {member.name: i for i, member in enumerate(groups.named_members(module))}
+    parameters = sorted(
+        (weight for name, weight in weights.items() if name in order),
+        key=lambda weight: order[weight.name],
+    )
+    buffers = []
+    for buffer in groups.buffer_infos(module):
+        new = brought.get(buffer.name)
+        info = buffer if new is None else new.info()
+        buffers.append(replace(info, kind="buffer"))
+    return Inventory((*parameters, *buffers))
