@@ -10,7 +10,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
+.PHONY: help build dev demo test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,18 +27,27 @@ $(VENV)/built: $(VENV)/torch-ready setup.py pyproject.toml $(CSRC)
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation --editable .
 	touch $@
 
+# The same with the simulated accelerator, which only tests and benchmarks need.
+$(VENV)/dev-built: $(VENV)/torch-ready setup.py pyproject.toml $(CSRC)
+	DISTORCH_SIM=1 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation --editable .
+	touch $(VENV)/built $@
+
 $(VENV)/dev-ready: $(VENV)/torch-ready requirements-dev.txt
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -r requirements-dev.txt
 	touch $@
 
 build: $(VENV)/built ## .venv with torch and distorch
-dev: $(VENV)/built $(VENV)/dev-ready ## the same with what tests and linters need
+dev: $(VENV)/dev-built $(VENV)/dev-ready ## the same with what tests and linters need
 
 demo: build ## a digit transformer with most of its weights on disk
 	$(BIN)/python -m distorch demo --out $(DEMO_OUT)
 
-test: dev ## the whole test suite
+test: dev ## the test suite: every promise, with a part of the long sweeps
 	$(BIN)/python -m pytest -n 2
+
+test-all: dev ## all of the long sweeps, too: every operator, dtype, GPU and program: an hour or two
+	DISTORCH_TESTS=all $(BIN)/python -m pytest -n 2
+	$(MAKE) sweep
 
 PROGRAMS ?= 10000
 test-long: dev ## PROGRAMS (10000) random programs of each kind on the simulated accelerator: two hours

@@ -13,6 +13,8 @@ MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
 ROOMS = ("core", "engine", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
+# A minute or so each, without torch: compiled beside the units of the rooms.
+LONG_ALONE = ("dequantise", "merge")
 
 
 # GPUs that the kernels are compiled for; the last one also as PTX, for those to come.
@@ -23,24 +25,29 @@ CUDA_SOURCES = (
 )
 
 
+def choice(name, default, known):
+    """What an environment variable says. SystemExit on what it cannot mean."""
+    value = os.environ.get(name, default).lower()
+    if value not in known:
+        raise SystemExit(f"{name}={value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
+    return value
+
+
 def cuda_choice():
     """DISTORCH_CUDA: 0 leaves the kernels out, auto takes what is there, 1 must have them."""
-    choice = os.environ.get("DISTORCH_CUDA", "auto").lower()
-    if choice not in {"0", "1", "auto"}:
-        raise SystemExit(f"DISTORCH_CUDA={choice!r}: expected 0, 1 or auto")
-    return choice
+    return choice("DISTORCH_CUDA", "auto", ("0", "1", "auto"))
 
 
 def nvcc():
     """The compiler for the kernels, or None when they are not to be built."""
-    choice = cuda_choice()
-    if choice == "0":
+    wanted = cuda_choice()
+    if wanted == "0":
         return None
     # Some images set CUDA_HOME to a folder that has no compiler: then the PATH is searched.
     homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     folders = [*(str(Path(home, "bin")) for home in homes), os.environ.get("PATH", os.defpath)]
     found = shutil.which("nvcc", path=os.pathsep.join(folders))
-    if choice == "1":
+    if wanted == "1":
         if found is None:
             raise SystemExit(
                 "DISTORCH_CUDA=1: there is no nvcc on the PATH or in CUDA_HOME. Install the CUDA "
@@ -80,6 +87,25 @@ def build_kernels(compiler, target):
         unfinished.unlink(missing_ok=True)
 
 
+def units(room):
+    """What is compiled of a room: one unit that includes its files, and those that are long alone.
+
+    A file needs ten seconds for the headers of torch, and two for what it says itself.
+    DISTORCH_UNITS=files compiles each file alone, for those who change them.
+    """
+    files = sorted((ROOT / "csrc" / room).glob("*.cpp"))
+    alone = [path for path in files if path.stem in LONG_ALONE]
+    if choice("DISTORCH_UNITS", "rooms", ("rooms", "files")) == "rooms":
+        unit = ROOT / "build" / "units" / f"{room}.cpp"
+        included = [path.relative_to(ROOT / "csrc") for path in files if path not in alone]
+        text = "".join(f'#include "{path}"\n' for path in included)
+        if not unit.exists() or unit.read_text() != text:  # else nothing is compiled again
+            unit.parent.mkdir(parents=True, exist_ok=True)
+            unit.write_text(text)
+        files = [*alone, unit]  # the longest first
+    return [str(path.relative_to(ROOT)) for path in files]
+
+
 def extension(name, rooms, more=()):
     """An extension module from some rooms of csrc, and more single sources."""
     try:
@@ -89,18 +115,12 @@ def extension(name, rooms, more=()):
             "distorch is built against your torch, and there is none in this environment. "
             "Install torch first, then: pip install --no-build-isolation ."
         ) from error
-    sources = [
-        str(path.relative_to(ROOT))
-        for room in rooms
-        for path in sorted((ROOT / "csrc" / room).glob("*.cpp"))
-    ]
-    sources += more
-    headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    whole = [path for room in rooms for path in (ROOT / "csrc" / room).glob("*.cpp")]
     return CppExtension(
         name,
-        sources,
+        [*(unit for room in rooms for unit in units(room)), *more],
         include_dirs=[str(ROOT / "csrc")],
-        depends=headers,
+        depends=[str(p.relative_to(ROOT)) for p in (*(ROOT / "csrc").rglob("*.h"), *whole)],
         extra_compile_args=[
             "-std=c++20",
             "-O2",
@@ -113,14 +133,28 @@ def extension(name, rooms, more=()):
     )
 
 
+def extensions():
+    """The library, and with DISTORCH_SIM=1 the simulated accelerator of tests and benchmarks."""
+    found = [extension("distorch._C", ROOMS)]
+    if choice("DISTORCH_SIM", "0", ("0", "1")) == "1":
+        found.append(extension("distorch.testing._sim", SIM_ROOMS, ["csrc/core/arena.cpp"]))
+    return found
+
+
 def commands():
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def run(self):
+            inplace = self.inplace or self.editable_mode
+            if inplace:  # the next build goes on from there; pip would take a temporary folder
+                self.build_temp = str(ROOT / "build" / "objects")
+            folder = ROOT if inplace else Path(self.build_lib)
+            if len(self.extensions) == 1:  # an old simulator does not fit a new library
+                for old in (folder / "distorch" / "testing").glob("_sim.*.so"):
+                    old.unlink()
             super().run()
             compiler = nvcc()
-            folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
             target = folder / "distorch" / "_cuda.so"
             if compiler is None:
                 target.unlink(missing_ok=True)  # of an earlier build: it would be loaded
@@ -135,10 +169,4 @@ def commands():
 
 
 cuda_choice()
-setup(
-    ext_modules=[
-        extension("distorch._C", ROOMS),
-        extension("distorch.testing._sim", SIM_ROOMS, ["csrc/core/arena.cpp"]),
-    ],
-    cmdclass=commands(),
-)
+setup(ext_modules=extensions(), cmdclass=commands())

@@ -17,8 +17,8 @@
 // rounded before it is added to (see Note [A block's description]).
 #if defined(__clang__)
 #pragma clang fp contract(off)
-#elif defined(__SANITIZE_ADDRESS__)
-#pragma GCC optimize("fp-contract=off")  // minutes of compiling otherwise
+#elif defined(__SANITIZE_ADDRESS__) || defined(DISTORCH_ONE_PATH)
+#pragma GCC optimize("fp-contract=off")  // a minute or more of compiling otherwise
 #else
 #pragma GCC optimize("O3", "fp-contract=off")
 #endif

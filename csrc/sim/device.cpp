@@ -12,12 +12,11 @@
 #include <map>
 #include <unordered_map>
 
+#include "sim/call.h"
 #include "sim/memory.h"
 
 namespace distorch::sim {
 namespace {
-
-Machine& machine() { return Machine::instance(); }
 
 // Streams that were asked for, used again after the next configure().
 struct Pool {

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from distorch.demo.model import DigitConfig, DigitTransformer
 from distorch.demo.sampling import sample, save_png, sheet
-from distorch.loading import load
+from distorch.loading import init_empty_weights, load
 from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.machine import default_compute
 
 # Small enough that this small model really streams: a few weights at a time.
 RING_BYTES = 2 << 20
 WEIGHTS = Path(__file__).parent / "weights"
+_EMULATED = 4  # how much slower products of bfloat16 are than those of float32, then
 BASE = WEIGHTS / "digits-dit-bf16.safetensors"
 LORA = WEIGHTS / "digits-negative-lora.safetensors"
 
@@ -45,9 +46,27 @@ def _config() -> DigitConfig:
         return DigitConfig(**json.loads(file.metadata()["config"]))
 
 
-def resident_model(strength: float, device: torch.device) -> DigitTransformer:
-    """The reference, in plain PyTorch: merged in fp32, rounded once."""
-    weights = load_file(BASE)
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, as the file has it; float32 on a CPU that only emulates bfloat16 products."""
+    if device.type != "cpu":
+        return torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = (torch.ones(256, 256, dtype=dtype) for _ in range(2))
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ b
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    emulated = seconds(torch.bfloat16) > _EMULATED * seconds(torch.float32)
+    return torch.float32 if emulated else torch.bfloat16
+
+
+def resident_model(strength: float, device: torch.device, dtype: torch.dtype) -> DigitTransformer:
+    """The reference, in plain PyTorch: merged in fp32, rounded once to `dtype`."""
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(BASE).items()}
     if strength:
         factors = load_file(LORA)
         with safe_open(LORA, framework="pt") as file:
@@ -59,7 +78,7 @@ def resident_model(strength: float, device: torch.device) -> DigitTransformer:
             name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
             merged = weights[name].float() + scale * (up.float() @ down.float())
             weights[name] = merged.to(weights[name].dtype)
-    with torch.device("meta"):
+    with init_empty_weights():
         model = DigitTransformer(_config())
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
@@ -78,16 +97,17 @@ def _timed(model: DigitTransformer, labels: Tensor, steps: int, title: str) -> t
         return images, time.perf_counter() - start
 
 
-def compare(spec: str, strength: float, *, count: int, steps: int) -> Outcome:
+def compare(spec: str, strength: float, *, count: int, steps: int, dtype: torch.dtype) -> Outcome:
     """Samples the same digits with the resident and with the distributed model."""
     labels = torch.arange(count) % 10
-    with torch.device("meta"):
+    with init_empty_weights():
         empty = DigitTransformer(_config())
     loras = [(LORA, strength)] if strength else []
     model = load(
-        empty, BASE, spec, min_bytes=0, loras=loras, prefetch=RING_BYTES, progress=False
-    ).eval()
-    plain = resident_model(strength, torch.device(report(model).compute))
+        empty, BASE, spec, dtype=dtype, min_bytes=0, loras=loras, prefetch=RING_BYTES,
+        progress=False,
+    ).eval()  # fmt: skip
+    plain = resident_model(strength, torch.device(report(model).compute), dtype)
     for warm_up in (plain, model):
         sample(warm_up, labels, steps=2)
     reset_stats(model)
@@ -104,8 +124,12 @@ def run_demo(
 ) -> bool:  # fmt: skip
     """Runs the demo, writes the picture, prints the tables. True when every bit agrees."""
     chosen = spec or default_spec()
-    print(f"placement {chosen!r}; {count} digits, {steps} steps, two passes a step\n")
-    outcomes = [compare(chosen, strength, count=count, steps=steps) for strength in strengths]
+    dtype = quick_dtype(torch.device(default_compute(())))
+    why = ", as bfloat16 is emulated on this CPU" if dtype == torch.float32 else ""
+    print(f"placement {chosen!r}; {count} digits, {steps} steps, two passes a step, {dtype}{why}\n")
+    outcomes = [
+        compare(chosen, strength, count=count, steps=steps, dtype=dtype) for strength in strengths
+    ]
     last = outcomes[-1]
     print(last.report, last.stats, sep="\n\n")
     print()

@@ -17,7 +17,14 @@ from torch.utils import backend_registration
 
 from distorch import _native
 from distorch.planner import parse_bytes
-from distorch.testing import _sim  # type: ignore[attr-defined]
+
+try:
+    from distorch.testing import _sim  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        "this build has no simulated accelerator: in a checkout, `make dev` builds it, or "
+        "`DISTORCH_SIM=1 pip install --no-build-isolation .`"
+    ) from error
 
 Link = tuple[str, str]
 

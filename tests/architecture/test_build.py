@@ -1,8 +1,11 @@
 """setup.py's settings, and that core needs no torch to compile and link."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,47 @@ def test_nvcc_of_the_path_is_found_where_cuda_home_has_none(tmp_path):
             cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert done.stdout.splitlines()[-1] == wanted
+
+
+def test_units_have_every_file():
+    program = (
+        "import sys; sys.argv[1:] = ['--version']; import setup;"
+        "print({room: setup.units(room) for room in (*setup.ROOMS, *setup.SIM_ROOMS)})"
+    )
+    found = {}
+    for kind in ("rooms", "files"):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={**os.environ, "DISTORCH_UNITS": kind},
+        )  # fmt: skip
+        found[kind] = ast.literal_eval(done.stdout.splitlines()[-1])
+    for room, files in found["files"].items():
+        assert files == sorted(
+            str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / room).glob("*.cpp")
+        )
+        *alone, unit = found["rooms"][room]
+        included = re.findall(r'#include "(.*)"', (ROOT / unit).read_text())
+        assert sorted([*alone, *(f"csrc/{name}" for name in included)]) == files
+
+
+def test_a_source_distribution_can_build_everything(tmp_path):
+    """The kernels for GPUs, too; not what was built here."""
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (packed,) = tmp_path.glob("distorch-*.tar.gz")
+    with tarfile.open(packed) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for suffix in ("cpp", "h", "cu", "cuh")
+        for path in (ROOT / "csrc").rglob(f"*.{suffix}")
+        if "tests" not in path.parts
+    }
+    assert wanted and wanted <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert not [name for name in names if name.startswith("build/") or name.endswith(".so")]
 
 
 def test_kernels_without_their_sources_are_an_error(tmp_path):

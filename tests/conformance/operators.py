@@ -49,8 +49,12 @@ def names(dtype: torch.dtype) -> list[str]:
     return [name for name, op in sorted(OPS.items()) if dtype in op.supported_dtypes("cpu")]
 
 
-def check(name: str, dtype: torch.dtype, samples: int | None = None) -> None:
-    """Runs an operator's samples (the first ones, if so told). Raises DifferentError."""
+def check(
+    name: str, dtype: torch.dtype, samples: int | None = None, without_grad: int | None = None
+) -> None:
+    """Runs an operator's samples, or the first ones: `samples` of them with gradients, and
+    `without_grad` of them in each mode that has none. Raises DifferentError.
+    """
     op = OPS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -58,7 +62,8 @@ def check(name: str, dtype: torch.dtype, samples: int | None = None) -> None:
             grad = mode == "grad" and op.supports_autograd and dtype.is_floating_point
             inputs = op.sample_inputs("cpu", dtype, requires_grad=grad)
             functions = [op.op] + ([op.inplace_variant] if op.inplace_variant else [])
-            for sample, function in itertools.product(itertools.islice(inputs, samples), functions):
+            wanted = samples if mode == "grad" else without_grad
+            for sample, function in itertools.product(itertools.islice(inputs, wanted), functions):
                 structure = (sample.input, sample.args, sample.kwargs)
                 _check_sample(Run(op, function, mode, grad), structure)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.amount import ALL
+
 from .compare import DifferentError, assert_same
 from .operators import OPS, check, check_sparse, names
 
@@ -12,12 +14,12 @@ INTEGERS = [name for name in names(torch.int64) if name not in FLOATS]
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_float32(name):
-    check(name, torch.float32, samples=2)
+    check(name, torch.float32, samples=2, without_grad=2 if ALL else 1)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_int64(name):
-    check(name, torch.int64, samples=2)
+    check(name, torch.int64, samples=2, without_grad=2 if ALL else 1)
 
 
 @pytest.mark.parametrize(

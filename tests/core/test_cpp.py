@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.amount import ALL
 from tests.compiler import COMPILER
 
 ROOT = Path(__file__).parents[2]
@@ -17,9 +18,9 @@ PROGRAMS = sorted(path.stem for path in (CSRC / "tests").glob("*_test.cpp"))
 SOURCES = sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "engine").glob("*.cpp")])
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 
-# Unrolled by hand, so that a compiler needs a minute for each if it checks every access in place.
-# They know neither threads nor locks: the thread sanitizer has nothing to look for in them, and one
-# of their paths is enough beside it.
+# Unrolled by hand, so that a compiler needs a minute or two for each if it checks every access of
+# every path. Beside the other programs one path is enough, without the checks for undefined
+# behaviour: `make test-all` compiles them whole, and they know neither threads nor locks.
 KERNELS = {"dequantise", "merge"}
 # What a sanitizer cannot run.
 UNFIT = {
@@ -35,8 +36,10 @@ def library(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     plain = [COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}"]
     flags = [*plain, f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all"]
-    one_path = [*plain, "-DDISTORCH_ONE_PATH"]
-    kernels = [*flags, *SHORT_CHECKS] if request.param == "address" else one_path
+    kernels = [*plain, "-DDISTORCH_ONE_PATH"]
+    if request.param == "address":
+        whole = [*flags, *SHORT_CHECKS]
+        kernels = whole if ALL else [*kernels, "-fsanitize=address", *SHORT_CHECKS]
     jobs = [
         subprocess.Popen([
             *(kernels if source.stem in KERNELS else flags),

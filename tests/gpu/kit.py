@@ -92,7 +92,7 @@ def build(python: Path, gpus: str) -> Path:
     target = WORK / "symbols"
     run(python, "setup.py", "--quiet", "build_ext", "--build-lib", target,
         "--build-temp", WORK / "objects",
-        env={**os.environ, "DISTORCH_CUDA": "1", "DISTORCH_GPUS": gpus, "MAX_JOBS": jobs()})  # fmt: skip
+        env={**os.environ, "DISTORCH_CUDA": "1", "DISTORCH_SIM": "1", "DISTORCH_GPUS": gpus, "MAX_JOBS": jobs()})  # fmt: skip
     return target
 
 

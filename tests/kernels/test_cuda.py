@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.amount import ALL
 from tests.compiler import COMPILER
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(set((CSRC / "cuda").glob("*.cu")) - {CSRC / "cuda" / "library.cu"})
-GPUS = ["75", "80", "86", "89", "90", "100", "120"]
+GPUS = ["75", "80", "86", "89", "90", "100", "120"] if ALL else ["75", "90", "120"]
 # Half of a GPU's threads or more at work; a quarter for merges, whose sums are in registers.
 MOST_REGISTERS = {"dequantise.cu": 64, "merge.cu": 128, "numbers.cu": 64, "rotation.cu": 32}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import distorch
 from distorch import FetchError, FormatError, PlacementError, _donors
-from distorch.loading import bring, loader
+from distorch.loading import bring, prepare
 
 
 def net():
@@ -69,7 +69,7 @@ def test_a_full_disk(module, tmp_path, monkeypatch, count):
 
 def test_a_file_that_becomes_shorter(module, tmp_path, monkeypatch):
     file = tmp_path / "base.safetensors"
-    real = loader.open_checkpoint
+    real = prepare.open_checkpoint
 
     def opened(path, **options):
         found = real(path, **options)
@@ -77,7 +77,7 @@ def test_a_file_that_becomes_shorter(module, tmp_path, monkeypatch):
             handle.truncate(file.stat().st_size // 2)
         return found
 
-    monkeypatch.setattr(loader, "open_checkpoint", opened)
+    monkeypatch.setattr(prepare, "open_checkpoint", opened)
     with pytest.raises((FetchError, FormatError), match=r"base\.safetensors"):
         load(module, tmp_path)
 

@@ -13,6 +13,7 @@ from torch import nn
 import distorch
 from distorch import _donors, _ops
 from distorch.testing import sim
+from tests.amount import ALL
 
 from . import behind, programs
 
@@ -25,7 +26,7 @@ SPECS = [
     "sim:0,0b;cpu+sim:1,*",
     "sim:0,10kb;cpu+sim:1,20kb;disk,*",
 ]
-PROGRAMS = int(os.environ.get("DISTORCH_PROGRAMS", "120"))
+PROGRAMS = int(os.environ.get("DISTORCH_PROGRAMS", "400" if ALL else "60"))
 WORKERS = 4
 
 

@@ -100,7 +100,11 @@ def _build(report: Any) -> None:
         return
     report.use_copy()
     cuda = report.device == "cuda"
-    env = {"DISTORCH_CUDA": "1" if cuda else "0", "MAX_JOBS": str(os.cpu_count() or 1)}
+    env = {
+        "DISTORCH_CUDA": "1" if cuda else "0",
+        "DISTORCH_SIM": "1",
+        "MAX_JOBS": str(os.cpu_count() or 1),
+    }
     gpus = {gpu.get("compute_cap", "").replace(".", "") for gpu in report.gpus()} - {""}
     if cuda and gpus:
         env["DISTORCH_GPUS"] = " ".join(sorted(gpus))

@@ -1,0 +1,5 @@
+"""How much is tested: `make test` takes a part of long sweeps, `make test-all` everything."""
+
+import os
+
+ALL = os.environ.get("DISTORCH_TESTS") == "all"
