@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from distorch.api import distribute, undistribute
 from distorch.demo.model import DigitConfig, DigitTransformer
 from distorch.demo.sampling import sample, save_png, sheet
 from distorch.loading import init_empty_weights, load
 from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.machine import default_compute
+from distorch.runtime.options import PlacementOptions
 
 # Small enough that this small model really streams: a few weights at a time.
 RING_BYTES = 2 << 20
@@ -64,9 +66,9 @@ def quick_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if emulated else torch.bfloat16
 
 
-def resident_model(strength: float, device: torch.device, dtype: torch.dtype) -> DigitTransformer:
-    """The reference, in plain PyTorch: merged in fp32, rounded once to `dtype`."""
-    weights = {name: tensor.to(dtype) for name, tensor in load_file(BASE).items()}
+def resident_model(strength: float, device: torch.device) -> DigitTransformer:
+    """The reference, in plain PyTorch: merged in fp32, rounded once to bfloat16."""
+    weights = load_file(BASE)
     if strength:
         factors = load_file(LORA)
         with safe_open(LORA, framework="pt") as file:
@@ -97,17 +99,24 @@ def _timed(model: DigitTransformer, labels: Tensor, steps: int, title: str) -> t
         return images, time.perf_counter() - start
 
 
+def distributed_model(strength: float, spec: str, dtype: torch.dtype) -> DigitTransformer:
+    """The same on donors: from the file to its places, or in another dtype from memory."""
+    with init_empty_weights():
+        model = DigitTransformer(_config())
+    loras = [(LORA, strength)] if strength else []
+    options: PlacementOptions = {"min_bytes": 0, "prefetch": RING_BYTES}
+    if dtype == torch.bfloat16:
+        return load(model, BASE, spec, loras=loras, progress=False, **options).eval()
+    load(model, BASE, f"{default_compute(())},*", loras=loras, progress=False)
+    wide = undistribute(model).to(dtype)
+    return distribute(wide, spec, progress=False, **options).eval()
+
+
 def compare(spec: str, strength: float, *, count: int, steps: int, dtype: torch.dtype) -> Outcome:
     """Samples the same digits with the resident and with the distributed model."""
     labels = torch.arange(count) % 10
-    with init_empty_weights():
-        empty = DigitTransformer(_config())
-    loras = [(LORA, strength)] if strength else []
-    model = load(
-        empty, BASE, spec, dtype=dtype, min_bytes=0, loras=loras, prefetch=RING_BYTES,
-        progress=False,
-    ).eval()  # fmt: skip
-    plain = resident_model(strength, torch.device(report(model).compute), dtype)
+    model = distributed_model(strength, spec, dtype)
+    plain = resident_model(strength, torch.device(report(model).compute)).to(dtype)
     for warm_up in (plain, model):
         sample(warm_up, labels, steps=2)
     reset_stats(model)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from distorch.cli import main
 from distorch.cli.doctor import Findings
+from distorch.demo import run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -106,14 +107,16 @@ def test_doctor_says_what_to_do():
     assert "set DISTORCH_DISK" in text
 
 
-@pytest.mark.parametrize("count", ["3", "13"])
-def test_demo(tmp_path, capsys, count):
+@pytest.mark.parametrize(("count", "dtype"), [("3", torch.bfloat16), ("13", torch.float32)])
+def test_demo(tmp_path, capsys, monkeypatch, count, dtype):
+    monkeypatch.setattr(run, "quick_dtype", lambda device: dtype)
     out = tmp_path / "new" / "digits.png"
     assert main(["demo", "--out", str(out), "--count", count, "--steps", "2"]) == 0
     text = capsys.readouterr().out
     assert text.count("every bit the same") == 2
     assert "as planned" in text
     assert "disk" in text
+    assert str(dtype) in text
     assert out.read_bytes().startswith(PNG)
 
 
