@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -13,8 +15,9 @@ MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
 ROOMS = ("core", "engine", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
-# A minute or so each, without torch: compiled beside the units of the rooms.
-LONG_ALONE = ("dequantise", "merge")
+# Compiled beside the unit of their room: they take a minute, or set how the compiler optimises,
+# which would go on in the files behind them.
+ALONE = ("dequantise", "merge", "decode", "rotation")
 
 
 # GPUs that the kernels are compiled for; the last one also as PTX, for those to come.
@@ -88,13 +91,13 @@ def build_kernels(compiler, target):
 
 
 def units(room):
-    """What is compiled of a room: one unit that includes its files, and those that are long alone.
+    """What is compiled of a room: one unit that includes its files, and some alone.
 
     A file needs ten seconds for the headers of torch, and two for what it says itself.
     DISTORCH_UNITS=files compiles each file alone, for those who change them.
     """
     files = sorted((ROOT / "csrc" / room).glob("*.cpp"))
-    alone = [path for path in files if path.stem in LONG_ALONE]
+    alone = [path for path in files if path.stem in ALONE]
     if choice("DISTORCH_UNITS", "rooms", ("rooms", "files")) == "rooms":
         unit = ROOT / "build" / "units" / f"{room}.cpp"
         included = [path.relative_to(ROOT / "csrc") for path in files if path not in alone]
@@ -150,9 +153,11 @@ def commands():
             if inplace:  # the next build goes on from there; pip would take a temporary folder
                 self.build_temp = str(ROOT / "build" / "objects")
             folder = ROOT if inplace else Path(self.build_lib)
-            if len(self.extensions) == 1:  # an old simulator does not fit a new library
-                for old in (folder / "distorch" / "testing").glob("_sim.*.so"):
-                    old.unlink()
+            if "distorch.testing._sim" not in [extension.name for extension in self.extensions]:
+                # An old simulator does not fit a new library, and make is to build it again.
+                name = f"_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
+                (folder / "distorch" / "testing" / name).unlink(missing_ok=True)
+                (Path(sys.prefix) / "dev-built").unlink(missing_ok=True)
             super().run()
             compiler = nvcc()
             target = folder / "distorch" / "_cuda.so"

@@ -33,7 +33,8 @@ def progress_of(
     if callable(progress):
         yield progress
         return
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    watched = total > 0 and (terminal or "ipykernel" in sys.modules)
     show = watched if progress is None else progress
     with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=not show) as bar:
         yield bar.update

@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from distorch._progress import Progress, check_progress
+from distorch.errors import warn_at_caller
 from distorch.planner import Plan
 from distorch.runtime import distribution
 from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
@@ -65,6 +66,8 @@ def distribute(
             inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
         )
     distribution.check_has_values(module, plan.compute)
+    if problem := plan.over_budget():
+        warn_at_caller(problem)
     origins = before.origins if before else {}
     return distribution.place(module, plan, opts, groups, origins, progress=progress)
 

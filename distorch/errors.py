@@ -1,5 +1,8 @@
 """The errors of distorch: each names what was expected, what was found and what to do."""
 
+import inspect
+import warnings
+
 
 class DistorchError(Exception):
     """Base of every error that distorch raises on purpose."""
@@ -23,3 +26,11 @@ class FormatError(DistorchError, ValueError):
 
 class FetchError(DistorchError, RuntimeError):
     """Bytes could not be brought from a donor, or could not be written back."""
+
+
+def warn_at_caller(text: str) -> None:
+    """A PlacementWarning at the line outside of distorch that called it."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("distorch."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, PlacementWarning, stacklevel=level)

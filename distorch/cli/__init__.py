@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,6 +109,17 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parsed = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _told  # type: ignore[assignment]
+        return _run(parsed)
+
+
+def _told(message: Warning | str, *_: object) -> None:
+    """A warning, without the line of code that it came from."""
+    print(f"distorch: {message}", file=sys.stderr)
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         return _COMMANDS[parsed.command](parsed)
     except SpecError as error:

@@ -172,7 +172,7 @@ class DistorchPatcher(ModelPatcher):
         state = distribution.distribution_of(self.model)
         spec, options = self._request(placed(self.model).budget)
         if distorch.plan(self.model, spec, **options).placement != state.plan.placement:
-            distorch.distribute(self.model, spec, **options)
+            distorch.distribute(self.model, spec, progress=False, **options)
 
     def _patch(self) -> bool:
         """Whether sizes changed."""
@@ -236,7 +236,7 @@ class DistorchPatcher(ModelPatcher):
         with self.use_ejected():
             self.unpatch_hooks()
             plan, prefetch = shrunk(self.model, int(memory_to_free))
-            distorch.redistribute(self.model, plan=plan, prefetch=prefetch)
+            distorch.redistribute(self.model, plan=plan, prefetch=prefetch, progress=False)
             placed(self.model).placement = None
             self._measure()
         return before - self.loaded_size()
@@ -265,7 +265,7 @@ class DistorchPatcher(ModelPatcher):
         state = distribution.distribution_of(self.model)
         if state.plan.compute == "cpu":
             return
-        distorch.redistribute(self.model, plan=demoted(self.model, None))
+        distorch.redistribute(self.model, plan=demoted(self.model, None), progress=False)
         state = distribution.distribution_of(self.model)
         state.reserve(0)
         buffers = unique_buffers(self.model)

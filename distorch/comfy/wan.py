@@ -59,7 +59,7 @@ def swap_plan(transformer: nn.Module, device: str, donor: str) -> Plan:
 
 def _stream(transformer: nn.Module, device: str, donor: str) -> dict[str, Any]:
     """What was put aside streams from the donor from now on; the flags that the model had."""
-    distorch.distribute(transformer, plan=swap_plan(transformer, device, donor))
+    distorch.distribute(transformer, plan=swap_plan(transformer, device, donor), progress=False)
     before = {name: getattr(transformer, name) for name in _FLAGS if hasattr(transformer, name)}
     for name in before:
         setattr(transformer, name, _FLAGS[name])

@@ -7,11 +7,12 @@ import os
 from torch import nn
 from typing_extensions import Unpack
 
-from distorch.errors import SpecError
+from distorch.errors import SpecError, warn_at_caller
 from distorch.formats.checkpoint import open_checkpoint
-from distorch.loading.prepare import LoadOptions, Request, prepare
+from distorch.loading.prepare import OF_LOAD, LoadOptions, Request, prepare, ties_kept
 from distorch.planner import Plan
 from distorch.runtime import distribution
+from distorch.runtime.options import check_module
 
 
 def plan(
@@ -39,11 +40,13 @@ def plan(
             raise SpecError(
                 "module= goes with a checkpoint file, and the first argument is a module"
             )
-        return prepare(module, source, request).plan
-    if request != Request(spec, None, virtual_vram, donor, request.placing):
+        check_module(module)
+        with ties_kept(module, after_error=False):  # nothing moves
+            return prepare(module, source, request).plan
+    if given := [name for name in OF_LOAD if name in options]:
         raise SpecError(
-            "options of load (dtype=, resident=, loras= and others) change the plan for a "
-            "checkpoint and the module that it fills: give plan(FILE, spec, module=model, ...)"
+            f"{given[0]}= is an option of load: the plan depends on the module that the checkpoint "
+            "fills. Give plan(FILE, spec, module=model, ...)"
         )
     before = None
     if isinstance(source, nn.Module):
@@ -53,8 +56,16 @@ def plan(
         if distribution.is_distributed(source):
             before = distribution.distribution_of(source).lasting_options()
     else:
+        if not isinstance(source, str | os.PathLike):
+            kind = source.__name__ if isinstance(source, type) else type(source).__name__
+            raise SpecError(
+                f"file={source!r:.80}: expected the path of a checkpoint, got {kind}; or a module"
+            )
         inventory = open_checkpoint(source).inventory()
         devices = distribution.devices_for((), None)
-    return distribution.plan_inventory(
+    found = distribution.plan_inventory(
         inventory, spec, request.options(before), devices, virtual_vram=virtual_vram, donor=donor
     )
+    if problem := found.over_budget():
+        warn_at_caller(problem)
+    return found

@@ -15,8 +15,7 @@ from distorch._behaviour import as_parameter, attach_behaviour
 from distorch._progress import Progress, check_progress
 from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
-from distorch.loading.match import check_no_meta_left
-from distorch.loading.prepare import Request, Resident, prepare
+from distorch.loading.prepare import OF_LOAD, Request, Resident, prepare
 from distorch.lora import LoraSource
 from distorch.patching import LoraMode, Original, Patching, base_name, merge_in_background
 from distorch.planner import Plan
@@ -71,8 +70,9 @@ def load(
     """
     check_progress(progress)
     request = Request(
-        spec, plan, virtual_vram, donor, options, loras, strict, strict_loras, lora_mode,
-        patched_dtype, dtype, resident,
+        spec, plan, virtual_vram, donor, options, loras=loras, strict=strict,
+        strict_loras=strict_loras, lora_mode=lora_mode, patched_dtype=patched_dtype, dtype=dtype,
+        resident=resident, known=("spec", "plan", "virtual_vram", "donor", "progress", *OF_LOAD),
     )  # fmt: skip
     ready = prepare(module, file, request)
     _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
@@ -100,7 +100,6 @@ def _remember(module: nn.Module, jobs: list[Job], known: Patching) -> None:
 def _fill(
     module: Module, jobs: list[Job], plan: Plan, options: Options, *, progress: Progress
 ) -> Module:
-    check_no_meta_left(module, jobs)
     values = bring_all(jobs, plan, progress)
     origins = {
         job.name: Origin(job.stored.path, job.stored.offset, job.stored.nbytes)

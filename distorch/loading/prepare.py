@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from distorch import _ops
-from distorch.errors import SpecError
+from distorch.errors import SpecError, warn_at_caller
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.loading.job import Job
-from distorch.loading.match import match, tie_again
+from distorch.loading.match import check_no_meta_left, match, tie_again
 from distorch.lora import LoraSource, Patches, are_low_rank
 from distorch.patching import (
     LoraMode,
@@ -38,6 +39,9 @@ from distorch.runtime.options import (
 Resident = Literal["quantised", "dequantised", "quantized", "dequantized"]
 
 
+OF_DISTRIBUTE = frozenset(PlacementOptions.__annotations__)
+
+
 class LoadOptions(PlacementOptions, total=False):
     """The options of `load`, as documented there."""
 
@@ -48,6 +52,9 @@ class LoadOptions(PlacementOptions, total=False):
     patched_dtype: torch.dtype | str | None
     dtype: torch.dtype | str | None
     resident: Resident
+
+
+OF_LOAD = tuple(name for name in LoadOptions.__annotations__ if name not in OF_DISTRIBUTE)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Request:
     patched_dtype: torch.dtype | str | None = None
     dtype: torch.dtype | str | None = None
     resident: str = "quantised"
+    known: Sequence[str] = ()  # arguments that may have been meant where an option is none
 
     @classmethod
     def of(
@@ -76,15 +84,15 @@ class Request:
         options: LoadOptions,
     ) -> Request:
         """A request by the names of options."""
-        given: dict[str, Any] = dict(options)
-        own = {key: given.pop(key) for key in [f.name for f in fields(cls)] if key in given}
-        return cls(spec=spec, virtual_vram=virtual_vram, donor=donor, placing=given, **own)
+        placing: dict[str, Any] = dict(options)
+        own = {name: placing.pop(name) for name in OF_LOAD if name in placing}
+        known = ("spec", "module", "virtual_vram", "donor", *OF_LOAD)
+        return cls(spec, None, virtual_vram, donor, placing, **own, known=known)
 
     def options(self, before: Options | None = None) -> Options:
         """Those of `distribute`, checked; those that are not given are as `before`. SpecError."""
         check_one_placement(self.spec, self.plan, self.virtual_vram, self.donor)
-        names = [*(field.name for field in fields(self)), "progress"]
-        options = Options.of(self.placing, names, before)
+        options = Options.of(self.placing, self.known, before)
         return options if self.plan is None else options.as_planned(self.plan, self.placing)
 
     def floating_dtype(self) -> torch.dtype | None:
@@ -114,14 +122,33 @@ class Ready:
     patching: Patching
 
 
+@contextmanager
+def ties_kept(module: nn.Module, *, after_error: bool) -> Iterator[None]:
+    """The module's parameters are the same objects afterwards, or at least after an error."""
+    before = [(part, dict(part._parameters)) for part in module.modules()]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        for part, parameters in before if not done or not after_error else ():
+            part._parameters.update(parameters)
+
+
 def prepare(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Ready:
     """Decides everything about a load. Raises SpecError, FormatError, PlacementError."""
     check_module(module)
+    with ties_kept(module, after_error=True):
+        return _prepared(module, file, request)
+
+
+def _prepared(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Ready:
     options, dtype, widens = request.options(), request.floating_dtype(), request.widens()
     patch_options = PatchOptions.checked(request.lora_mode, request.patched_dtype)
     checkpoint = fit_names(open_checkpoint(file), module)
     tie_again(module, checkpoint)
     jobs = match(module, checkpoint, request.strict, dtype)
+    check_no_meta_left(module, jobs)
     reader = new_reader(module)
     patches, found = reader.read(request.loras, request.strict_loras)
     _assign(jobs, patches, patch_options)
@@ -138,6 +165,8 @@ def prepare(module: nn.Module, file: str | os.PathLike[str], request: Request) -
     else:
         _narrow_elsewhere(jobs, plan)
         distribution.check_plan_fits(plan, _inventory(module, jobs))
+    if problem := plan.over_budget():
+        warn_at_caller(problem)
     return Ready(jobs, plan, options, Patching(reader, patch_options, loras=found))
 
 

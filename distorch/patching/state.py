@@ -58,7 +58,7 @@ class PatchOptions:
         if mode not in get_args(LoraMode):
             raise SpecError(f"lora_mode={mode!r}: expected 'merge', 'fetch' or 'background'")
         if dtype is not None and dtype != "base":
-            dtype = dtype_of(dtype, "patched_dtype")
+            dtype = dtype_of(dtype, "patched_dtype", "'bfloat16', 'float16', 'float32' or 'base'")
             if dtype not in _ops.DECODED_DTYPES:
                 raise SpecError(
                     f"patched_dtype={dtype}: expected 'bfloat16', 'float16', 'float32' or 'base'"

@@ -2,11 +2,12 @@
 
 from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
 from distorch.planner.plan import Plan, PlanDiff
-from distorch.planner.planner import MIN_BYTES, can_leave, make_plan, virtual_vram_spec
+from distorch.planner.planner import MIN_BYTES, ORDERS, can_leave, make_plan, virtual_vram_spec
 from distorch.planner.spec import Spec, parse_bytes, parse_spec
 
 __all__ = [
     "MIN_BYTES",
+    "ORDERS",
     "DeviceInfo",
     "Inventory",
     "Plan",

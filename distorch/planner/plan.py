@@ -51,7 +51,8 @@ class Plan:
 
     `placement` maps every parameter and buffer name (aliases too) to a device; `sizes` maps the
     first name of each weight to bytes. `floor` is the bytes that cannot leave the compute device,
-    and `budget` the bytes that the spec gives it: None is the rest, 0 no more than the floor.
+    and `budget` the bytes that it may hold: None is the rest, or a share of 0b, which asks for no
+    more than the floor.
     """
 
     placement: Mapping[str, str]
@@ -97,28 +98,32 @@ class Plan:
             found[device] = found.get(device, 0) + nbytes
         return found
 
-    def with_budget(self, nbytes: int) -> Plan:
-        """The same plan, for a compute device that is to hold no more than `nbytes`."""
-        return replace(self, budget=max(0, nbytes))
-
     def over_budget(self, nbytes: int | None = None) -> str:
-        """What to do when the compute device holds more than its share; "" when it does not.
+        """Why the compute device holds more than its share, and what to do; "" when it does not.
 
         `nbytes` are those that were found there; without them, those of the plan.
         """
         held = self.bytes[self.compute] if nbytes is None else nbytes
-        if not self.budget or held <= self.budget:
+        if self.budget is None or held <= self.budget:
             return ""
-        smallest = self.options.get("min_bytes", 0)
+        found = (
+            f"{self.compute} gets {held} bytes ({human_bytes(held)}), more than its share of "
+            f"{self.budget} ({human_bytes(self.budget)})"
+        )
+        if self.floor <= self.budget:
+            return f"{found}: weights came or grew since; distorch.redistribute plans anew"
         here = [name for name in self.sizes if self.placement[name] == self.compute]
         largest = sorted(here, key=lambda name: -self.sizes[name])[:_SHOWN]
+        kept, least = self.options.get("keep"), self.options.get("min_bytes")
+        small = f"tensors that are 1-D or smaller than min_bytes ({least})"
+        stay = ["buffers", *["what keep= names"] * bool(kept), *[small] * bool(least)]
+        smaller = "min_bytes='auto' (smaller ones leave as needed) or min_bytes=0"
+        to_do = [
+            *[smaller] * bool(least), *["fewer names to keep"] * bool(kept), "a larger share"
+        ]  # fmt: skip
         return (
-            f"{self.compute} gets {held} bytes ({human_bytes(held)}), more than its share of "
-            f"{self.budget} ({human_bytes(self.budget)}): {self.floor} bytes must stay there, "
-            f"which are buffers, what keep= names, and tensors that are 1-D or smaller than "
-            f"min_bytes ({smallest}). The largest there are {', '.join(map(repr, largest))}. "
-            "Give min_bytes='auto' (smaller ones leave as needed) or min_bytes=0, fewer names to "
-            "keep, or a larger share"
+            f"{found}: {self.floor} bytes must stay there ({', '.join(stay)}). The largest there "
+            f"are {', '.join(map(repr, largest))}. Give {', or '.join(to_do)}"
         )
 
     @property
@@ -180,7 +185,10 @@ class Plan:
     def _from_content(cls, data: Any, path: str) -> Plan:
         if not isinstance(data, dict) or data.get("version") != _VERSION:
             found = data.get("version") if isinstance(data, dict) else type(data).__name__
-            raise FormatError(f"plan {path!r}: expected version {_VERSION}, found {found!r}")
+            raise FormatError(
+                f"plan {path!r}: expected version {_VERSION}, found {found!r}; make it again with "
+                "distorch.plan"
+            )
         names = ("placement", "sizes", "compute", "spec", "order", "floor", "budget", "options")
         if missing := [name for name in names if name not in data]:
             raise FormatError(f"plan {path!r}: {', '.join(missing)} missing; make it again")

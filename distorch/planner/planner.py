@@ -67,6 +67,7 @@ def make_plan(
     offload: Sequence[str] = (),
     rules: Sequence[tuple[str, str]] = (),
     reserve_bytes: int = 0,
+    give_away: int | None = None,
 ) -> Plan:
     """Decides for every weight where it lives. All sizes in bytes.
 
@@ -74,18 +75,21 @@ def make_plan(
     less than the next tensor. Weights that cannot move (buffers, 1-D, small, kept) stay on
     `compute` and are counted first there; where they alone are more than its share,
     `Plan.over_budget` says so. `min_bytes="auto"` is `MIN_BYTES`, or less where the share asks for
-    it. `reserve_bytes` is left free by a spec that is "auto". Raises SpecError, PlacementError.
+    it. `reserve_bytes` is left free by a spec that is "auto". `give_away`: bytes that are not to
+    stay on `compute`, where the spec has it take the rest. Raises SpecError, PlacementError.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
-    _check_order(order)
     parsed = _auto_spec(inventory, compute, devices, reserve_bytes) if parsed.auto else parsed
     _check_devices(parsed, compute, devices)
     bins = _make_bins(parsed, inventory.total_bytes, compute, devices)
-    budget = next((b.budget for b in bins if b.device == compute), 0)
+    # A share of 0 asks for no more than the usual: what is small stays, whatever it is in all.
+    budget = next((b.budget for b in bins if b.device == compute), None) or None
+    if give_away is not None:
+        budget = max(0, inventory.total_bytes - give_away)
     least = MIN_BYTES if min_bytes == "auto" else int(min_bytes)
     sorted_ = _sort(inventory, least, keep, offload, rules)
     if min_bytes == "auto":
-        least = _lowered(sorted_, budget, keep)
+        least = _lowered(sorted_, budget, keep, compute)
         sorted_ = _sort(inventory, least, keep, offload, rules)
     floor = sum(weight.nbytes for weight in sorted_.fixed)
     for filled in bins:
@@ -134,11 +138,6 @@ def virtual_vram_spec(
         parts.append(f"{device},{take}b")
         left -= take
     return parse_spec(";".join(parts))
-
-
-def _check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise SpecError(f"order={order!r}: expected 'interleaved' or 'sequential'")
 
 
 def _auto_spec(
@@ -247,15 +246,16 @@ def _sort(
     return result
 
 
-def _lowered(sorted_: _Sorted, budget: int | None, keep: Sequence[str]) -> int:
+def _lowered(sorted_: _Sorted, budget: int | None, keep: Sequence[str], compute: str) -> int:
     """The largest `min_bytes` with which what must stay fits into the compute device's budget.
 
-    First matrices leave, the largest first, and then (0) everything that may. Without a budget, or
-    with one of 0, which asks for no more than the usual, it is `MIN_BYTES`.
+    First matrices leave, the largest first, and then (0) everything that may.
     """
-    over = sum(weight.nbytes for weight in sorted_.fixed) - (budget or 0)
-    if not budget or over <= 0:
+    ruled = [weight for weight, device in sorted_.ruled if device == compute]
+    stays = sum(weight.nbytes for weight in (*sorted_.fixed, *ruled))
+    if budget is None or stays <= budget:
         return MIN_BYTES
+    over = stays - budget
     matrices = [
         weight.nbytes
         for weight in sorted_.fixed

@@ -6,7 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import NoReturn
+from operator import index
+from typing import NoReturn, SupportsIndex
 
 from distorch.errors import SpecError
 
@@ -18,7 +19,7 @@ DEVICE_TYPES = (
 )  # fmt: skip
 # What people write for a device, and its name here.
 _CALLED = {
-    "gpu": "cuda:0", "vram": "cuda:0", "hip": "cuda:0", "rocm": "cuda:0", "ram": "cpu",
+    "gpu": "cuda", "vram": "cuda", "hip": "cuda", "rocm": "cuda", "ram": "cpu",
     "host": "cpu", "ssd": "disk", "nvme": "disk", "hdd": "disk", "file": "disk",
 }  # fmt: skip
 _UNIT_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -98,8 +99,9 @@ def parse_bytes(text: str | int) -> int:
 
     Raises SpecError.
     """
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
+    number = index(text) if isinstance(text, SupportsIndex) else -1  # an int, or one of numpy's
+    if number >= 0 and not isinstance(text, bool):
+        return number
     cleaned = re.sub(r"\s+", "", str(text)).lower()
     where = _Where(str(text), 1, str(text), 1)
     share = _parse_share(cleaned, where)
@@ -173,17 +175,19 @@ def _parse_device(name: str, where: _Where) -> str:
             f"{name!r} is not a device",
             "expected 'cpu', 'disk' or a type with an index, as 'cuda:0'",
         )
-    kind, index = match.groups()
+    kind, number = match.groups()
     if kind not in kinds:
         known = _CALLED.get(kind)
+        if known == "cuda":
+            known = f"cuda:{number or 0}"
         close = [known] if known else difflib.get_close_matches(kind, kinds, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(kinds)}"
         where.fail(f"unknown device {name!r}", hint)
     if kind in HOST_TIERS:
-        if index is not None:
+        if number is not None:
             where.fail(f"{name!r} has an index", f"write {kind!r}: there is one")
         return kind
-    return f"{kind}:{int(index or 0)}"
+    return f"{kind}:{int(number or 0)}"
 
 
 def _parse_share(text: str, where: _Where) -> Share:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ from torch import nn
 from distorch import _donors, _native, _ops
 from distorch._behaviour import replace_data
 from distorch._progress import Progress, progress_of
-from distorch.errors import PlacementError, PlacementWarning
+from distorch.errors import PlacementError
 from distorch.planner import (
-    MIN_BYTES,
     DeviceInfo,
     Inventory,
     Plan,
@@ -87,8 +85,12 @@ class Distribution:
         return _nothing, ()
 
     def lasting_options(self) -> Options:
-        """The options that hold until others are given: it goes on computing where it does."""
-        return dataclasses.replace(self.options, compute=self.plan.compute)
+        """The options that hold until others are given: it goes on computing where it does.
+
+        On a CPU that nobody asked for, it does so only until a placement names an accelerator.
+        """
+        given = self.options.compute is not None or self.plan.compute != "cpu"
+        return dataclasses.replace(self.options, compute=self.plan.compute if given else None)
 
     def reserve(self, nbytes: int) -> None:
         """Makes the ring of the compute device at least so large while this object lives."""
@@ -212,7 +214,7 @@ def plan_inventory(
     named = {place for entry in parsed.entries for place in entry.device.split("+")}
     devices = machine.with_exact(devices, {compute, *named})
     reserve = int(devices[compute].free_bytes * _RESERVE_SHARE) if compute in devices else 0
-    plan = make_plan(
+    return make_plan(
         inventory,
         parsed,
         compute=compute,
@@ -223,14 +225,8 @@ def plan_inventory(
         offload=options.offload,
         rules=options.rules,
         reserve_bytes=reserve,
+        give_away=None if virtual_vram is None else parse_bytes(virtual_vram),
     )
-    if virtual_vram is not None:
-        kept = plan.total_bytes - parse_bytes(virtual_vram)
-        if plan.floor > kept:  # so much cannot be given away
-            plan = plan.with_budget(kept)
-    if problem := plan.over_budget():
-        warnings.warn(problem, PlacementWarning, stacklevel=3)
-    return plan
 
 
 def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
@@ -324,7 +320,9 @@ def _stage_all(
     places = [_place_of(group, state.plan) for group in groups]
     sharded = [place != str(compute) for place in places]
     if state.compiled:
-        least = int(state.plan.options.get("min_bytes", MIN_BYTES))
+        # "auto" changes with the share, and what is compiled must not.
+        least = state.options.min_bytes
+        least = 0 if isinstance(least, str) else least
         leave = can_leave(inventory_of(module, groups), least, state.options.keep)
         for i, group in enumerate(groups):
             known = group.name in state.plan.placement or _ops.is_sharded(group.first)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distorch.errors import SpecError
-from distorch.planner import MIN_BYTES, Plan, parse_bytes, parse_spec
+from distorch.planner import MIN_BYTES, ORDERS, Plan, parse_bytes, parse_spec
 
 
 class PlacementOptions(TypedDict, total=False):
@@ -66,12 +66,14 @@ class Options:
         SpecError if an option that was `given` by name is another one there.
         """
         made = {key: value for key, value in plan.options.items() if key in _PLANNED}
+        if self.min_bytes == "auto":  # the plan has the number that this was for its share
+            made.pop("min_bytes", None)
         planned = replace(self, order=plan.order, compute=plan.compute, **made)
         for name in given:
             mine, its = getattr(self, name), getattr(planned, name)
             if name == "compute" and mine is not None:
                 mine = compute_device(mine)
-            if name in _PLANNED and mine not in (None, "auto") and _as_json(mine) != _as_json(its):
+            if name in _PLANNED and mine is not None and _as_json(mine) != _as_json(its):
                 raise SpecError(
                     f"{name}={mine!r}: the plan that is given was made with {its!r}; make a new "
                     f"one with distorch.plan(..., {name}={mine!r})"
@@ -89,11 +91,13 @@ class Options:
                 raise SpecError(
                     f"{name}={patterns!r}: expected name patterns, such as ['blocks.0.*']"
                 )
+            setattr(self, name, tuple(patterns))  # the caller's list is the caller's
         if not _is_sequence(self.rules) or not all(_is_rule(rule) for rule in self.rules):
             raise SpecError(
                 f"rules={self.rules!r}: expected (pattern, device) pairs, such as "
                 "[('blocks.0.*', 'cpu')]"
             )
+        self.rules = tuple(self.rules)
         if self.compute is not None:
             compute_device(self.compute)
 
@@ -103,7 +107,7 @@ class Options:
                 f"compress={self.compress!r}: this version sends weights as they are; "
                 "expected 'auto' or 'never'"
             )
-        if self.order not in ("interleaved", "sequential"):
+        if self.order not in ORDERS:
             raise SpecError(f"order={self.order!r}: expected 'interleaved' or 'sequential'")
 
 
@@ -178,16 +182,16 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def dtype_of(value: torch.dtype | str, what: str) -> torch.dtype:
+def dtype_of(
+    value: torch.dtype | str, what: str, expected: str = "torch.bfloat16 or 'bfloat16'"
+) -> torch.dtype:
     """torch.bfloat16 of itself, "bfloat16", "bf16" or "torch.bfloat16". SpecError."""
     found = value
     if isinstance(value, str):
         name = value.strip().lower().removeprefix("torch.")
         found = getattr(torch, _DTYPES.get(name, name), value)
     if not isinstance(found, torch.dtype):
-        raise SpecError(
-            f"{what}={value!r}: expected a floating dtype, such as torch.bfloat16 or 'bfloat16'"
-        )
+        raise SpecError(f"{what}={value!r}: expected a floating dtype, such as {expected}")
     return found
 
 
@@ -195,7 +199,8 @@ def _bytes_or_auto(value: int | str, what: str, auto: bool = True) -> int | str:
     if auto and isinstance(value, str) and value.strip().lower() == "auto":
         return "auto"
     try:
-        return parse_bytes(int(value) if str(value).isdecimal() else value)
+        plain = auto and isinstance(value, str) and value.isdecimal()
+        return parse_bytes(int(value) if plain else value)
     except SpecError as error:
         raise SpecError(
             f"{what}={value!r}: expected bytes, such as 1048576 or '1mb'" + ", or 'auto'" * auto

@@ -3,6 +3,7 @@
 import inspect
 import typing
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import distorch
+from distorch.runtime import distribution
 
 LINEAR = 64 * 64 * 4
 
@@ -22,24 +24,32 @@ def on_disk(module):
     return [name for name, place in distorch.report(module).placement.items() if place == "disk"]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "elsewhere"),
-    [
-        ("min_bytes", 0, 8),
-        ("keep", ["0.*"], 7),
-        ("offload", ["0.*"], 8),
-        ("rules", [("0.*", "cpu")], 7),
-    ],
-)
-@pytest.mark.parametrize("call", [distorch.distribute, distorch.redistribute, distorch.plan])
-def test_what_is_not_given_stays_as_it_was(call, option, value, elsewhere):
-    options = {"min_bytes": 0, option: value}
-    spec = "cpu,16kb;disk,*" if option == "rules" else "cpu,0b;disk,*"
-    model = distorch.distribute(stack(), "cpu,50%;disk,50%", **options, order="sequential")
-    found = call(model, spec)
-    placement = found.placement if call is distorch.plan else distorch.report(model).placement
-    assert list(placement.values()).count("disk") == elsewhere
-    assert call(model, spec, order="interleaved") is not None  # that was only added
+KEPT = {
+    "min_bytes": 0, "keep": ("0.*",), "offload": ("1.*",), "rules": (("2.*", "cpu"),),
+    "order": "sequential", "prefetch": 4096, "compress": "never",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [distorch.distribute, distorch.redistribute])
+def test_what_is_not_given_stays_as_it_was(call):
+    model = distorch.distribute(stack(), "cpu,50%;disk,50%", **KEPT)
+    planned = distorch.plan(model, "cpu,64kb;disk,*")
+    call(model, "cpu,64kb;disk,*")
+    assert distorch.report(model).placement == planned.placement
+    # 0 is kept, 1 leaves, 2 has a rule; the first ones of the others fill the share.
+    assert on_disk(model) == [f"{i}.weight" for i in (1, 5, 6, 7)]
+    options = vars(distribution.distribution_of(model).options)
+    assert {name: options[name] for name in KEPT} == KEPT
+    call(model, "disk,*", keep=())
+    assert on_disk(model) == [f"{i}.weight" for i in (0, 1, 3, 4, 5, 6, 7)]
+    assert distribution.distribution_of(model).options.order == "sequential"
+
+
+def test_the_callers_list_is_the_callers():
+    keep = ["0.*"]
+    model = distorch.distribute(stack(), "disk,*", min_bytes=0, keep=keep)
+    keep.append("1.*")
+    assert len(on_disk(distorch.redistribute(model, "disk,*"))) == 7
 
 
 def test_a_plan_brings_its_options():
@@ -49,34 +59,58 @@ def test_a_plan_brings_its_options():
     assert on_disk(model) == [f"{i}.weight" for i in range(1, 8)]
     with pytest.raises(distorch.SpecError, match="min_bytes=1: the plan .* made with 0"):
         distorch.distribute(stack(), plan=plan, min_bytes=1)
+    auto = distorch.distribute(stack(), plan=plan, min_bytes="auto")
+    assert distribution.distribution_of(auto).options.min_bytes == "auto"
 
 
 SMALL = 40 * 64 * 64 * 4
 
 
 @pytest.mark.parametrize(
-    ("options", "held"),
+    ("options", "to_do"),
     [
-        ({"spec": "cpu,64kb;disk,*"}, SMALL),
-        ({"spec": "cpu,10%;disk,90%"}, SMALL),
-        ({"spec": "cpu,64kb;disk,*", "min_bytes": "16385b"}, SMALL),
-        ({"spec": "cpu,64kb;disk,*", "min_bytes": 0, "keep": "*"}, SMALL),
-        ({"virtual_vram": "512kb", "donor": "disk"}, SMALL),
+        ({"spec": "cpu,64kb;disk,*"}, "Give min_bytes='auto'"),
+        ({"spec": "cpu,10%;disk,90%"}, "Give min_bytes='auto'"),
+        ({"spec": "cpu,64kb;disk,*", "min_bytes": "16385b"}, "min_bytes \\(16385\\)"),
+        ({"spec": "cpu,64kb;disk,*", "min_bytes": 0, "keep": "*"}, "Give fewer names to keep"),
+        ({"virtual_vram": "512kb", "donor": "disk"}, "Give min_bytes='auto'"),
+        ({"virtual_vram": "1gb", "donor": "disk"}, "its share of 0 .*Give min_bytes='auto'"),
     ],
 )
-def test_a_share_that_is_too_small_is_said(options, held):
-    with pytest.warns(distorch.PlacementWarning, match="min_bytes") as caught:
-        model = distorch.distribute(stack(40), **options)
-    assert caught[0].filename == __file__
-    report = distorch.report(model)
-    assert report.bytes["cpu"] == held
-    assert not report.ok and "min_bytes" in report.problems[0]
+def test_a_share_that_is_too_small_is_said(options, to_do, tmp_path):
+    torch.save(stack(40).state_dict(), tmp_path / "m.pt")
+    model = distorch.distribute(stack(40), "disk,*", min_bytes=1 << 20)
+    calls = [
+        lambda: distorch.distribute(stack(40), **options),
+        lambda: distorch.redistribute(model, **options),
+        lambda: distorch.load(stack(40), tmp_path / "m.pt", **options),
+        lambda: distorch.plan(stack(40), **options),
+        lambda: distorch.plan(tmp_path / "m.pt", module=stack(40), **options),
+    ]
+    for call in calls:
+        with pytest.warns(distorch.PlacementWarning, match=to_do) as caught:
+            found = call()
+        assert [warning.filename for warning in caught] == [__file__]
+        if isinstance(found, distorch.Plan):
+            assert found.bytes["cpu"] == SMALL
+            continue
+        report = distorch.report(found)
+        assert report.bytes["cpu"] == SMALL
+        assert not report.ok and "more than its share" in report.problems[0]
+    with pytest.warns(distorch.PlacementWarning, match=to_do):
+        distorch.distribute(stack(40), plan=found)
+
+
+def test_what_came_later_is_planned_anew():
+    model = distorch.distribute(stack(), "cpu,64kb;disk,*", min_bytes=0)
+    model.append(nn.Linear(64, 64))
+    assert "distorch.redistribute plans anew" in distorch.report(model).problems[0]
 
 
 def test_a_buffer_that_is_too_large_is_named():
     model = stack()
     model.register_buffer("table", torch.zeros(1 << 16))
-    with pytest.warns(distorch.PlacementWarning, match="'table'"):
+    with pytest.warns(distorch.PlacementWarning, match="\\(buffers\\).*'table'.*Give a larger"):
         distorch.distribute(model, "cpu,64kb;disk,*", min_bytes=0)
 
 
@@ -109,7 +143,19 @@ def test_a_share_of_nothing_asks_for_no_more_than_the_usual():
         model = distorch.distribute(stack(), "cpu,0b;disk,*")
         assert distorch.report(model).ok and not on_disk(model)
         assert distorch.plan(stack(), "cpu,0b;disk,*").floor == 8 * LINEAR
-        distorch.distribute(stack(), virtual_vram="1gb", donor="disk")
+
+
+def test_min_bytes_auto_gives_away_what_was_asked_for():
+    for given, stays in (("512kb", SMALL - 512 * 1024), ("1gb", 0)):
+        model = distorch.distribute(stack(40), virtual_vram=given, donor="disk", min_bytes="auto")
+        assert distorch.report(model).ok and distorch.report(model).bytes["cpu"] == stays
+
+
+def test_min_bytes_auto_leaves_room_for_rules():
+    model = nn.Sequential(*(nn.Linear(64, n, bias=False) for n in (128, 128, 64, 64)))
+    rules = [("0.*", "cpu")]
+    distorch.distribute(model, "cpu,64kb;disk,*", rules=rules, min_bytes="auto")
+    assert distorch.report(model).ok and distorch.report(model).placement["0.weight"] == "cpu"
 
 
 @pytest.mark.parametrize("size", [16384, "16kb", "16 KiB", "16384", np.int64(16384)])
@@ -179,7 +225,7 @@ def test_editors_can_complete_options():
 
 def test_no_function_hides_a_module():
     root = inspect.getfile(distorch).removesuffix("__init__.py")
-    modules = {path.removesuffix(".py") for path in __import__("os").listdir(root)}
+    modules = {path.stem for path in Path(root).iterdir()}
     assert not modules & {name for name in distorch.__all__ if callable(getattr(distorch, name))}
 
 

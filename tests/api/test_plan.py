@@ -52,9 +52,8 @@ def test_it_is_what_load_does(tmp_path, write, options, spec):
     assert {d: n for d, n in report.bytes.items() if n} == {
         d: n for d, n in plan.bytes.items() if n
     }
-    if "loras" not in options:  # those change the sizes of what is in the plan
-        again = distorch.load(net(), file, plan=plan, **options)
-        assert distorch.report(again).placement == plan.placement
+    again = distorch.load(net(), file, plan=plan, **options)
+    assert distorch.report(again).placement == plan.placement
 
 
 def test_a_file_alone(tmp_path):
@@ -65,3 +64,45 @@ def test_a_file_alone(tmp_path):
         distorch.plan(file, "cpu,*", dtype="float16")
     with pytest.raises(distorch.SpecError, match="checkpoint file"):
         distorch.plan(net(), "cpu,*", module=net())
+
+
+def test_nothing_moves(tmp_path):
+    """Not even a tie that load would make; and a module that load refuses is refused."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.register_buffer("table", torch.ones(2), persistent=False)
+
+        def tie_weights(self):
+            self.b.weight = self.a.weight
+
+    save_file({"a.weight": torch.ones(8, 8)}, file := tmp_path / "m.safetensors")
+    with distorch.init_empty_weights():
+        module = Tied()
+    assert distorch.plan(file, "disk,*", module=module).placement["b.weight"] == "cpu"
+    assert module.a.weight is not module.b.weight
+    with torch.device("meta"):
+        module = Tied()
+    for call in (
+        lambda: distorch.plan(file, "disk,*", module=module),
+        lambda: distorch.load(module, file, "disk,*"),
+    ):
+        with pytest.raises(distorch.PlacementError, match="'table'"):
+            call()
+        assert module.a.weight is not module.b.weight
+
+
+def test_names_that_are_no_options(tmp_path):
+    plain(file := tmp_path / "m.safetensors")
+    for name, said in (
+        ("placing", "there are compute"),
+        ("moduel", "did you mean module=?"),
+        ("plan", "option plan="),
+    ):
+        with pytest.raises(distorch.SpecError) as caught:
+            distorch.plan(file, "cpu,*", **{name: None})
+        assert said in str(caught.value)
+    with pytest.raises(distorch.SpecError, match="a module; or|or a module"):
+        distorch.plan(nn.Linear, "cpu,*")

@@ -45,6 +45,7 @@ def files(tmp_path):
     header = json.dumps({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "dtype.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"0")
     (tmp_path / "plan.json").write_text(json.dumps({"version": 2, "hash": "0"}))
+    (tmp_path / "old.json").write_text(json.dumps({"version": 1, "hash": "0"}))
     (tmp_path / "nothing").mkdir()
     return tmp_path
 
@@ -58,7 +59,8 @@ SPECS = [
     ("cpu,-1gb;disk,*", "'-1gb'", "a share is 0 or more"),
     ("cpu,70%;disk,1gb;sim,40%", "110%", "at most 100%"),
     ("cpu,0%;disk,0%", "'disk,0%'", "give at least one"),
-    ("gpu,1gb;cpu,*", "'gpu'", "did you mean 'cuda:0'?"),
+    ("gpu:1,1gb;cpu,*", "'gpu:1'", "did you mean 'cuda:1'?"),
+    ("ssd,*", "'ssd'", "did you mean 'disk'?"),
     ("cuda:x,1gb;cpu,*", "'cuda:x'", "expected 'cpu', 'disk' or a type with an index"),
     ("disk:1,*", "'disk:1'", "write 'disk'"),
     ("cpu+disk,*", "'cpu+disk'", "join different devices"),
@@ -160,7 +162,7 @@ LOADS = [
     ("m.safetensors", {"dtype": "floaty"}, "dtype='floaty'", "such as torch.bfloat16"),
     ("m.safetensors", {"resident": "wide"}, "resident='wide'", "'dequantised'"),
     ("m.safetensors", {"lora_mode": "later"}, "lora_mode='later'", "'background'"),
-    ("m.safetensors", {"patched_dtype": 3}, "patched_dtype=3", "such as torch.bfloat16"),
+    ("m.safetensors", {"patched_dtype": 3}, "patched_dtype=3", "or 'base'"),
     (
         "m.safetensors",
         {"loras": "x.safetensors"},
@@ -201,6 +203,8 @@ def test_a_lora_that_fits_nothing(files):
 def test_a_plan_that_is_no_plan(files):
     with pytest.raises(FormatError, match=r"plan\.json.*placement, sizes.* missing; make it again"):
         distorch.Plan.load(files / "plan.json")
+    with pytest.raises(FormatError, match="expected version 2, found 1; make it again with"):
+        distorch.Plan.load(files / "old.json")
     plan = distorch.plan(files / "other.safetensors", "cpu,*")
     with pytest.raises(PlacementError, match=r"no place for '0\.weight'; make a new one"):
         distorch.distribute(net(), plan=plan)

@@ -120,6 +120,13 @@ def test_demo(tmp_path, capsys, monkeypatch, count, dtype):
     assert out.read_bytes().startswith(PNG)
 
 
+def test_a_share_that_is_too_small_is_told_without_code(checkpoint, capsys):
+    assert main(["plan", checkpoint, "cpu,1b;disk,*"]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("distorch: cpu gets") and "min_bytes='auto'" in told
+    assert ".py" not in told
+
+
 def test_demo_refuses_nonsense(capsys):
     assert main(["demo", "--steps", "0"]) == 2
     assert main(["demo", "--spec", "cpu;disk"]) == 2

@@ -72,8 +72,10 @@ def assert_same_gradients(model, plain):
         assert torch.equal(ours.grad, theirs.grad), name
 
 
-def test_one_graph_for_every_placement():
+@pytest.mark.parametrize("min_bytes", [0, "auto"])
+def test_one_graph_for_every_placement(min_bytes):
     plain, model = pair()
+    distorch.redistribute(model, "disk,*", min_bytes=min_bytes)
     compiled, expected = torch.compile(model, fullgraph=True), torch.compile(plain, fullgraph=True)
     x = tokens(2, 16)
     with torch.no_grad():
@@ -84,7 +86,7 @@ def test_one_graph_for_every_placement():
     assert_same_gradients(model, plain)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for spec in ("cpu,30%;disk,70%", "cpu,*", "cpu,50%;disk,*"):
-            distorch.redistribute(model, spec, min_bytes=0)
+            distorch.redistribute(model, spec)
             report = distorch.report(model)
             assert report.ok, report.problems
             with torch.no_grad():
