@@ -108,7 +108,8 @@ def make_plan(
         spec="auto" if not isinstance(spec, str) and spec.auto else parsed.text,
         order=order,
         floor=floor,
-        budget=budget,
+        # What is given away is whole tensors: less than one more may stay than was asked for.
+        budget=budget if give_away is None or floor > (budget or 0) else None,
         options={"min_bytes": least, "keep": list(keep), "offload": list(offload),
                  "rules": [list(rule) for rule in rules]},
     )  # fmt: skip

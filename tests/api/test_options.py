@@ -151,6 +151,13 @@ def test_min_bytes_auto_gives_away_what_was_asked_for():
         assert distorch.report(model).ok and distorch.report(model).bytes["cpu"] == stays
 
 
+def test_less_than_one_tensor_is_no_shortfall():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = distorch.distribute(stack(), virtual_vram="40kb", donor="disk", min_bytes=0)
+    assert distorch.report(model).ok and len(on_disk(model)) == 2
+
+
 def test_min_bytes_auto_leaves_room_for_rules():
     model = nn.Sequential(*(nn.Linear(64, n, bias=False) for n in (128, 128, 64, 64)))
     rules = [("0.*", "cpu")]
