@@ -91,10 +91,10 @@ def build_kernels(compiler, target):
 
 
 def units(room):
-    """What is compiled of a room: one unit that includes its files, and some alone.
+    """The sources to compile for a room: its files in ALONE, and one unit that includes the others.
 
-    A file needs ten seconds for the headers of torch, and two for what it says itself.
-    DISTORCH_UNITS=files compiles each file alone, for those who change them.
+    In each source the headers of torch take ten seconds to compile, and our own code takes two.
+    With DISTORCH_UNITS=files each file is a source, so that a change compiles only that file.
     """
     files = sorted((ROOT / "csrc" / room).glob("*.cpp"))
     alone = [path for path in files if path.stem in ALONE]

@@ -25,10 +25,11 @@ def check_progress(progress: Progress) -> None:
 
 
 @contextmanager
-def progress_of(
-    progress: Progress, total: int, what: str, unit: str = "B"
-) -> Iterator[Callable[[int], object]]:
-    """A function to be told how much of `total` was done since its last call."""
+def progress_of(progress: Progress, total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """Gives a function that is to be called with the bytes done since its last call.
+
+    `total` bytes are to be done in all; `what` stands before the bar. SpecError.
+    """
     check_progress(progress)
     if callable(progress):
         yield progress
@@ -36,5 +37,5 @@ def progress_of(
     terminal = sys.stderr is not None and sys.stderr.isatty()
     watched = total > 0 and (terminal or "ipykernel" in sys.modules)
     show = watched if progress is None else progress
-    with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=not show) as bar:
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not show) as bar:
         yield bar.update

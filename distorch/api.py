@@ -34,11 +34,11 @@ def distribute(
     `plan`, a saved one; `virtual_vram`, the bytes to give away to `donor` ("cpu" if not given).
 
     Options: `compute` the device that runs the model; `order` "interleaved" | "sequential";
-    `min_bytes` 1048576: smaller and 1-D tensors stay resident; 0: every floating parameter may
-    leave; "auto": as many as needed leave, the largest first, where the compute device's share is
-    too small for what would stay. `keep` / `offload` name patterns of what stays and of what
-    leaves. `rules` [(pattern, device)]. `prefetch` bytes of look-ahead ("auto", 0 = none).
-    `compress` "auto" | "never". Bytes are numbers or "1mb".
+    `min_bytes` (1048576): smaller and 1-D tensors stay resident. With 0, every floating or
+    quantised parameter may leave. With "auto", as many as needed leave, the largest first, where
+    the compute device's share is too small for what would stay. `keep` / `offload` name patterns
+    of what stays and of what leaves. `rules` [(pattern, device)]. `prefetch` bytes of look-ahead
+    ("auto", 0 = none). `compress` "auto" | "never". Bytes are numbers or "1mb".
 
     What is kept or small stays on the compute device even if it is more than its share. Then there
     is a PlacementWarning, and `report` is not `ok`. (A share of 0 asks for no more than this.)

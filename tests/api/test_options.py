@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import distorch
@@ -181,10 +182,16 @@ def test_dtypes_are_spelled_as_people_do(dtype, tmp_path):
     assert model[0].weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("resident", ["dequantised", "dequantized"])
-def test_either_spelling(resident, tmp_path):
-    torch.save(stack().state_dict(), tmp_path / "m.pt")
-    distorch.load(stack(), tmp_path / "m.pt", "cpu,*", resident=resident)
+@pytest.mark.parametrize(
+    ("resident", "nbytes"),
+    [("dequantised", 4), ("dequantized", 4), ("quantised", 1), ("quantized", 1)],
+)
+def test_either_spelling(resident, nbytes, tmp_path):
+    weight = torch.ones(64, 64).to(torch.float8_e4m3fn)
+    tensors = {"0.weight": weight, "0.weight_scale": torch.ones(())}
+    save_file(tensors, tmp_path / "m.safetensors")
+    model = distorch.load(stack(1), tmp_path / "m.safetensors", "cpu,*", resident=resident)
+    assert distorch.report(model).bytes["cpu"] == 64 * 64 * nbytes
 
 
 def calls(tmp_path):
