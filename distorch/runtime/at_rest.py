@@ -16,6 +16,7 @@ of the module that uses a weight of the module itself, graphs that were compiled
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -45,13 +46,16 @@ def at_rest(module: nn.Module) -> Iterator[None]:
     if len(sys._current_frames()) == 1:
         yield
         return
-    me = threading.get_ident()
+    me, process = threading.get_ident(), os.getpid()
     parts = {id(part) for part in module.modules()}
     stopped: set[int] = set()
     ended = threading.Event()
 
     def stop(part: nn.Module, _: object) -> None:
         if torch.compiler.is_compiling() or id(part) not in parts:
+            return
+        # A child forked meanwhile has this hook, but not the thread that would end the wait.
+        if os.getpid() != process:
             return
         if (thread := threading.get_ident()) != me:
             stopped.add(thread)

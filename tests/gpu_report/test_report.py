@@ -20,7 +20,7 @@ CASES = [
     "tests/sim/test_accelerator.py::test_empty_cache",
     "tests/sim/test_accelerator.py::test_decode[Q8_0-torch.float16-patched]",
 ]
-MINUTES = 3  # far more than it takes: the rest is for a machine that does other things
+MINUTES = 5  # far more than it takes: the rest is for a machine that does other things
 
 
 def report(*options, status):
@@ -78,7 +78,7 @@ def test_the_device_is_asked_after_failures(run):
     out, _, _ = run
     health = [line for line in lines_of(out) if line["item"] == "health"]
     assert len(health) == len(items.FAULTS) + 1
-    assert all('"answers": true' in line["message"] for line in health)
+    assert {line["message"] for line in health} == {'{"answers": true}'}
 
 
 def test_seven_files(run):

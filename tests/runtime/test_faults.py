@@ -226,33 +226,53 @@ def test_fork_after_use(prefetch):
     assert torch.equal(values(), wanted)
 
 
+class Kept(nn.Module):
+    """A weight that is read by calls: a change of placement waits for those (runtime/at_rest.py)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self):
+        return self.weight.detach() + 0
+
+
 def test_forks_beside_busy_threads():
     """Threads move weights between disk and memory, and read them: a child finds nothing half done.
 
     Elementwise ops of one thread, as above. A child reads every weight, and makes scratch donors.
     """
-    module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0, prefetch="1mib")
-    weights = [p for p in module.parameters() if p.dim() == 2]
-    wanted = [w.detach() + 0 for w in weights]
+    module = nn.ModuleList(Kept() for _ in range(6))
+    wanted = [kept() for kept in module]
+    distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0, prefetch="1mib")
     stop = threading.Event()
+    wrong = []
 
-    def read():
-        while not stop.is_set():
-            for weight in weights:
-                weight.detach() + 0
+    def read_all():
+        assert all(torch.equal(kept(), w) for kept, w in zip(module, wanted, strict=True))
 
-    def move():
-        while not stop.is_set():
-            for spec in ("cpu,*", "cpu,0b;disk,*", "cpu,*;disk,50%"):
-                distorch.redistribute(module, spec)
-                distorch.stats(module)
+    def move_all():
+        for spec in ("cpu,*", "cpu,0b;disk,*", "cpu,*;disk,50%"):
+            distorch.redistribute(module, spec)
+            distorch.stats(module)
+
+    def again_and_again(work):
+        try:
+            while not stop.is_set():
+                work()
+        except BaseException as error:
+            wrong.append(error)
+            raise
 
     def look_in_child():
         signal.alarm(60)  # a mutex that nobody gives back would hang here
-        assert all(torch.equal(w.detach() + 0, b) for w, b in zip(weights, wanted, strict=True))
+        read_all()
         distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0)(X)
 
-    threads = [threading.Thread(target=work) for work in (read, read, move)]
+    threads = [
+        threading.Thread(target=again_and_again, args=(work,))
+        for work in (read_all, read_all, move_all)
+    ]
     for thread in threads:
         thread.start()
     try:
@@ -268,6 +288,7 @@ def test_forks_beside_busy_threads():
         stop.set()
         for thread in threads:
             thread.join()
+    assert not wrong
 
 
 @pytest.fixture
