@@ -15,7 +15,7 @@ from distorch._behaviour import as_parameter, attach_behaviour
 from distorch._progress import Progress, check_progress
 from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
-from distorch.loading.prepare import OF_LOAD, Request, Resident, prepare
+from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare
 from distorch.lora import LoraSource
 from distorch.patching import LoraMode, Original, Patching, base_name, merge_in_background
 from distorch.planner import Plan
@@ -74,7 +74,11 @@ def load(
         strict_loras=strict_loras, lora_mode=lora_mode, patched_dtype=patched_dtype, dtype=dtype,
         resident=resident, known=("spec", "plan", "virtual_vram", "donor", "progress", *OF_LOAD),
     )  # fmt: skip
-    ready = prepare(module, file, request)
+    return fill(module, prepare(module, file, request), progress=progress)
+
+
+def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
+    """A load that is decided, done. All or nothing: an error leaves the module as it was."""
     _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
     _remember(module, ready.jobs, ready.patching)
     if ready.patching.options.mode == "background":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from math import prod
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from distorch.lora import StoredRows
 from distorch.runtime import groups
 
 _SHOWN = 4
+FloatingDtype = torch.dtype | Literal["module"] | None
 
 
 def tie_again(module: nn.Module, checkpoint: Checkpoint) -> None:
@@ -36,9 +38,12 @@ def tie_again(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def match(
-    module: nn.Module, checkpoint: Checkpoint, strict: bool, dtype: torch.dtype | None
+    module: nn.Module, checkpoint: Checkpoint, strict: bool, asked: FloatingDtype
 ) -> list[Job]:
-    """Pairs stored tensors with parameters and buffers. FormatError on what does not fit."""
+    """Pairs stored tensors with parameters and buffers. FormatError on what does not fit.
+
+    Floating ones become `asked`; None is what they are in the file, "module" what the module has.
+    """
     by_parameter: dict[int, list[groups.Member]] = {}
     for member in groups.named_members(module):
         by_parameter.setdefault(id(member.parameter), []).append(member)
@@ -60,6 +65,8 @@ def match(
             missing.append(members[0].name)
             continue
         check_readable(stored[0])
+        own = members[0].parameter.dtype
+        dtype = own if asked == "module" else asked
         job = _job(stored[0], members, dtype, checkpoint.is_gguf)
         _take_scales(job, stored[1:], checkpoint, left, dtype)
         jobs.append(job)
@@ -69,7 +76,10 @@ def match(
             tensor = checkpoint.tensors[found]
             check_readable(tensor)
             _check_plain(tensor, buffer.name)
-            jobs.append(Job(tensor, [], tensor.dtype, buffer))
+            dtype = tensor.dtype
+            if asked == "module" and dtype.is_floating_point:
+                dtype = buffer.tensor.dtype
+            jobs.append(Job(tensor, [], dtype, buffer))
         elif buffer.persistent:
             missing.append(buffer.name)
     whole = ((name, stored) for name, stored in names.items() if stored.endswith(name))

@@ -42,16 +42,21 @@ Resident = Literal["quantised", "dequantised", "quantized", "dequantized"]
 OF_DISTRIBUTE = frozenset(PlacementOptions.__annotations__)
 
 
-class LoadOptions(PlacementOptions, total=False):
+class FillOptions(PlacementOptions, total=False):
+    """Options of everything that fills modules: how LoRAs go on, and what stays narrow."""
+
+    strict_loras: bool
+    lora_mode: LoraMode
+    patched_dtype: torch.dtype | str | None
+    resident: Resident
+
+
+class LoadOptions(FillOptions, total=False):
     """The options of `load`, as documented there."""
 
     loras: Sequence[tuple[LoraSource, float]]
     strict: bool
-    strict_loras: bool
-    lora_mode: LoraMode
-    patched_dtype: torch.dtype | str | None
     dtype: torch.dtype | str | None
-    resident: Resident
 
 
 OF_LOAD = tuple(name for name in LoadOptions.__annotations__ if name not in OF_DISTRIBUTE)
@@ -95,11 +100,13 @@ class Request:
         options = Options.of(self.placing, self.known, before)
         return options if self.plan is None else options.as_planned(self.plan, self.placing)
 
-    def floating_dtype(self) -> torch.dtype | None:
+    def floating_dtype(self) -> torch.dtype | Literal["module"] | None:
         """What floating weights become. SpecError."""
-        if self.dtype is None:
-            return None
-        dtype = dtype_of(self.dtype, "dtype")
+        if self.dtype is None or self.dtype == "module":
+            return self.dtype  # type: ignore[return-value]
+        dtype = dtype_of(
+            self.dtype, "dtype", "a floating dtype, such as torch.bfloat16, or 'module'"
+        )
         if not dtype.is_floating_point:
             raise SpecError(f"dtype={dtype}: expected a floating dtype, such as torch.bfloat16")
         return dtype
@@ -110,6 +117,33 @@ class Request:
         if spelled not in ("quantised", "dequantised"):
             raise SpecError(f"resident={self.resident!r}: expected 'quantised' or 'dequantised'")
         return spelled == "dequantised"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A checkpoint and a module, weight by weight; and what they are together, for a plan."""
+
+    jobs: list[Job]
+    inventory: Inventory
+    widens: bool
+    patching: Patching
+
+    def placed(self, plan: Plan, options: Options) -> Ready:
+        """The same, by a plan that was made for it."""
+        self._narrow_elsewhere(plan)
+        return Ready(
+            self.jobs,
+            plan.resized({job.name: job.nbytes for job in self.jobs}),
+            options,
+            self.patching,
+        )
+
+    def _narrow_elsewhere(self, plan: Plan) -> None:
+        """Once it is known who stays on the compute device, all others are as narrow as in the
+        file.
+        """
+        for job in self.jobs if self.widens else ():
+            job.widened = job.widened and plan.placement.get(job.name) == plan.compute
 
 
 @dataclass(frozen=True)
@@ -143,7 +177,28 @@ def prepare(module: nn.Module, file: str | os.PathLike[str], request: Request) -
 
 
 def _prepared(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Ready:
-    options, dtype, widens = request.options(), request.floating_dtype(), request.widens()
+    options = request.options()
+    matched = match_up(module, file, request)
+    if request.plan is None:
+        plan = distribution.plan_inventory(
+            matched.inventory, request.spec, options, distribution.devices_for((), None),
+            virtual_vram=request.virtual_vram, donor=request.donor,
+        )  # fmt: skip
+        ready = matched.placed(plan, options)
+    else:
+        ready = matched.placed(request.plan, options)
+        distribution.check_plan_fits(request.plan, inventory_of(module, matched.jobs))
+    if problem := ready.plan.over_budget():
+        warn_at_caller(problem)
+    return ready
+
+
+def match_up(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Matched:
+    """Which stored tensor goes where, and what is to be done to it. Reads no weights.
+
+    May tie parameters of the module. Raises SpecError, FormatError, PlacementError.
+    """
+    dtype, widens = request.floating_dtype(), request.widens()
     patch_options = PatchOptions.checked(request.lora_mode, request.patched_dtype)
     checkpoint = fit_names(open_checkpoint(file), module)
     tie_again(module, checkpoint)
@@ -154,26 +209,8 @@ def _prepared(module: nn.Module, file: str | os.PathLike[str], request: Request)
     _assign(jobs, patches, patch_options)
     for job in jobs if widens else ():
         job.widened = job.rows is not None  # as it would be on the compute device
-    plan = request.plan
-    if plan is None:
-        plan = distribution.plan_inventory(
-            _inventory(module, jobs), request.spec, options, distribution.devices_for((), None),
-            virtual_vram=request.virtual_vram, donor=request.donor,
-        )  # fmt: skip
-        _narrow_elsewhere(jobs, plan)
-        plan = plan.resized({job.name: job.nbytes for job in jobs})
-    else:
-        _narrow_elsewhere(jobs, plan)
-        distribution.check_plan_fits(plan, _inventory(module, jobs))
-    if problem := plan.over_budget():
-        warn_at_caller(problem)
-    return Ready(jobs, plan, options, Patching(reader, patch_options, loras=found))
-
-
-def _narrow_elsewhere(jobs: list[Job], plan: Plan) -> None:
-    """Once it is known who stays on the compute device, all others are as narrow as in the file."""
-    for job in jobs:
-        job.widened = job.widened and plan.placement.get(job.name) == plan.compute
+    patching = Patching(reader, patch_options, loras=found)
+    return Matched(jobs, inventory_of(module, jobs), widens, patching)
 
 
 def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
@@ -195,7 +232,7 @@ def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
             job.at_fetch = options.at_fetch and fits and known and low_rank and whole
 
 
-def _inventory(module: nn.Module, jobs: list[Job]) -> Inventory:
+def inventory_of(module: nn.Module, jobs: list[Job]) -> Inventory:
     """The module as it will be: what the file brings, and what stays as it is."""
     brought = {job.name: job for job in jobs}
     filled = {id(member.parameter) for job in jobs for member in job.members}

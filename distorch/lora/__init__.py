@@ -1,6 +1,6 @@
 """LoRA files: from keys to patches, merged in float32 and rounded once."""
 
-from distorch.lora.files import LoraSource
+from distorch.lora.files import LoraFile, LoraSource, identity_of, parts_of_lora, read_lora
 from distorch.lora.once import patches_of_tied
 from distorch.lora.patches import (
     Applied,
@@ -16,6 +16,7 @@ from distorch.lora.resolve import LoraReader
 
 __all__ = [
     "Applied",
+    "LoraFile",
     "LoraReader",
     "LoraSource",
     "Patch",
@@ -23,7 +24,10 @@ __all__ = [
     "ResolvedLora",
     "StoredRows",
     "are_low_rank",
+    "identity_of",
     "low_rank_terms",
     "merge",
+    "parts_of_lora",
     "patches_of_tied",
+    "read_lora",
 ]

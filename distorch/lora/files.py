@@ -21,8 +21,7 @@ from distorch.lora.configuration import (
     is_configured,
     read_configuration,
 )
-
-LoraSource = str | os.PathLike[str] | Mapping[str, Tensor]
+from distorch.lora.targets import component_of
 
 _PEFT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_NAMES = (*_PEFT_NAMES, "pytorch_lora_weights.safetensors")
@@ -38,6 +37,9 @@ class LoraFile:
     configuration: Configuration
 
 
+LoraSource = str | os.PathLike[str] | Mapping[str, Tensor] | LoraFile
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 of those made in inference mode, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -47,6 +49,8 @@ def identity_of(source: LoraSource) -> object:
     """What tells whether a source is the one that was read before."""
     if isinstance(source, Mapping):
         return ("mapping", id(source), *((k, id(v), version_of(v)) for k, v in source.items()))
+    if isinstance(source, LoraFile):
+        return ("file", id(source))
     path = _file_of(source)
     files = [path, path.parent / _CONFIG_NAME]
     return tuple(
@@ -61,6 +65,8 @@ def read_lora(source: LoraSource) -> LoraFile:
 
     FormatError when it is damaged or holds no tensors.
     """
+    if isinstance(source, LoraFile):
+        return source
     if isinstance(source, Mapping):
         bad = [key for key, value in source.items() if not isinstance(value, Tensor)]
         if bad:
@@ -80,6 +86,18 @@ def read_lora(source: LoraSource) -> LoraFile:
         repr(str(path)), metadata, _config_beside(path, tensors, metadata)
     )
     return LoraFile(configuration.label, tensors, configuration)
+
+
+def parts_of_lora(file: LoraFile) -> dict[str, LoraFile]:
+    """The same LoRA by the part of a pipeline that its keys name: "model", "text 1", "text 2", ...;
+    "" is for keys that name none.
+    """
+    by_part: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in file.tensors.items():
+        by_part.setdefault(component_of(key), {})[key] = tensor
+    return {
+        part: LoraFile(file.label, tensors, file.configuration) for part, tensors in by_part.items()
+    }
 
 
 def _file_of(source: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,14 @@
 
 from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
 from distorch.planner.plan import Plan, PlanDiff
-from distorch.planner.planner import MIN_BYTES, ORDERS, can_leave, make_plan, virtual_vram_spec
+from distorch.planner.planner import (
+    MIN_BYTES,
+    ORDERS,
+    can_leave,
+    make_plan,
+    shares_of,
+    virtual_vram_spec,
+)
 from distorch.planner.spec import Spec, parse_bytes, parse_spec
 
 __all__ = [
@@ -18,5 +25,6 @@ __all__ = [
     "make_plan",
     "parse_bytes",
     "parse_spec",
+    "shares_of",
     "virtual_vram_spec",
 ]

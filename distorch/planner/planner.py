@@ -117,6 +117,25 @@ def make_plan(
     return plan
 
 
+def shares_of(
+    inventory: Inventory,
+    spec: Spec | str,
+    *,
+    compute: str,
+    devices: Mapping[str, DeviceInfo],
+    reserve_bytes: int = 0,
+) -> dict[str, int | None]:
+    """Device -> bytes that `make_plan` lets it have, in the order of the entries; None: the rest.
+
+    Raises SpecError, PlacementError.
+    """
+    parsed = parse_spec(spec) if isinstance(spec, str) else spec
+    parsed = _auto_spec(inventory, compute, devices, reserve_bytes) if parsed.auto else parsed
+    _check_devices(parsed, compute, devices)
+    bins = _make_bins(parsed, inventory.total_bytes, compute, devices)
+    return {filled.device: filled.budget for filled in bins}
+
+
 def virtual_vram_spec(
     virtual_vram: str | int, donor: str, compute: str, devices: Mapping[str, DeviceInfo]
 ) -> Spec:

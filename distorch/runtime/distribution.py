@@ -160,7 +160,7 @@ def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
 
 
 def resolve_spec(
-    spec: str | None,
+    spec: str | Spec | None,
     virtual_vram: str | int | None,
     donor: str | None,
     compute: str | torch.device | None,
@@ -170,7 +170,7 @@ def resolve_spec(
     if compute is not None:
         compute = compute_device(compute)
     if spec is not None:
-        parsed = parse_spec(spec)
+        parsed = parse_spec(spec) if isinstance(spec, str) else spec
         entries = tuple(entry.device for entry in parsed.entries)
         return parsed, compute or machine.default_compute(entries)
     target = compute or machine.default_compute(())
@@ -200,9 +200,41 @@ def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, 
     return found
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for, against this machine: arguments of `make_plan` and `shares_of`."""
+
+    spec: Spec
+    compute: str
+    devices: dict[str, DeviceInfo]
+    reserve_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: str | Spec | None,
+        compute: str | torch.device | None,
+        devices: dict[str, DeviceInfo],
+        virtual_vram: str | int | None = None,
+        donor: str | None = None,
+    ) -> Wish:
+        """Raises SpecError, PlacementError."""
+        parsed, target = resolve_spec(spec, virtual_vram, donor, compute, devices)
+        named = {place for entry in parsed.entries for place in entry.device.split("+")}
+        devices = machine.with_exact(devices, {target, *named})
+        reserve = int(devices[target].free_bytes * _RESERVE_SHARE) if target in devices else 0
+        return cls(parsed, target, devices, reserve)
+
+    def arguments(self) -> dict[str, Any]:
+        """By name, but for the spec."""
+        return {
+            "compute": self.compute, "devices": self.devices, "reserve_bytes": self.reserve_bytes,
+        }  # fmt: skip
+
+
 def plan_inventory(
     inventory: Inventory,
-    spec: str | None,
+    spec: str | Spec | None,
     options: Options,
     devices: dict[str, DeviceInfo],
     *,
@@ -210,21 +242,16 @@ def plan_inventory(
     donor: str | None = None,
 ) -> Plan:
     """A plan for weights that are known by name and size."""
-    parsed, compute = resolve_spec(spec, virtual_vram, donor, options.compute, devices)
-    named = {place for entry in parsed.entries for place in entry.device.split("+")}
-    devices = machine.with_exact(devices, {compute, *named})
-    reserve = int(devices[compute].free_bytes * _RESERVE_SHARE) if compute in devices else 0
+    wish = Wish.of(spec, options.compute, devices, virtual_vram, donor)
     return make_plan(
         inventory,
-        parsed,
-        compute=compute,
-        devices=devices,
+        wish.spec,
+        **wish.arguments(),
         order=options.order,
         min_bytes=options.min_bytes,
         keep=options.keep,
         offload=options.offload,
         rules=options.rules,
-        reserve_bytes=reserve,
         give_away=None if virtual_vram is None else parse_bytes(virtual_vram),
     )
 

@@ -207,8 +207,14 @@ def _refuse_other_devices(module: nn.Module, fn: Callable[[torch.Tensor], torch.
         if not is_on_donor(parameter):
             continue
         probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        with torch.no_grad():
-            target = fn(probe).device
+        try:
+            with torch.no_grad():
+                target = fn(probe).device
+        except Exception as error:  # of a device that is not there
+            raise PlacementError(
+                f"cannot move or convert {name!r}: {error}. The model is distributed with compute "
+                f"device {parameter.device}, and its weights come there by themselves"
+            ) from error
         if target.type == parameter.device.type and (target.index or 0) == (
             parameter.device.index or 0
         ):

@@ -183,7 +183,9 @@ _DTYPES = {
 
 
 def dtype_of(
-    value: torch.dtype | str, what: str, expected: str = "torch.bfloat16 or 'bfloat16'"
+    value: torch.dtype | str,
+    what: str,
+    expected: str = "a floating dtype, such as torch.bfloat16 or 'bfloat16'",
 ) -> torch.dtype:
     """torch.bfloat16 of itself, "bfloat16", "bf16" or "torch.bfloat16". SpecError."""
     found = value
@@ -191,7 +193,7 @@ def dtype_of(
         name = value.strip().lower().removeprefix("torch.")
         found = getattr(torch, _DTYPES.get(name, name), value)
     if not isinstance(found, torch.dtype):
-        raise SpecError(f"{what}={value!r}: expected a floating dtype, such as {expected}")
+        raise SpecError(f"{what}={value!r}: expected {expected}")
     return found
 
 

@@ -125,7 +125,7 @@ def stored_matrix(name="w", shape=(6, 4), dtype=torch.float32, block_type=None, 
     ("change", "named"),
     [(lambda w: w * 2, "'w'.*mul"), (lambda w: w - 1, "'w'.*sub"),
      (lambda w: w.half(), "'w'.*_to_copy"), (lambda w: w.exp_(), "'w'.*exp_"),
-     (lambda w: torch.cat([w, w], dim=1), "'w'.*cat"), (lambda w: torch.ones(3), "ones"),
+     (lambda w: torch.cat([w, w.new_zeros(6, 4)]), "'w'.*new_zeros"), (lambda w: torch.ones(3), "ones"),
      (lambda w: 3, "'new'.*int")],
 )  # fmt: skip
 def test_arithmetic_is_refused_by_name(change, named):
@@ -156,7 +156,8 @@ def test_views_are_followed_as_torch_makes_them(tmp_path):
         return {
             "heads": heads.reshape(12, 4), "again": heads.reshape(12, 4)[3:7],
             "columns": w[:, 1:3], "joined": torch.cat([w[6:], w[:6]])[2:9],
-            "turned": w.T, "turned copy": w.T.clone(), "one": w[3, 2], "repeated": w[:1].expand(3, 4),
+            "wider": torch.cat([w[:6], w[6:, 1:3]], dim=1), "stack": torch.stack([w[:2], w[4:6]], 1),
+            "nothing": torch.cat([w[:0], w[2:3]]), "turned": w.T, "turned copy": w.T.clone(), "one": w[3, 2], "repeated": w[:1].expand(3, 4),
         }  # fmt: skip
 
     found, left = trace(tensors, convert)

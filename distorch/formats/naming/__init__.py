@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 
 from torch import nn
 
 from distorch.errors import FormatError
 from distorch.formats.checkpoint import Checkpoint
-from distorch.formats.naming import diffusers_names, llama_cpp
+from distorch.formats.naming import diffusers_names, llama_cpp, transformers_names
 from distorch.formats.naming.part_scales import scales_of_part, take_scales
-from distorch.formats.naming.tracing import Convert, NamesDoNotFitError, trace
+from distorch.formats.naming.tracing import ConversionError, Convert, NamesDoNotFitError, trace
 from distorch.formats.plain_names import PREFIXES, match_names
 from distorch.formats.safetensors import StoredTensor
+
+__all__ = ["ConversionError", "fit_names"]
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -28,12 +31,9 @@ def fit_names(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
     as_it_is = _filled(module, match_names(checkpoint.tensors, _names(module)))
     if as_it_is == _filled(module, _names(module)):
         return checkpoint
-    convert = diffusers_names.conversion_for(module)
-    convert = convert or llama_cpp.conversion_for(module, checkpoint.metadata)
-    if convert is None:
-        return checkpoint
     best, most, refusal = None, len(as_it_is), None
-    for tensors in _parts(checkpoint.tensors):
+    tries = product(_conversions(module, checkpoint), _parts(checkpoint.tensors))
+    for convert, tensors in tries:
         try:
             found = _renamed(tensors, convert)
         except NamesDoNotFitError:
@@ -47,6 +47,14 @@ def fit_names(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
     if best is None and refusal is not None:
         raise refusal
     return checkpoint if best is None else replace(checkpoint, tensors=best)
+
+
+def _conversions(module: nn.Module, checkpoint: Checkpoint) -> Iterator[Convert]:
+    """What the libraries that know such modules would do with the file's names."""
+    yield from diffusers_names.conversions_for(module)
+    of_gguf = llama_cpp.conversion_for(module, checkpoint.metadata)
+    of_hub = transformers_names.conversion_for(module)
+    yield from filter(None, [of_gguf or of_hub])
 
 
 def _names(module: nn.Module) -> list[str]:

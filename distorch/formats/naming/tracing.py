@@ -11,7 +11,7 @@ else would compute with numbers that are not there, and is refused.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -35,6 +35,10 @@ _aten = torch.ops.aten
 
 class NamesDoNotFitError(Exception):
     """A conversion did not find the names that it looks for."""
+
+
+class ConversionError(FormatError):
+    """A conversion computes with weights, or moves single elements: it cannot be done in a file."""
 
 
 class Run(NamedTuple):
@@ -105,9 +109,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def traced(self, name: str, value: Any) -> Traced:
         """The weight behind a result. FormatError when it is none that can be read."""
-        if not isinstance(value, torch.Tensor) or self._find(value) is None:
+        made = self._find(value)
+        if made is None:
             raise FormatError(f"{name!r}: its conversion made a {type(value).__name__} of its own")
-        runs = self.runs(value)
+        runs = self.runs(value) or [made.runs[0]._replace(begin=0, end=0)]
         return Traced(as_stored(name, runs, tuple(value.shape)), tuple(runs))
 
     def runs(self, tensor: torch.Tensor) -> list[Run]:
@@ -136,18 +141,29 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out  # views
         if func is _aten.clone.default:
             self._note(out, self.runs(args[0].permute(_memory_order(out))))
-        elif func is _aten.cat.default and self._joins_rows(out, *args, **kwargs):
-            self._note(out, [run for part in args[0] for run in self.runs(part)])
+        elif func in (_aten.cat.default, _aten.stack.default) and self._are_known(args[0]):
+            self._note(out, self._joined(out, *args, **kwargs))
         elif func in (_aten.sub.Tensor, _aten.add.Tensor) and self._can_shift(args):
             self._note(out, [self._shifted(func, *args)])
         else:
             raise self._refusal(func, args)
         return out
 
-    def _joins_rows(self, out: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0) -> bool:
-        leading = out.shape[: dim % max(out.dim(), 1)]
-        known = all(self._find(part) is not None for part in parts)
-        return known and prod(leading) == 1 and out.is_contiguous()
+    def _are_known(self, parts: Sequence[torch.Tensor]) -> bool:
+        return all(self._find(part) is not None for part in parts)
+
+    def _joined(
+        self, out: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0
+    ) -> Iterator[Run]:
+        """What stands before `dim` counts rounds; in each, every part gives its next elements."""
+        rounds = prod(out.shape[: dim % max(out.dim(), 1)])
+        known = [_made(self.runs(part), part) for part in parts if part.numel()]
+        if rounds * len(known) > _MOST_PIECES:
+            raise self._refusal(_aten.cat.default, parts)
+        for number in range(rounds):
+            for made in known:
+                share = made.tensor.numel() // rounds
+                yield from _cut(made, number * share, (number + 1) * share)
 
     def _can_shift(self, args: tuple[Any, ...]) -> bool:
         tensor, number = args
@@ -174,20 +190,24 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = self._made.get(value.untyped_storage()._cdata)
         return made if made is not None and value.dtype == made.tensor.dtype else None
 
-    def _note(self, tensor: torch.Tensor, runs: Sequence[Run]) -> None:
-        starts = [0]
-        for run in runs:
-            starts.append(starts[-1] + run.end - run.begin)
-        self._made[tensor.untyped_storage()._cdata] = _Made(runs, starts, tensor)
+    def _note(self, tensor: torch.Tensor, runs: Iterable[Run]) -> None:
+        self._made[tensor.untyped_storage()._cdata] = _made(runs, tensor)
 
-    def _refusal(self, func: Any, args: Sequence[Any]) -> FormatError:
+    def _refusal(self, func: Any, args: Sequence[Any]) -> ConversionError:
         flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,))]
         sources = [run.source.name for x in flat if (made := self._find(x)) for run in made.runs]
-        return FormatError(
+        return ConversionError(
             f"{sources[0] if sources else 'a weight'!r}: the conversion to the module's names "
             f"computes with it ({func}), and only whole ranges can be taken from a file as they "
             "are; convert the checkpoint with the module's own library and load the result"
         )
+
+
+def _made(runs: Iterable[Run], tensor: torch.Tensor) -> _Made:
+    found, starts = list(runs), [0]
+    for run in found:
+        starts.append(starts[-1] + run.end - run.begin)
+    return _Made(found, starts, tensor)
 
 
 def _memory_order(tensor: torch.Tensor) -> list[int]:
@@ -206,7 +226,7 @@ def _ranges(tensor: torch.Tensor, name: str) -> Iterator[tuple[int, int]]:
     while dims and dims[-1][1] == length:
         length *= dims.pop()[0]
     if prod(size for size, _ in dims) > _MOST_PIECES:
-        raise FormatError(
+        raise ConversionError(
             f"{name!r}: the conversion to the module's names transposes it, and only whole ranges "
             "can be taken from a file as they are; convert the checkpoint with the module's own "
             "library and load the result"

@@ -1,0 +1,145 @@
+"""Models of transformers and diffusers without weights, as their `from_pretrained` would make them.
+
+The dtype of every parameter is the one that the library would load it in: `distorch.load(...,
+dtype="module")` then gives the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distorch.errors import FormatError, SpecError
+from distorch.loading import init_empty_weights
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def of_transformers(cls: Any, config: Any, dtype: torch.dtype, **remote: Any) -> nn.Module:
+    """An empty model of a class, or of what an Auto class makes of the configuration."""
+    config = copy.deepcopy(config)
+    # As transformers does: parts of a composite model read their own configuration.
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", None) or ():
+        if getattr(config, name, None) is not None:
+            getattr(config, name).dtype = dtype
+    with init_empty_weights():
+        if hasattr(cls, "from_config"):  # an Auto class
+            model = cls.from_config(config, dtype=dtype, **remote)
+        else:
+            model = cls._from_config(config, dtype=dtype)
+    _keep_wide(model, _wide_patterns(model, dtype))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _wide_patterns(model: Any, dtype: torch.dtype) -> list[str]:
+    """What stays in float32, as regular expressions on names."""
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    in_half = getattr(model, "_keep_in_fp32_modules", None) or ()
+    found = list(always) if dtype in (torch.float16, torch.bfloat16) else []
+    found += list(in_half) if dtype == torch.float16 else []
+    return [str(pattern).replace("*", ".*") for pattern in found]
+
+
+def _keep_wide(model: nn.Module, patterns: Iterable[str]) -> None:
+    wide = re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or r"(?!)")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and parameter.is_floating_point() and wide.search(name):
+            parameter.data = parameter.data.float()
+
+
+def of_diffusers(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """An empty model of a class, by the configuration in a folder."""
+    try:
+        config = cls.load_config(folder)
+    except OSError as error:
+        raise FormatError(f"{str(folder)!r} has no configuration of a model: {error}") from error
+    with init_empty_weights(), _default_dtype(dtype):
+        model = cls.from_config(config)
+    wide = set(_listed(getattr(type(model), "_keep_in_fp32_modules", None)))
+    # Whatever the model's own code says: what a file has is converted when it is read.
+    for path, owner in model.named_modules():
+        tables = (owner._parameters, owner._buffers)
+        for key, tensor in [entry for table in tables for entry in table.items()]:
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            if key in owner._buffers and key in owner._non_persistent_buffers_set:
+                continue
+            is_wide = not wide.isdisjoint([*path.split("."), key])
+            tensor.data = tensor.data.to(torch.float32 if is_wide else dtype)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _listed(steps: Any) -> tuple[str, ...]:
+    return (steps,) if isinstance(steps, str) else tuple(steps or ())
+
+
+def give_initial_values(model: Any, names: Iterable[str]) -> list[str]:
+    """Values for weights that no file has, as the class's own initialisation gives them: positions
+    that are computed, and layers outside the list of blocks (a new head, a pooler). Returns the
+    names of the latter, which the user should know of.
+    """
+    usual = [str(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    owners: dict[str, nn.Module] = {}
+    new = []
+    for name in names:
+        as_usual = any(re.search(pattern, name) for pattern in usual)
+        if not as_usual and any(step.isdigit() for step in name.split(".")):
+            continue  # a block without one of its weights: the file is not whole
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        empty = torch.zeros_like(owner._parameters[key], device="cpu")
+        owner._parameters[key] = nn.Parameter(empty, owner._parameters[key].requires_grad)
+        owners[path] = owner
+        new += [] if as_usual else [name]
+    with torch.no_grad():
+        for path, owner in model.named_modules():
+            if path in owners:
+                model._init_weights(owner)
+    return new
+
+
+def auto_class(config: Any, *, trust_remote_code: bool, gguf: bool) -> Any:
+    """The class that a configuration names, else one that fits. SpecError if none is known."""
+    import transformers
+
+    named = list(getattr(config, "architectures", None) or ())
+    coded = getattr(config, "auto_map", None) or {}
+    if coded and trust_remote_code:
+        for auto, target in coded.items():
+            if str(target).rpartition(".")[2] in named and auto.startswith("AutoModel"):
+                return getattr(transformers, auto)
+    for name in named:
+        if (found := getattr(transformers, name, None)) is not None:
+            return found
+    if coded:
+        raise SpecError(
+            f"config.json names {named}, which comes with the model as code: give "
+            "trust_remote_code=True, if you trust it, and the Auto class that the model's page "
+            "says, such as cls=transformers.AutoModelForCausalLM"
+        )
+    # llama.cpp's files do not name a class: they are language models.
+    of_text = transformers.AutoModelForCausalLM
+    if gguf and type(config) in of_text._model_mapping:
+        return of_text
+    if named:
+        raise SpecError(
+            f"config.json names {named}, which this version of transformers does not have; give "
+            "cls=, such as transformers.AutoModelForCausalLM"
+        )
+    return transformers.AutoModel

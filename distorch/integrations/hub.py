@@ -1,0 +1,106 @@
+"""Where a model's files are: a folder, a file, or a repository of the Hugging Face hub.
+
+Note [Ids of the hub]
+What lies whole in the local cache is taken as it is, without asking the hub for something newer:
+so a program starts without a network, and with the same files as yesterday. A download that was
+interrupted leaves a snapshot with some of its files; that is not taken for a model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from distorch.errors import FormatError, SpecError
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# What a folder lacks, in words; "" if it is whole.
+Lacks = Callable[[Path], str]
+
+
+def check_model(model: object) -> str:
+    """The text of a path or an id. SpecError."""
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise SpecError(
+            f"model={model!r:.80}: expected a folder, a file, or an id of the hub such as "
+            f"'Qwen/Qwen3-8B', got {type(model).__name__}"
+        )
+    return os.fspath(model)
+
+
+def folder_of(
+    model: str,
+    *,
+    revision: str | None,
+    lacks: Lacks,
+    download: Callable[[], str | os.PathLike[str]],
+) -> Path:
+    """The folder with a model's files. `download` brings it here, if it is not in the cache.
+
+    FormatError when it is incomplete, is neither a folder nor an id, or cannot be had.
+    """
+    here = Path(model).expanduser()
+    if here.is_dir():
+        if problem := lacks(here):
+            raise FormatError(f"{model!r} is no model that can be loaded: {problem}")
+        return here
+    _check_is_id(model)
+    cached = in_cache(model, revision)
+    problem = lacks(cached) if cached is not None else "it is not in the cache"
+    if cached is not None and not problem:
+        return cached
+    fetched = Path(_downloaded(model, problem, download))
+    if problem := lacks(fetched):
+        raise FormatError(f"the repository {model!r} is no model that can be loaded: {problem}")
+    return fetched
+
+
+def _check_is_id(model: str) -> None:
+    if not _ID.fullmatch(model) or Path(model).suffix in (".safetensors", ".gguf"):
+        raise FormatError(
+            f"{model!r}: there is no such file or folder, and it is no id of the hub, such as "
+            "'Qwen/Qwen3-8B'"
+        )
+
+
+def in_cache(model: str, revision: str | None) -> Path | None:
+    """The snapshot of a repository in the local cache, whole or not."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        raise FormatError(
+            f"{model!r} is not a folder. Ids of the hub need: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _downloaded(
+    model: str, problem: str, download: Callable[[], str | os.PathLike[str]]
+) -> str | os.PathLike[str]:
+    from huggingface_hub import constants
+
+    cache = f"the cache is {constants.HF_HUB_CACHE!r} (HF_HOME, HF_HUB_CACHE)"
+    if constants.HF_HUB_OFFLINE:
+        raise FormatError(
+            f"{model!r} cannot be had: {problem}, and HF_HUB_OFFLINE forbids a download; {cache}. "
+            "Give the folder that has it, or allow the download"
+        )
+    try:
+        return download()
+    except Exception as error:  # of the network, the hub, or a proxy: each library has its own
+        raise FormatError(
+            f"{model!r} cannot be had: {problem}, and the download failed "
+            f"({type(error).__name__}: {_first_line(error)}); {cache}. Is the id right, is there a "
+            "network, does the repository ask for a login (HF_TOKEN)? Or give a folder"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no reason given"

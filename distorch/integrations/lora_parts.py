@@ -1,0 +1,75 @@
+"""A LoRA file for several parts of a pipeline, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from distorch.errors import FormatError, SpecError
+from distorch.integrations.budget import by_use
+from distorch.lora import LoraFile, LoraSource, identity_of, parts_of_lora, read_lora
+
+PipelineLora = tuple[LoraSource, float] | tuple[LoraSource, float, str]
+PartLoras = dict[str, list[tuple[LoraSource, float]]]
+
+_TEXT = {"text 1": "text_encoder", "text 2": "text_encoder_2", "text 3": "text_encoder_3"}
+
+
+class LoraSplitter:
+    """Splits LoRAs by the parts of one pipeline. What it has read before, it gives again: then only
+    strengths have changed, and weights are not computed anew.
+    """
+
+    def __init__(self, parts: Collection[str]) -> None:
+        self._parts = list(parts)
+        self._known: dict[object, dict[str, LoraFile]] = {}
+
+    def split(self, loras: Sequence[PipelineLora], strict: bool = True) -> PartLoras:
+        """Part -> its share of each LoRA, with the strength. SpecError, FormatError.
+
+        With `strict`, keys for a part that the pipeline does not have are an error.
+        """
+        found: PartLoras = {part: [] for part in self._parts}
+        known: dict[object, dict[str, LoraFile]] = {}
+        for source, strength, part in map(self._checked, loras):
+            key = (identity_of(source), part)
+            known[key] = shares = self._known.get(key) or self._shares(source, part, strict)
+            for name, share in shares.items():
+                found[name].append((share, strength))
+        self._known = known
+        return found
+
+    def _checked(self, entry: PipelineLora) -> tuple[LoraSource, float, str]:
+        if isinstance(entry, str | Mapping) or not 2 <= len(entry) <= 3:
+            raise SpecError(
+                f"loras: expected (file or state dict, strength) or (file, strength, part), found "
+                f"{entry!r:.80}"
+            )
+        part = entry[2] if len(entry) == 3 else ""
+        if part and part not in self._parts:
+            raise SpecError(
+                f"loras: there is no part {part!r}; this pipeline has {', '.join(self._parts)}"
+            )
+        return entry[0], entry[1], part
+
+    def _shares(self, source: LoraSource, part: str, strict: bool) -> dict[str, LoraFile]:
+        file = read_lora(source)
+        if part:
+            return {part: file}
+        main = by_use(self._parts)[0]
+        shares: dict[str, LoraFile] = {}
+        for component, share in parts_of_lora(file).items():
+            name = _TEXT.get(component, main)
+            if name in self._parts:
+                # What names no part goes with what names the main one.
+                shares[name] = share if name not in shares else _both(shares[name], share)
+            elif strict:
+                shown = ", ".join(list(share.tensors)[:3])
+                raise FormatError(
+                    f"{file.label} has keys for {name!r} ({shown}), and this pipeline has "
+                    f"{', '.join(self._parts)}; strict_loras=False passes them over"
+                )
+        return shares
+
+
+def _both(one: LoraFile, other: LoraFile) -> LoraFile:
+    return LoraFile(one.label, {**one.tensors, **other.tensors}, one.configuration)

@@ -1,0 +1,304 @@
+"""load_pretrained: models of transformers, streamed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Unpack
+
+from distorch import api
+from distorch._progress import Progress, check_progress
+from distorch.errors import FormatError, SpecError, warn_at_caller
+from distorch.formats.naming import ConversionError, fit_names
+from distorch.formats.plain_names import match_names
+from distorch.formats.safetensors import StoredTensor, same_bytes
+from distorch.integrations.empty_models import auto_class, give_initial_values, of_transformers
+from distorch.integrations.hub import check_model, folder_of
+from distorch.integrations.weights import floating_dtype, lacking, opened, weights_file
+from distorch.loading import load
+from distorch.loading.prepare import FillOptions
+from distorch.lora import LoraSource
+from distorch.patching import set_loras
+from distorch.runtime.options import dtype_of
+
+_LOG = logging.getLogger("distorch")
+_SHOWN = 4
+_OF_LORAS = ("strict_loras", "lora_mode", "patched_dtype")
+# Of a repository: no weights of other libraries, nothing of other folders.
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+
+
+def load_pretrained(
+    model: str,
+    spec: str | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    loras: Sequence[tuple[LoraSource, float]] = (),
+    file: str | None = None,
+    cls: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    trust_remote_code: bool = False,
+    virtual_vram: str | int | None = None,
+    donor: str | None = None,
+    progress: Progress = None,
+    **options: Unpack[FillOptions],
+) -> nn.Module:
+    """A model of transformers with its weights on donors, each streamed straight to its place.
+
+    `model` is a folder, an id of the hub, or a GGUF file. An id is looked up in the local cache,
+    and downloaded only if it is not there. `spec` is a placement such as "cuda:0,6gb;cpu,*"; "auto"
+    (or none) keeps as much on the compute device as its free memory allows.
+
+    `dtype`: "auto" is what config.json says, else what most of the weights are. `cls` is a class of
+    transformers or an Auto class; without it, the one that config.json names. `file`: take the
+    weights from this file of the repository, or of this disk: GGUF, safetensors. `loras` and other
+    options are those of `distorch.load`, but for the default of `min_bytes`: with "auto", small
+    weights leave, too, if the spec asks for it.
+
+    The model is in eval mode, and gives the bits of `cls.from_pretrained(model, dtype=dtype)`. It
+    is never whole in RAM, unless transformers computes with the weights when it reads them: then it
+    loads them, and they are distributed afterwards (logged as a warning).
+    Raises SpecError, FormatError, PlacementError.
+    """
+    check_progress(progress)
+    text = check_model(model)
+    placing: dict[str, Any] = {
+        "virtual_vram": virtual_vram, "donor": donor, "progress": progress, "min_bytes": "auto",
+        **options,
+    }  # fmt: skip
+    spec = "auto" if spec is None and virtual_vram is None else spec
+    found = find(text, file, revision, subfolder)
+    cls = None if cls is None else _checked_class(cls)
+    config = found.config(cls, trust_remote_code)
+    if cls is None:
+        cls = auto_class(config, trust_remote_code=trust_remote_code, gguf=found.gguf)
+    wanted = dtype_for(dtype, config, found.weights)
+    remote = {"trust_remote_code": True} if trust_remote_code else {}
+    module = empty_pretrained(cls, config, wanted, found.weights, **remote)
+    _read_generation_config(module, found)
+    try:
+        return load(
+            module, found.weights, spec, loras=loras, strict=False, dtype="module", **placing
+        )
+    except ConversionError as error:
+        if found.weights != weights_file(found.folder):
+            raise  # another file than transformers would take
+        _LOG.warning("transformers loads %s whole, then it is distributed: %s", found.folder, error)
+        library: Any = type(module)
+        whole = library.from_pretrained(found.folder, dtype=wanted).eval()
+        return _distributed(whole, spec, loras, placing)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the files of a model are: its folder, and what has its weights."""
+
+    folder: Path
+    weights: Path
+    gguf: bool
+
+    def config(self, cls: Any = None, trust_remote_code: bool = False) -> Any:
+        """The configuration for a class; that of a GGUF file where there is no config.json."""
+        from transformers import AutoConfig
+
+        # The class of a part (a text encoder) takes its part of a composite configuration.
+        reader = getattr(cls, "config_class", None) or AutoConfig
+        where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if not (self.folder / "config.json").is_file():
+            if not self.gguf:
+                raise FormatError(f"{str(self.folder)!r} has no config.json")
+            where["gguf_file"] = self.weights.name
+        try:
+            return reader.from_pretrained(self.folder, **where)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise FormatError(
+                f"transformers cannot read the configuration in {str(self.folder)!r}: {error}"
+            ) from error
+
+
+def find(model: str, file: str | None, revision: str | None, subfolder: str | None) -> Found:
+    """The files of a model. SpecError, FormatError."""
+    here = Path(model).expanduser()
+    if here.suffix == ".gguf" and here.is_file():
+        if file is not None:
+            raise SpecError(f"file={file!r}: {model!r} is a file already; give one of them")
+        return Found(here.parent, here, gguf=True)
+    if file is not None and Path(file).expanduser().is_file():
+        weights = Path(file).expanduser()
+        folder = _folder(model, revision, subfolder, _lacks_config)
+        return Found(folder, weights, weights.suffix == ".gguf")
+    if file is not None:
+        folder = _folder(model, revision, subfolder, lambda f: _lacks_file(f, file), file)
+        return Found(folder, folder / file, file.endswith(".gguf"))
+    folder = _folder(model, revision, subfolder, _lacks_model)
+    weights = weights_file(folder)
+    return Found(folder, weights, weights.suffix == ".gguf")
+
+
+def _folder(
+    model: str, revision: str | None, subfolder: str | None, lacks: Any, file: str | None = None
+) -> Path:
+    inside = subfolder or ""
+
+    def download() -> str:
+        from huggingface_hub import snapshot_download
+
+        prefix = f"{inside}/" if inside else ""
+        weights = [file] if file else _weights_of(model, revision, prefix)
+        patterns = [*(prefix + kind for kind in _SMALL), *weights]
+        return snapshot_download(model, revision=revision, allow_patterns=patterns)
+
+    root = folder_of(
+        model, revision=revision, lacks=lambda root: lacks(root / inside), download=download
+    )
+    return root / inside
+
+
+def _weights_of(model: str, revision: str | None, prefix: str) -> list[str]:
+    """The weights that transformers would read, by name: safetensors, else torch files."""
+    from huggingface_hub import HfApi
+
+    here = [
+        name.removeprefix(prefix)
+        for name in HfApi().list_repo_files(model, revision=revision)
+        if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
+    ]
+    for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".gguf")):
+        found = [prefix + n for n in here if n.startswith(start) and n.endswith(end)]
+        if found:
+            return found
+    return [prefix + "*.safetensors"]
+
+
+def _lacks_config(folder: Path) -> str:
+    if (folder / "config.json").is_file():
+        return ""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{str(folder)!r} is an adapter (adapter_config.json). Load its base model with "
+            f"loras=[({str(folder)!r}, 1.0)]"
+        )
+    return f"there is no config.json in {str(folder)!r}"
+
+
+def _lacks_file(folder: Path, file: str) -> str:
+    there = (folder / file).is_file()
+    return "" if there else f"there is no {file!r} in {str(folder)!r}"
+
+
+def _lacks_model(folder: Path) -> str:
+    weights = weights_file(folder)
+    only_gguf = weights == folder and any(folder.glob("*.gguf"))
+    return ("" if only_gguf else _lacks_config(folder)) or lacking(folder)
+
+
+def _checked_class(cls: Any) -> Any:
+    if isinstance(cls, str):
+        import transformers
+
+        named = getattr(transformers, cls, None)
+        if named is None:
+            raise SpecError(f"cls={cls!r}: transformers has no class of this name")
+        return named
+    if not (hasattr(cls, "from_config") or hasattr(cls, "_from_config")):
+        raise SpecError(
+            f"cls={cls!r:.80}: expected a model class of transformers, such as "
+            "transformers.AutoModelForCausalLM"
+        )
+    return cls
+
+
+def dtype_for(dtype: torch.dtype | str, config: Any, weights: Path) -> torch.dtype:
+    """A dtype that was asked for; for "auto" as transformers: the configuration's, else the
+    file's. SpecError.
+    """
+    if dtype != "auto":
+        found = dtype_of(dtype, "dtype", "'auto' or a floating dtype, such as 'bfloat16'")
+        if not found.is_floating_point or found.itemsize < 2:
+            raise SpecError(
+                f"dtype={dtype}: a model computes in float32, float16 or bfloat16; files with "
+                "narrower weights are read as they are"
+            )
+        return found
+    said = getattr(config, "dtype", None)
+    if isinstance(said, str):
+        said = getattr(torch, said.removeprefix("torch."), None)
+    if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1:
+        return said
+    return floating_dtype(opened(weights))
+
+
+def empty_pretrained(
+    cls: Any, config: Any, dtype: torch.dtype, weights: Path, **remote: Any
+) -> nn.Module:
+    """A model without weights, but for those that no checkpoint of its class has."""
+    module = of_transformers(cls, config, dtype, **remote)
+    stored = fit_names(opened(weights), module).tensors
+    _untie_what_differs(module, stored)
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    have = match_names(stored, [name for tied in names.values() for name in tied])
+    if not have:  # another model: load says so
+        return module
+    missing = [tied[0] for tied in names.values() if have.keys().isdisjoint(tied)]
+    if new := give_initial_values(module, missing):
+        warn_at_caller(
+            f"{str(weights)!r} has no values for {', '.join(map(repr, new[:_SHOWN]))}"
+            f"{f' and {len(new) - _SHOWN} more' if len(new) > _SHOWN else ''}: they are new, and "
+            f"random. Train them, or give the class that the file was made with (cls=)"
+        )
+    return module
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
+
+
+def _untie_what_differs(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """As transformers does where a file has both ends of a tie, and they are not the same."""
+    for names in _tied(module):
+        have = match_names(stored, names)
+        first = next((name for name in names if name in have), None)
+        for name in names:
+            if first is None or name == first or name not in have:
+                continue
+            if not same_bytes(stored[have[first]], stored[have[name]]):
+                path, _, key = name.rpartition(".")
+                owner = module.get_submodule(path)
+                shared = owner._parameters[key]
+                assert shared is not None
+                owner._parameters[key] = nn.Parameter(torch.empty_like(shared))
+
+
+def _read_generation_config(module: Any, found: Found) -> None:
+    from transformers import GenerationConfig
+
+    can = getattr(module, "can_generate", None)
+    if can is not None and can() and (found.folder / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(found.folder)
+
+
+def _distributed(
+    module: nn.Module,
+    spec: str | None,
+    loras: Sequence[tuple[LoraSource, float]],
+    placing: Mapping[str, Any],
+) -> nn.Module:
+    """A module that its library has loaded, with the same options as `load`."""
+    of_loras = {name: placing[name] for name in _OF_LORAS if name in placing}
+    others = {k: v for k, v in placing.items() if k not in (*_OF_LORAS, "resident")}
+    api.distribute(module, spec, **others)
+    if loras:
+        set_loras(module, loras, progress=placing.get("progress"), **of_loras)
+    return module

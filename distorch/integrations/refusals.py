@@ -1,0 +1,36 @@
+"""What a distributed pipeline answers to other ways of offloading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from distorch.errors import PlacementError
+
+_OTHER_WAYS = (
+    "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload",
+)  # fmt: skip
+
+
+def refuse_other_offloading(pipe: Any) -> Any:
+    """Gives the pipeline methods of its own that say what to do instead; returns it.
+
+    They are set on the object: its class and other pipelines stay as they are. Moves to another
+    device are refused by the modules themselves.
+    """
+    for name in _OTHER_WAYS:
+        if hasattr(pipe, name):
+            pipe.__dict__[name] = _refusal(name)
+    return pipe
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise PlacementError(
+            f"{name}(): distorch brings this pipeline's weights to the compute device already, and "
+            "both together would move them twice. Leave the call out. For less memory, give a "
+            "smaller share: distorch.integrations.distribute_pipeline(pipe, 'cuda:0,2gb;cpu,*')"
+        )
+
+    refuse.__name__ = name
+    return refuse
