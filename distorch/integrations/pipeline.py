@@ -142,9 +142,9 @@ def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Modul
     """A part's empty module and what its file has for it; or the module whole, as its library loads
     it. FormatError.
     """
-    module = part.empty(dtype)
     for number, file in enumerate(part.weights, start=1):
         try:
+            module = part.empty(dtype, file)
             return module, match_up(module, file, request)
         except ConversionError as error:
             _LOG.warning("%s is loaded whole, then it is distributed: %s", part.name, error)
@@ -152,7 +152,7 @@ def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Modul
         except FormatError as error:
             if number < len(part.weights):
                 continue
-            if number > 1:  # in a file of a whole pipeline, in a form that only diffusers knows
+            if part.shares_a_file:  # in a form that only diffusers knows
                 return part.whole(dtype), None
             raise FormatError(f"{part.name}: {error}") from error
     raise AssertionError("a part has a file")

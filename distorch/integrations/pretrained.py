@@ -81,9 +81,9 @@ def load_pretrained(
         cls = auto_class(config, trust_remote_code=trust_remote_code, gguf=found.gguf)
     wanted = dtype_for(dtype, config, found.weights)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
-    module = empty_pretrained(cls, config, wanted, found.weights, **remote)
-    _read_generation_config(module, found)
     try:
+        module = empty_pretrained(cls, config, wanted, found.weights, **remote)
+        _read_generation_config(module, found)
         return load(
             module, found.weights, spec, loras=loras, strict=False, dtype="module", **placing
         )
@@ -91,8 +91,7 @@ def load_pretrained(
         if found.weights != weights_file(found.folder):
             raise  # another file than transformers would take
         _LOG.warning("transformers loads %s whole, then it is distributed: %s", found.folder, error)
-        library: Any = type(module)
-        whole = library.from_pretrained(found.folder, dtype=wanted).eval()
+        whole = cls.from_pretrained(found.folder, dtype=wanted, **remote).eval()
         return _distributed(whole, spec, loras, placing)
 
 

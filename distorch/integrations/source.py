@@ -15,7 +15,7 @@ from torch import nn
 from distorch.errors import FormatError, SpecError
 from distorch.integrations.empty_models import of_diffusers
 from distorch.integrations.hub import folder_of
-from distorch.integrations.pretrained import empty_pretrained, find
+from distorch.integrations.pretrained import Found, empty_pretrained
 from distorch.integrations.weights import lacking, opened, weights_file
 
 _INDEX = "model_index.json"
@@ -33,18 +33,19 @@ class Part:
     folder: Path
     weights: tuple[Path, ...]
     variant: str | None
+    shares_a_file: bool  # the first one, with the other parts of the pipeline
 
     @property
     def is_of_transformers(self) -> bool:
         """Else it is of diffusers."""
         return not hasattr(self.cls, "load_config")
 
-    def empty(self, dtype: torch.dtype) -> nn.Module:
-        """The model without weights. FormatError."""
+    def empty(self, dtype: torch.dtype, weights: Path) -> nn.Module:
+        """The model without weights, to be filled from a file. FormatError."""
         if not self.is_of_transformers:
             return of_diffusers(self.cls, self.folder, dtype)
-        config = find(str(self.folder), str(self.weights[-1]), None, None).config(self.cls)
-        return empty_pretrained(self.cls, config, dtype, self.weights[-1])
+        config = Found(self.folder, weights, weights.suffix == ".gguf").config(self.cls)
+        return empty_pretrained(self.cls, config, dtype, weights)
 
     def whole(self, dtype: torch.dtype) -> nn.Module:
         """The model as its library loads it, in RAM. FormatError."""
@@ -52,7 +53,7 @@ class Part:
         given: dict[str, Any] = {name: dtype}
         if self.variant and weights_file(self.folder, self.variant) != weights_file(self.folder):
             given["variant"] = self.variant
-        if len(self.weights) > 1 and lacking(self.folder):
+        if lacking(self.folder):  # its weights are in a file with those of others
             return self._from_single_file(dtype)
         return self.cls.from_pretrained(self.folder, **given).eval()  # type: ignore[no-any-return]
 
@@ -162,10 +163,11 @@ class Source:
             weights = [weights_file(folder, self.variant)]
             found_variant |= weights != [weights_file(folder)]
             if self.single is not None:
-                weights.insert(0, self.single)
+                weights = [self.single, *(weights if not lacking(folder, self.variant) else ())]
             if name in self.files:
                 weights = [_existing(name, self.files[name])]
-            found[name] = Part(name, cls, folder, tuple(weights), self.variant)
+            shares = weights[0] == self.single
+            found[name] = Part(name, cls, folder, tuple(weights), self.variant, shares)
         if self.variant is not None and not found_variant:
             raise FormatError(
                 f"variant={self.variant!r}: no part in {str(self.folder)!r} has weights of this "

@@ -52,7 +52,8 @@ def load(
 
     `file`: safetensors (one file, or sharded with its index), GGUF, a torch file, or a folder with
     one of them. The module may be on the meta device or fresh: its weights are replaced, in the
-    file's dtype; `dtype` converts floating ones on the way. Weights whose numbers have scales in
+    file's dtype; `dtype` converts floating ones on the way ("module": each to what the module has
+    there). Weights whose numbers have scales in
     the file and none in the module (fp8, int8), and blocks of GGUF files, stay as narrow as they
     are everywhere and become the module's dtype when fetched; `resident="dequantised"` widens once
     and for all those that stay on the compute device. Weights placed on disk are read from that

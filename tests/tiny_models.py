@@ -86,7 +86,40 @@ def flux(folder):
         FlowMatchEulerDiscreteScheduler(), vae, clip, clip_tokenizer(folder / "clip"),
         t5_encoder(), t5_tokenizer(), transformer,
     )  # fmt: skip
-    return pipeline, ["--height=8", "--width=8", "--max-tokens=16"]
+    return pipeline, {"height": 8, "width": 8, "max_sequence_length": 16}
+
+
+def stable_diffusion(folder):
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
+        attention_head_dim=4, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=600, hidden_size=32, intermediate_size=37, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=77,
+        )
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae, clip, clip_tokenizer(folder / "clip"), unet,
+        DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return pipeline, {"height": 16, "width": 16}
 
 
 def wan(folder):
@@ -110,7 +143,7 @@ def wan(folder):
         tokenizer=t5_tokenizer(), text_encoder=t5_encoder(), vae=vae, transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )  # fmt: skip
-    return pipeline, ["--height=16", "--width=16", "--frames=5", "--max-tokens=16"]
+    return pipeline, {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
 
 
 def qwen_image(folder):
@@ -149,11 +182,11 @@ def qwen_image(folder):
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=encoder,
         tokenizer=qwen_tokenizer(), transformer=transformer,
     )  # fmt: skip
-    return pipeline, ["--height=16", "--width=16", "--max-tokens=16"]
+    return pipeline, {"height": 16, "width": 16, "max_sequence_length": 16}
 
 
 def save_pipeline(make, folder):
-    """Writes the pipeline in bf16; returns its folder and the script's further arguments."""
+    """Writes the pipeline in bf16; returns its folder and the arguments of a small picture."""
     torch.manual_seed(0)
     pipeline, arguments = make(folder / "work")
     pipeline.to(torch.bfloat16).save_pretrained(folder / "pipeline")
