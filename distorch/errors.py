@@ -28,9 +28,9 @@ class FetchError(DistorchError, RuntimeError):
     """Bytes could not be brought from a donor, or could not be written back."""
 
 
-def warn_at_caller(text: str) -> None:
-    """A PlacementWarning at the line outside of distorch that called it."""
+def warn_at_caller(text: str, category: type[Warning] = PlacementWarning) -> None:
+    """A warning at the line outside of distorch that called it."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith("distorch."):
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, PlacementWarning, stacklevel=level)
+    warnings.warn(text, category, stacklevel=level)

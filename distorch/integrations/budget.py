@@ -13,19 +13,22 @@ that takes the rest. No device ever gets more than its entry says.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from distorch.errors import PlacementError
 from distorch.planner import (
     DeviceInfo,
+    Entry,
     Inventory,
     Plan,
+    Rest,
     Spec,
     WeightInfo,
+    can_leave,
     make_plan,
     parse_spec,
     shares_of,
@@ -33,16 +36,19 @@ from distorch.planner import (
 from distorch.runtime.distribution import Wish, plan_inventory, resolve_spec
 from distorch.runtime.options import Options
 
-_AT_EVERY_STEP = ("transformer", "unet", "controlnet", "prior", "decoder", "adapter", "motion")
-_AT_THE_END = ("vae", "vqvae", "movq", "vqgan", "connectors", "upsampler")
+_BY_USE = (
+    ("transformer", "unet"),
+    ("prior", "decoder"),
+    ("controlnet", "adapter", "motion_adapter"),
+    ("vae", "vqvae", "movq", "vqgan", "connectors", "upsampler"),
+)  # and what comes before the first step: encoders, checkers
 
 
 def by_use(names: Iterable[str]) -> list[str]:
-    """Parts of a pipeline, those that run most often first."""
+    """Parts of a pipeline, the main one first, then those that run often."""
 
     def turn(name: str) -> int:
-        kinds = (_AT_EVERY_STEP, _AT_THE_END)
-        return next((i for i, kind in enumerate(kinds) if name.startswith(kind)), len(kinds))
+        return next((i for i, kind in enumerate(_BY_USE) if name.startswith(kind)), len(_BY_USE))
 
     return sorted(names, key=turn)
 
@@ -69,14 +75,24 @@ def plan_together(
     )  # fmt: skip
     wish = Wish.of(parsed, options.compute, devices, virtual_vram, donor)
     shares = shares_of(whole, wish.spec, **wish.arguments())
-    room = {
+    left = {
         device: None if share is None else max(0, share - common.bytes.get(device, 0))
         for device, share in shares.items()
     }
-    own = {}
+    room, own = _Room(left, dict(common.bytes)), {}
     for name in names:
         own[name] = _plan_of(name, parts[name], common, room, options=options, wish=wish)
     return _joined(common, own, options), own
+
+
+@dataclass
+class _Room:
+    """What nobody has yet: bytes `left` of each entry (None: it takes the rest), in the order of
+    the entries. `taken`: bytes that all parts together have on a device.
+    """
+
+    left: dict[str, int | None]
+    taken: dict[str, int]
 
 
 def _renamed(weight: WeightInfo, part: str) -> WeightInfo:
@@ -87,83 +103,112 @@ def _renamed(weight: WeightInfo, part: str) -> WeightInfo:
 def _fast_first(spec: Spec, options: Options) -> Spec:
     """The same entries: the compute device, other devices, RAM, disk."""
     _, compute = resolve_spec(spec, None, None, options.compute, {})
+    entries = list(spec.entries)
+    takes_rest = spec.auto or spec.is_ratio or any(isinstance(e.share, Rest) for e in entries)
+    if not takes_rest and "cpu" not in {entry.device for entry in entries}:
+        entries.append(Entry("cpu", Rest(), len(entries) + 1, "cpu,*"))  # as a plan would have it
 
     def slowness(device: str) -> int:
         if device == compute:
             return 0
         return max({"cpu": 2, "disk": 3}.get(part, 1) for part in device.split("+"))
 
-    return replace(spec, entries=tuple(sorted(spec.entries, key=lambda e: slowness(e.device))))
+    return replace(spec, entries=tuple(sorted(entries, key=lambda e: slowness(e.device))))
 
 
 def _plan_of(
     part: str,
     inventory: Inventory,
     common: Plan,
-    room: dict[str, int | None],
+    room: _Room,
     *,
     options: Options,
     wish: Wish,
 ) -> Plan:
     """One part's plan: on each device the bytes that the common plan has there, spread evenly.
 
-    `room` is what nobody has yet, and is changed.
+    What it takes of the `room`, or leaves there, is noted.
     """
     placement = {
-        weight_name: common.placement[f"{part}.{weight_name}"]
+        name: common.placement[f"{part}.{name}"]
         for weight in inventory.weights
-        for weight_name in weight.names
+        for name in weight.names
     }
-    held = dict.fromkeys(room, 0)
+    held = dict.fromkeys(room.left, 0)
     for weight in inventory.weights:
         device = placement[weight.name]
         held[device] = held.get(device, 0) + weight.nbytes
-    spec = ";".join(
-        f"{device},*" if left is None else f"{device},{held[device] + left}b"
-        for device, left in room.items()
-    )
-    choices: dict[str, Any] = {
+    entries, is_slower = [], False  # than what takes the rest: nobody wants to go there
+    for device, left in room.left.items():
+        if left is None:
+            entries.append(f"{device},*")
+            is_slower = True
+        else:
+            more = 0 if is_slower and not held[device] else left
+            entries.append(f"{device},{held[device] + more}b")
+    spec = ";".join(entries)
+    chosen: dict[str, Any] = {
         "min_bytes": common.options["min_bytes"],
-        "keep": _patterns_for(part, inventory, options.keep),
-        "offload": _patterns_for(part, inventory, options.offload),
+        "keep": _inside(part, inventory, options.keep),
+        "offload": _inside(part, inventory, options.offload),
         "rules": [
             [inside, device]
             for pattern, device in options.rules
-            for inside in _patterns_for(part, inventory, (pattern,))
+            for inside in _inside(part, inventory, (pattern,))
         ],
     }
-    plan = make_plan(
-        inventory, f"{wish.compute},*", compute=wish.compute, devices=_roomy(wish.devices),
-        min_bytes=choices["min_bytes"], keep=choices["keep"],
-    )  # fmt: skip
-    plan = replace(plan, placement=placement, spec=spec, order="sequential", options=choices)
-    if options.order != "sequential":
-        with suppress(PlacementError):  # spread evenly, it may not fit to the byte
-            plan = make_plan(
-                inventory, spec, compute=wish.compute, devices=_roomy(wish.devices), **choices
-            )
-    for device, left in room.items():
-        if left is not None:
-            room[device] = held[device] + left - plan.bytes.get(device, 0)
+    free = _without_others(wish.devices, room.taken, held)
+    try:
+        if options.order == "sequential":
+            raise PlacementError("the common plan is sequential")
+        plan = make_plan(inventory, spec, compute=wish.compute, devices=free, **chosen)
+    except PlacementError:  # or: spread evenly, it does not fit to the byte
+        leaves = can_leave(inventory, chosen["min_bytes"], chosen["keep"])
+        floor = sum(weight.nbytes for weight in inventory.weights if weight.name not in leaves)
+        plan = Plan.build(
+            inventory, placement, compute=wish.compute, spec=spec, order="sequential", floor=floor,
+            budget=None, options=chosen,
+        )  # fmt: skip
+    for device, nbytes in plan.bytes.items():
+        more = nbytes - held.get(device, 0)
+        room.taken[device] = room.taken.get(device, 0) + more
+        if (left := room.left.get(device)) is not None:
+            room.left[device] = left - more
+    for device in held.keys() - plan.bytes.keys():
+        room.taken[device] = room.taken.get(device, 0) - held[device]
+        if (left := room.left.get(device)) is not None:
+            room.left[device] = left + held[device]
     # The pipeline's report looks after the budget, which is of all parts.
     return replace(plan, budget=None)
 
 
-def _roomy(devices: Mapping[str, DeviceInfo]) -> dict[str, DeviceInfo]:
-    """The common plan has found that all parts fit: one of them does."""
+def _without_others(
+    devices: Mapping[str, DeviceInfo], taken: Mapping[str, int], held: Mapping[str, int]
+) -> dict[str, DeviceInfo]:
+    """The devices with the free memory that the other parts leave to this one."""
     return {
-        name: replace(device, free_bytes=device.total_bytes) for name, device in devices.items()
+        name: replace(
+            device, free_bytes=max(0, device.free_bytes - taken.get(name, 0) + held.get(name, 0))
+        )
+        for name, device in devices.items()
     }
 
 
-def _patterns_for(part: str, inventory: Inventory, patterns: Iterable[str]) -> list[str]:
-    """The patterns that match something of this part, as they read from inside it."""
+def _inside(part: str, inventory: Inventory, patterns: Iterable[str]) -> list[str]:
+    """Patterns for names in a pipeline, as patterns for names in one of its parts.
+
+    One that begins with the part's own name goes on as it is, without it. Of others, the names that
+    they match in this part.
+    """
     names = [name for weight in inventory.weights for name in weight.names]
     found = []
     for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(f"{part}.{name}", pattern)]
         inside = pattern.removeprefix(f"{part}.")
-        if any(fnmatchcase(f"{part}.{n}", pattern) and fnmatchcase(n, inside) for n in names):
-            found.append(inside)
+        if inside != pattern:
+            found += [inside] * bool(matched)
+        else:
+            found += [glob.escape(name) for name in matched]
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +20,20 @@ from torch import nn
 from distorch.errors import FormatError, SpecError
 from distorch.loading import init_empty_weights
 
+# The default dtype is the process's. Of two threads that change it, one would put back what the
+# other has set.
+_BUILDING = threading.Lock()
+
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with _BUILDING:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def of_transformers(cls: Any, config: Any, dtype: torch.dtype, **remote: Any) -> nn.Module:
@@ -38,7 +44,7 @@ def of_transformers(cls: Any, config: Any, dtype: torch.dtype, **remote: Any) ->
     for name in getattr(config, "sub_configs", None) or ():
         if getattr(config, name, None) is not None:
             getattr(config, name).dtype = dtype
-    with init_empty_weights():
+    with _default_dtype(dtype), init_empty_weights():
         if hasattr(cls, "from_config"):  # an Auto class
             model = cls.from_config(config, dtype=dtype, **remote)
         else:

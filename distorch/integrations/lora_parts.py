@@ -11,7 +11,12 @@ from distorch.lora import LoraFile, LoraSource, identity_of, parts_of_lora, read
 PipelineLora = tuple[LoraSource, float] | tuple[LoraSource, float, str]
 PartLoras = dict[str, list[tuple[LoraSource, float]]]
 
-_TEXT = {"text 1": "text_encoder", "text 2": "text_encoder_2", "text 3": "text_encoder_3"}
+# What a LoRA calls the text encoders, and which part that may be: FLUX has its T5 as the second.
+_TEXT = {
+    "text 1": ("text_encoder",),
+    "text 2": ("text_encoder_2",),
+    "text 3": ("text_encoder_3", "text_encoder_2"),
+}
 
 
 class LoraSplitter:
@@ -20,7 +25,7 @@ class LoraSplitter:
     """
 
     def __init__(self, parts: Collection[str]) -> None:
-        self._parts = list(parts)
+        self.parts = list(parts)
         self._known: dict[object, dict[str, LoraFile]] = {}
 
     def split(self, loras: Sequence[PipelineLora], strict: bool = True) -> PartLoras:
@@ -28,10 +33,10 @@ class LoraSplitter:
 
         With `strict`, keys for a part that the pipeline does not have are an error.
         """
-        found: PartLoras = {part: [] for part in self._parts}
+        found: PartLoras = {part: [] for part in self.parts}
         known: dict[object, dict[str, LoraFile]] = {}
         for source, strength, part in map(self._checked, loras):
-            key = (identity_of(source), part)
+            key = (identity_of(source), part, strict)
             known[key] = shares = self._known.get(key) or self._shares(source, part, strict)
             for name, share in shares.items():
                 found[name].append((share, strength))
@@ -45,9 +50,9 @@ class LoraSplitter:
                 f"{entry!r:.80}"
             )
         part = entry[2] if len(entry) == 3 else ""
-        if part and part not in self._parts:
+        if part and part not in self.parts:
             raise SpecError(
-                f"loras: there is no part {part!r}; this pipeline has {', '.join(self._parts)}"
+                f"loras: there is no part {part!r}; this pipeline has {', '.join(self.parts)}"
             )
         return entry[0], entry[1], part
 
@@ -55,18 +60,19 @@ class LoraSplitter:
         file = read_lora(source)
         if part:
             return {part: file}
-        main = by_use(self._parts)[0]
+        main = by_use(self.parts)[0]
         shares: dict[str, LoraFile] = {}
         for component, share in parts_of_lora(file).items():
-            name = _TEXT.get(component, main)
-            if name in self._parts:
+            may_be = _TEXT.get(component, (main,))
+            name = next((name for name in may_be if name in self.parts), may_be[0])
+            if name in self.parts:
                 # What names no part goes with what names the main one.
                 shares[name] = share if name not in shares else _both(shares[name], share)
             elif strict:
                 shown = ", ".join(list(share.tensors)[:3])
                 raise FormatError(
                     f"{file.label} has keys for {name!r} ({shown}), and this pipeline has "
-                    f"{', '.join(self._parts)}; strict_loras=False passes them over"
+                    f"{', '.join(self.parts)}; strict_loras=False passes them over"
                 )
         return shares
 

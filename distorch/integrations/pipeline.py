@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,19 +14,18 @@ from typing_extensions import Unpack
 
 from distorch import api
 from distorch._progress import Progress, check_progress, progress_of
-from distorch.errors import FormatError, PlacementError, SpecError, warn_at_caller
-from distorch.formats.naming import ConversionError
+from distorch.errors import DistorchError, FormatError, PlacementError, SpecError, warn_at_caller
 from distorch.integrations.budget import plan_together
 from distorch.integrations.hub import check_model
-from distorch.integrations.lora_parts import LoraSplitter, PartLoras, PipelineLora
-from distorch.integrations.pretrained import dtype_for
+from distorch.integrations.lora_parts import LoraSplitter, PipelineLora
+from distorch.integrations.pretrained import checked_dtype
 from distorch.integrations.refusals import refuse_other_offloading
 from distorch.integrations.source import Part, Source
 from distorch.integrations.weights import floating_dtype, opened
 from distorch.loading.loader import fill
 from distorch.loading.prepare import FillOptions, Matched, Request, match_up
 from distorch.patching import set_loras
-from distorch.planner import Inventory, Plan
+from distorch.planner import DeviceInfo, Inventory, Plan
 from distorch.runtime import distribution
 from distorch.runtime.options import Options, PlacementOptions, check_one_placement
 
@@ -42,7 +41,6 @@ class PipelineState:
     plan: Plan
     splitter: LoraSplitter
     options: Options
-    loras: PartLoras = field(default_factory=dict)
 
 
 def load_pipeline(
@@ -72,13 +70,14 @@ def load_pipeline(
     (or none) keeps as much on the compute device as its free memory allows.
 
     `dtype`: "auto" is what the largest part's file has; or one by part, {"vae": torch.float32,
-    "default": torch.bfloat16}. `files` takes the weights of a part from another file:
-    {"transformer": "flux1-dev-Q8_0.gguf"}. `loras` are (file or state dict, strength) pairs; keys
-    go to the parts that they name, those that name none to the main part, and (file, strength,
-    "transformer_2") sends a whole file to one. `cls` is a pipeline class, `components` go to it as
-    they are: {"safety_checker": None}. Names in `keep`, `offload` and `rules` begin with the part:
-    "text_encoder.*". `min_bytes` is "auto" unless given; other options are those of
-    `distorch.load`.
+    "default": torch.bfloat16} (without a default: float32). `files` takes the weights of a part
+    from another file: {"transformer": "flux1-dev-Q8_0.gguf"}. `cls` is a pipeline class,
+    `components` go to it as they are: {"safety_checker": None}.
+
+    `loras` are (file or state dict, strength) pairs. Keys go to the parts that they name, those
+    that name none to the main part, and (file, strength, "transformer_2") sends a whole file to
+    one. Names in `keep`, `offload` and `rules` begin with the part: "text_encoder.*". `min_bytes`
+    is "auto" unless given; other options are those of `distorch.load`.
 
     The pipeline gives the bits of `DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)`.
     Its `enable_model_cpu_offload` and the like raise, and say what to do.
@@ -86,76 +85,67 @@ def load_pipeline(
     """
     check_progress(progress)
     spec = "auto" if spec is None and virtual_vram is None else spec
-    check_one_placement(spec, None, virtual_vram, donor)
-    placing: dict[str, Any] = {"min_bytes": "auto", **options}
-    filling = {name: placing.pop(name) for name in _OF_FILLING if name in placing}
-    opts = Options.of(placing, ("spec", "files", "components", *_OF_FILLING))
+    given: dict[str, Any] = {"min_bytes": "auto", **options, "strict": False, "dtype": "module"}
+    wish = Request.of(spec, virtual_vram, donor, given)
+    opts = wish.check()
     source = Source.of(
         check_model(model), config=config, variant=variant, revision=revision, pipeline=cls,
         components=components or {}, files=files or {},
     )  # fmt: skip
     parts = source.parts()
     dtypes = _dtypes(dtype, parts)
-    given = {name: part for name, part in source.components.items() if isinstance(part, nn.Module)}
-    splitter = LoraSplitter([*parts, *given])
-    shares = splitter.split(loras, filling.get("strict_loras", True))
-    modules, matched = dict(given), dict[str, Matched]()
+    made = [name for name, part in source.components.items() if isinstance(part, nn.Module)]
+    splitter = LoraSplitter([*parts, *made])
+    shares = splitter.split(loras, wish.strict_loras)
+    modules: dict[str, nn.Module] = {}
+    matched: dict[str, Matched] = {}
     for name, part in parts.items():
-        request = Request(
-            placing=placing, loras=shares[name], strict=False, dtype="module", **filling
-        )
+        request = replace(wish, loras=shares[name])
         modules[name], found = _matched(part, dtypes[name], request)
         if found is not None:
             matched[name] = found
+    pipe = source.pipeline(modules, _as_diffusers(dtypes, dtype))
+    # What was given, and what diffusers has loaded itself.
+    modules |= {name: module for name, module in models_of(pipe).items() if name not in modules}
+    whole = {name: module for name, module in modules.items() if name not in matched}
     inventories = {
         name: matched[name].inventory if name in matched else _inventory_of(module)
         for name, module in modules.items()
     }
     plan, own = plan_together(
-        inventories, spec, opts, distribution.devices_for((), None),
-        virtual_vram=virtual_vram, donor=donor,
-    )  # fmt: skip
+        inventories, spec, opts, _devices_for(whole), virtual_vram=virtual_vram, donor=donor
+    )
     if problem := plan.over_budget():
         warn_at_caller(problem)
     total = sum(job.stored.nbytes for each in matched.values() for job in each.jobs)
-    with progress_of(progress, total, "loading") as done:
+    with progress_of(progress, total, "loading") as done, _all_or_nothing(whole) as placed:
         for name, found in matched.items():
             mine = replace(opts, min_bytes=0).as_planned(own[name])
             fill(modules[name], found.placed(own[name], mine), progress=done)
-    for name in modules.keys() - matched.keys():
-        api.distribute(modules[name], plan=own[name], prefetch=opts.prefetch, progress=progress)
-        if shares[name]:
-            set_loras(modules[name], shares[name], progress=progress, **_of_loras(filling))
-    pipe = source.pipeline(modules, _as_diffusers(dtypes))
-    pipe.__dict__[_KEY] = PipelineState(plan, splitter, opts, shares)
+        for name, module in whole.items():
+            placed.append(name)
+            api.distribute(module, plan=own[name], prefetch=opts.prefetch, progress=progress)
+            if shares.get(name):
+                set_loras(
+                    module, shares[name], strict_loras=wish.strict_loras,
+                    lora_mode=wish.lora_mode, patched_dtype=wish.patched_dtype, progress=progress,
+                )  # fmt: skip
+    pipe.__dict__[_KEY] = PipelineState(plan, splitter, opts)
     return refuse_other_offloading(pipe)
-
-
-_OF_FILLING = ("strict_loras", "lora_mode", "patched_dtype", "resident")
-
-
-def _of_loras(filling: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in filling.items() if name != "resident"}
 
 
 def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Module, Matched | None]:
     """A part's empty module and what its file has for it; or the module whole, as its library loads
     it. FormatError.
     """
-    for number, file in enumerate(part.weights, start=1):
-        try:
-            module = part.empty(dtype, file)
-            return module, match_up(module, file, request)
-        except ConversionError as error:
-            _LOG.warning("%s is loaded whole, then it is distributed: %s", part.name, error)
-            return part.whole(dtype), None
-        except FormatError as error:
-            if number < len(part.weights):
-                continue
-            if part.shares_a_file:  # in a form that only diffusers knows
-                return part.whole(dtype), None
+    try:
+        module = part.empty(dtype)
+        return module, match_up(module, part.weights, request)
+    except FormatError as error:
+        if not part.library_can_load(error):
             raise FormatError(f"{part.name}: {error}") from error
-    raise AssertionError("a part has a file")
+        _LOG.warning("%s is loaded whole, then it is distributed: %s", part.name, error)
+        return part.whole(dtype), None
 
 
 def _dtypes(asked: Dtypes, parts: Mapping[str, Part]) -> dict[str, torch.dtype]:
@@ -167,22 +157,57 @@ def _dtypes(asked: Dtypes, parts: Mapping[str, Part]) -> dict[str, torch.dtype]:
                 f"{', '.join(parts)}"
             )
         rest = asked.get("default", torch.float32)
-        return {name: _floating(asked.get(name, rest)) for name in parts}
+        return {name: _dtype(asked.get(name, rest), parts) for name in parts}
+    return dict.fromkeys(parts, _dtype(asked, parts))
+
+
+def _dtype(asked: torch.dtype | str, parts: Mapping[str, Part]) -> torch.dtype:
     if asked != "auto":
-        return dict.fromkeys(parts, _floating(asked))
-    headers = [opened(part.weights[0]) for part in parts.values()]
-    largest = max(headers, key=lambda checkpoint: checkpoint.total_bytes)
-    return dict.fromkeys(parts, floating_dtype(largest))
+        return checked_dtype(asked)
+    headers = [opened(part.weights) for part in parts.values()]
+    largest = max(headers, key=lambda checkpoint: checkpoint.total_bytes, default=None)
+    return torch.float32 if largest is None else floating_dtype(largest)
 
 
-def _floating(asked: torch.dtype | str) -> torch.dtype:
-    return dtype_for(asked, None, Path())
-
-
-def _as_diffusers(dtypes: Mapping[str, torch.dtype]) -> Any:
+def _as_diffusers(dtypes: Mapping[str, torch.dtype], asked: Dtypes) -> Any:
     """One dtype for what diffusers loads itself, or a table where parts differ."""
-    different = set(dtypes.values())
-    return different.pop() if len(different) == 1 else dict(dtypes)
+    if not isinstance(asked, Mapping):
+        return next(iter(dtypes.values()), torch.float32)
+    rest = asked.get("default", torch.float32)
+    return {**dtypes, **({} if rest == "auto" else {"default": checked_dtype(rest)})}
+
+
+def _devices_for(modules: Mapping[str, nn.Module]) -> dict[str, DeviceInfo]:
+    """The machine's devices; memory that these modules hold now counts as free for them."""
+    groups = [g for module in modules.values() for g in distribution.group_members(module)]
+    return distribution.devices_for(groups, nn.ModuleList(modules.values()))
+
+
+@contextmanager
+def _all_or_nothing(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Takes names of modules that are being placed; after an error they are as they were before."""
+    before = {
+        name: distribution.distribution_of(module) if distribution.is_distributed(module) else None
+        for name, module in modules.items()
+    }
+    places = {name: next(iter(m.parameters()), None) for name, m in modules.items()}
+    devices = {name: None if p is None else p.device for name, p in places.items()}
+    placed: list[str] = []
+    try:
+        yield placed
+    except BaseException:
+        for name in reversed(placed):
+            module, state = modules[name], before[name]
+            if not distribution.is_distributed(module):
+                continue
+            try:
+                if state is None:
+                    api.undistribute(module, devices[name])
+                else:
+                    api.distribute(module, plan=state.plan, progress=False)
+            except DistorchError as error:  # the first one is raised
+                _LOG.error("%s could not be put back: %s", name, error)
+        raise
 
 
 def _inventory_of(module: nn.Module) -> Inventory:
@@ -206,25 +231,39 @@ def distribute_pipeline(
     """
     check_progress(progress)
     modules = models_of(pipe)
-    before = pipe.__dict__.get(_KEY)
+    state = pipe.__dict__.get(_KEY)
     spec = "auto" if spec is None and virtual_vram is None else spec
     check_one_placement(spec, None, virtual_vram, donor)
-    known = before.options if before is not None else Options(min_bytes="auto")
+    known = _lasting_options(state, modules)
     opts = Options.of(options, ("spec", "virtual_vram", "donor", "progress"), known)
-    groups = [g for module in modules.values() for g in distribution.group_members(module)]
-    devices = distribution.devices_for(groups, nn.ModuleList(modules.values()))
     inventories = {name: _inventory_of(module) for name, module in modules.items()}
     plan, own = plan_together(
-        inventories, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
+        inventories, spec, opts, _devices_for(modules), virtual_vram=virtual_vram, donor=donor
     )
     if problem := plan.over_budget():
         warn_at_caller(problem)
-    for name, module in modules.items():
-        api.distribute(module, plan=own[name], prefetch=opts.prefetch, progress=progress)
-    if before is None:
-        before = PipelineState(plan, LoraSplitter(modules), opts)
-    pipe.__dict__[_KEY] = replace(before, plan=plan, options=opts)
+
+    def growth(name: str) -> int:
+        held = _devices_for({name: modules[name]})[plan.compute].free_bytes
+        return own[name].bytes[plan.compute] - held
+
+    with _all_or_nothing(modules) as placed:
+        # Those that leave the compute device make room for those that come.
+        for name in sorted(modules, key=growth):
+            placed.append(name)
+            api.distribute(modules[name], plan=own[name], prefetch=opts.prefetch, progress=progress)
+    splitter = LoraSplitter(modules) if state is None else state.splitter
+    pipe.__dict__[_KEY] = PipelineState(plan, splitter, opts)
     return refuse_other_offloading(pipe)
+
+
+def _lasting_options(state: PipelineState | None, modules: Mapping[str, nn.Module]) -> Options:
+    """The options that hold until others are given: it goes on computing where it does."""
+    parts = [m for m in modules.values() if distribution.is_distributed(m)]
+    computes = [distribution.distribution_of(m).lasting_options().compute for m in parts]
+    compute = next((device for device in computes if device is not None), None)
+    known = Options(min_bytes="auto") if state is None else state.options
+    return replace(known, compute=compute)
 
 
 def state_of(pipe: Any) -> PipelineState:
@@ -270,19 +309,32 @@ def set_pipeline_loras(
     parts with the LoRAs that they had.
     """
     state, modules = state_of(pipe), models_of(pipe)
+    if set(state.splitter.parts) != set(modules):  # parts came or went
+        state.splitter = LoraSplitter(modules)
     shares = state.splitter.split(loras, strict_loras)
-    undo: list[tuple[nn.Module, list[tuple[Any, float]]]] = []
+    done: list[tuple[nn.Module, list[tuple[Any, float]], dict[str, Any]]] = []
     try:
-        for name, mine in shares.items():
-            before = state.loras.get(name, [])
-            if mine or before:
+        for name, module in modules.items():
+            before, how = _loras_on(module)
+            if shares[name] or before:
                 set_loras(
-                    modules[name], mine, strict_loras=strict_loras, progress=progress, **options
+                    module, shares[name], strict_loras=strict_loras, progress=progress, **options
                 )
-                undo.append((modules[name], before))
+                done.append((module, before, how))
     except BaseException:
-        for module, before in undo:
-            set_loras(module, before, strict_loras=False, progress=False)
+        for module, before, how in reversed(done):
+            try:
+                set_loras(module, before, strict_loras=False, progress=False, **how)
+            except DistorchError as error:  # the first one is raised
+                _LOG.error("the LoRAs of a part could not be put back: %s", error)
         raise
-    state.loras = shares
     return pipe
+
+
+def _loras_on(module: nn.Module) -> tuple[list[tuple[Any, float]], dict[str, Any]]:
+    """What is on a module, and the options with which it was put there."""
+    known = distribution.distribution_of(module).patching
+    if known is None:
+        return [], {}
+    how = {"lora_mode": known.options.mode, "patched_dtype": known.options.dtype}
+    return known.sources(), how

@@ -21,15 +21,14 @@ from distorch.formats.safetensors import StoredTensor, same_bytes
 from distorch.integrations.empty_models import auto_class, give_initial_values, of_transformers
 from distorch.integrations.hub import check_model, folder_of
 from distorch.integrations.weights import floating_dtype, lacking, opened, weights_file
-from distorch.loading import load
-from distorch.loading.prepare import FillOptions
+from distorch.loading.loader import fill
+from distorch.loading.prepare import FillOptions, Request, prepare
 from distorch.lora import LoraSource
 from distorch.patching import set_loras
 from distorch.runtime.options import dtype_of
 
 _LOG = logging.getLogger("distorch")
 _SHOWN = 4
-_OF_LORAS = ("strict_loras", "lora_mode", "patched_dtype")
 # Of a repository: no weights of other libraries, nothing of other folders.
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
@@ -69,11 +68,12 @@ def load_pretrained(
     """
     check_progress(progress)
     text = check_model(model)
-    placing: dict[str, Any] = {
-        "virtual_vram": virtual_vram, "donor": donor, "progress": progress, "min_bytes": "auto",
-        **options,
-    }  # fmt: skip
     spec = "auto" if spec is None and virtual_vram is None else spec
+    given: dict[str, Any] = {
+        "min_bytes": "auto", **options, "loras": loras, "strict": False, "dtype": "module",
+    }  # fmt: skip
+    wish = Request.of(spec, virtual_vram, donor, given)
+    wish.check()
     found = find(text, file, revision, subfolder)
     cls = None if cls is None else _checked_class(cls)
     config = found.config(cls, trust_remote_code)
@@ -84,15 +84,13 @@ def load_pretrained(
     try:
         module = empty_pretrained(cls, config, wanted, found.weights, **remote)
         _read_generation_config(module, found)
-        return load(
-            module, found.weights, spec, loras=loras, strict=False, dtype="module", **placing
-        )
+        return fill(module, prepare(module, found.weights, wish), progress=progress)
     except ConversionError as error:
         if found.weights != weights_file(found.folder):
             raise  # another file than transformers would take
         _LOG.warning("transformers loads %s whole, then it is distributed: %s", found.folder, error)
         whole = cls.from_pretrained(found.folder, dtype=wanted, **remote).eval()
-        return _distributed(whole, spec, loras, placing)
+        return _distributed(whole, wish, progress)
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,9 @@ def _lacks_config(folder: Path) -> str:
 
 
 def _lacks_file(folder: Path, file: str) -> str:
-    there = (folder / file).is_file()
-    return "" if there else f"there is no {file!r} in {str(folder)!r}"
+    if not (folder / file).is_file():
+        return f"there is no {file!r} in {str(folder)!r}"
+    return "" if file.endswith(".gguf") else _lacks_config(folder)
 
 
 def _lacks_model(folder: Path) -> str:
@@ -214,18 +213,23 @@ def _checked_class(cls: Any) -> Any:
     return cls
 
 
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype that a model can compute in. SpecError."""
+    found = dtype_of(dtype, "dtype", "'auto' or a floating dtype, such as 'bfloat16'")
+    if not found.is_floating_point or found.itemsize < 2:
+        raise SpecError(
+            f"dtype={dtype}: a model computes in float32, float16 or bfloat16; files with narrower "
+            "weights are read as they are"
+        )
+    return found
+
+
 def dtype_for(dtype: torch.dtype | str, config: Any, weights: Path) -> torch.dtype:
     """A dtype that was asked for; for "auto" as transformers: the configuration's, else the
     file's. SpecError.
     """
     if dtype != "auto":
-        found = dtype_of(dtype, "dtype", "'auto' or a floating dtype, such as 'bfloat16'")
-        if not found.is_floating_point or found.itemsize < 2:
-            raise SpecError(
-                f"dtype={dtype}: a model computes in float32, float16 or bfloat16; files with "
-                "narrower weights are read as they are"
-            )
-        return found
+        return checked_dtype(dtype)
     said = getattr(config, "dtype", None)
     if isinstance(said, str):
         said = getattr(torch, said.removeprefix("torch."), None)
@@ -241,43 +245,41 @@ def empty_pretrained(
     module = of_transformers(cls, config, dtype, **remote)
     stored = fit_names(opened(weights), module).tensors
     _untie_what_differs(module, stored)
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    have = match_names(stored, [name for tied in names.values() for name in tied])
+    names = _names_of(module)
+    have = match_names(stored, [name for tied in names for name in tied])
     if not have:  # another model: load says so
         return module
-    missing = [tied[0] for tied in names.values() if have.keys().isdisjoint(tied)]
+    missing = [tied[0] for tied in names if have.keys().isdisjoint(tied)]
     if new := give_initial_values(module, missing):
         warn_at_caller(
             f"{str(weights)!r} has no values for {', '.join(map(repr, new[:_SHOWN]))}"
             f"{f' and {len(new) - _SHOWN} more' if len(new) > _SHOWN else ''}: they are new, and "
-            f"random. Train them, or give the class that the file was made with (cls=)"
+            f"random. Train them, or give the class that the file was made with (cls=)",
+            UserWarning,
         )
     return module
 
 
-def _tied(module: nn.Module) -> list[list[str]]:
+def _names_of(module: nn.Module) -> list[list[str]]:
+    """The names of every parameter: several where it is tied."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return [found for found in names.values() if len(found) > 1]
+    return list(names.values())
 
 
 def _untie_what_differs(module: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """As transformers does where a file has both ends of a tie, and they are not the same."""
-    for names in _tied(module):
-        have = match_names(stored, names)
-        first = next((name for name in names if name in have), None)
-        for name in names:
-            if first is None or name == first or name not in have:
-                continue
-            if not same_bytes(stored[have[first]], stored[have[name]]):
+    for names in _names_of(module):
+        have = match_names(stored, names) if len(names) > 1 else {}
+        first = next(iter(have), "")
+        for name in have:
+            if name != first and not same_bytes(stored[have[first]], stored[have[name]]):
                 path, _, key = name.rpartition(".")
                 owner = module.get_submodule(path)
-                shared = owner._parameters[key]
-                assert shared is not None
-                owner._parameters[key] = nn.Parameter(torch.empty_like(shared))
+                owner._parameters[key] = nn.Parameter(
+                    torch.empty_like(module.get_parameter(name)),
+                )
 
 
 def _read_generation_config(module: Any, found: Found) -> None:
@@ -288,16 +290,15 @@ def _read_generation_config(module: Any, found: Found) -> None:
         module.generation_config = GenerationConfig.from_pretrained(found.folder)
 
 
-def _distributed(
-    module: nn.Module,
-    spec: str | None,
-    loras: Sequence[tuple[LoraSource, float]],
-    placing: Mapping[str, Any],
-) -> nn.Module:
-    """A module that its library has loaded, with the same options as `load`."""
-    of_loras = {name: placing[name] for name in _OF_LORAS if name in placing}
-    others = {k: v for k, v in placing.items() if k not in (*_OF_LORAS, "resident")}
-    api.distribute(module, spec, **others)
-    if loras:
-        set_loras(module, loras, progress=placing.get("progress"), **of_loras)
+def _distributed(module: nn.Module, wish: Request, progress: Progress) -> nn.Module:
+    """A module that its library has loaded, as `load` would have left it."""
+    api.distribute(
+        module, wish.spec, virtual_vram=wish.virtual_vram, donor=wish.donor, progress=progress,
+        **wish.placing,
+    )  # fmt: skip
+    if wish.loras:
+        set_loras(
+            module, wish.loras, strict_loras=wish.strict_loras, lora_mode=wish.lora_mode,
+            patched_dtype=wish.patched_dtype, progress=progress,
+        )  # fmt: skip
     return module

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from distorch.errors import FormatError, SpecError
+from distorch.formats.naming import ConversionError
 from distorch.integrations.empty_models import of_diffusers
 from distorch.integrations.hub import folder_of
 from distorch.integrations.pretrained import Found, empty_pretrained
@@ -20,50 +23,63 @@ from distorch.integrations.weights import lacking, opened, weights_file
 
 _INDEX = "model_index.json"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_CONFIGS = ["**/*.json", "*.json", "*.txt", "**/*.txt", "**/*.model"]
+# What stands before the names of a part in a file of a whole pipeline.
+_TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
+_IN_WHOLE_FILES = {
+    "unet": ("model.diffusion_model.",), "transformer": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."), "text_encoder": _TEXT, "text_encoder_2": _TEXT,
+    "text_encoder_3": _TEXT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Part:
-    """A model in a pipeline. `weights`: files that may have its weights, the first that fits is
-    taken.
+    """A model in a pipeline: its class, the folder with its configuration, the file with its
+    weights.
     """
 
     name: str
     cls: Any
     folder: Path
-    weights: tuple[Path, ...]
+    weights: Path
     variant: str | None
-    shares_a_file: bool  # the first one, with the other parts of the pipeline
+    in_whole_file: bool = False  # with the weights of the other parts
 
     @property
-    def is_of_transformers(self) -> bool:
-        """Else it is of diffusers."""
+    def _is_of_transformers(self) -> bool:
         return not hasattr(self.cls, "load_config")
 
-    def empty(self, dtype: torch.dtype, weights: Path) -> nn.Module:
-        """The model without weights, to be filled from a file. FormatError."""
-        if not self.is_of_transformers:
+    def library_can_load(self, error: FormatError) -> bool:
+        """Whether `whole` gives these weights, which could not be streamed because of an error."""
+        if self.in_whole_file:
+            return self._is_of_transformers
+        own = self.weights == weights_file(self.folder, self.variant)
+        return own and isinstance(error, ConversionError)
+
+    def empty(self, dtype: torch.dtype) -> nn.Module:
+        """The model without weights. FormatError."""
+        if not self._is_of_transformers:
             return of_diffusers(self.cls, self.folder, dtype)
-        config = Found(self.folder, weights, weights.suffix == ".gguf").config(self.cls)
-        return empty_pretrained(self.cls, config, dtype, weights)
+        config = Found(self.folder, self.weights, self.weights.suffix == ".gguf").config(self.cls)
+        return empty_pretrained(self.cls, config, dtype, self.weights)
 
     def whole(self, dtype: torch.dtype) -> nn.Module:
         """The model as its library loads it, in RAM. FormatError."""
-        name = "dtype" if self.is_of_transformers else _dtype_argument()
-        given: dict[str, Any] = {name: dtype}
-        if self.variant and weights_file(self.folder, self.variant) != weights_file(self.folder):
+        if self.in_whole_file:
+            return self._text_encoder_of_single_file(dtype)
+        given: dict[str, Any] = {"dtype" if self._is_of_transformers else _dtype_argument(): dtype}
+        if self.weights != weights_file(self.folder):
             given["variant"] = self.variant
-        if lacking(self.folder):  # its weights are in a file with those of others
-            return self._from_single_file(dtype)
         return self.cls.from_pretrained(self.folder, **given).eval()  # type: ignore[no-any-return]
 
-    def _from_single_file(self, dtype: torch.dtype) -> nn.Module:
-        """Text encoders in original checkpoints, which diffusers converts by computing."""
+    def _text_encoder_of_single_file(self, dtype: torch.dtype) -> nn.Module:
+        """Some are stored in a form that diffusers converts by computing."""
         from diffusers.loaders import single_file_utils
 
         make: Any = single_file_utils.create_diffusers_clip_model_from_ldm
-        tensors = {name: t.read() for name, t in opened(self.weights[0]).tensors.items()
-                   if name.startswith(_TEXT_PREFIXES)}  # fmt: skip
+        stored = opened(self.weights).tensors
+        tensors = {name: t.read() for name, t in stored.items() if name.startswith(_TEXT)}
         try:
             made = make(
                 self.cls, checkpoint=tensors, config=str(self.folder.parent),
@@ -71,13 +87,10 @@ class Part:
             )  # fmt: skip
         except (ValueError, OSError, KeyError) as error:
             raise FormatError(
-                f"{str(self.weights[0])!r} has no {self.name} that diffusers can read ({error}), "
-                f"and neither has {str(self.folder)!r}; give files={{{self.name!r}: ...}}"
+                f"{str(self.weights)!r} has no {self.name} that diffusers can read ({error}); "
+                f"give files={{{self.name!r}: ...}}"
             ) from error
         return made.eval()  # type: ignore[no-any-return]
-
-
-_TEXT_PREFIXES = ("cond_stage_model.", "conditioner.", "text_encoders.")
 
 
 @dataclass(frozen=True)
@@ -139,51 +152,66 @@ class Source:
                 f"{model!r} ({error}). Give its folder or id as config=; a transformer alone goes "
                 "into files=, a LoRA into loras="
             ) from error
-        index = json.loads((folder / _INDEX).read_text())
-        known = [name for name, value in index.items() if _is_part(name, value)]
-        for name in replaced:
-            if name not in index and name in files:
-                raise SpecError(
-                    f"files={{{name!r}: ...}}: the pipeline has no such part; it has "
-                    f"{', '.join(known)}"
-                )
+        index = _index_of(folder)
         pipeline = _pipeline_class(index.get("_class_name")) if pipeline is None else pipeline
+        named = [name for name, value in index.items() if _is_part(name, value)]
+        _check_names("files", files, named)
+        _check_names("components", components, [*named, *_arguments(pipeline)])
         return cls(folder, index, single, variant, pipeline, components, files)
 
     def parts(self) -> dict[str, Part]:
-        """The models that are to be streamed. FormatError."""
-        found, found_variant = {}, False
+        """The models that are to be streamed. SpecError, FormatError."""
+        found, has_variant = {}, False
+        held = frozenset(opened(self.single).tensors) if self.single is not None else frozenset()
         for name, value in self.index.items():
             if not _is_part(name, value) or name in self.components:
                 continue
-            cls = _class_of(*value)
-            if cls is None or not (self.folder / name).is_dir():
-                continue
             folder = self.folder / name
-            weights = [weights_file(folder, self.variant)]
-            found_variant |= weights != [weights_file(folder)]
-            if self.single is not None:
-                weights = [self.single, *(weights if not lacking(folder, self.variant) else ())]
+            cls = _class_of(folder, *value)
+            if cls is None or not folder.is_dir():
+                continue
+            weights = weights_file(folder, self.variant)
+            has_variant |= weights != weights_file(folder)
             if name in self.files:
-                weights = [_existing(name, self.files[name])]
-            shares = weights[0] == self.single
-            found[name] = Part(name, cls, folder, tuple(weights), self.variant, shares)
-        if self.variant is not None and not found_variant:
+                weights = _existing(name, self.files[name])
+            elif self.single is not None and _has_part(held, name):
+                found[name] = Part(name, cls, folder, self.single, None, in_whole_file=True)
+                continue
+            elif self.single is not None and (why := lacking(folder, self.variant)):
+                raise FormatError(
+                    f"{str(self.single)!r} has nothing of {name!r}, and neither has its "
+                    f"configuration: {why}. Give files={{{name!r}: ...}}, or, if the pipeline does "
+                    f"without it, components={{{name!r}: None}}"
+                )
+            found[name] = Part(name, cls, folder, weights, self.variant)
+        if self.variant is not None and not has_variant:
             raise FormatError(
                 f"variant={self.variant!r}: no part in {str(self.folder)!r} has weights of this "
                 f"variant, such as 'model.{self.variant}.safetensors'"
             )
-        if not found:
-            raise FormatError(f"{str(self.folder / _INDEX)!r} names no model that can be streamed")
         return found
 
     def pipeline(self, modules: Mapping[str, nn.Module], dtypes: Any) -> Any:
-        """The pipeline around these modules; diffusers loads its tokenizers and schedulers."""
+        """The pipeline around these modules; diffusers loads its tokenizers and schedulers.
+
+        FormatError.
+        """
         given = {_dtype_argument(): dtypes, **self.components, **modules}
-        return self.cls.from_pretrained(self.folder, **given)
+        try:
+            return self.cls.from_pretrained(self.folder, **given)
+        except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+            raise FormatError(
+                f"diffusers cannot make a {self.cls.__name__} of {str(self.folder)!r}: {error}"
+            ) from error
 
 
-_CONFIGS = ["**/*.json", "*.json", "*.txt", "**/*.txt", "**/*.model"]
+def _has_part(held: frozenset[str], name: str) -> bool:
+    """Whether a file of a whole pipeline has something of a part."""
+    prefixes = {prefix for kinds in _IN_WHOLE_FILES.values() for prefix in kinds}
+    if not any(key.startswith(tuple(prefixes)) for key in held):
+        return name in ("unet", "transformer")  # a file of that alone
+    own = _IN_WHOLE_FILES.get(name, ())
+    return any(key.startswith(own) for key in held) if own else False
 
 
 def _dtype_argument() -> str:
@@ -193,15 +221,28 @@ def _dtype_argument() -> str:
     return "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
 
 
+def _index_of(folder: Path) -> dict[str, Any]:
+    """What model_index.json says. FormatError."""
+    path = folder / _INDEX
+    try:
+        index = json.loads(path.read_text())
+    except OSError as error:
+        raise FormatError(f"there is no {_INDEX} in {str(folder)!r}") from error
+    except ValueError as error:
+        raise FormatError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise FormatError(f"{str(path)!r}: expected a table of parts, found {index!r:.80}")
+    return index
+
+
 def _lacks(
     folder: Path, variant: str | None, replaced: Mapping[str, Any], with_weights: bool
 ) -> str:
+    """Why a folder is no whole pipeline, in words; "" if it is one."""
     try:
-        index = json.loads((folder / _INDEX).read_text())
-    except OSError:
-        return f"there is no {_INDEX} in {str(folder)!r}"
-    except ValueError as error:
-        return f"{str(folder / _INDEX)!r} is not JSON: {error}"
+        index = _index_of(folder)
+    except FormatError as error:
+        return str(error)
     for name, value in index.items():
         if not _is_part(name, value) or name in replaced:
             continue
@@ -214,15 +255,22 @@ def _lacks(
 
 
 def _is_part(name: str, value: Any) -> bool:
+    """Whether an entry of the index is a part that is there; its name is that of a folder."""
     is_pair = isinstance(value, list) and len(value) == 2
-    return not name.startswith("_") and is_pair and all(isinstance(v, str) for v in value)
+    is_name = name.isidentifier() and not name.startswith("_")
+    return is_name and is_pair and all(isinstance(v, str) for v in value)
 
 
-def _class_of(library: str, name: str) -> Any:
-    """The class of a part if it is a model that can be made empty, else None."""
+def _class_of(folder: Path, library: str, name: str) -> Any:
+    """The class of a part if it is a model that can be made empty, else None. SpecError."""
     import diffusers
     from diffusers import pipelines
 
+    if (folder / f"{library}.py").is_file():
+        raise SpecError(
+            f"{folder.name!r} comes with code of its own ({library}.py), which is not run here; "
+            f"make it yourself, and give components={{{folder.name!r}: ...}}"
+        )
     if hasattr(pipelines, library):
         found = getattr(getattr(pipelines, library), name, None)
     elif library in ("diffusers", "transformers"):
@@ -235,10 +283,29 @@ def _class_of(library: str, name: str) -> Any:
     return found if of_diffusers_ or hasattr(found, "_from_config") else None
 
 
-def _pipeline_class(name: str | None) -> Any:
+def _pipeline_class(name: Any) -> Any:
     import diffusers
 
-    return getattr(diffusers, name or "", None) or diffusers.DiffusionPipeline
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if found is None:
+        raise SpecError(
+            f"{_INDEX} names the pipeline {name!r}, which this version of diffusers does not have; "
+            "give cls="
+        )
+    return found
+
+
+def _arguments(pipeline: Any) -> list[str]:
+    return list(inspect.signature(pipeline.__init__).parameters)[1:]
+
+
+def _check_names(option: str, given: Mapping[str, Any], known: list[str]) -> None:
+    """SpecError on a name that the pipeline does not have."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise SpecError(f"{option}={{{name!r}: ...}}: the pipeline has no such part; {hint}")
 
 
 def _existing(part: str, file: str) -> Path:

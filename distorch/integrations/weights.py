@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from distorch.errors import FormatError
 from distorch.formats.checkpoint import Checkpoint, open_checkpoint
+from distorch.formats.files import find_files
 
 # In the order in which transformers and diffusers look for them.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -36,19 +36,16 @@ def weights_file(folder: Path, variant: str | None = None) -> Path:
 
 def lacking(folder: Path, variant: str | None = None) -> str:
     """Why the weights of a folder cannot be read, in words; "" if they can."""
-    file = weights_file(folder, variant)
-    if file.name.endswith(".json"):
-        try:
-            names = set(json.loads(file.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return f"{str(file)!r} is no index of a sharded checkpoint"
-        missing = sorted(str(name) for name in names if not (folder / str(name)).is_file())
-        return f"{missing[0]!r} is missing, which {file.name!r} lists" if missing else ""
-    if file != folder:
-        return ""
+    chosen = weights_file(folder, variant)
     kinds = ("*.safetensors", "*.bin", "*.gguf")
-    some = any(next(folder.glob(kind), None) is not None for kind in kinds)
-    return "" if some else f"there are no weights in {str(folder)!r}"
+    if chosen == folder and all(next(folder.glob(kind), None) is None for kind in kinds):
+        return f"there are no weights in {str(folder)!r}"
+    try:
+        files = find_files(chosen)
+    except FormatError as error:
+        return str(error)
+    missing = next((path.name for path in files.paths if not path.is_file()), None)
+    return "" if missing is None else f"{missing!r} is missing, which {files.shown!r} lists"
 
 
 def floating_dtype(checkpoint: Checkpoint) -> torch.dtype:

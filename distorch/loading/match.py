@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from math import prod
@@ -22,6 +23,7 @@ from distorch.loading.job import Job
 from distorch.lora import StoredRows
 from distorch.runtime import groups
 
+_LOG = logging.getLogger("distorch")
 _SHOWN = 4
 FloatingDtype = torch.dtype | Literal["module"] | None
 
@@ -86,7 +88,7 @@ def match(
     prefix = next((stored.removesuffix(name) for name, stored in whole), "")
     unexpected = sorted(left)
     _check_companions(module, unexpected, missing, prefix)
-    _report_keys(module, checkpoint, missing, unexpected, strict)
+    _report_keys(module, checkpoint, missing, unexpected, strict=strict, prefix=prefix)
     _check_shapes(jobs, checkpoint.is_gguf)
     return sorted(jobs, key=lambda job: (job.stored.path, job.stored.offset))
 
@@ -247,7 +249,9 @@ def _report_keys(
     checkpoint: Checkpoint,
     missing: list[str],
     unexpected: list[str],
+    *,
     strict: bool,
+    prefix: str,
 ) -> None:
     meta = [name for name, p in module.named_parameters() if p.is_meta and name in set(missing)]
     if (missing or unexpected) and (strict or meta):
@@ -258,6 +262,25 @@ def _report_keys(
             "Build the module with the checkpoint's own configuration"
             + ("" if meta else ", or pass strict=False")
         )
+    _tell(module, checkpoint, missing, [name for name in unexpected if name.startswith(prefix)])
+
+
+def _tell(
+    module: nn.Module, checkpoint: Checkpoint, missing: list[str], unexpected: list[str]
+) -> None:
+    """Logs what `strict=False` passes over, but for what the module's class says is usual."""
+    for names, what, usual in (
+        (missing, "are not in it, and stay as they are", "_keys_to_ignore_on_load_missing"),
+        (unexpected, "are in it, and are not used", "_keys_to_ignore_on_load_unexpected"),
+    ):
+        patterns = [str(pattern) for pattern in getattr(module, usual, None) or ()]
+        told = [name for name in names if not any(re.search(p, name) for p in patterns)]
+        if told:
+            shown = ", ".join(map(repr, told[:_SHOWN]))
+            _LOG.warning(
+                "%s: %d of the names of %s %s: %s%s", checkpoint.path, len(told),
+                type(module).__name__, what, shown, ", ..." if len(told) > _SHOWN else "",
+            )  # fmt: skip
 
 
 def _check_shapes(jobs: list[Job], is_gguf: bool) -> None:

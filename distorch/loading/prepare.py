@@ -74,7 +74,7 @@ class Request:
     loras: Sequence[tuple[LoraSource, float]] = ()
     strict: bool = True
     strict_loras: bool = True
-    lora_mode: str = "merge"
+    lora_mode: LoraMode = "merge"
     patched_dtype: torch.dtype | str | None = None
     dtype: torch.dtype | str | None = None
     resident: str = "quantised"
@@ -86,7 +86,7 @@ class Request:
         spec: str | None,
         virtual_vram: str | int | None,
         donor: str | None,
-        options: LoadOptions,
+        options: LoadOptions | Mapping[str, Any],
     ) -> Request:
         """A request by the names of options."""
         placing: dict[str, Any] = dict(options)
@@ -99,6 +99,22 @@ class Request:
         check_one_placement(self.spec, self.plan, self.virtual_vram, self.donor)
         options = Options.of(self.placing, self.known, before)
         return options if self.plan is None else options.as_planned(self.plan, self.placing)
+
+    def check(self) -> Options:
+        """What can be said before a file is opened; the options of `distribute`.
+
+        Raises SpecError, PlacementError.
+        """
+        options = self.options()
+        self.floating_dtype()
+        self.widens()
+        PatchOptions.checked(self.lora_mode, self.patched_dtype)
+        if self.plan is None:
+            distribution.Wish.of(
+                self.spec, options.compute, distribution.devices_for((), None),
+                self.virtual_vram, self.donor,
+            ).check()  # fmt: skip
+        return options
 
     def floating_dtype(self) -> torch.dtype | Literal["module"] | None:
         """What floating weights become. SpecError."""

@@ -57,6 +57,7 @@ class ResolvedLora:
     misfits: list[Patch] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)  # stems of a branch that this module lacks
     complaints: list[str] = field(default_factory=list)  # what to say of misfits and unmatched
+    source: Any = None  # what it was read from, as the user gave it
 
     @property
     def left_out(self) -> list[str]:

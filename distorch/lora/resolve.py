@@ -65,6 +65,7 @@ class LoraReader:
         file = read_lora(source)
         resolved = resolve(file, self._targets, self._transposed)
         resolved.complaints = _complaints(file, resolved, self._targets)
+        resolved.source = source
         return resolved
 
 

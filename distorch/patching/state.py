@@ -27,6 +27,7 @@ from distorch.formats.scales import own_scales
 from distorch.lora import (
     Applied,
     LoraReader,
+    LoraSource,
     Patches,
     ResolvedLora,
     StoredRows,
@@ -189,6 +190,10 @@ class Patching:
         there = {base_name(m.name): m.parameter for m in named_members(module)}
         for name in same:
             self.originals[name].put(there[name])
+
+    def sources(self) -> list[tuple[LoraSource, float]]:
+        """The LoRAs that are on the module, as `set_loras` takes them."""
+        return [(lora.source, strength) for lora, strength in self.loras]
 
     def rows(self) -> list[dict[str, Any]]:
         """One entry per LoRA, for reports."""

@@ -10,15 +10,17 @@ from distorch.planner.planner import (
     shares_of,
     virtual_vram_spec,
 )
-from distorch.planner.spec import Spec, parse_bytes, parse_spec
+from distorch.planner.spec import Entry, Rest, Spec, parse_bytes, parse_spec
 
 __all__ = [
     "MIN_BYTES",
     "ORDERS",
     "DeviceInfo",
+    "Entry",
     "Inventory",
     "Plan",
     "PlanDiff",
+    "Rest",
     "Spec",
     "WeightInfo",
     "can_leave",

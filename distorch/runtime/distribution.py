@@ -25,6 +25,7 @@ from distorch.planner import (
     make_plan,
     parse_bytes,
     parse_spec,
+    shares_of,
     virtual_vram_spec,
 )
 from distorch.runtime import compiled, machine, wrapped
@@ -170,7 +171,7 @@ def resolve_spec(
     if compute is not None:
         compute = compute_device(compute)
     if spec is not None:
-        parsed = parse_spec(spec) if isinstance(spec, str) else spec
+        parsed = spec if isinstance(spec, Spec) else parse_spec(spec)
         entries = tuple(entry.device for entry in parsed.entries)
         return parsed, compute or machine.default_compute(entries)
     target = compute or machine.default_compute(())
@@ -224,6 +225,10 @@ class Wish:
         devices = machine.with_exact(devices, {target, *named})
         reserve = int(devices[target].free_bytes * _RESERVE_SHARE) if target in devices else 0
         return cls(parsed, target, devices, reserve)
+
+    def check(self) -> None:
+        """Raises PlacementError on a device that is not there or does not hold its share."""
+        shares_of(Inventory(()), self.spec, **self.arguments())
 
     def arguments(self) -> dict[str, Any]:
         """By name, but for the spec."""

@@ -115,7 +115,39 @@ def test_patterns_of_one_part_and_of_all():
     assert common.placement["unet.parameter.1"] == "disk"
 
 
+def test_patterns_that_begin_in_the_middle_of_a_parts_name():
+    parts = {"text_encoder": part(10, 20), "unet": part(30, 40)}
+    for pattern in ("text_encoder*", "te?t_encoder.*", "*encoder*", "t*.parameter.?"):
+        common, own = together(parts, "cuda:0,*;cpu,100b", offload=[pattern])
+        assert own["text_encoder"].bytes == {"cuda:0": 0, "cpu": 30}
+        assert {common.placement[f"text_encoder.parameter.{i}"] for i in (0, 1)} == {"cpu"}
+        common, own = together(parts, "cuda:0,*;cpu,100b;disk,0b", rules=[(pattern, "cpu")])
+        assert own["text_encoder"].bytes["cpu"] == 30
+    odd = Inventory(
+        (WeightInfo("a[0].*", 10, (1, 10), "uint8"), WeightInfo("a0.x", 10, (1, 10), "uint8"))
+    )
+    _, own = together({"unet": odd}, "cuda:0,*;cpu,10b", offload=["*.a[[]0].[*]"])
+    assert own["unet"].placement == {"a[0].*": "cpu", "a0.x": "cuda:0"}
+
+
+def test_a_part_larger_than_the_device(monkeypatch):
+    small = {**DEVICES, "cuda:0": DeviceInfo("cuda:0", 64, 64)}
+    monkeypatch.setattr("distorch.runtime.machine.with_exact", lambda devices, names: small)
+    for order in ("interleaved", "sequential"):
+        _, own = plan_together(
+            {"transformer": part(*[10] * 10), "vae": part(30)}, "cuda:0,50b;cpu,*",
+            Options(min_bytes=0, compute="cuda:0", order=order), small,
+        )  # fmt: skip
+        assert own["transformer"].bytes == {"cuda:0": 50, "cpu": 50}
+        _, own = plan_together(
+            {"transformer": part(*[10] * 10), "vae": part(30)}, "auto",
+            Options(min_bytes=0, compute="cuda:0", order=order), small,
+        )  # fmt: skip
+        assert own["transformer"].bytes == {"cuda:0": 50, "cpu": 50}  # 20 % is left for activations
+
+
 def test_the_order_of_use():
     names = ["vae", "text_encoder", "safety_checker", "unet", "transformer_2", "image_encoder"]
     assert by_use(names)[:2] == ["unet", "transformer_2"]
     assert by_use(names)[2] == "vae"
+    assert by_use(["controlnet", "motion_adapter", "text_encoder", "unet", "vae"])[0] == "unet"

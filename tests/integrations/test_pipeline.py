@@ -156,7 +156,7 @@ def test_what_is_given_away_is_what_runs_least(folders):
     size = sum(p.nbytes for p in resident(folder).text_encoder.parameters())
     pipe = load_pipeline(folder, virtual_vram=size // 2, donor="disk", compute="cpu", min_bytes=0)
     parts = pipeline_report(pipe).parts
-    assert parts["unet"].bytes.get("disk", 0) < 4096  # what of it fits where no other does
+    assert "disk" not in parts["unet"].bytes
     assert 0.8 * size // 2 < parts["text_encoder"].bytes["disk"] <= size // 2
 
 
@@ -277,6 +277,71 @@ def test_one_file_with_the_whole_pipeline(folders, tmp_path, monkeypatch):
         load_pipeline(file, **DISK)
 
 
+def whole_file(reference, path, change=lambda tensors: tensors):
+    save_file(change(original_names(reference)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {k: v for k, v in t.items() if not k.endswith("diffusion_model.out.2.weight")},
+         "unet: .*1 missing .conv_out.weight"),
+        (lambda t: {**t, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)},
+         "unet: .*conv_in.*the file has shape"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_is_not_replaced_by_the_folders(folders, tmp_path, change, said):
+    folder, _ = folders(tiny.stable_diffusion)
+    file = whole_file(resident(folder), tmp_path / "sd.safetensors", change)
+    with pytest.raises(distorch.FormatError, match=said):
+        load_pipeline(file, config=str(folder), **DISK)
+
+
+def test_what_a_whole_file_lacks_is_from_the_folder(folders, tmp_path):
+    folder, _ = folders(tiny.stable_diffusion)
+    other = resident(folder)
+    with torch.no_grad():
+        for p in other.unet.parameters():
+            p.mul_(2)
+    file = whole_file(
+        other, tmp_path / "sd.safetensors",
+        lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage_model.")},
+    )  # fmt: skip
+    assert_same(load_pipeline(file, config=str(folder), **DISK), other)
+    (tmp_path / "config").mkdir()
+    shutil.copytree(
+        folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"),
+        dirs_exist_ok=True,
+    )  # fmt: skip
+    with pytest.raises(distorch.FormatError, match=r"has nothing of 'vae'.*files=.*'vae'"):
+        load_pipeline(file, config=str(tmp_path / "config"), **DISK)
+
+
+def test_a_file_for_a_part_is_never_replaced(folders, tmp_path, monkeypatch, caplog):
+    """Where its conversion would compute, it is refused; only the folder's own is loaded whole."""
+    folder, _ = folders(tiny.stable_diffusion)
+    save_file(original_names(resident(folder)), tmp_path / "other.safetensors")
+    monkeypatch.setattr("distorch.formats.naming.tracing._MOST_PIECES", 0)
+    with pytest.raises(distorch.FormatError, match="vae: .*the conversion to the module's names"):
+        load_pipeline(folder, files={"vae": str(tmp_path / "other.safetensors")}, **DISK)
+    assert "is loaded whole" not in caplog.text
+
+
+def test_models_that_diffusers_loads_itself(folder, monkeypatch):
+    """A class that cannot be made empty: it is placed afterwards, within the same budget."""
+    from distorch.integrations import source
+
+    real = source._class_of
+    monkeypatch.setattr(
+        source, "_class_of",
+        lambda folder, library, name: None if name == "AutoencoderKL" else real(folder, library, name),
+    )  # fmt: skip
+    pipe = load_pipeline(folder, **DISK)
+    assert_same(pipe, resident(folder))
+    assert pipeline_report(pipe).parts["vae"].bytes["disk"] > 0
+
+
 # --- LoRAs ---
 
 
@@ -343,6 +408,64 @@ def test_loras_that_fit_nothing(folders):
         set_pipeline_loras(pipe, [(state, 1.0, "transformer")])
     with pytest.raises(distorch.SpecError, match="expected .file or state dict, strength"):
         set_pipeline_loras(pipe, [state])
+
+
+def test_a_failure_in_one_part_puts_all_loras_back(folders, tmp_path, monkeypatch):
+    """With the mode that each part had; LoRAs that were put on a part alone count, too."""
+    folder, _ = folders(tiny.stable_diffusion)
+    state, places = loras(resident(folder))
+    pipe = load_pipeline(folder, **DISK)
+    distorch.set_loras(pipe.text_encoder, [({k: v for k, v in state.items() if "_te_" in k}, 0.7)])
+    before = {part: getattr(pipe, part).state_dict()[name].clone() for part, name in places.items()}
+    from distorch.integrations import pipeline
+
+    real, calls = pipeline.set_loras, []
+
+    def fails(module, *args, **options):
+        calls.append(module)
+        if module is pipe.unet:
+            raise KeyboardInterrupt
+        return real(module, *args, **options)
+
+    monkeypatch.setattr(pipeline, "set_loras", fails)
+    with pytest.raises(KeyboardInterrupt):
+        set_pipeline_loras(pipe, [(state, 0.2)], lora_mode="fetch")
+    assert pipe.text_encoder in calls
+    for part, name in places.items():
+        assert torch.equal(getattr(pipe, part).state_dict()[name], before[part])
+    known = pipe.text_encoder.__dict__["_distorch"].patching
+    assert known.options.mode == "merge"
+    monkeypatch.setattr(pipeline, "set_loras", real)
+    set_pipeline_loras(pipe, [])
+    assert distorch.report(pipe.text_encoder).loras == []
+    plain = resident(folder).text_encoder.state_dict()[places["text_encoder"]]
+    assert torch.equal(pipe.text_encoder.state_dict()[places["text_encoder"]], plain)
+
+
+def test_strict_is_asked_each_time(folders):
+    folder, _ = folders(tiny.stable_diffusion)
+    state, _ = loras(resident(folder))
+    more = {**state, "lora_te2_x.lora_down.weight": torch.zeros(2, 8),
+            "lora_te2_x.lora_up.weight": torch.zeros(8, 2)}  # fmt: skip
+    pipe = load_pipeline(folder, loras=[(more, 1.0)], strict_loras=False, **DISK)
+    with pytest.raises(distorch.FormatError, match="text_encoder_2"):
+        set_pipeline_loras(pipe, [(more, 1.0)])
+
+
+def test_which_part_a_lora_is_for():
+    from distorch.integrations.lora_parts import LoraSplitter
+
+    def parts_of(parts, prefix):
+        key = f"{prefix}down_blocks_0_x.lora_down.weight"
+        shares = LoraSplitter(parts).split([({key: torch.zeros(2, 2)}, 1.0)])
+        return [name for name, loras in shares.items() if loras]
+
+    assert parts_of(["controlnet", "text_encoder", "unet", "vae"], "lora_unet_") == ["unet"]
+    assert parts_of(["motion_adapter", "unet"], "") == ["unet"]
+    flux = ["text_encoder", "text_encoder_2", "transformer"]
+    assert parts_of(flux, "lora_te3_") == ["text_encoder_2"]
+    assert parts_of([*flux, "text_encoder_3"], "lora_te3_") == ["text_encoder_3"]
+    assert parts_of(["transformer", "transformer_2"], "transformer.") == ["transformer"]
 
 
 # --- what diffusers' own methods do ---
@@ -437,13 +560,44 @@ def test_a_pipeline_that_exists(folders):
     assert torch.equal(small(pipe), wanted)
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_an_error_half_way_puts_all_parts_back(folders, monkeypatch, distributed):
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = (
+        load_pipeline(folder, "cpu,40kb;disk,*", min_bytes=0) if distributed else resident(folder)
+    )
+    wanted = small(pipe)
+    before = pipeline_report(pipe).bytes if distributed else None
+    from distorch.integrations import pipeline
+
+    real, calls = pipeline.api.distribute, []
+
+    def fails(module, *args, **options):
+        calls.append(module)
+        if len(calls) == 3:
+            raise distorch.FetchError("the donor is gone")
+        return real(module, *args, **options)
+
+    monkeypatch.setattr(pipeline.api, "distribute", fails)
+    with pytest.raises(distorch.FetchError, match="the donor is gone"):
+        distribute_pipeline(pipe, "cpu,10kb;disk,*", min_bytes=0)
+    assert len(calls) >= 3
+    if distributed:
+        assert pipeline_report(pipe).ok
+        assert pipeline_report(pipe).bytes == before
+    else:
+        sharded = [distorch.is_sharded(p) for m in models(pipe).values() for p in m.parameters()]
+        assert not any(sharded)
+    assert torch.equal(small(pipe), wanted)
+
+
 # --- what is refused ---
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"files": {"unit": "x.safetensors"}}, "the pipeline has no such part; it has.*unet"),
+        ({"files": {"unit": "x.safetensors"}}, "the pipeline has no such part; did you mean 'unet'"),
         ({"files": {"unet": "none.safetensors"}}, "none.safetensors.*no such file"),
         ({"dtype": {"unit": torch.float16}}, "there is no such part; expected 'default' or.*unet"),
         ({"dtype": "int8"}, "computes in float32, float16 or bfloat16"),
@@ -453,12 +607,60 @@ def test_a_pipeline_that_exists(folders):
         ({"keeps": ["unet.*"]}, "there is no option keeps=; did you mean keep=?"),
         ({"progress": 3}, "progress=3"),
         ({"loras": "style.safetensors"}, "expected"),
+        ({"components": {"text_encodr": None}}, "no such part; did you mean 'text_encoder'?"),
+        ({"lora_mode": "lazy"}, "lora_mode='lazy'"),
+        ({"spec": "cuda:7,1gb;cpu,*"}, "this machine has"),
     ],
 )  # fmt: skip
 def test_wrong_options(folders, options, said):
     folder, _ = folders(tiny.stable_diffusion)
     with pytest.raises(distorch.DistorchError, match=said):
         load_pipeline(folder, **{**DISK, **options})
+
+
+def test_what_is_wrong_is_said_before_a_file_is_opened(tmp_path):
+    for options in ({"spec": "cpu,lots"}, {"lora_mode": "lazy"}, {"resident": "wide"}):
+        with pytest.raises(distorch.SpecError):
+            load_pipeline(tmp_path / "nowhere", **{**DISK, **options})
+
+
+def test_dtypes_by_part(folders):
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = load_pipeline(folder, dtype={"vae": torch.float32, "default": "auto"}, **DISK)
+    assert pipe.vae.dtype is torch.float32
+    assert pipe.unet.dtype is pipe.text_encoder.dtype is torch.bfloat16
+    assert load_pipeline(folder, dtype={"vae": "float16"}, **DISK).unet.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [("[]", "expected a table of parts"), ("{", "is not JSON"),
+     ('{"_class_name": ["pipeline", "Odd"]}', "give cls="),
+     ('{"_class_name": "OddPipeline"}', "names the pipeline 'OddPipeline'.*give cls=")],
+)  # fmt: skip
+def test_indexes_that_cannot_be_followed(folder, index, said):
+    (folder / "model_index.json").write_text(index)
+    with pytest.raises(distorch.DistorchError, match=said):
+        load_pipeline(folder, **DISK)
+
+
+def test_code_that_comes_with_a_part_is_not_run(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["odd", "OddModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "unet" / "odd.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(distorch.SpecError, match=r"'unet' comes with code of its own .odd.py"):
+        load_pipeline(folder, **DISK)
+
+
+def test_a_broken_scheduler_leaves_given_parts_alone(folder):
+    mine = resident(folder).unet
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(
+        distorch.FormatError, match="diffusers cannot make a StableDiffusionPipeline"
+    ):
+        load_pipeline(folder, components={"unet": mine}, **DISK)
+    assert not any(distorch.is_sharded(p) for p in mine.parameters())
 
 
 def test_folders_that_are_no_pipelines(folder, tmp_path):

@@ -239,7 +239,7 @@ def test_a_new_head_is_said_and_is_the_one_that_transformers_makes(tmp_path):
     torch.manual_seed(5)
     reference = cls.from_pretrained(folder)
     torch.manual_seed(5)
-    with pytest.warns(distorch.PlacementWarning, match=r"'score.weight'.*random.*cls=") as warned:
+    with pytest.warns(UserWarning, match=r"'score.weight'.*random.*cls=") as warned:
         model = load_pretrained(folder, cls=cls, **DISK)
     assert warned[0].filename == __file__
     assert_same(model, reference)
@@ -347,6 +347,58 @@ def test_loras_and_options(tmp_path):
     assert distorch.report(model).loras[0]["strength"] == 0.5
     distorch.set_loras(model, [])
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight + 0, weight)
+
+
+def test_a_layout_that_transformers_changes_under_the_same_names(tmp_path):
+    """Experts that the hub has transposed."""
+    zoo = ZOO["qwen3_vl_moe"]().module
+    config = zoo.config
+    config.text_config.moe_intermediate_size = 24
+    assert config.text_config.hidden_size != 24
+    module = type(zoo)(config)
+    folder = saved(module, tmp_path)
+    ends = ("experts.down_proj", "experts.gate_up_proj")
+    turned = [key for key in load_file(folder / "model.safetensors") if key.endswith(ends)]
+    assert turned
+    rewrite(
+        folder,
+        lambda t: {k: v.transpose(1, 2).contiguous() if k in turned else v for k, v in t.items()},
+    )
+    reference = type(module).from_pretrained(folder)
+    assert torch.equal(
+        dict(reference.named_parameters())[turned[0]], dict(module.named_parameters())[turned[0]]
+    )
+    assert_same(load_pretrained(folder, cls=type(module), **DISK), reference)
+
+
+def test_what_is_passed_over_is_logged(tmp_path, caplog):
+    folder = saved(llama(num_hidden_layers=3), tmp_path / "a")
+    configured(folder, num_hidden_layers=2)
+    load_pretrained(folder, **DISK)
+    assert (
+        "9 of the names of LlamaForCausalLM are in it, and are not used: 'model.layers.2"
+        in caplog.text
+    )
+    caplog.clear()
+    module = ZOO["resnet"]().module
+    folder = saved(module, tmp_path / "b")
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if not k.endswith("running_mean")})
+    load_pretrained(folder, cls=type(module), **DISK)
+    assert "are not in it, and stay as they are" in caplog.text
+    assert "running_mean" in caplog.text
+    caplog.clear()
+    load_pretrained(saved(llama(), tmp_path / "c"), **DISK)
+    assert caplog.text == ""
+
+
+def test_threads_that_build_models_leave_the_default_dtype(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    folders = [saved(llama().to(d), tmp_path / str(d)) for d in (torch.bfloat16, torch.float16)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda f: load_pretrained(f, **DISK).dtype, folders * 6))
+    assert found == [torch.bfloat16, torch.float16] * 6
+    assert torch.get_default_dtype() is torch.float32
 
 
 # --- what is refused ---

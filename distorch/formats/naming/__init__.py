@@ -28,9 +28,11 @@ def fit_names(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
     of the stored ones; nothing but the header is read (and norms that a format shifts by one).
     FormatError when the names are known and a weight cannot be had without computing it.
     """
-    as_it_is = _filled(module, match_names(checkpoint.tensors, _names(module)))
+    fitting = match_names(checkpoint.tensors, _names(module))
+    have = {name: checkpoint.tensors[stored] for name, stored in fitting.items()}
+    as_it_is = _filled(module, have)
     if as_it_is == _filled(module, _names(module)):
-        return checkpoint
+        return _of_other_layout(checkpoint, module, have)
     best, most, refusal = None, len(as_it_is), None
     tries = product(_conversions(module, checkpoint), _parts(checkpoint.tensors))
     for convert, tensors in tries:
@@ -47,6 +49,32 @@ def fit_names(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
     if best is None and refusal is not None:
         raise refusal
     return checkpoint if best is None else replace(checkpoint, tensors=best)
+
+
+def _of_other_layout(checkpoint: Checkpoint, module: nn.Module, have: Tensors) -> Checkpoint:
+    """A file with all of the module's names. Some of transformers are kept in another layout under
+    the same names: their shapes say so.
+    """
+    convert = None
+    if _misshapen(module, have) and not checkpoint.is_gguf:
+        convert = transformers_names.conversion_for(module)
+    if convert is None:
+        return checkpoint
+    try:
+        found = _renamed(checkpoint.tensors, convert)
+    except NamesDoNotFitError:
+        return checkpoint
+    return checkpoint if _misshapen(module, found) else replace(checkpoint, tensors=found)
+
+
+def _misshapen(module: nn.Module, have: Tensors) -> bool:
+    """Whether a weight that is not quantised has another shape in the file than in the module."""
+    return any(
+        name in have
+        and have[name].block_type is None
+        and have[name].shape != tuple(parameter.shape)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    )
 
 
 def _conversions(module: nn.Module, checkpoint: Checkpoint) -> Iterator[Convert]:
