@@ -31,7 +31,8 @@ def distribute(
     """Places a module's weights; returns the same module.
 
     Where they go is said by one of: `spec`, a placement string such as "cuda:0,2.5gb;cpu,*";
-    `plan`, a saved one; `virtual_vram`, the bytes to give away to `donor` ("cpu" if not given).
+    `plan`, a saved one; `virtual_vram`, the bytes to give away to `donor` (if not given: "cpu", or
+    "disk" where the CPU computes).
 
     Options: `compute` the device that runs the model; `order` "interleaved" | "sequential";
     `min_bytes` (1048576): smaller and 1-D tensors stay resident. With 0, every floating or

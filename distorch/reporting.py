@@ -22,6 +22,8 @@ class Report:
     part -> device -> bytes; `problems` says where it differs from the plan; `loras` what is
     patched: each LoRA with its strength, weights touched, and keys that fit nothing; `merging` how
     many weights are still to be merged in the background, and `merge_error` what ended that.
+    `ring` is the bytes on the compute device, beyond its share, into which weights are read ahead,
+    and `floor` those of its share that cannot leave it.
     """
 
     compute: str
@@ -33,6 +35,8 @@ class Report:
     loras: list[dict[str, Any]] = field(default_factory=list)
     merging: int = 0
     merge_error: str = ""
+    ring: int = 0
+    floor: int = 0
 
     @property
     def ok(self) -> bool:
@@ -64,8 +68,7 @@ class Report:
         return rows
 
     def _title(self) -> str:
-        state = "as planned" if self.ok else f"{len(self.problems)} differences from the plan"
-        return f"measured placement: {state}"
+        return f"measured placement: {state_of(self.problems)}"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
         devices = self._devices()
@@ -93,7 +96,17 @@ class Report:
         )
 
     def _notes(self) -> list[str]:
-        lines = _lora_lines(self.loras)
+        lines = []
+        if self.floor and len(self.bytes) > 1:
+            lines.append(
+                f"{human_bytes(self.floor)} cannot leave {self.compute} (buffers, what is kept, "
+                "tensors below min_bytes)"
+            )
+        if self.ring:
+            lines.append(
+                f"look-ahead: up to {human_bytes(self.ring)} more on {self.compute} (prefetch)"
+            )
+        lines += _lora_lines(self.loras)
         if self.merge_error:
             lines.append(
                 f"merging ended with {self.merging} weights left, which are patched when fetched: "
@@ -103,7 +116,7 @@ class Report:
             lines.append(
                 f"{self.merging} weights are being merged; until then they are patched when fetched"
             )
-        return [*lines, *self.problems]
+        return [*lines, *shown(self.problems)]
 
     def plot(self, path: str | None = None) -> Any:
         """A bar per part, coloured by device (needs matplotlib); saved to `path` if given."""
@@ -130,6 +143,18 @@ class Report:
         return figure
 
 
+def state_of(problems: list[str]) -> str:
+    """What a report says first."""
+    count = len(problems)
+    return "as planned" if not count else f"{count} problem{'s' * (count > 1)}"
+
+
+def shown(problems: list[str]) -> list[str]:
+    """As many as one reads."""
+    more = len(problems) - _SHOWN
+    return problems if more <= 0 else [*problems[:_SHOWN], f"and {more} more of this kind"]
+
+
 def _lora_lines(loras: list[dict[str, Any]]) -> list[str]:
     return [
         f"LoRA {row['lora']} x {row['strength']:g}: {row['weights']} weights"
@@ -138,6 +163,7 @@ def _lora_lines(loras: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+_SHOWN = 8
 _HEADER = ("device", "bytes", "planned", "size", "share")
 
 
@@ -189,8 +215,22 @@ def report(module: nn.Module) -> Report:
     loras = state.patching.rows() if state.patching is not None else []
     error = str(merging.error) if merging is not None and merging.error is not None else ""
     return Report(
-        plan.compute, measured, plan.bytes, placement, layers, problems, loras, len(pending), error
-    )
+        plan.compute, measured, plan.bytes, placement, layers, problems, loras, len(pending), error,
+        state.ring_bytes, plan.floor,
+    )  # fmt: skip
+
+
+def bytes_of(module: nn.Module) -> dict[str, int]:
+    """Device -> bytes of any module's tensors, as they lie now; tied ones once."""
+    found: dict[str, int] = {}
+    held = [_held(group.first, group.nbytes) for group in group_members(module)]
+    for buffer in unique_buffers(module):
+        begin, end = byte_extent(buffer.tensor)
+        held.append(_held(buffer.tensor, end - begin))
+    for places in held:
+        for device, nbytes in places.items():
+            found[device] = found.get(device, 0) + nbytes
+    return found
 
 
 def _held(tensor: torch.Tensor, nbytes: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 python examples/diffusers_pipeline.py MODEL PROMPT [SPEC]
 
 MODEL is a folder or an id of the hub, such as black-forest-labs/FLUX.1-dev; SPEC is one budget for
-all parts, such as "cuda:0,6gb;cpu,*". Without one, free memory decides.
+all parts, such as "cuda:0,6gb;cpu,*". Without one, free memory decides. The picture is out.png.
 """
 
 import sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distorch.errors import FormatError
@@ -20,14 +20,29 @@ from distorch.planner import Inventory, WeightInfo
 _NO_WEIGHTS = ("spiece_model", "tekken_model", "scaled_fp8", "__index_timestep_zero__")
 
 
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(path: str | os.PathLike[str]) -> Stamp:
+    """What tells whether a file is the one that it was: inode, bytes, nanoseconds. FormatError."""
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise FormatError(f"cannot look at {str(path)!r}: {error}") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, in file order, and the metadata of the (first) file."""
+    """Tensors by name, in file order, and the metadata of the (first) file. `stamps`: each file's,
+    when its header was read.
+    """
 
     path: str
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
     is_gguf: bool = False  # such files keep small tensors in float32, whatever they were
+    stamps: dict[str, Stamp] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -69,11 +84,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     files = find_files(path)
     tensors: dict[str, StoredTensor] = {}
     headers: list[dict[str, str]] = []
+    stamps: dict[str, Stamp] = {}
     wanted = _Listed(files)
     for number, file in enumerate(files.paths):
         part = (number, len(files.paths)) if files.parts else None
         if not file.is_file():
             raise FormatError(f"{files.shown!r} lists {file.name!r}, which is not there")
+        stamps[str(file.resolve())] = stamp_of(file)
         found, metadata = _read_file(file, part)
         headers.append(metadata)
         if files.listed:
@@ -89,6 +106,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         with_declarations(tensors, headers, files.shown),
         next(filter(None, headers), {}),
         gguf.is_gguf(files.paths[0]),
+        stamps,
     )
 
 

@@ -7,6 +7,7 @@ from distorch.integrations.pipeline import (
     distribute_pipeline,
     load_pipeline,
     set_pipeline_loras,
+    undistribute_pipeline,
 )
 from distorch.integrations.pipeline_report import PipelineReport, pipeline_report
 from distorch.integrations.pretrained import load_pretrained
@@ -18,4 +19,5 @@ __all__ = [
     "load_pretrained",
     "pipeline_report",
     "set_pipeline_loras",
+    "undistribute_pipeline",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distorch.errors import FormatError, SpecError
@@ -28,6 +29,12 @@ def check_model(model: object) -> str:
             f"'Qwen/Qwen3-8B', got {type(model).__name__}"
         )
     return os.fspath(model)
+
+
+def check_no_other_file(path: Path, known: Sequence[str], expected: str) -> None:
+    """FormatError on a file that is there and is none of these kinds: it is no id of the hub."""
+    if path.is_file() and path.suffix not in known:
+        raise FormatError(f"{str(path)!r} is a file: expected {expected}")
 
 
 def folder_of(
@@ -98,9 +105,9 @@ def _downloaded(
             f"{model!r} cannot be had: {problem}, and the download failed "
             f"({type(error).__name__}: {_first_line(error)}); {cache}. Is the id right, is there a "
             "network, does the repository ask for a login (HF_TOKEN)? Or give a folder"
-        ) from error
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no reason given"
+    return textwrap.shorten(lines[0], 300, placeholder=" ...") if lines else "no reason given"

@@ -19,13 +19,14 @@ from distorch.integrations.budget import plan_together
 from distorch.integrations.hub import check_model
 from distorch.integrations.lora_parts import LoraSplitter, PipelineLora
 from distorch.integrations.pretrained import checked_dtype
-from distorch.integrations.refusals import refuse_other_offloading
+from distorch.integrations.refusals import allow_other_offloading, refuse_other_offloading
 from distorch.integrations.source import Part, Source
 from distorch.integrations.weights import floating_dtype, opened
 from distorch.loading.loader import fill
 from distorch.loading.prepare import FillOptions, Matched, Request, match_up
-from distorch.patching import set_loras
+from distorch.patching import LoraMode, set_loras
 from distorch.planner import DeviceInfo, Inventory, Plan
+from distorch.reporting import bytes_of
 from distorch.runtime import distribution
 from distorch.runtime.options import Options, PlacementOptions, check_one_placement
 
@@ -63,21 +64,28 @@ def load_pipeline(
     """A pipeline of diffusers whose transformers, text encoders and VAE are streamed from their
     files, each weight straight to its place.
 
+        pipe = load_pipeline("black-forest-labs/FLUX.1-dev", "cuda:0,6gb;cpu,*")
+
     `model` is a folder, an id of the hub, or one file with the whole pipeline (an original Stable
     Diffusion checkpoint; `config` is then the folder or id with its configuration). An id is looked
-    up in the local cache, and downloaded only if it is not there. `spec` is one budget for all
-    parts, such as "cuda:0,6gb;cpu,*": what runs at every step gets the fast places first. "auto"
-    (or none) keeps as much on the compute device as its free memory allows.
+    up in the local cache, and downloaded only if it is not there; `revision` is a branch, tag or
+    commit, `variant` a kind of files ("fp16"). `spec` is one budget for all parts: what runs at
+    every step gets the fast places first. "auto" (or none) keeps as much on the compute device as
+    its free memory allows. Or `virtual_vram` says how many bytes to give away to `donor`.
 
     `dtype`: "auto" is what the largest part's file has; or one by part, {"vae": torch.float32,
     "default": torch.bfloat16} (without a default: float32). `files` takes the weights of a part
-    from another file: {"transformer": "flux1-dev-Q8_0.gguf"}. `cls` is a pipeline class,
-    `components` go to it as they are: {"safety_checker": None}.
+    from another file: {"transformer": "flux1-dev-Q8_0.gguf"}. `cls` is a pipeline class or its
+    name, `components` go to it as they are: {"safety_checker": None}.
 
     `loras` are (file or state dict, strength) pairs. Keys go to the parts that they name, those
     that name none to the main part, and (file, strength, "transformer_2") sends a whole file to
-    one. Names in `keep`, `offload` and `rules` begin with the part: "text_encoder.*". `min_bytes`
-    is "auto" unless given; other options are those of `distorch.load`.
+    one.
+
+    Options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
+    `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
+    `distorch.distribute`, but for the default of `min_bytes`: with "auto", small weights leave,
+    too, if the spec asks for it. Names begin with the part: keep=["vae.*"]. `progress` as there.
 
     The pipeline gives the bits of `DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)`.
     Its `enable_model_cpu_offload` and the like raise, and say what to do.
@@ -225,26 +233,29 @@ def distribute_pipeline(
 ) -> Any:
     """Places the models of a pipeline that exists, or places them anew; returns the pipeline.
 
-    `spec` is one budget for all parts, and options are those of `distorch.distribute`, both as in
-    `load_pipeline`. Options that are not given stay as they were.
-    Raises SpecError, PlacementError; every part is then as it was, or placed as the new plan says.
+    `spec` is one budget for all parts, such as "cuda:0,4gb;cpu,*"; or `virtual_vram` says how many
+    bytes to give away to `donor`. Options (`keep`, `offload`, `rules`, `order`, `min_bytes`,
+    `prefetch`, `compute`) are those of `distorch.distribute`, with names as in `load_pipeline`;
+    those that are not given stay as they were. All parts or none: an error leaves each as it was.
+    Raises SpecError, PlacementError, FetchError.
     """
     check_progress(progress)
     modules = models_of(pipe)
     state = pipe.__dict__.get(_KEY)
-    spec = "auto" if spec is None and virtual_vram is None else spec
     check_one_placement(spec, None, virtual_vram, donor)
+    _check_not_offloaded(pipe, modules)
     known = _lasting_options(state, modules)
     opts = Options.of(options, ("spec", "virtual_vram", "donor", "progress"), known)
     inventories = {name: _inventory_of(module) for name, module in modules.items()}
+    devices = _devices_for(modules)
     plan, own = plan_together(
-        inventories, spec, opts, _devices_for(modules), virtual_vram=virtual_vram, donor=donor
+        inventories, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
     )
     if problem := plan.over_budget():
         warn_at_caller(problem)
 
     def growth(name: str) -> int:
-        held = _devices_for({name: modules[name]})[plan.compute].free_bytes
+        held = bytes_of(modules[name]).get(plan.compute, 0)
         return own[name].bytes[plan.compute] - held
 
     with _all_or_nothing(modules) as placed:
@@ -257,6 +268,30 @@ def distribute_pipeline(
     return refuse_other_offloading(pipe)
 
 
+def undistribute_pipeline(pipe: Any, device: str | torch.device | None = None) -> Any:
+    """A plain pipeline again, on its compute device or on `device`; returns it.
+
+    PlacementError if none of its models is distributed.
+    """
+    state_of(pipe)
+    for module in models_of(pipe).values():
+        if distribution.is_distributed(module):
+            api.undistribute(module, device)
+    pipe.__dict__.pop(_KEY, None)
+    return allow_other_offloading(pipe)
+
+
+def _check_not_offloaded(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
+    """PlacementError if accelerate moves the weights already."""
+    for name, module in modules.items():
+        if any(hasattr(part, "_hf_hook") for part in module.modules()):
+            raise PlacementError(
+                f"accelerate offloads this {type(pipe).__name__} ({name}), by "
+                "enable_model_cpu_offload(), enable_sequential_cpu_offload() or device_map=. Call "
+                "pipe.remove_all_hooks() first, or load the pipeline with load_pipeline"
+            )
+
+
 def _lasting_options(state: PipelineState | None, modules: Mapping[str, nn.Module]) -> Options:
     """The options that hold until others are given: it goes on computing where it does."""
     parts = [m for m in modules.values() if distribution.is_distributed(m)]
@@ -267,14 +302,36 @@ def _lasting_options(state: PipelineState | None, modules: Mapping[str, nn.Modul
 
 
 def state_of(pipe: Any) -> PipelineState:
-    """What is known of a distributed pipeline. SpecError, PlacementError."""
-    models_of(pipe)
+    """What is known of a pipeline whose models are distributed: with it, or one by one, or as those
+    of another pipeline. SpecError, PlacementError.
+    """
     state = pipe.__dict__.get(_KEY)
-    if not isinstance(state, PipelineState):
+    modules = models_of(pipe)
+    if isinstance(state, PipelineState):
+        return state
+    placed = {
+        name: distribution.distribution_of(module)
+        for name, module in modules.items()
+        if distribution.is_distributed(module)
+    }
+    if not placed:
         raise PlacementError(
             f"this {type(pipe).__name__} is not distributed: load it with load_pipeline, or call "
             "distribute_pipeline(pipe, spec)"
         )
+    first = next(iter(placed.values()))
+    placement = {
+        f"{part}.{name}": device
+        for part, known in placed.items()
+        for name, device in known.plan.placement.items()
+    }
+    sizes = {
+        f"{p}.{n}": size for p, known in placed.items() for n, size in known.plan.sizes.items()
+    }
+    plan = replace(first.plan, placement=placement, sizes=sizes, budget=None)
+    state = PipelineState(plan, LoraSplitter(modules), first.options)
+    pipe.__dict__[_KEY] = state
+    refuse_other_offloading(pipe)
     return state
 
 
@@ -289,7 +346,8 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, part in components.items():
         if isinstance(part, nn.Module):
-            found.setdefault(id(part), (name, part))
+            inner = getattr(part, "_orig_mod", part)  # torch.compile's wrapper
+            found.setdefault(id(inner), (name, inner))
     if not found:
         raise SpecError(f"this {type(pipe).__name__} has no models")
     return dict(found.values())
@@ -300,13 +358,16 @@ def set_pipeline_loras(
     loras: Sequence[PipelineLora],
     *,
     strict_loras: bool = True,
+    lora_mode: LoraMode | None = None,
+    patched_dtype: torch.dtype | str | None = None,
     progress: Progress = None,
-    **options: Any,
 ) -> Any:
     """Puts these LoRAs, and no others, on the parts of a distributed pipeline; returns it.
 
-    `loras` are as in `load_pipeline`, options those of `distorch.set_loras`. An error leaves all
-    parts with the LoRAs that they had.
+    `loras` are (file or state dict, strength) pairs, or triples with the part's name; [] takes all
+    off. Only what changes is computed, from the weights' original bytes. The options are those of
+    `distorch.set_loras`. Adapters that diffusers or PEFT put on stay; there is a warning.
+    Raises SpecError, FormatError, PlacementError; all parts then have the LoRAs that they had.
     """
     state, modules = state_of(pipe), models_of(pipe)
     if set(state.splitter.parts) != set(modules):  # parts came or went
@@ -315,11 +376,14 @@ def set_pipeline_loras(
     done: list[tuple[nn.Module, list[tuple[Any, float]], dict[str, Any]]] = []
     try:
         for name, module in modules.items():
+            if not shares[name] and not distribution.is_distributed(module):
+                continue
             before, how = _loras_on(module)
             if shares[name] or before:
                 set_loras(
-                    module, shares[name], strict_loras=strict_loras, progress=progress, **options
-                )
+                    module, shares[name], strict_loras=strict_loras, lora_mode=lora_mode,
+                    patched_dtype=patched_dtype, progress=progress,
+                )  # fmt: skip
                 done.append((module, before, how))
     except BaseException:
         for module, before, how in reversed(done):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
 from typing import Any
 
 from distorch._tables import html_table, human_bytes, text_table
 from distorch.integrations.pipeline import models_of, state_of
-from distorch.reporting import Report, report
+from distorch.reporting import Report, bytes_of, report, shown
+from distorch.reporting import state_of as state_of_problems
+from distorch.runtime.distribution import is_distributed
 
 
 @dataclass(frozen=True)
 class PipelineReport:
-    """`parts` name -> its report; `bytes` device -> bytes of all of them, measured; `problems` says
-    where they differ from the plan, or are more than the budget.
+    """`parts` name -> its report; `plain` name -> device -> bytes of models that are not
+    distributed; `bytes` device -> bytes of all of them, measured; `problems` says where they differ
+    from the plan, or are more than the budget. Prints as a table, in a notebook too.
     """
 
     parts: dict[str, Report]
+    plain: dict[str, dict[str, int]]
     bytes: dict[str, int]
     problems: list[str] = field(default_factory=list)
 
@@ -28,34 +33,43 @@ class PipelineReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
         parts = {name: part.to_dict() for name, part in self.parts.items()}
-        return {"parts": parts, "bytes": self.bytes, "problems": self.problems, "ok": self.ok}
+        return {**self.__dict__, "parts": parts, "ok": self.ok}
 
     def _title(self) -> str:
-        state = "as planned" if self.ok else f"{len(self.problems)} differences from the plan"
-        return f"measured placement of a pipeline: {state}"
+        return f"measured placement of a pipeline: {state_of_problems(self.problems)}"
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         computes = {part.compute for part in self.parts.values()}
         heads = [f"{name} (compute)" if name in computes else name for name in self.bytes]
+        held = {name: part.bytes for name, part in self.parts.items()}
+        held |= {f"{name} (not distributed)": found for name, found in self.plain.items()}
         rows = [
-            (name, *(_size(part.bytes.get(device, 0)) for device in self.bytes),
-             _size(sum(part.bytes.values())))
+            (
+                name,
+                *(_size(found.get(device, 0)) for device in self.bytes),
+                _size(sum(found.values())),
+            )
+            for name, found in {**held, "in all": self.bytes}.items()
+        ]
+        return ("part", *heads, "in all"), rows
+
+    def _notes(self) -> list[str]:
+        loras = [
+            f"{name}: LoRA {row['lora']} x {row['strength']:g}, {row['weights']} weights"
             for name, part in self.parts.items()
-        ]  # fmt: skip
-        total = (
-            "in all",
-            *(_size(n) for n in self.bytes.values()),
-            _size(sum(self.bytes.values())),
-        )
-        return ("part", *heads, "in all"), [*rows, total]
+            for row in part.loras
+        ]
+        ring = max((part.ring for part in self.parts.values()), default=0)
+        ahead = f"look-ahead: up to {human_bytes(ring)} more on the compute device (prefetch)"
+        return [*[ahead] * bool(ring), *loras, *shown(self.problems)]
 
     def __str__(self) -> str:
-        return "\n".join([text_table(*self._table(), self._title()), *self.problems])
+        return "\n".join([text_table(*self._table(), self._title()), *self._notes()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        lines = "".join(f"<p>{line}</p>" for line in self.problems)
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._notes())
         return html_table(*self._table(), self._title()) + lines
 
 
@@ -64,14 +78,22 @@ def _size(nbytes: int) -> str:
 
 
 def pipeline_report(pipe: Any) -> PipelineReport:
-    """Walks the tensors of every distributed model of a pipeline. PlacementError if none is."""
+    """Walks the tensors of every model of a pipeline and says where their bytes are now: `.ok`,
+    `.bytes` device -> bytes, `.parts` name -> report. PlacementError if no model is distributed.
+    """
     state = state_of(pipe)
-    parts = {name: report(module) for name, module in models_of(pipe).items()}
+    parts: dict[str, Report] = {}
+    plain: dict[str, dict[str, int]] = {}
+    for name, module in models_of(pipe).items():
+        if is_distributed(module):
+            parts[name] = report(module)
+        else:
+            plain[name] = bytes_of(module)
     held: dict[str, int] = {}
-    for part in parts.values():
-        for device, nbytes in part.bytes.items():
+    for found in (*(part.bytes for part in parts.values()), *plain.values()):
+        for device, nbytes in found.items():
             held[device] = held.get(device, 0) + nbytes
     problems = [f"{name}: {line}" for name, part in parts.items() for line in part.problems]
     if over := state.plan.over_budget(held.get(state.plan.compute, 0)):
         problems.append(over)
-    return PipelineReport(parts, held, problems)
+    return PipelineReport(parts, plain, held, problems)

@@ -19,7 +19,7 @@ from distorch.formats.naming import ConversionError, fit_names
 from distorch.formats.plain_names import match_names
 from distorch.formats.safetensors import StoredTensor, same_bytes
 from distorch.integrations.empty_models import auto_class, give_initial_values, of_transformers
-from distorch.integrations.hub import check_model, folder_of
+from distorch.integrations.hub import check_model, check_no_other_file, folder_of
 from distorch.integrations.weights import floating_dtype, lacking, opened, weights_file
 from distorch.loading.loader import fill
 from distorch.loading.prepare import FillOptions, Request, prepare
@@ -51,15 +51,23 @@ def load_pretrained(
 ) -> nn.Module:
     """A model of transformers with its weights on donors, each streamed straight to its place.
 
+        model = load_pretrained("Qwen/Qwen3-8B", "cuda:0,6gb;cpu,*")
+
     `model` is a folder, an id of the hub, or a GGUF file. An id is looked up in the local cache,
-    and downloaded only if it is not there. `spec` is a placement such as "cuda:0,6gb;cpu,*"; "auto"
-    (or none) keeps as much on the compute device as its free memory allows.
+    and downloaded only if it is not there; `revision` is a branch, tag or commit, `subfolder` a
+    folder inside. `spec` is a placement; "auto" (or none) keeps as much on the compute device as
+    its free memory allows. Or `virtual_vram` says how many bytes to give away to `donor`.
 
     `dtype`: "auto" is what config.json says, else what most of the weights are. `cls` is a class of
-    transformers or an Auto class; without it, the one that config.json names. `file`: take the
-    weights from this file of the repository, or of this disk: GGUF, safetensors. `loras` and other
-    options are those of `distorch.load`, but for the default of `min_bytes`: with "auto", small
-    weights leave, too, if the spec asks for it.
+    transformers or an Auto class, or its name; without it, the one that config.json names. `file`:
+    take the weights from this file of the repository, or of this disk: GGUF, safetensors.
+    `trust_remote_code=True` lets transformers run code that comes with the model. `loras` are (file
+    or state dict, strength) pairs.
+
+    Options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
+    `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
+    `distorch.distribute`, but for the default of `min_bytes`: with "auto", small weights leave,
+    too, if the spec asks for it. `progress` as there.
 
     The model is in eval mode, and gives the bits of `cls.from_pretrained(model, dtype=dtype)`. It
     is never whole in RAM, unless transformers computes with the weights when it reads them: then it
@@ -115,14 +123,20 @@ class Found:
         try:
             return reader.from_pretrained(self.folder, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
+            of_diffusers = "_diffusers_version" in (self.folder / "config.json").read_text()
+            hint = ". It is of a model of diffusers: load_pipeline, or distorch.load" * of_diffusers
             raise FormatError(
-                f"transformers cannot read the configuration in {str(self.folder)!r}: {error}"
+                f"transformers cannot read the configuration in {str(self.folder)!r}: {error}{hint}"
             ) from error
 
 
 def find(model: str, file: str | None, revision: str | None, subfolder: str | None) -> Found:
     """The files of a model. SpecError, FormatError."""
     here = Path(model).expanduser()
+    check_no_other_file(
+        here, (".gguf",), "the folder that it is in (its config.json says what model it is); file= "
+        "names another file with weights"
+    )  # fmt: skip
     if here.suffix == ".gguf" and here.is_file():
         if file is not None:
             raise SpecError(f"file={file!r}: {model!r} is a file already; give one of them")
@@ -177,6 +191,11 @@ def _weights_of(model: str, revision: str | None, prefix: str) -> list[str]:
 def _lacks_config(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return ""
+    if (folder / "model_index.json").is_file():
+        return (
+            f"{str(folder)!r} is a pipeline (model_index.json): load_pipeline, or subfolder= for "
+            "one of its text encoders"
+        )
     if (folder / "adapter_config.json").is_file():
         return (
             f"{str(folder)!r} is an adapter (adapter_config.json). Load its base model with "

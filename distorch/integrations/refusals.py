@@ -24,12 +24,20 @@ def refuse_other_offloading(pipe: Any) -> Any:
     return pipe
 
 
+def allow_other_offloading(pipe: Any) -> Any:
+    """Takes these methods away again; returns the pipeline."""
+    for name in _OTHER_WAYS:
+        pipe.__dict__.pop(name, None)
+    return pipe
+
+
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise PlacementError(
             f"{name}(): distorch brings this pipeline's weights to the compute device already, and "
             "both together would move them twice. Leave the call out. For less memory, give a "
-            "smaller share: distorch.integrations.distribute_pipeline(pipe, 'cuda:0,2gb;cpu,*')"
+            "smaller share: distorch.integrations.distribute_pipeline(pipe, 'cuda:0,2gb;cpu,*'). "
+            "undistribute_pipeline(pipe) gives a plain pipeline"
         )
 
     refuse.__name__ = name

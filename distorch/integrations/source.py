@@ -17,7 +17,7 @@ from torch import nn
 from distorch.errors import FormatError, SpecError
 from distorch.formats.naming import ConversionError
 from distorch.integrations.empty_models import of_diffusers
-from distorch.integrations.hub import folder_of
+from distorch.integrations.hub import check_no_other_file, folder_of
 from distorch.integrations.pretrained import Found, empty_pretrained
 from distorch.integrations.weights import lacking, opened, weights_file
 
@@ -119,6 +119,7 @@ class Source:
     ) -> Source:
         """Raises SpecError, FormatError."""
         here, single = Path(model).expanduser(), None
+        check_no_other_file(here, _SINGLE_FILES, "a folder, or one file with a whole pipeline")
         if here.is_file() and here.suffix in _SINGLE_FILES:
             single, model = here, config or _guessed_config(here)
         elif config is not None:
@@ -153,7 +154,8 @@ class Source:
                 "into files=, a LoRA into loras="
             ) from error
         index = _index_of(folder)
-        pipeline = _pipeline_class(index.get("_class_name")) if pipeline is None else pipeline
+        if not hasattr(pipeline, "from_pretrained"):
+            pipeline = _pipeline_class(index.get("_class_name") if pipeline is None else pipeline)
         named = [name for name, value in index.items() if _is_part(name, value)]
         _check_names("files", files, named)
         _check_names("components", components, [*named, *_arguments(pipeline)])
@@ -227,7 +229,9 @@ def _index_of(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except OSError as error:
-        raise FormatError(f"there is no {_INDEX} in {str(folder)!r}") from error
+        one = (folder / "config.json").is_file()
+        hint = "; of one model (config.json): load_pretrained, or distorch.load" if one else ""
+        raise FormatError(f"there is no {_INDEX} in {str(folder)!r}{hint}") from error
     except ValueError as error:
         raise FormatError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(index, dict):
@@ -289,8 +293,8 @@ def _pipeline_class(name: Any) -> Any:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if found is None:
         raise SpecError(
-            f"{_INDEX} names the pipeline {name!r}, which this version of diffusers does not have; "
-            "give cls="
+            f"the pipeline {name!r} (of {_INDEX}, or cls=) is none that this version of diffusers "
+            "has; give cls=, a pipeline class"
         )
     return found
 

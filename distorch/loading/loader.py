@@ -17,7 +17,7 @@ from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
 from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare
 from distorch.lora import LoraSource
-from distorch.patching import LoraMode, Original, Patching, base_name, merge_in_background
+from distorch.patching import LoraMode, Original, base_name, merge_in_background
 from distorch.planner import Plan
 from distorch.runtime import distribution, groups
 from distorch.runtime.options import Options, PlacementOptions
@@ -81,17 +81,18 @@ def load(
 def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
     """A load that is decided, done. All or nothing: an error leaves the module as it was."""
     _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
-    _remember(module, ready.jobs, ready.patching)
+    _remember(module, ready)
     if ready.patching.options.mode == "background":
         merge_in_background(module)
     return module
 
 
-def _remember(module: nn.Module, jobs: list[Job], known: Patching) -> None:
+def _remember(module: nn.Module, ready: Ready) -> None:
     """Where originals are and what is on them, for set_loras."""
-    for job in jobs:
+    known = ready.patching
+    for job in ready.jobs:
         if job.members:
-            original = Original(job.stored, job.rows, job.dtype)
+            original = Original(job.stored, job.rows, job.dtype, stamps=ready.stamps)
             original.put(job.members[0].owner._parameters[job.members[0].key])  # type: ignore[arg-type]
             name = base_name(job.name)
             known.originals[name] = original

@@ -13,7 +13,7 @@ from torch import nn
 
 from distorch import _ops
 from distorch.errors import SpecError, warn_at_caller
-from distorch.formats.checkpoint import open_checkpoint
+from distorch.formats.checkpoint import Stamp, open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.loading.job import Job
 from distorch.loading.match import check_no_meta_left, match, tie_again
@@ -143,6 +143,7 @@ class Matched:
     inventory: Inventory
     widens: bool
     patching: Patching
+    stamps: dict[str, Stamp]
 
     def placed(self, plan: Plan, options: Options) -> Ready:
         """The same, by a plan that was made for it."""
@@ -152,6 +153,7 @@ class Matched:
             plan.resized({job.name: job.nbytes for job in self.jobs}),
             options,
             self.patching,
+            self.stamps,
         )
 
     def _narrow_elsewhere(self, plan: Plan) -> None:
@@ -170,6 +172,7 @@ class Ready:
     plan: Plan
     options: Options
     patching: Patching
+    stamps: dict[str, Stamp]
 
 
 @contextmanager
@@ -226,7 +229,7 @@ def match_up(module: nn.Module, file: str | os.PathLike[str], request: Request) 
     for job in jobs if widens else ():
         job.widened = job.rows is not None  # as it would be on the compute device
     patching = Patching(reader, patch_options, loras=found)
-    return Matched(jobs, inventory_of(module, jobs), widens, patching)
+    return Matched(jobs, inventory_of(module, jobs), widens, patching, checkpoint.stamps)
 
 
 def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:

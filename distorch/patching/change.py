@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from distorch._progress import Progress, check_progress, progress_of
-from distorch.errors import PlacementError
+from distorch.errors import PlacementError, warn_at_caller
 from distorch.formats.safetensors import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
 from distorch.patching.background import merge_in_background
-from distorch.patching.forms import Work, redo
+from distorch.patching.forms import Work, reads_file, redo
 from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
     LoraMode,
@@ -73,10 +73,11 @@ def set_loras(
     if known.reader.shapes != shapes_of(module):  # adapters came or went, a vocabulary grew
         known.reader = new_reader(module)
     patches, found = known.reader.read(loras, strict_loras)
+    _warn_of_adapters(module)
     groups = group_members(module)
     with distribution.nothing_merging(module):
         changes = _changes(groups, patches, known, options)
-        _check_unchanged(changes, known)
+        _check_unchanged(changes, known, options)
         state.patching = known
         with torch.no_grad(), at_rest(module):
             machine.synchronize_all(_places(changes))
@@ -89,6 +90,21 @@ def set_loras(
     if options.mode == "background" and known.merging is None:
         merge_in_background(module)
     return module
+
+
+def _warn_of_adapters(module: nn.Module) -> None:
+    """Adapters of PEFT, and of diffusers' load_lora_weights, go on top of ours."""
+    active: dict[str, None] = {}
+    for layer in module.modules():
+        if hasattr(layer, "base_layer") and not getattr(layer, "disable_adapters", True):
+            active |= dict.fromkeys(map(str, getattr(layer, "active_adapters", ())))
+    if active:
+        warn_at_caller(
+            f"this {type(module).__name__} has adapters of PEFT ({', '.join(active)}), which stay "
+            "on: their changes are added to those of set_loras. To have each change once, take "
+            "them off (pipe.unload_lora_weights(), or PEFT's unload) or leave set_loras out",
+            UserWarning,
+        )
 
 
 @dataclass
@@ -133,8 +149,10 @@ def _changes(
     return changes
 
 
-def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
-    """Somebody's own writes to a patched weight would be lost."""
+def _check_unchanged(changes: Iterable[_Change], known: Patching, options: PatchOptions) -> None:
+    """Somebody's own writes to a patched weight would be lost, and another file has another
+    model's weights.
+    """
     for change in changes:
         group = change.group
         original = known.originals.get(base_name(group.name))
@@ -143,6 +161,8 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching) -> None:
                 f"{group.name!r} shares its bytes with weights of another shape: patch them as "
                 "plain tensors, after distorch.undistribute(model)"
             )
+        if original is not None and reads_file(group, change.new, original, options):
+            original.check_files()
         if original is None or original.is_of(group.first):
             continue
         if change.old:

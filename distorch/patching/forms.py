@@ -54,6 +54,14 @@ def redo(
         del known.originals[name]
 
 
+def reads_file(group: Group, patches: Applied, original: Original, options: PatchOptions) -> bool:
+    """Whether `redo` reads the original from its file."""
+    if original.stored is None or original.kept is not None:
+        return False
+    stays = options.at_fetch and _is_decoded(group.first)
+    return not (stays and (patches or original.rows is not None))
+
+
 def _can_fetch(original: Original, shape: tuple[int, ...]) -> bool:
     """Whether fetches can patch a weight of this kind."""
     if original.rows is not None and not original.rows.whole_rows(shape):

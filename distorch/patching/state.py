@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,7 +21,8 @@ from torch import nn
 
 from distorch import _ops
 from distorch._behaviour import copy_of_donor
-from distorch.errors import PlacementError, SpecError
+from distorch.errors import FetchError, FormatError, PlacementError, SpecError
+from distorch.formats.checkpoint import Stamp, stamp_of
 from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import own_scales
 from distorch.lora import (
@@ -119,6 +120,23 @@ class Original:
     kept: torch.Tensor | None = None
     parameter: weakref.ref[torch.Tensor] | None = None
     seen: tuple[Any, ...] = ()
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)  # of its files, when it was loaded
+
+    def check_files(self) -> None:
+        """FetchError if a file that has it is not the one that was loaded."""
+        if self.stored is None or self.stored.data is not None:
+            return
+        sources = [piece.source for piece in self.stored.pieces] or [self.stored]
+        for path in {source.path for source in sources} & self.stamps.keys():
+            try:
+                unchanged = stamp_of(path) == self.stamps[path]
+            except FormatError:  # it is gone
+                unchanged = False
+            if not unchanged:
+                raise FetchError(
+                    f"{path!r} was replaced or written to since the model was loaded: the weights "
+                    "that were under its LoRAs are not there any more. Load the model again"
+                )
 
     def put(self, parameter: torch.Tensor) -> None:
         """Notes that `parameter` has values that were made of these."""

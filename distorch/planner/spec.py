@@ -162,7 +162,12 @@ def _parse_entry(raw: str, position: int, column: int, text: str) -> Entry:
 def _parse_device(name: str, where: _Where) -> str:
     if "+" in name:  # stripes over several donors
         parts = [_parse_device(part, where) for part in name.split("+")]
-        if len(set(parts)) < len(parts) or "disk" in parts:
+        if "disk" in parts:
+            where.fail(
+                f"{name!r}: weights on disk are not striped",
+                "give 'disk' an entry of its own; stripes are for devices and 'cpu'",
+            )
+        if len(set(parts)) < len(parts):
             where.fail(
                 f"{name!r} cannot hold stripes",
                 "join different devices or 'cpu' with '+', as in 'cpu+cuda:1'",

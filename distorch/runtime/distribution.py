@@ -108,6 +108,11 @@ def distribution_of(module: nn.Module) -> Distribution:
     """The distribution of a module. PlacementError when it has none."""
     check_module(module)
     found = module.__dict__.get(_KEY)
+    if not isinstance(found, Distribution) and hasattr(module, "_orig_mod"):
+        raise PlacementError(
+            "this is torch.compile's wrapper of a module: pass what it wraps, model._orig_mod, or "
+            "call model.compile(), which needs no wrapper"
+        )
     if not isinstance(found, Distribution):
         raise PlacementError(
             f"this {type(module).__name__} is not distributed: call distorch.distribute(model, "
@@ -176,9 +181,9 @@ def resolve_spec(
         return parsed, compute or machine.default_compute(entries)
     target = compute or machine.default_compute(())
     assert virtual_vram is not None
-    return virtual_vram_spec(
-        virtual_vram, "cpu" if donor is None else donor, target, devices
-    ), target
+    if donor is None:
+        donor = "disk" if target == "cpu" else "cpu"
+    return virtual_vram_spec(virtual_vram, donor, target, devices), target
 
 
 def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, DeviceInfo]:
@@ -583,9 +588,14 @@ def check_has_values(module: nn.Module, compute: str) -> None:
         return
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
+            what = "use distorch.load(model, 'file.safetensors', spec)"
+            if any(hasattr(part, "_hf_hook") for part in module.modules()):
+                what = (
+                    "accelerate offloads it (device_map=, or enable_sequential_cpu_offload): load "
+                    "the model without that"
+                )
             raise PlacementError(
-                f"weight {name!r} is on the meta device: it has no values to place; "
-                "use distorch.load(model, 'file.safetensors', spec)"
+                f"weight {name!r} is on the meta device: it has no values to place; {what}"
             )
 
 

@@ -55,9 +55,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(name, [*known, *others], n=1)
-                hint = f"did you mean {close[0]}=?" if close else f"there are {', '.join(known)}"
-                raise SpecError(f"there is no option {name}=; {hint}")
+                raise SpecError(f"there is no option {name}=; {_hint(name, [*known, *others])}")
         return replace(before or cls(), **options)
 
     def as_planned(self, plan: Plan, given: Iterable[str] = ()) -> Options:
@@ -109,6 +107,29 @@ class Options:
             )
         if self.order not in ORDERS:
             raise SpecError(f"order={self.order!r}: expected 'interleaved' or 'sequential'")
+
+
+# What other libraries call what is asked for here.
+_CALLED = {
+    "torch_dtype": "dtype= is what it is called here",
+    "device_map": "where weights go is said by a placement, such as 'cuda:0,6gb;cpu,*'",
+    "max_memory": "how much a device may hold is said by a placement, such as 'cuda:0,6gb;cpu,*'",
+    "offload_folder": "weights on 'disk' stay in their file; others go to DISTORCH_DISK",
+    "low_cpu_mem_usage": "leave it out: weights are always streamed",
+    "safety_checker": "give components={'safety_checker': None}",
+    "scheduler": "give components={'scheduler': ...}",
+    "attn_implementation": "call model.set_attn_implementation() afterwards",
+    "quantization_config": "narrow files are read as they are; others are not quantised here",
+    "local_files_only": "what is in the cache is not looked up; HF_HUB_OFFLINE=1 forbids downloads",
+}
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """What may have been meant by the name of an option that there is not."""
+    if name in _CALLED:
+        return _CALLED[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}=?" if close else f"there are {', '.join(known)}"
 
 
 # What a plan has decided.

@@ -63,7 +63,7 @@ SPECS = [
     ("ssd,*", "'ssd'", "did you mean 'disk'?"),
     ("cuda:x,1gb;cpu,*", "'cuda:x'", "expected 'cpu', 'disk' or a type with an index"),
     ("disk:1,*", "'disk:1'", "write 'disk'"),
-    ("cpu+disk,*", "'cpu+disk'", "join different devices"),
+    ("cpu+disk,*", "'cpu+disk'", "give 'disk' an entry of its own"),
     ("cpu,1gb;;disk,*", "entry 2", "remove the extra ';'"),
     ("", "''", "expected for example 'cuda:0,2.5gb;cpu,*' or 'auto'"),
     (b"cpu,*", "bytes", "expected a string"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import diffusers
 import pytest
@@ -12,8 +13,10 @@ import distorch
 from distorch.integrations import (
     distribute_pipeline,
     load_pipeline,
+    load_pretrained,
     pipeline_report,
     set_pipeline_loras,
+    undistribute_pipeline,
 )
 from tests import tiny_models as tiny
 
@@ -535,6 +538,77 @@ def test_adapters_of_diffusers(folders):
     assert not torch.equal(pictures[0], pictures[1])
 
 
+def test_pipelines_of_the_same_parts_know_where_they_are(folders):
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = load_pipeline(folder, **DISK)
+    state, places = loras(resident(folder))
+    for other in (
+        diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16),
+        diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False),
+    ):
+        report = pipeline_report(other)
+        assert report.ok
+        assert report.bytes == pipeline_report(pipe).bytes
+        with pytest.raises(distorch.PlacementError, match="Leave the call out"):
+            other.enable_model_cpu_offload()
+        set_pipeline_loras(other, [(state, 0.5)])
+        assert "LoRA" in str(pipeline_report(pipe))
+        set_pipeline_loras(other, [])
+
+
+def test_compiled_and_plain_parts(folders):
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = load_pipeline(folder, **DISK)
+    wanted = pipeline_report(pipe).bytes
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert pipeline_report(pipe).bytes == wanted
+    distorch.undistribute(pipe.vae)
+    report = pipeline_report(pipe)
+    assert report.ok
+    assert report.plain["vae"]["cpu"] > 0
+    assert "vae (not distributed)" in str(report)
+    set_pipeline_loras(pipe, [])
+    undistribute_pipeline(pipe)
+    assert not any(distorch.is_sharded(p) for m in models(pipe).values() for p in m.parameters())
+    with pytest.raises(distorch.PlacementError, match="is not distributed"):
+        pipeline_report(pipe)
+    assert "enable_model_cpu_offload" not in pipe.__dict__
+
+
+def test_a_pipeline_that_accelerate_offloads(folders):
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = resident(folder)
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(distorch.PlacementError, match=r"accelerate offloads.*remove_all_hooks\(\)"):
+        distribute_pipeline(pipe, "cpu,0b;disk,*")
+    with pytest.raises(distorch.PlacementError, match="accelerate offloads it"):
+        distorch.distribute(pipe.unet, "cpu,0b;disk,*")
+
+
+def test_adapters_of_both(folders):
+    """A LoRA that diffusers has put on stays on top of ours: that is said."""
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = load_pipeline(folder, **DISK)
+    state, _ = loras(resident(folder))
+    of_unet = {k: v for k, v in state.items() if "_unet_" in k}
+    pipe.load_lora_weights(of_unet, adapter_name="mine")
+    with pytest.warns(UserWarning, match=r"has adapters of PEFT \(mine\), which stay on"):
+        set_pipeline_loras(pipe, [(of_unet, 1.0)])
+    assert len(str(pipeline_report(pipe)).splitlines()) < 25
+    pipe.unload_lora_weights()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_pipeline_loras(pipe, [])
+
+
+def test_a_new_placement_has_to_be_given(folders):
+    folder, _ = folders(tiny.stable_diffusion)
+    pipe = load_pipeline(folder, **DISK)
+    with pytest.raises(distorch.SpecError, match="give a placement"):
+        distribute_pipeline(pipe, keep=["vae.*"])
+    assert pipeline_report(pipe).parts["vae"].bytes["disk"] > 0
+
+
 def test_saving(folders, tmp_path):
     folder, _ = folders(tiny.stable_diffusion)
     load_pipeline(folder, **DISK).save_pretrained(tmp_path / "saved")
@@ -604,6 +678,10 @@ def test_an_error_half_way_puts_all_parts_back(folders, monkeypatch, distributed
         ({"config": "somewhere"}, "config='somewhere' goes with one file"),
         ({"spec": "cpu,lots"}, "'lots' is not a share"),
         ({"spec": None, "virtual_vram": "1kb", "donor": "dosk"}, "unknown device 'dosk'"),
+        ({"torch_dtype": torch.float16}, "dtype= is what it is called here"),
+        ({"device_map": "auto"}, "said by a placement"),
+        ({"safety_checker": None}, "components="),
+        ({"cls": "FluxPipelines"}, "is none that this version of diffusers has"),
         ({"keeps": ["unet.*"]}, "there is no option keeps=; did you mean keep=?"),
         ({"progress": 3}, "progress=3"),
         ({"loras": "style.safetensors"}, "expected"),
@@ -636,7 +714,7 @@ def test_dtypes_by_part(folders):
     ("index", "said"),
     [("[]", "expected a table of parts"), ("{", "is not JSON"),
      ('{"_class_name": ["pipeline", "Odd"]}', "give cls="),
-     ('{"_class_name": "OddPipeline"}', "names the pipeline 'OddPipeline'.*give cls=")],
+     ('{"_class_name": "OddPipeline"}', "the pipeline 'OddPipeline' .*give cls=")],
 )  # fmt: skip
 def test_indexes_that_cannot_be_followed(folder, index, said):
     (folder / "model_index.json").write_text(index)
@@ -672,6 +750,21 @@ def test_folders_that_are_no_pipelines(folder, tmp_path):
     shutil.rmtree(folder / "vae")
     with pytest.raises(distorch.FormatError, match="'vae', which model_index.json lists"):
         load_pipeline(folder, **DISK)
+
+
+def test_what_is_meant_for_the_other_function(folders, tmp_path):
+    folder, _ = folders(tiny.stable_diffusion)
+    with pytest.raises(distorch.FormatError, match="is a pipeline .*load_pipeline, or subfolder="):
+        load_pretrained(folder, **DISK)
+    with pytest.raises(distorch.FormatError, match="It is of a model of diffusers"):
+        load_pretrained(folder / "unet", **DISK)
+    with pytest.raises(distorch.FormatError, match="of one model .config.json.: load_pretrained"):
+        load_pipeline(folder / "unet", **DISK)
+    with pytest.raises(distorch.FormatError, match="is a file: expected a folder, or one file"):
+        load_pipeline(folder / "model_index.json", **DISK)
+    file = folder / "text_encoder" / "model.safetensors"
+    with pytest.raises(distorch.FormatError, match="is a file: expected the folder that it is in"):
+        load_pretrained(file, **DISK)
 
 
 def test_a_damaged_part_leaves_nothing_behind(folder, tmp_path, monkeypatch):

@@ -87,3 +87,31 @@ def test_nan_in_the_last_weight(module, tmp_path):
     state["5.lora_B.weight"][3, 1] = torch.nan
     with pytest.raises(FormatError, match=r"5\.weight.*NaN"):
         distorch.load(module, tmp_path / "base.safetensors", "cpu,*", loras=[(state, 1.0)])
+
+
+@pytest.mark.parametrize("spec", ["cpu,*", "cpu,0b;disk,*", "cpu,50%;disk,50%"])
+@pytest.mark.parametrize("first", [[], [(lora(), 0.5)]], ids=["plain", "patched"])
+def test_a_file_that_was_replaced_has_no_originals(tmp_path, spec, first):
+    """Another revision, or the model itself saved over its own file: half of each would be a mix."""
+    file = tmp_path / "base.safetensors"
+    save_file(net().state_dict(), file)
+    loaded = distorch.load(net(), file, spec, loras=first, min_bytes=0)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    save_file({name: 2 * value for name, value in before.items()}, tmp_path / "new.safetensors")
+    (tmp_path / "new.safetensors").replace(file)
+    with pytest.raises(FetchError, match="was replaced or written to since the model was loaded"):
+        distorch.set_loras(loaded, [] if first else [(lora(), 1.0)])
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    distorch.redistribute(loaded, "cpu,0b;disk,*")
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+def test_strengths_of_patches_at_fetch_need_no_file(tmp_path):
+    file, state = tmp_path / "base.safetensors", lora()
+    save_file(net().state_dict(), file)
+    options = {"loras": [(state, 0.5)], "lora_mode": "fetch", "min_bytes": 0}
+    loaded = distorch.load(net(), file, "cpu,0b;disk,*", **options)
+    base = net().state_dict()["0.weight"]
+    file.rename(tmp_path / "elsewhere.safetensors")
+    distorch.set_loras(loaded, [(state, 1.0)])
+    assert not torch.equal(loaded.state_dict()["0.weight"], base)

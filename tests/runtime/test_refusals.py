@@ -55,10 +55,21 @@ def test_wrong_options(options):
     assert distorch.report(module).ok
 
 
-@pytest.mark.parametrize("donor", [None, 5, "", "cpu"])
+@pytest.mark.parametrize("donor", [5, "", "cpu"])
 def test_wrong_donor(donor):
     with pytest.raises(distorch.SpecError, match="donor"):
         distorch.distribute(net(), virtual_vram="1kb", donor=donor)
+
+
+def test_the_donor_of_a_cpu_is_the_disk():
+    module = distorch.distribute(net(), virtual_vram="1gb", min_bytes=0)
+    assert set(distorch.report(module).bytes) == {"cpu", "disk"}
+
+
+def test_a_module_that_torch_compile_wraps():
+    module = distorch.distribute(net(), SPEC, min_bytes=0)
+    with pytest.raises(distorch.PlacementError, match=r"model\._orig_mod.*model\.compile\(\)"):
+        distorch.report(torch.compile(module))
 
 
 def test_a_plan_that_is_none(tmp_path):
