@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from distorch._progress import Progress, check_progress
 from distorch.errors import warn_at_caller
 from distorch.planner import Plan
-from distorch.runtime import distribution
+from distorch.runtime import distribution, planning
 from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,11 +59,11 @@ def distribute(
     groups = distribution.group_members(module)
     inventory = distribution.inventory_of(module, groups)
     if plan is not None:
-        distribution.check_plan_fits(plan, inventory)
+        planning.check_plan_fits(plan, inventory)
         opts = opts.as_planned(plan, options)
     else:
-        devices = distribution.devices_for(groups, module)
-        plan = distribution.plan_inventory(
+        devices = planning.devices_for(groups, module)
+        plan = planning.plan_inventory(
             inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
         )
     distribution.check_has_values(module, plan.compute)

@@ -33,8 +33,8 @@ from distorch.planner import (
     parse_spec,
     shares_of,
 )
-from distorch.runtime.distribution import Wish, plan_inventory, resolve_spec
 from distorch.runtime.options import Options
+from distorch.runtime.planning import Wish, plan_inventory, resolve_spec
 
 _BY_USE = (
     ("transformer", "unet"),

@@ -27,7 +27,7 @@ from distorch.loading.prepare import FillOptions, Matched, Request, match_up
 from distorch.patching import LoraMode, set_loras
 from distorch.planner import DeviceInfo, Inventory, Plan
 from distorch.reporting import bytes_of
-from distorch.runtime import distribution
+from distorch.runtime import distribution, planning
 from distorch.runtime.options import Options, PlacementOptions, check_one_placement
 
 _LOG = logging.getLogger("distorch")
@@ -188,7 +188,7 @@ def _as_diffusers(dtypes: Mapping[str, torch.dtype], asked: Dtypes) -> Any:
 def _devices_for(modules: Mapping[str, nn.Module]) -> dict[str, DeviceInfo]:
     """The machine's devices; memory that these modules hold now counts as free for them."""
     groups = [g for module in modules.values() for g in distribution.group_members(module)]
-    return distribution.devices_for(groups, nn.ModuleList(modules.values()))
+    return planning.devices_for(groups, nn.ModuleList(modules.values()))
 
 
 @contextmanager

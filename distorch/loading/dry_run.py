@@ -11,7 +11,7 @@ from distorch.errors import SpecError, warn_at_caller
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.loading.prepare import OF_LOAD, LoadOptions, Request, prepare, ties_kept
 from distorch.planner import Plan
-from distorch.runtime import distribution
+from distorch.runtime import distribution, planning
 from distorch.runtime.options import check_module
 
 
@@ -52,7 +52,7 @@ def plan(
     if isinstance(source, nn.Module):
         groups = distribution.group_members(source)
         inventory = distribution.inventory_of(source, groups)
-        devices = distribution.devices_for(groups, source)
+        devices = planning.devices_for(groups, source)
         if distribution.is_distributed(source):
             before = distribution.distribution_of(source).lasting_options()
     else:
@@ -62,8 +62,8 @@ def plan(
                 f"file={source!r:.80}: expected the path of a checkpoint, got {kind}; or a module"
             )
         inventory = open_checkpoint(source).inventory()
-        devices = distribution.devices_for((), None)
-    found = distribution.plan_inventory(
+        devices = planning.devices_for((), None)
+    found = planning.plan_inventory(
         inventory, spec, request.options(before), devices, virtual_vram=virtual_vram, donor=donor
     )
     if problem := found.over_budget():

@@ -27,7 +27,7 @@ from distorch.patching import (
     patches_on,
 )
 from distorch.planner import Inventory, Plan
-from distorch.runtime import distribution, groups
+from distorch.runtime import groups, planning
 from distorch.runtime.options import (
     Options,
     PlacementOptions,
@@ -110,8 +110,8 @@ class Request:
         self.widens()
         PatchOptions.checked(self.lora_mode, self.patched_dtype)
         if self.plan is None:
-            distribution.Wish.of(
-                self.spec, options.compute, distribution.devices_for((), None),
+            planning.Wish.of(
+                self.spec, options.compute, planning.devices_for((), None),
                 self.virtual_vram, self.donor,
             ).check()  # fmt: skip
         return options
@@ -199,14 +199,14 @@ def _prepared(module: nn.Module, file: str | os.PathLike[str], request: Request)
     options = request.options()
     matched = match_up(module, file, request)
     if request.plan is None:
-        plan = distribution.plan_inventory(
-            matched.inventory, request.spec, options, distribution.devices_for((), None),
+        plan = planning.plan_inventory(
+            matched.inventory, request.spec, options, planning.devices_for((), None),
             virtual_vram=request.virtual_vram, donor=request.donor,
         )  # fmt: skip
         ready = matched.placed(plan, options)
     else:
         ready = matched.placed(request.plan, options)
-        distribution.check_plan_fits(request.plan, inventory_of(module, matched.jobs))
+        planning.check_plan_fits(request.plan, inventory_of(module, matched.jobs))
     if problem := ready.plan.over_budget():
         warn_at_caller(problem)
     return ready

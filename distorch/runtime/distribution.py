@@ -17,16 +17,9 @@ from distorch._behaviour import replace_data
 from distorch._progress import Progress, progress_of
 from distorch.errors import PlacementError
 from distorch.planner import (
-    DeviceInfo,
-    Inventory,
     Plan,
-    Spec,
     can_leave,
-    make_plan,
     parse_bytes,
-    parse_spec,
-    shares_of,
-    virtual_vram_spec,
 )
 from distorch.runtime import compiled, machine, wrapped
 from distorch.runtime.at_rest import at_rest
@@ -35,7 +28,6 @@ from distorch.runtime.groups import (
     group_members,
     has_bytes,
     inventory_of,
-    size_of,
     unique_buffers,
 )
 from distorch.runtime.module_agent import ModuleAgent
@@ -55,7 +47,6 @@ _Undo = list[Callable[[], None]]
 
 _KEY = "_distorch"
 _AUTO_RING_BYTES = 128 << 20
-_RESERVE_SHARE = 0.2  # of free memory that "auto" leaves for activations
 
 
 def _new_counters() -> Any:
@@ -163,128 +154,6 @@ def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
     if options.prefetch != "auto":
         wanted = parse_bytes(options.prefetch)
     return min(sum(rounded), wanted)  # a ring that holds everything is never larger
-
-
-def resolve_spec(
-    spec: str | Spec | None,
-    virtual_vram: str | int | None,
-    donor: str | None,
-    compute: str | torch.device | None,
-    devices: dict[str, DeviceInfo],
-) -> tuple[Spec, str]:
-    """The parsed spec and the compute device that it means."""
-    if compute is not None:
-        compute = compute_device(compute)
-    if spec is not None:
-        parsed = spec if isinstance(spec, Spec) else parse_spec(spec)
-        entries = tuple(entry.device for entry in parsed.entries)
-        return parsed, compute or machine.default_compute(entries)
-    target = compute or machine.default_compute(())
-    assert virtual_vram is not None
-    if donor is None:
-        donor = "disk" if target == "cpu" else "cpu"
-    return virtual_vram_spec(virtual_vram, donor, target, devices), target
-
-
-def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, DeviceInfo]:
-    """The machine's devices; memory that the module holds now counts as free for it."""
-    found = machine.devices()
-    held: dict[str, int] = {}
-    for group in groups:
-        if not group.first.is_meta:
-            place = current_place(group.first)
-            held[place] = held.get(place, 0) + group.nbytes
-    for buffer in unique_buffers(module) if module is not None else ():
-        place = current_place(buffer.tensor)
-        held[place] = held.get(place, 0) + size_of(buffer.tensor)
-    for place, nbytes in held.items():
-        if place in found:
-            device = found[place]
-            found[place] = dataclasses.replace(
-                device, free_bytes=min(device.total_bytes, device.free_bytes + nbytes)
-            )
-    return found
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What was asked for, against this machine: arguments of `make_plan` and `shares_of`."""
-
-    spec: Spec
-    compute: str
-    devices: dict[str, DeviceInfo]
-    reserve_bytes: int
-
-    @classmethod
-    def of(
-        cls,
-        spec: str | Spec | None,
-        compute: str | torch.device | None,
-        devices: dict[str, DeviceInfo],
-        virtual_vram: str | int | None = None,
-        donor: str | None = None,
-    ) -> Wish:
-        """Raises SpecError, PlacementError."""
-        parsed, target = resolve_spec(spec, virtual_vram, donor, compute, devices)
-        named = {place for entry in parsed.entries for place in entry.device.split("+")}
-        devices = machine.with_exact(devices, {target, *named})
-        reserve = int(devices[target].free_bytes * _RESERVE_SHARE) if target in devices else 0
-        return cls(parsed, target, devices, reserve)
-
-    def check(self) -> None:
-        """Raises PlacementError on a device that is not there or does not hold its share."""
-        shares_of(Inventory(()), self.spec, **self.arguments())
-
-    def arguments(self) -> dict[str, Any]:
-        """By name, but for the spec."""
-        return {
-            "compute": self.compute, "devices": self.devices, "reserve_bytes": self.reserve_bytes,
-        }  # fmt: skip
-
-
-def plan_inventory(
-    inventory: Inventory,
-    spec: str | Spec | None,
-    options: Options,
-    devices: dict[str, DeviceInfo],
-    *,
-    virtual_vram: str | int | None = None,
-    donor: str | None = None,
-) -> Plan:
-    """A plan for weights that are known by name and size."""
-    wish = Wish.of(spec, options.compute, devices, virtual_vram, donor)
-    return make_plan(
-        inventory,
-        wish.spec,
-        **wish.arguments(),
-        order=options.order,
-        min_bytes=options.min_bytes,
-        keep=options.keep,
-        offload=options.offload,
-        rules=options.rules,
-        give_away=None if virtual_vram is None else parse_bytes(virtual_vram),
-    )
-
-
-def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
-    """A plan that is given must be about these weights and this machine. PlacementError."""
-    compute_device(plan.compute, "the plan's compute")
-    there = machine.devices()
-    if absent := [d for place in plan.bytes for d in place.split("+") if d not in there]:
-        raise PlacementError(
-            f"the plan uses {absent[0]!r}; this machine has {', '.join(sorted(there))}"
-        )
-    for weight in inventory.weights:
-        if weight.name not in plan.placement:
-            raise PlacementError(f"the plan has no place for {weight.name!r}; make a new one")
-        size = plan.sizes.get(weight.name)
-        if size is not None and size != weight.nbytes:
-            raise PlacementError(
-                f"the plan was made for {weight.name!r} with {size} bytes, it has {weight.nbytes}"
-            )
-    known = {name for weight in inventory.weights for name in weight.names}
-    if extra := [name for name in plan.placement if name not in known]:
-        raise PlacementError(f"the plan places {extra[0]!r}, which the model does not have")
 
 
 @torch.inference_mode(False)  # parameters made in it could never have a gradient
@@ -600,7 +469,7 @@ def check_has_values(module: nn.Module, compute: str) -> None:
 
 
 __all__ = [
-    "Distribution", "Options", "check_has_values", "check_plan_fits", "devices_for",
-    "distribution_of", "fit_ring", "group_members", "inventory_of", "is_distributed",
-    "nothing_merging", "place", "plan_inventory", "refresh", "unplace",
+    "Distribution", "Options", "check_has_values", "distribution_of", "fit_ring",
+    "group_members", "inventory_of", "is_distributed", "nothing_merging", "place", "refresh",
+    "unplace",
 ]  # fmt: skip
