@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,7 @@ class Report:
         return rows
 
     def _title(self) -> str:
-        return f"measured placement: {state_of(self.problems)}"
+        return f"measured placement: {verdict(self.problems)}"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
         devices = self._devices()
@@ -116,7 +117,7 @@ class Report:
             lines.append(
                 f"{self.merging} weights are being merged; until then they are patched when fetched"
             )
-        return [*lines, *shown(self.problems)]
+        return [*lines, *first_of(self.problems)]
 
     def plot(self, path: str | None = None) -> Any:
         """A bar per part, coloured by device (needs matplotlib); saved to `path` if given."""
@@ -143,16 +144,16 @@ class Report:
         return figure
 
 
-def state_of(problems: list[str]) -> str:
+def verdict(problems: list[str]) -> str:
     """What a report says first."""
     count = len(problems)
     return "as planned" if not count else f"{count} problem{'s' * (count > 1)}"
 
 
-def shown(problems: list[str]) -> list[str]:
-    """As many as one reads."""
+def first_of(problems: list[str]) -> list[str]:
+    """As many problems as somebody reads, and how many there are beside them."""
     more = len(problems) - _SHOWN
-    return problems if more <= 0 else [*problems[:_SHOWN], f"and {more} more of this kind"]
+    return problems if more <= 0 else [*problems[:_SHOWN], f"and {more} more problems"]
 
 
 def _lora_lines(loras: list[dict[str, Any]]) -> list[str]:
@@ -190,13 +191,9 @@ def report(module: nn.Module) -> Report:
     sizes: dict[str, int] = {}
     merging = state.patching.merging if state.patching is not None else None
     pending = set(merging.left) if merging is not None else set()
-    for group in group_members(module):
-        count([m.name for m in group.members], group.first, group.nbytes)
-        sizes[group.name] = group.nbytes
-    for buffer in unique_buffers(module):
-        begin, end = byte_extent(buffer.tensor)
-        count([buffer.name], buffer.tensor, end - begin)
-        sizes[buffer.name] = end - begin
+    for names, tensor, nbytes in _tensors(module):
+        count(names, tensor, nbytes)
+        sizes[names[0]] = nbytes
     problems += [
         f"{name}: planned on {plan.placement[name]}, found on {device}"
         for name, device in placement.items()
@@ -223,14 +220,19 @@ def report(module: nn.Module) -> Report:
 def bytes_of(module: nn.Module) -> dict[str, int]:
     """Device -> bytes of any module's tensors, as they lie now; tied ones once."""
     found: dict[str, int] = {}
-    held = [_held(group.first, group.nbytes) for group in group_members(module)]
+    for _, tensor, nbytes in _tensors(module):
+        for device, there in _held(tensor, nbytes).items():
+            found[device] = found.get(device, 0) + there
+    return found
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[list[str], torch.Tensor, int]]:
+    """(names, tensor, bytes) of every parameter and buffer, each piece of memory once."""
+    for group in group_members(module):
+        yield [member.name for member in group.members], group.first, group.nbytes
     for buffer in unique_buffers(module):
         begin, end = byte_extent(buffer.tensor)
-        held.append(_held(buffer.tensor, end - begin))
-    for places in held:
-        for device, nbytes in places.items():
-            found[device] = found.get(device, 0) + nbytes
-    return found
+        yield [buffer.name], buffer.tensor, end - begin
 
 
 def _held(tensor: torch.Tensor, nbytes: int) -> dict[str, int]:

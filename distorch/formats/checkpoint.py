@@ -20,11 +20,13 @@ from distorch.planner import Inventory, WeightInfo
 _NO_WEIGHTS = ("spiece_model", "tekken_model", "scaled_fp8", "__index_timestep_zero__")
 
 
+# What tells whether a file is still the one that it was: inode, bytes, nanoseconds of its last
+# change.
 Stamp = tuple[int, int, int]
 
 
 def stamp_of(path: str | os.PathLike[str]) -> Stamp:
-    """What tells whether a file is the one that it was: inode, bytes, nanoseconds. FormatError."""
+    """A file's stamp now. FormatError if it is not there."""
     try:
         status = Path(path).stat()
     except OSError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -88,11 +89,43 @@ def plan_together(
 @dataclass
 class _Room:
     """What nobody has yet: bytes `left` of each entry (None: it takes the rest), in the order of
-    the entries. `taken`: bytes that all parts together have on a device.
+    the entries. `taken`: bytes that all parts together have on a device, those that are not planned
+    yet as in the common plan.
     """
 
     left: dict[str, int | None]
     taken: dict[str, int]
+
+    def spec_for(self, held: Mapping[str, int]) -> str:
+        """A placement for a part: what it has in the common plan (`held`), and what is left."""
+        entries, is_slower = [], False
+        for device, left in self.left.items():
+            if left is None:
+                entries.append(f"{device},*")
+                is_slower = True
+                continue
+            # Nothing has to go to a tier that is slower than the one that takes the rest.
+            more = 0 if is_slower and not held.get(device) else left
+            entries.append(f"{device},{held.get(device, 0) + more}b")
+        return ";".join(entries)
+
+    def devices_for(
+        self, devices: Mapping[str, DeviceInfo], held: Mapping[str, int]
+    ) -> dict[str, DeviceInfo]:
+        """The devices with the free memory that the other parts leave to this one."""
+        others = {name: self.taken.get(name, 0) - held.get(name, 0) for name in devices}
+        return {
+            name: replace(device, free_bytes=max(0, device.free_bytes - others[name]))
+            for name, device in devices.items()
+        }
+
+    def note(self, held: Mapping[str, int], plan: Plan) -> None:
+        """A part is planned: it has other bytes on each device than in the common plan."""
+        for device in held.keys() | plan.bytes.keys():
+            more = plan.bytes.get(device, 0) - held.get(device, 0)
+            self.taken[device] = self.taken.get(device, 0) + more
+            if (left := self.left.get(device)) is not None:
+                self.left[device] = left - more
 
 
 def _renamed(weight: WeightInfo, part: str) -> WeightInfo:
@@ -134,19 +167,11 @@ def _plan_of(
         for weight in inventory.weights
         for name in weight.names
     }
-    held = dict.fromkeys(room.left, 0)
+    held: dict[str, int] = {}
     for weight in inventory.weights:
         device = placement[weight.name]
         held[device] = held.get(device, 0) + weight.nbytes
-    entries, is_slower = [], False  # than what takes the rest: nobody wants to go there
-    for device, left in room.left.items():
-        if left is None:
-            entries.append(f"{device},*")
-            is_slower = True
-        else:
-            more = 0 if is_slower and not held[device] else left
-            entries.append(f"{device},{held[device] + more}b")
-    spec = ";".join(entries)
+    spec, free = room.spec_for(held), room.devices_for(wish.devices, held)
     chosen: dict[str, Any] = {
         "min_bytes": common.options["min_bytes"],
         "keep": _inside(part, inventory, options.keep),
@@ -157,41 +182,17 @@ def _plan_of(
             for inside in _inside(part, inventory, (pattern,))
         ],
     }
-    free = _without_others(wish.devices, room.taken, held)
-    try:
-        if options.order == "sequential":
-            raise PlacementError("the common plan is sequential")
-        plan = make_plan(inventory, spec, compute=wish.compute, devices=free, **chosen)
-    except PlacementError:  # or: spread evenly, it does not fit to the byte
-        leaves = can_leave(inventory, chosen["min_bytes"], chosen["keep"])
-        floor = sum(weight.nbytes for weight in inventory.weights if weight.name not in leaves)
-        plan = Plan.build(
-            inventory, placement, compute=wish.compute, spec=spec, order="sequential", floor=floor,
-            budget=None, options=chosen,
-        )  # fmt: skip
-    for device, nbytes in plan.bytes.items():
-        more = nbytes - held.get(device, 0)
-        room.taken[device] = room.taken.get(device, 0) + more
-        if (left := room.left.get(device)) is not None:
-            room.left[device] = left - more
-    for device in held.keys() - plan.bytes.keys():
-        room.taken[device] = room.taken.get(device, 0) - held[device]
-        if (left := room.left.get(device)) is not None:
-            room.left[device] = left + held[device]
+    leaves = can_leave(inventory, chosen["min_bytes"], chosen["keep"])
+    plan = Plan.build(
+        inventory, placement, compute=wish.compute, spec=spec, order="sequential", budget=None,
+        floor=sum(w.nbytes for w in inventory.weights if w.name not in leaves), options=chosen,
+    )  # fmt: skip
+    if options.order != "sequential":
+        with suppress(PlacementError):  # spread evenly, it may not fit to the byte
+            plan = make_plan(inventory, spec, compute=wish.compute, devices=free, **chosen)
+    room.note(held, plan)
     # The pipeline's report looks after the budget, which is of all parts.
     return replace(plan, budget=None)
-
-
-def _without_others(
-    devices: Mapping[str, DeviceInfo], taken: Mapping[str, int], held: Mapping[str, int]
-) -> dict[str, DeviceInfo]:
-    """The devices with the free memory that the other parts leave to this one."""
-    return {
-        name: replace(
-            device, free_bytes=max(0, device.free_bytes - taken.get(name, 0) + held.get(name, 0))
-        )
-        for name, device in devices.items()
-    }
 
 
 def _inside(part: str, inventory: Inventory, patterns: Iterable[str]) -> list[str]:

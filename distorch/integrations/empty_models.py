@@ -36,7 +36,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def of_transformers(cls: Any, config: Any, dtype: torch.dtype, **remote: Any) -> nn.Module:
+def empty_transformers_model(cls: Any, config: Any, dtype: torch.dtype, **remote: Any) -> nn.Module:
     """An empty model of a class, or of what an Auto class makes of the configuration."""
     config = copy.deepcopy(config)
     # As transformers does: parts of a composite model read their own configuration.
@@ -69,7 +69,7 @@ def _keep_wide(model: nn.Module, patterns: Iterable[str]) -> None:
             parameter.data = parameter.data.float()
 
 
-def of_diffusers(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def empty_diffusers_model(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """An empty model of a class, by the configuration in a folder."""
     try:
         config = cls.load_config(folder)

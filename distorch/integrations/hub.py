@@ -76,14 +76,13 @@ def in_cache(model: str, revision: str | None) -> Path | None:
     """The snapshot of a repository in the local cache, whole or not."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise FormatError(
             f"{model!r} is not a folder. Ids of the hub need: pip install huggingface_hub"
         ) from error
     try:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError, ValueError):
+    except (OSError, ValueError):  # it is not there, or no id: a download says more
         return None
 
 
@@ -100,6 +99,8 @@ def _downloaded(
         )
     try:
         return download()
+    except FormatError:
+        raise
     except Exception as error:  # of the network, the hub, or a proxy: each library has its own
         raise FormatError(
             f"{model!r} cannot be had: {problem}, and the download failed "

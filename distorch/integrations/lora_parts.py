@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from distorch.errors import FormatError, SpecError
 from distorch.integrations.budget import by_use
-from distorch.lora import LoraFile, LoraSource, identity_of, parts_of_lora, read_lora
+from distorch.lora import (
+    LoraFile,
+    LoraSource,
+    checked_loras,
+    identity_of,
+    parts_of_lora,
+    read_lora,
+)
 
 PipelineLora = tuple[LoraSource, float] | tuple[LoraSource, float, str]
 PartLoras = dict[str, list[tuple[LoraSource, float]]]
@@ -35,26 +42,17 @@ class LoraSplitter:
         """
         found: PartLoras = {part: [] for part in self.parts}
         known: dict[object, dict[str, LoraFile]] = {}
-        for source, strength, part in map(self._checked, loras):
+        for source, strength, part in checked_loras(loras, of_parts=True):
+            if part and part not in self.parts:
+                raise SpecError(
+                    f"loras: there is no part {part!r}; this pipeline has {', '.join(self.parts)}"
+                )
             key = (identity_of(source), part, strict)
             known[key] = shares = self._known.get(key) or self._shares(source, part, strict)
             for name, share in shares.items():
                 found[name].append((share, strength))
         self._known = known
         return found
-
-    def _checked(self, entry: PipelineLora) -> tuple[LoraSource, float, str]:
-        if isinstance(entry, str | Mapping) or not 2 <= len(entry) <= 3:
-            raise SpecError(
-                f"loras: expected (file or state dict, strength) or (file, strength, part), found "
-                f"{entry!r:.80}"
-            )
-        part = entry[2] if len(entry) == 3 else ""
-        if part and part not in self.parts:
-            raise SpecError(
-                f"loras: there is no part {part!r}; this pipeline has {', '.join(self.parts)}"
-            )
-        return entry[0], entry[1], part
 
     def _shares(self, source: LoraSource, part: str, strict: bool) -> dict[str, LoraFile]:
         file = read_lora(source)

@@ -14,14 +14,15 @@ from typing_extensions import Unpack
 
 from distorch import api
 from distorch._progress import Progress, check_progress, progress_of
-from distorch.errors import DistorchError, FormatError, PlacementError, SpecError, warn_at_caller
+from distorch.errors import FormatError, PlacementError, SpecError, warn_at_caller
+from distorch.formats.checkpoint import open_checkpoint
 from distorch.integrations.budget import plan_together
 from distorch.integrations.hub import check_model
-from distorch.integrations.lora_parts import LoraSplitter, PipelineLora
+from distorch.integrations.lora_parts import LoraSplitter, PartLoras, PipelineLora
 from distorch.integrations.pretrained import checked_dtype
 from distorch.integrations.refusals import allow_other_offloading, refuse_other_offloading
 from distorch.integrations.source import Part, Source
-from distorch.integrations.weights import floating_dtype, opened
+from distorch.integrations.weights import floating_dtype
 from distorch.loading.loader import fill
 from distorch.loading.prepare import FillOptions, Matched, Request, match_up
 from distorch.patching import LoraMode, set_loras
@@ -32,6 +33,10 @@ from distorch.runtime.options import Options, PlacementOptions, check_one_placem
 
 _LOG = logging.getLogger("distorch")
 _KEY = "_distorch"
+_ARGUMENTS = (
+    "spec", "dtype", "loras", "files", "config", "variant", "revision", "cls", "components",
+    "virtual_vram", "donor", "progress", *FillOptions.__annotations__,
+)  # fmt: skip
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
 
 
@@ -93,8 +98,10 @@ def load_pipeline(
     """
     check_progress(progress)
     spec = "auto" if spec is None and virtual_vram is None else spec
-    given: dict[str, Any] = {"min_bytes": "auto", **options, "strict": False, "dtype": "module"}
-    wish = Request.of(spec, virtual_vram, donor, given)
+    wish = Request.of(
+        spec, virtual_vram, donor, {"min_bytes": "auto", **options}, _ARGUMENTS,
+        strict=False, dtype="module",
+    )  # fmt: skip
     opts = wish.check()
     source = Source.of(
         check_model(model), config=config, variant=variant, revision=revision, pipeline=cls,
@@ -128,16 +135,16 @@ def load_pipeline(
     total = sum(job.stored.nbytes for each in matched.values() for job in each.jobs)
     with progress_of(progress, total, "loading") as done, _all_or_nothing(whole) as placed:
         for name, found in matched.items():
-            mine = replace(opts, min_bytes=0).as_planned(own[name])
-            fill(modules[name], found.placed(own[name], mine), progress=done)
+            ready = found.placed(own[name], opts.as_planned(own[name]))
+            fill(modules[name], ready, progress=done)
         for name, module in whole.items():
             placed.append(name)
             api.distribute(module, plan=own[name], prefetch=opts.prefetch, progress=progress)
-            if shares.get(name):
-                set_loras(
-                    module, shares[name], strict_loras=wish.strict_loras,
-                    lora_mode=wish.lora_mode, patched_dtype=wish.patched_dtype, progress=progress,
-                )  # fmt: skip
+        _put_loras(
+            {name: modules[name] for name in whole if shares.get(name)}, shares,
+            strict_loras=wish.strict_loras, lora_mode=wish.lora_mode,
+            patched_dtype=wish.patched_dtype, progress=progress,
+        )  # fmt: skip
     pipe.__dict__[_KEY] = PipelineState(plan, splitter, opts)
     return refuse_other_offloading(pipe)
 
@@ -147,8 +154,8 @@ def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Modul
     it. FormatError.
     """
     try:
-        module = part.empty(dtype)
-        return module, match_up(module, part.weights, request)
+        module, checkpoint = part.empty(dtype)
+        return module, match_up(module, checkpoint, request)
     except FormatError as error:
         if not part.library_can_load(error):
             raise FormatError(f"{part.name}: {error}") from error
@@ -158,23 +165,21 @@ def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Modul
 
 def _dtypes(asked: Dtypes, parts: Mapping[str, Part]) -> dict[str, torch.dtype]:
     """Part -> dtype. SpecError."""
-    if isinstance(asked, Mapping):
-        if unknown := [name for name in asked if name not in (*parts, "default")]:
-            raise SpecError(
-                f"dtype={{{unknown[0]!r}: ...}}: there is no such part; expected 'default' or "
-                f"{', '.join(parts)}"
-            )
-        rest = asked.get("default", torch.float32)
-        return {name: _dtype(asked.get(name, rest), parts) for name in parts}
-    return dict.fromkeys(parts, _dtype(asked, parts))
+    if not isinstance(asked, Mapping):
+        asked = {"default": asked}
+    if unknown := [name for name in asked if name not in (*parts, "default")]:
+        raise SpecError(
+            f"dtype={{{unknown[0]!r}: ...}}: there is no such part; expected 'default' or "
+            f"{', '.join(parts)}"
+        )
+    wanted = {name: asked.get(name, asked.get("default", torch.float32)) for name in parts}
+    auto = _dtype_of_the_largest(parts) if "auto" in wanted.values() else torch.float32
+    return {name: auto if d == "auto" else checked_dtype(d) for name, d in wanted.items()}
 
 
-def _dtype(asked: torch.dtype | str, parts: Mapping[str, Part]) -> torch.dtype:
-    if asked != "auto":
-        return checked_dtype(asked)
-    headers = [opened(part.weights) for part in parts.values()]
-    largest = max(headers, key=lambda checkpoint: checkpoint.total_bytes, default=None)
-    return torch.float32 if largest is None else floating_dtype(largest)
+def _dtype_of_the_largest(parts: Mapping[str, Part]) -> torch.dtype:
+    headers = [open_checkpoint(part.weights) for part in parts.values()]
+    return floating_dtype(max(headers, key=lambda checkpoint: checkpoint.total_bytes))
 
 
 def _as_diffusers(dtypes: Mapping[str, torch.dtype], asked: Dtypes) -> Any:
@@ -194,26 +199,24 @@ def _devices_for(modules: Mapping[str, nn.Module]) -> dict[str, DeviceInfo]:
 @contextmanager
 def _all_or_nothing(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """Takes names of modules that are being placed; after an error they are as they were before."""
-    before = {
-        name: distribution.distribution_of(module) if distribution.is_distributed(module) else None
-        for name, module in modules.items()
-    }
-    places = {name: next(iter(m.parameters()), None) for name, m in modules.items()}
-    devices = {name: None if p is None else p.device for name, p in places.items()}
+    plans: dict[str, Plan | None] = dict.fromkeys(modules)
+    for name, module in modules.items():
+        if distribution.is_distributed(module):
+            plans[name] = distribution.distribution_of(module).plan
+    first = {name: next(module.parameters(), None) for name, module in modules.items()}
+    devices = {name: None if p is None else p.device for name, p in first.items()}
     placed: list[str] = []
     try:
         yield placed
     except BaseException:
         for name in reversed(placed):
-            module, state = modules[name], before[name]
-            if not distribution.is_distributed(module):
-                continue
+            module, plan = modules[name], plans[name]
             try:
-                if state is None:
+                if plan is not None:
+                    api.distribute(module, plan=plan, progress=False)
+                elif distribution.is_distributed(module):
                     api.undistribute(module, devices[name])
-                else:
-                    api.distribute(module, plan=state.plan, progress=False)
-            except DistorchError as error:  # the first one is raised
+            except Exception as error:  # the first one is raised, and the others go on
                 _LOG.error("%s could not be put back: %s", name, error)
         raise
 
@@ -271,11 +274,14 @@ def distribute_pipeline(
 def undistribute_pipeline(pipe: Any, device: str | torch.device | None = None) -> Any:
     """A plain pipeline again, on its compute device or on `device`; returns it.
 
+    All parts or none: an error leaves each as it was. Raises SpecError, FetchError, and
     PlacementError if none of its models is distributed.
     """
     state_of(pipe)
-    for module in models_of(pipe).values():
-        if distribution.is_distributed(module):
+    modules = {n: m for n, m in models_of(pipe).items() if distribution.is_distributed(m)}
+    with _all_or_nothing(modules) as placed:
+        for name, module in modules.items():
+            placed.append(name)
             api.undistribute(module, device)
     pipe.__dict__.pop(_KEY, None)
     return allow_other_offloading(pipe)
@@ -284,7 +290,7 @@ def undistribute_pipeline(pipe: Any, device: str | torch.device | None = None) -
 def _check_not_offloaded(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
     """PlacementError if accelerate moves the weights already."""
     for name, module in modules.items():
-        if any(hasattr(part, "_hf_hook") for part in module.modules()):
+        if distribution.accelerate_moves(module):
             raise PlacementError(
                 f"accelerate offloads this {type(pipe).__name__} ({name}), by "
                 "enable_model_cpu_offload(), enable_sequential_cpu_offload() or device_map=. Call "
@@ -373,26 +379,30 @@ def set_pipeline_loras(
     if set(state.splitter.parts) != set(modules):  # parts came or went
         state.splitter = LoraSplitter(modules)
     shares = state.splitter.split(loras, strict_loras)
+    modules = {n: m for n, m in modules.items() if shares[n] or distribution.is_distributed(m)}
+    _put_loras(
+        modules, shares, strict_loras=strict_loras, lora_mode=lora_mode,
+        patched_dtype=patched_dtype, progress=progress,
+    )  # fmt: skip
+    return pipe
+
+
+def _put_loras(modules: Mapping[str, nn.Module], shares: PartLoras, **options: Any) -> None:
+    """`set_loras` on each of these parts. All or none: an error leaves what was on them."""
     done: list[tuple[nn.Module, list[tuple[Any, float]], dict[str, Any]]] = []
     try:
         for name, module in modules.items():
-            if not shares[name] and not distribution.is_distributed(module):
-                continue
             before, how = _loras_on(module)
             if shares[name] or before:
-                set_loras(
-                    module, shares[name], strict_loras=strict_loras, lora_mode=lora_mode,
-                    patched_dtype=patched_dtype, progress=progress,
-                )  # fmt: skip
+                set_loras(module, shares[name], **options)
                 done.append((module, before, how))
     except BaseException:
         for module, before, how in reversed(done):
             try:
                 set_loras(module, before, strict_loras=False, progress=False, **how)
-            except DistorchError as error:  # the first one is raised
+            except Exception as error:  # the first one is raised, and the others go on
                 _LOG.error("the LoRAs of a part could not be put back: %s", error)
         raise
-    return pipe
 
 
 def _loras_on(module: nn.Module) -> tuple[list[tuple[Any, float]], dict[str, Any]]:

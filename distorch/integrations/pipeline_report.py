@@ -8,8 +8,7 @@ from typing import Any
 
 from distorch._tables import html_table, human_bytes, text_table
 from distorch.integrations.pipeline import models_of, state_of
-from distorch.reporting import Report, bytes_of, report, shown
-from distorch.reporting import state_of as state_of_problems
+from distorch.reporting import Report, bytes_of, first_of, report, verdict
 from distorch.runtime.distribution import is_distributed
 
 
@@ -36,7 +35,7 @@ class PipelineReport:
         return {**self.__dict__, "parts": parts, "ok": self.ok}
 
     def _title(self) -> str:
-        return f"measured placement of a pipeline: {state_of_problems(self.problems)}"
+        return f"measured placement of a pipeline: {verdict(self.problems)}"
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         computes = {part.compute for part in self.parts.values()}
@@ -61,7 +60,7 @@ class PipelineReport:
         ]
         ring = max((part.ring for part in self.parts.values()), default=0)
         ahead = f"look-ahead: up to {human_bytes(ring)} more on the compute device (prefetch)"
-        return [*[ahead] * bool(ring), *loras, *shown(self.problems)]
+        return [*[ahead] * bool(ring), *loras, *first_of(self.problems)]
 
     def __str__(self) -> str:
         return "\n".join([text_table(*self._table(), self._title()), *self._notes()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +16,29 @@ from typing_extensions import Unpack
 from distorch import api
 from distorch._progress import Progress, check_progress
 from distorch.errors import FormatError, SpecError, warn_at_caller
-from distorch.formats.naming import ConversionError, fit_names
+from distorch.formats.checkpoint import Checkpoint, open_checkpoint
+from distorch.formats.naming import ConversionError
 from distorch.formats.plain_names import match_names
 from distorch.formats.safetensors import StoredTensor, same_bytes
-from distorch.integrations.empty_models import auto_class, give_initial_values, of_transformers
+from distorch.integrations.empty_models import (
+    auto_class,
+    empty_transformers_model,
+    give_initial_values,
+)
 from distorch.integrations.hub import check_model, check_no_other_file, folder_of
-from distorch.integrations.weights import floating_dtype, lacking, opened, weights_file
+from distorch.integrations.weights import floating_dtype, lacking, weights_file
 from distorch.loading.loader import fill
-from distorch.loading.prepare import FillOptions, Request, prepare
+from distorch.loading.prepare import FillOptions, Request, open_for, prepare
 from distorch.lora import LoraSource
 from distorch.patching import set_loras
 from distorch.runtime.options import dtype_of
 
 _LOG = logging.getLogger("distorch")
 _SHOWN = 4
+_ARGUMENTS = (
+    "spec", "dtype", "loras", "file", "cls", "revision", "subfolder", "trust_remote_code",
+    "virtual_vram", "donor", "progress", *FillOptions.__annotations__,
+)  # fmt: skip
 # Of a repository: no weights of other libraries, nothing of other folders.
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
@@ -77,10 +87,10 @@ def load_pretrained(
     check_progress(progress)
     text = check_model(model)
     spec = "auto" if spec is None and virtual_vram is None else spec
-    given: dict[str, Any] = {
-        "min_bytes": "auto", **options, "loras": loras, "strict": False, "dtype": "module",
-    }  # fmt: skip
-    wish = Request.of(spec, virtual_vram, donor, given)
+    wish = Request.of(
+        spec, virtual_vram, donor, {"min_bytes": "auto", **options}, _ARGUMENTS,
+        loras=loras, strict=False, dtype="module",
+    )  # fmt: skip
     wish.check()
     found = find(text, file, revision, subfolder)
     cls = None if cls is None else _checked_class(cls)
@@ -90,9 +100,9 @@ def load_pretrained(
     wanted = dtype_for(dtype, config, found.weights)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        module = empty_pretrained(cls, config, wanted, found.weights, **remote)
+        module, checkpoint = empty_pretrained(cls, config, wanted, found.weights, **remote)
         _read_generation_config(module, found)
-        return fill(module, prepare(module, found.weights, wish), progress=progress)
+        return fill(module, prepare(module, checkpoint, wish), progress=progress)
     except ConversionError as error:
         if found.weights != weights_file(found.folder):
             raise  # another file than transformers would take
@@ -119,11 +129,13 @@ class Found:
         if not (self.folder / "config.json").is_file():
             if not self.gguf:
                 raise FormatError(f"{str(self.folder)!r} has no config.json")
+            open_checkpoint(self.weights)  # says what is wrong with a damaged file
             where["gguf_file"] = self.weights.name
         try:
             return reader.from_pretrained(self.folder, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            of_diffusers = "_diffusers_version" in (self.folder / "config.json").read_text()
+            file = self.folder / "config.json"
+            of_diffusers = file.is_file() and "_diffusers_version" in file.read_text()
             hint = ". It is of a model of diffusers: load_pipeline, or distorch.load" * of_diffusers
             raise FormatError(
                 f"transformers cannot read the configuration in {str(self.folder)!r}: {error}{hint}"
@@ -162,7 +174,9 @@ def _folder(
         from huggingface_hub import snapshot_download
 
         prefix = f"{inside}/" if inside else ""
-        weights = [file] if file else _weights_of(model, revision, prefix)
+        # Of one of several numbered parts, all parts.
+        named = [prefix + re.sub(r"-\d{5}-of-", "-*-of-", file)] if file else None
+        weights = named or _weights_of(model, revision, prefix)
         patterns = [*(prefix + kind for kind in _SMALL), *weights]
         return snapshot_download(model, revision=revision, allow_patterns=patterns)
 
@@ -173,7 +187,10 @@ def _folder(
 
 
 def _weights_of(model: str, revision: str | None, prefix: str) -> list[str]:
-    """The weights that transformers would read, by name: safetensors, else torch files."""
+    """The weights that transformers would read, by name: safetensors, torch files, GGUF.
+
+    FormatError where a repository has several GGUF files, which are kinds of one model.
+    """
     from huggingface_hub import HfApi
 
     here = [
@@ -181,11 +198,16 @@ def _weights_of(model: str, revision: str | None, prefix: str) -> list[str]:
         for name in HfApi().list_repo_files(model, revision=revision)
         if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
     ]
-    for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin"), ("", ".gguf")):
-        found = [prefix + n for n in here if n.startswith(start) and n.endswith(end)]
-        if found:
+    for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        if found := [prefix + n for n in here if n.startswith(start) and n.endswith(end)]:
             return found
-    return [prefix + "*.safetensors"]
+    of_llama_cpp = [name for name in here if name.endswith(".gguf")]
+    if len(of_llama_cpp) > 1:
+        raise FormatError(
+            f"the repository {model!r} has {len(of_llama_cpp)} GGUF files "
+            f"({', '.join(sorted(of_llama_cpp)[:_SHOWN])}, ...); choose one with file="
+        )
+    return [prefix + name for name in of_llama_cpp] or [prefix + "*.safetensors"]
 
 
 def _lacks_config(folder: Path) -> str:
@@ -244,8 +266,8 @@ def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def dtype_for(dtype: torch.dtype | str, config: Any, weights: Path) -> torch.dtype:
-    """A dtype that was asked for; for "auto" as transformers: the configuration's, else the
-    file's. SpecError.
+    """The dtype that was asked for; "auto" is that of the configuration, else that of the file, as
+    in transformers. SpecError.
     """
     if dtype != "auto":
         return checked_dtype(dtype)
@@ -254,20 +276,23 @@ def dtype_for(dtype: torch.dtype | str, config: Any, weights: Path) -> torch.dty
         said = getattr(torch, said.removeprefix("torch."), None)
     if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1:
         return said
-    return floating_dtype(opened(weights))
+    return floating_dtype(open_checkpoint(weights))
 
 
 def empty_pretrained(
     cls: Any, config: Any, dtype: torch.dtype, weights: Path, **remote: Any
-) -> nn.Module:
-    """A model without weights, but for those that no checkpoint of its class has."""
-    module = of_transformers(cls, config, dtype, **remote)
-    stored = fit_names(opened(weights), module).tensors
+) -> tuple[nn.Module, Checkpoint]:
+    """A model without weights, but for those that no checkpoint of its class has; and the
+    checkpoint, under its names. FormatError.
+    """
+    module = empty_transformers_model(cls, config, dtype, **remote)
+    checkpoint = open_for(module, weights)
+    stored = checkpoint.tensors
     _untie_what_differs(module, stored)
     names = _names_of(module)
     have = match_names(stored, [name for tied in names for name in tied])
     if not have:  # another model: load says so
-        return module
+        return module, checkpoint
     missing = [tied[0] for tied in names if have.keys().isdisjoint(tied)]
     if new := give_initial_values(module, missing):
         warn_at_caller(
@@ -276,7 +301,7 @@ def empty_pretrained(
             f"random. Train them, or give the class that the file was made with (cls=)",
             UserWarning,
         )
-    return module
+    return module, checkpoint
 
 
 def _names_of(module: nn.Module) -> list[list[str]]:
@@ -296,9 +321,7 @@ def _untie_what_differs(module: nn.Module, stored: Mapping[str, StoredTensor]) -
             if name != first and not same_bytes(stored[have[first]], stored[have[name]]):
                 path, _, key = name.rpartition(".")
                 owner = module.get_submodule(path)
-                owner._parameters[key] = nn.Parameter(
-                    torch.empty_like(module.get_parameter(name)),
-                )
+                owner._parameters[key] = nn.Parameter(torch.empty_like(module.get_parameter(name)))
 
 
 def _read_generation_config(module: Any, found: Found) -> None:

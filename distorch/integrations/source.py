@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from distorch.errors import FormatError, SpecError
+from distorch.formats.checkpoint import Checkpoint, open_checkpoint
 from distorch.formats.naming import ConversionError
-from distorch.integrations.empty_models import of_diffusers
+from distorch.integrations.empty_models import empty_diffusers_model
 from distorch.integrations.hub import check_no_other_file, folder_of
 from distorch.integrations.pretrained import Found, empty_pretrained
-from distorch.integrations.weights import lacking, opened, weights_file
+from distorch.integrations.weights import lacking, weights_file
+from distorch.loading.prepare import open_for
 
 _INDEX = "model_index.json"
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -57,10 +59,11 @@ class Part:
         own = self.weights == weights_file(self.folder, self.variant)
         return own and isinstance(error, ConversionError)
 
-    def empty(self, dtype: torch.dtype) -> nn.Module:
-        """The model without weights. FormatError."""
+    def empty(self, dtype: torch.dtype) -> tuple[nn.Module, Checkpoint]:
+        """The model without weights, and its checkpoint under its names. FormatError."""
         if not self._is_of_transformers:
-            return of_diffusers(self.cls, self.folder, dtype)
+            module = empty_diffusers_model(self.cls, self.folder, dtype)
+            return module, open_for(module, self.weights)
         config = Found(self.folder, self.weights, self.weights.suffix == ".gguf").config(self.cls)
         return empty_pretrained(self.cls, config, dtype, self.weights)
 
@@ -78,7 +81,7 @@ class Part:
         from diffusers.loaders import single_file_utils
 
         make: Any = single_file_utils.create_diffusers_clip_model_from_ldm
-        stored = opened(self.weights).tensors
+        stored = open_checkpoint(self.weights).tensors
         tensors = {name: t.read() for name, t in stored.items() if name.startswith(_TEXT)}
         try:
             made = make(
@@ -149,9 +152,9 @@ class Source:
             if single is None:
                 raise
             raise FormatError(
-                f"{str(single)!r} is taken for a whole pipeline, whose configuration is in "
-                f"{model!r} ({error}). Give its folder or id as config=; a transformer alone goes "
-                "into files=, a LoRA into loras="
+                f"{str(single)!r} is taken for a whole pipeline, and its configuration was not "
+                f"found in {model!r} ({error}). Give the folder or id that has it as config=. If "
+                "the file is a transformer alone, give it as files=; a LoRA, as loras="
             ) from error
         index = _index_of(folder)
         if not hasattr(pipeline, "from_pretrained"):
@@ -164,7 +167,7 @@ class Source:
     def parts(self) -> dict[str, Part]:
         """The models that are to be streamed. SpecError, FormatError."""
         found, has_variant = {}, False
-        held = frozenset(opened(self.single).tensors) if self.single is not None else frozenset()
+        held = frozenset(open_checkpoint(self.single).tensors if self.single else ())
         for name, value in self.index.items():
             if not _is_part(name, value) or name in self.components:
                 continue
@@ -181,9 +184,9 @@ class Source:
                 continue
             elif self.single is not None and (why := lacking(folder, self.variant)):
                 raise FormatError(
-                    f"{str(self.single)!r} has nothing of {name!r}, and neither has its "
-                    f"configuration: {why}. Give files={{{name!r}: ...}}, or, if the pipeline does "
-                    f"without it, components={{{name!r}: None}}"
+                    f"{str(self.single)!r} has no weights of {name!r}, and {why}. Give "
+                    f"files={{{name!r}: ...}}, or, if the pipeline does without it, "
+                    f"components={{{name!r}: None}}"
                 )
             found[name] = Part(name, cls, folder, weights, self.variant)
         if self.variant is not None and not has_variant:
@@ -283,8 +286,8 @@ def _class_of(folder: Path, library: str, name: str) -> Any:
         return None
     if not isinstance(found, type) or not issubclass(found, nn.Module):
         return None
-    of_diffusers_ = issubclass(found, diffusers.ModelMixin)
-    return found if of_diffusers_ or hasattr(found, "_from_config") else None
+    known = issubclass(found, diffusers.ModelMixin) or hasattr(found, "_from_config")
+    return found if known else None
 
 
 def _pipeline_class(name: Any) -> Any:
@@ -325,7 +328,7 @@ def _guessed_config(file: Path) -> str:
 
     tensors = {
         name: torch.empty(t.shape, dtype=t.dtype, device="meta")
-        for name, t in opened(file).tensors.items()
+        for name, t in open_checkpoint(file).tensors.items()
     }
     try:
         guess: Any = single_file_utils.fetch_diffusers_config

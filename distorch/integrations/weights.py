@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from distorch.errors import FormatError
-from distorch.formats.checkpoint import Checkpoint, open_checkpoint
+from distorch.formats.checkpoint import Checkpoint
 from distorch.formats.files import find_files
 
 # In the order in which transformers and diffusers look for them.
@@ -17,8 +17,8 @@ _SUFFIXES = ("safetensors", "bin")
 
 
 def weights_file(folder: Path, variant: str | None = None) -> Path:
-    """The file, or the index, that a library would read; else the folder itself, for what is left
-    to say of it. A variant ("fp16") that is not there is left out, as the libraries do.
+    """The file, or the index, that a library would read; the folder itself if it has none of the
+    usual names. Where a variant ("fp16") is not there, it is the file without, as the libraries do.
     """
     for kind in [variant, None] if variant else [None]:
         dotted = f".{kind}" if kind else ""
@@ -59,11 +59,3 @@ def floating_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if 2 * wide_bytes < checkpoint.total_bytes or not held:
         return torch.bfloat16
     return held.most_common(1)[0][0]
-
-
-def opened(file: Path) -> Checkpoint:
-    """The headers of a checkpoint. FormatError."""
-    try:
-        return open_checkpoint(file)
-    except OSError as error:
-        raise FormatError(f"{str(file)!r} cannot be read: {error}") from error

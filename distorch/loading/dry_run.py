@@ -14,6 +14,8 @@ from distorch.planner import Plan
 from distorch.runtime import distribution, planning
 from distorch.runtime.options import check_module
 
+_ARGUMENTS = ("spec", "module", "virtual_vram", "donor", *OF_LOAD)
+
 
 def plan(
     source: nn.Module | str | os.PathLike[str],
@@ -34,7 +36,7 @@ def plan(
     order, other dtypes and further buffers.
     Raises SpecError, PlacementError, FormatError.
     """
-    request = Request.of(spec, virtual_vram, donor, options)
+    request = Request.of(spec, virtual_vram, donor, options, _ARGUMENTS)
     if module is not None:
         if isinstance(source, nn.Module):
             raise SpecError(

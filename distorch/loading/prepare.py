@@ -13,7 +13,7 @@ from torch import nn
 
 from distorch import _ops
 from distorch.errors import SpecError, warn_at_caller
-from distorch.formats.checkpoint import Stamp, open_checkpoint
+from distorch.formats.checkpoint import Checkpoint, Stamp, open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.loading.job import Job
 from distorch.loading.match import check_no_meta_left, match, tie_again
@@ -86,13 +86,17 @@ class Request:
         spec: str | None,
         virtual_vram: str | int | None,
         donor: str | None,
-        options: LoadOptions | Mapping[str, Any],
+        options: Mapping[str, Any],
+        known: Sequence[str],
+        **decided: Any,
     ) -> Request:
-        """A request by the names of options."""
-        placing: dict[str, Any] = dict(options)
-        own = {name: placing.pop(name) for name in OF_LOAD if name in placing}
-        known = ("spec", "module", "virtual_vram", "donor", *OF_LOAD)
-        return cls(spec, None, virtual_vram, donor, placing, **own, known=known)
+        """A request by the names of options. `known`: the caller's own arguments. What it has
+        `decided` itself is no option of its.
+        """
+        placing = dict(options)
+        mine = [name for name in OF_LOAD if name in placing and name not in decided]
+        own = {name: placing.pop(name) for name in mine}
+        return cls(spec, None, virtual_vram, donor, placing, known=known, **own, **decided)
 
     def options(self, before: Options | None = None) -> Options:
         """Those of `distribute`, checked; those that are not given are as `before`. SpecError."""
@@ -188,14 +192,23 @@ def ties_kept(module: nn.Module, *, after_error: bool) -> Iterator[None]:
             part._parameters.update(parameters)
 
 
-def prepare(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Ready:
+# A path, or what `open_for` made of it.
+Source = str | os.PathLike[str] | Checkpoint
+
+
+def open_for(module: nn.Module, file: str | os.PathLike[str]) -> Checkpoint:
+    """A file's tensors under the module's names. Reads headers only. FormatError."""
+    return fit_names(open_checkpoint(file), module)
+
+
+def prepare(module: nn.Module, file: Source, request: Request) -> Ready:
     """Decides everything about a load. Raises SpecError, FormatError, PlacementError."""
     check_module(module)
     with ties_kept(module, after_error=True):
         return _prepared(module, file, request)
 
 
-def _prepared(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Ready:
+def _prepared(module: nn.Module, file: Source, request: Request) -> Ready:
     options = request.options()
     matched = match_up(module, file, request)
     if request.plan is None:
@@ -212,14 +225,14 @@ def _prepared(module: nn.Module, file: str | os.PathLike[str], request: Request)
     return ready
 
 
-def match_up(module: nn.Module, file: str | os.PathLike[str], request: Request) -> Matched:
+def match_up(module: nn.Module, file: Source, request: Request) -> Matched:
     """Which stored tensor goes where, and what is to be done to it. Reads no weights.
 
     May tie parameters of the module. Raises SpecError, FormatError, PlacementError.
     """
     dtype, widens = request.floating_dtype(), request.widens()
     patch_options = PatchOptions.checked(request.lora_mode, request.patched_dtype)
-    checkpoint = fit_names(open_checkpoint(file), module)
+    checkpoint = file if isinstance(file, Checkpoint) else open_for(module, file)
     tie_again(module, checkpoint)
     jobs = match(module, checkpoint, request.strict, dtype)
     check_no_meta_left(module, jobs)

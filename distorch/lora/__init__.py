@@ -12,7 +12,7 @@ from distorch.lora.patches import (
     low_rank_terms,
     merge,
 )
-from distorch.lora.resolve import LoraReader
+from distorch.lora.resolve import LoraReader, checked_loras
 
 __all__ = [
     "Applied",
@@ -24,6 +24,7 @@ __all__ = [
     "ResolvedLora",
     "StoredRows",
     "are_low_rank",
+    "checked_loras",
     "identity_of",
     "low_rank_terms",
     "merge",

@@ -47,7 +47,7 @@ class LoraReader:
         """All LoRAs as patches. FormatError when one is damaged or fits nothing."""
         patches, found = Patches(), []
         known: dict[object, tuple[LoraSource, ResolvedLora]] = {}
-        for source, strength in _checked(loras):
+        for source, strength, _ in checked_loras(loras):
             identity = identity_of(source)
             if identity not in known:
                 before = self._known.get(identity)
@@ -69,26 +69,30 @@ class LoraReader:
         return resolved
 
 
-def _checked(loras: Sequence[tuple[LoraSource, float]]) -> list[tuple[LoraSource, float]]:
-    found = []
-    if loras is None or isinstance(loras, str | os.PathLike) or not isinstance(loras, Iterable):
+def checked_loras(loras: object, *, of_parts: bool = False) -> list[tuple[LoraSource, float, str]]:
+    """(source, strength, part) of every entry. Where LoRAs are `of_parts` of a pipeline, an entry
+    may name its part; else it is "". SpecError.
+    """
+    what = "(file or state dict, strength)"
+    if not isinstance(loras, Iterable) or isinstance(loras, str | os.PathLike | Mapping):
         raise SpecError(
-            f"loras={loras!r:.80}: expected a list of (file or state dict, strength) pairs, such "
-            "as [('style.safetensors', 0.8)]; [] is none"
+            f"loras={loras!r:.80}: expected a list of {what} pairs, such as "
+            "[('style.safetensors', 0.8)]; [] is none"
         )
+    found = []
     for entry in loras:
-        if isinstance(entry, str | Mapping) or not isinstance(entry, Sequence) or len(entry) != 2:
-            raise SpecError(
-                f"loras: expected (file or state dict, strength) pairs, found {entry!r:.80}"
-            )
-        source, strength = entry
+        is_list = isinstance(entry, Sequence) and not isinstance(entry, str)
+        if not is_list or len(entry) not in ((2, 3) if of_parts else (2,)):
+            more = " or (file, strength, part)" * of_parts
+            raise SpecError(f"loras: expected {what} pairs{more}, found {entry!r:.80}")
+        source, strength, *part = entry
         try:
             number = math.nan if isinstance(strength, str) else float(strength)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
             raise SpecError(f"LoRA strength {strength!r}: expected a finite number")
-        found.append((source, number))
+        found.append((source, number, str(part[0]) if part else ""))
     return found
 
 

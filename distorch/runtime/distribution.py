@@ -458,7 +458,7 @@ def check_has_values(module: nn.Module, compute: str) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             what = "use distorch.load(model, 'file.safetensors', spec)"
-            if any(hasattr(part, "_hf_hook") for part in module.modules()):
+            if accelerate_moves(module):
                 what = (
                     "accelerate offloads it (device_map=, or enable_sequential_cpu_offload): load "
                     "the model without that"
@@ -468,8 +468,13 @@ def check_has_values(module: nn.Module, compute: str) -> None:
             )
 
 
+def accelerate_moves(module: nn.Module) -> bool:
+    """Whether accelerate has hooks on it, which bring weights to a device and take them away."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
 __all__ = [
-    "Distribution", "Options", "check_has_values", "distribution_of", "fit_ring",
-    "group_members", "inventory_of", "is_distributed", "nothing_merging", "place", "refresh",
-    "unplace",
+    "Distribution", "Options", "accelerate_moves", "check_has_values", "distribution_of",
+    "fit_ring", "group_members", "inventory_of", "is_distributed", "nothing_merging", "place",
+    "refresh", "unplace",
 ]  # fmt: skip

@@ -210,10 +210,10 @@ def _refuse_other_devices(module: nn.Module, fn: Callable[[torch.Tensor], torch.
         try:
             with torch.no_grad():
                 target = fn(probe).device
-        except Exception as error:  # of a device that is not there
+        except (AssertionError, RuntimeError) as error:  # torch's, of a device that is not there
             raise PlacementError(
-                f"cannot move or convert {name!r}: {error}. The model is distributed with compute "
-                f"device {parameter.device}, and its weights come there by themselves"
+                f"cannot move {name!r}: {error}. The model is distributed with compute device "
+                f"{parameter.device}, and its weights come there by themselves"
             ) from error
         if target.type == parameter.device.type and (target.index or 0) == (
             parameter.device.index or 0

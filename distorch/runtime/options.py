@@ -109,25 +109,26 @@ class Options:
             raise SpecError(f"order={self.order!r}: expected 'interleaved' or 'sequential'")
 
 
-# What other libraries call what is asked for here.
-_CALLED = {
-    "torch_dtype": "dtype= is what it is called here",
-    "device_map": "where weights go is said by a placement, such as 'cuda:0,6gb;cpu,*'",
-    "max_memory": "how much a device may hold is said by a placement, such as 'cuda:0,6gb;cpu,*'",
-    "offload_folder": "weights on 'disk' stay in their file; others go to DISTORCH_DISK",
-    "low_cpu_mem_usage": "leave it out: weights are always streamed",
-    "safety_checker": "give components={'safety_checker': None}",
-    "scheduler": "give components={'scheduler': ...}",
-    "attn_implementation": "call model.set_attn_implementation() afterwards",
-    "quantization_config": "narrow files are read as they are; others are not quantised here",
-    "local_files_only": "what is in the cache is not looked up; HF_HUB_OFFLINE=1 forbids downloads",
+# Options of other libraries: what is asked for with them here, by the option that does it.
+_ELSEWHERE = {
+    "torch_dtype": ("dtype", "here it is called dtype="),
+    "device_map": ("spec", "a placement says where weights go, such as 'cuda:0,6gb;cpu,*'"),
+    "max_memory": ("spec", "a placement says what a device may hold, such as 'cuda:0,6gb;cpu,*'"),
+    "offload_folder": ("spec", "DISTORCH_DISK in the environment is the folder for such files"),
+    "low_cpu_mem_usage": ("dtype", "leave it out: weights are always streamed"),
+    "quantization_config": ("dtype", "weights are used as the file has them; give a narrow file"),
+    "attn_implementation": ("trust_remote_code", "call model.set_attn_implementation() afterwards"),
+    "local_files_only": ("revision", "set HF_HUB_OFFLINE=1, which forbids downloads"),
+    "safety_checker": ("components", "give components={'safety_checker': None}"),
+    "scheduler": ("components", "give components={'scheduler': ...}"),
 }
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
     """What may have been meant by the name of an option that there is not."""
-    if name in _CALLED:
-        return _CALLED[name]
+    option, what = _ELSEWHERE.get(name, ("", ""))
+    if option in known:
+        return what
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}=?" if close else f"there are {', '.join(known)}"
 

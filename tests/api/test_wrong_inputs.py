@@ -238,3 +238,13 @@ def test_a_checkpoint_that_is_gone_while_it_is_used(files):
         file.truncate(600)
     with pytest.raises(FetchError, match=r"'0\.weight'.*m\.safetensors"):
         model(torch.ones(1, 64))
+
+
+def test_a_hint_names_an_option_of_this_function():
+    with pytest.raises(distorch.SpecError, match="a placement says where weights go"):
+        distorch.distribute(nn.Linear(2, 2), "cpu,*", device_map="auto")
+    for name in ("scheduler", "torch_dtype", "local_files_only"):
+        with pytest.raises(distorch.SpecError) as told:
+            distorch.distribute(nn.Linear(2, 2), "cpu,*", **{name: None})
+        assert "components=" not in str(told.value)
+        assert "dtype=" not in str(told.value).removeprefix(f"there is no option {name}=")

@@ -144,6 +144,26 @@ def test_a_download_brings_what_is_read_and_no_more(online, tmp_path):
     assert len(online) == 1  # now it is in the cache
 
 
+def test_one_of_several_gguf_files_has_to_be_chosen(online, tmp_path):
+    """They are kinds of one model, of many gigabytes each."""
+    for name in ("model-Q4_K_M.gguf", "model-Q8_0.gguf", "big-00001-of-00002.gguf"):
+        path = tmp_path / "online" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"GGUF")
+    with pytest.raises(distorch.FormatError, match=r"has 3 GGUF files .*choose one with file="):
+        load_pretrained(ID, **DISK)
+    assert online == []
+    for file, pattern in (
+        ("model-Q8_0.gguf", "model-Q8_0.gguf"),
+        ("big-00001-of-00002.gguf", "big-*-of-00002.gguf"),
+    ):
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        (tmp_path / "hub").mkdir()
+        with pytest.raises(distorch.FormatError):  # no real file
+            load_pretrained(ID, file=file, **DISK)
+        assert [p for p in online[-1] if p.endswith(".gguf")] == [pattern]
+
+
 def test_a_download_that_fails(cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 

@@ -317,7 +317,7 @@ def test_what_a_whole_file_lacks_is_from_the_folder(folders, tmp_path):
         folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"),
         dirs_exist_ok=True,
     )  # fmt: skip
-    with pytest.raises(distorch.FormatError, match=r"has nothing of 'vae'.*files=.*'vae'"):
+    with pytest.raises(distorch.FormatError, match=r"has no weights of 'vae'.*files=.*'vae'"):
         load_pipeline(file, config=str(tmp_path / "config"), **DISK)
 
 
@@ -678,9 +678,11 @@ def test_an_error_half_way_puts_all_parts_back(folders, monkeypatch, distributed
         ({"config": "somewhere"}, "config='somewhere' goes with one file"),
         ({"spec": "cpu,lots"}, "'lots' is not a share"),
         ({"spec": None, "virtual_vram": "1kb", "donor": "dosk"}, "unknown device 'dosk'"),
-        ({"torch_dtype": torch.float16}, "dtype= is what it is called here"),
-        ({"device_map": "auto"}, "said by a placement"),
+        ({"torch_dtype": torch.float16}, "here it is called dtype="),
+        ({"device_map": "auto"}, "a placement says where weights go"),
         ({"safety_checker": None}, "components="),
+        ({"strict": True}, "there is no option strict="),
+        ({"component": {}}, "did you mean components="),
         ({"cls": "FluxPipelines"}, "is none that this version of diffusers has"),
         ({"keeps": ["unet.*"]}, "there is no option keeps=; did you mean keep=?"),
         ({"progress": 3}, "progress=3"),

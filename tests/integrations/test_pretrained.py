@@ -165,7 +165,8 @@ def test_dtype_of_the_configuration_and_of_the_file(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_stays_in_float32(tmp_path, dtype):
     """T5's last projections overflow in float16, and only there they are kept wide."""
-    module = saved(ZOO["t5"]().module, tmp_path) and ZOO["t5"]().module
+    module = ZOO["t5"]().module
+    saved(module, tmp_path)
     reference = type(module).from_pretrained(tmp_path, dtype=dtype)
     wide = [name for name, p in reference.named_parameters() if p.dtype is torch.float32]
     assert bool(wide) == (dtype is torch.float16)
@@ -258,11 +259,10 @@ def test_loaded_whole_where_the_file_cannot_be_read_in_ranges(tmp_path, monkeypa
     module = ZOO["mixtral"]().module
     folder = saved(module, tmp_path)
     monkeypatch.setattr("distorch.formats.naming.tracing._MOST_PIECES", 4)
-    lora = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1, 32),
-            "model.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(32, 1)}  # fmt: skip
-    shape = module.model.layers[0].self_attn.q_proj.weight.shape
+    rows, columns = module.model.layers[0].self_attn.q_proj.weight.shape
     lora = {
-        key: torch.zeros(1, shape[1]) if "_A" in key else torch.zeros(shape[0], 1) for key in lora
+        "model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1, columns),
+        "model.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(rows, 1),
     }
     model = load_pretrained(folder, loras=[(lora, 1.0)], cls=type(module), **DISK)
     assert "is distributed: 'model.layers" in caplog.text
@@ -435,6 +435,8 @@ def test_folders_that_are_no_models(tmp_path, make, said):
         ({"file": "none.gguf"}, "there is no 'none.gguf'"),
         ({"spec": "cpu,lots"}, "'lots' is not a share"),
         ({"min_byte": 3}, "there is no option min_byte=; did you mean min_bytes=?"),
+        ({"strict": True}, "there is no option strict="),
+        ({"torch_dtype": torch.float16}, "here it is called dtype="),
         ({"virtual_vram": "1kb"}, "a placement and virtual_vram="),
         ({"progress": 3}, "progress=3"),
     ],

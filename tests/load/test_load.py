@@ -233,3 +233,22 @@ def test_what_is_needed_first_is_read_first(tmp_path):
         distorch.load(found, tmp_path / "m.safetensors", "cpu,*", dtype=torch.float32)
         for name, value in found.state_dict().items():
             assert torch.equal(value, state[name].float())
+
+
+def test_experts_of_a_hub_file_are_joined(tmp_path):
+    """transformers has them in one weight, files of the hub one by one. It is read in pieces."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(".experts." in name for name in stored) == 9
+    with distorch.init_empty_weights():
+        loaded = MixtralForCausalLM(config)
+    distorch.load(loaded, tmp_path, "cpu,0b;disk,*", min_bytes=0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
