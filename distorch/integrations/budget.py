@@ -1,14 +1,15 @@
 """One budget for several modules: the parts of a pipeline.
 
 Note [Who gets the fast places]
-A pipeline runs its transformer (or U-Net) at every step, its decoder and its text encoders once. So
-the parts are put in this order, the tiers in the order of their speed, and the first bytes go to
-the first tier. That says how much of each tier each part gets. Within a part, what stays and what
-leaves is then spread evenly, as in a module alone: its copies overlap with its compute.
+A pipeline runs its transformer (or U-Net) at every step, and its decoder and text encoders once. So
+the parts are sorted by how often they run, the tiers by how fast they are, and the first bytes go
+to the first tier. This common plan says how much of each tier each part gets. Then each part is
+planned alone, within these amounts: its weights are spread evenly over the tiers, as in any module,
+so that copies overlap with compute.
 
-Bytes are whole tensors, so a part that is spread evenly may leave some of its share over. That is
-room for the parts after it, and what found no place goes where there is such room, or to the entry
-that takes the rest. No device ever gets more than its entry says.
+Tensors are placed whole, so a part may use less of a tier than it was given. The next parts may use
+what is left. A weight that found no place in its part's amounts goes to such room, or to the entry
+that takes the rest. No device gets more than its entry says.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _BY_USE = (
     ("prior", "decoder"),
     ("controlnet", "adapter", "motion_adapter"),
     ("vae", "vqvae", "movq", "vqgan", "connectors", "upsampler"),
-)  # and what comes before the first step: encoders, checkers
+)  # all others (encoders, checkers) run once, before the first step or after the last
 
 
 def by_use(names: Iterable[str]) -> list[str]:
@@ -97,7 +98,7 @@ class _Room:
     taken: dict[str, int]
 
     def spec_for(self, held: Mapping[str, int]) -> str:
-        """A placement for a part: what it has in the common plan (`held`), and what is left."""
+        """A placement for a part: its amounts in the common plan (`held`), and what is left."""
         entries, is_slower = [], False
         for device, left in self.left.items():
             if left is None:
@@ -120,7 +121,7 @@ class _Room:
         }
 
     def note(self, held: Mapping[str, int], plan: Plan) -> None:
-        """A part is planned: it has other bytes on each device than in the common plan."""
+        """Counts what a part's own plan has on each device, instead of the common plan's `held`."""
         for device in held.keys() | plan.bytes.keys():
             more = plan.bytes.get(device, 0) - held.get(device, 0)
             self.taken[device] = self.taken.get(device, 0) + more
@@ -198,8 +199,8 @@ def _plan_of(
 def _inside(part: str, inventory: Inventory, patterns: Iterable[str]) -> list[str]:
     """Patterns for names in a pipeline, as patterns for names in one of its parts.
 
-    One that begins with the part's own name goes on as it is, without it. Of others, the names that
-    they match in this part.
+    "vae.*" is "*" in the VAE. A pattern that does not begin with the part's name and a dot is
+    replaced by the names that it matches there.
     """
     names = [name for weight in inventory.weights for name in weight.names]
     found = []

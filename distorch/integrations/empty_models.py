@@ -20,8 +20,8 @@ from torch import nn
 from distorch.errors import FormatError, SpecError
 from distorch.loading import init_empty_weights
 
-# The default dtype is the process's. Of two threads that change it, one would put back what the
-# other has set.
+# The default dtype belongs to the process. If two threads changed it at once, the second would
+# restore what the first had set, for good. So models are built one after the other.
 _BUILDING = threading.Lock()
 
 
@@ -37,7 +37,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def empty_transformers_model(cls: Any, config: Any, dtype: torch.dtype, **remote: Any) -> nn.Module:
-    """An empty model of a class, or of what an Auto class makes of the configuration."""
+    """A model of a class, or of the class that an Auto class chooses, without weights.
+
+    `dtype` is the one to compute in; parameters that the class keeps in float32 have that.
+    """
     config = copy.deepcopy(config)
     # As transformers does: parts of a composite model read their own configuration.
     config.dtype = dtype
@@ -70,7 +73,10 @@ def _keep_wide(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def empty_diffusers_model(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """An empty model of a class, by the configuration in a folder."""
+    """A model of a class with the configuration in a folder, without weights. FormatError.
+
+    `dtype` is the one to compute in; parameters that the class keeps in float32 have that.
+    """
     try:
         config = cls.load_config(folder)
     except OSError as error:
@@ -78,7 +84,7 @@ def empty_diffusers_model(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Modu
     with init_empty_weights(), _default_dtype(dtype):
         model = cls.from_config(config)
     wide = set(_listed(getattr(type(model), "_keep_in_fp32_modules", None)))
-    # Whatever the model's own code says: what a file has is converted when it is read.
+    # diffusers converts all floating tensors of a file, whatever dtype the model's code gives them.
     for path, owner in model.named_modules():
         tables = (owner._parameters, owner._buffers)
         for key, tensor in [entry for table in tables for entry in table.items()]:

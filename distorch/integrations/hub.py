@@ -1,9 +1,9 @@
 """Where a model's files are: a folder, a file, or a repository of the Hugging Face hub.
 
 Note [Ids of the hub]
-What lies whole in the local cache is taken as it is, without asking the hub for something newer:
-so a program starts without a network, and with the same files as yesterday. A download that was
-interrupted leaves a snapshot with some of its files; that is not taken for a model.
+A model that is complete in the local cache is used as it is. The hub is not asked for something
+newer: so a program starts without a network, and with the same files as yesterday. An interrupted
+download leaves a snapshot with some of its files; such a snapshot is not used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from distorch.errors import FormatError, SpecError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# What a folder lacks, in words; "" if it is whole.
+# Says what a folder lacks; "" if it is complete.
 Lacks = Callable[[Path], str]
 
 
@@ -32,7 +32,7 @@ def check_model(model: object) -> str:
 
 
 def check_no_other_file(path: Path, known: Sequence[str], expected: str) -> None:
-    """FormatError on a file that is there and is none of these kinds: it is no id of the hub."""
+    """FormatError on an existing file of another kind, which must not be taken for an id."""
     if path.is_file() and path.suffix not in known:
         raise FormatError(f"{str(path)!r} is a file: expected {expected}")
 
@@ -44,9 +44,9 @@ def folder_of(
     lacks: Lacks,
     download: Callable[[], str | os.PathLike[str]],
 ) -> Path:
-    """The folder with a model's files. `download` brings it here, if it is not in the cache.
+    """The folder with a model's files. If it is not in the cache, `download` brings it there.
 
-    FormatError when it is incomplete, is neither a folder nor an id, or cannot be had.
+    FormatError when it is incomplete, cannot be downloaded, or is neither a folder nor an id.
     """
     here = Path(model).expanduser()
     if here.is_dir():
@@ -73,7 +73,7 @@ def _check_is_id(model: str) -> None:
 
 
 def in_cache(model: str, revision: str | None) -> Path | None:
-    """The snapshot of a repository in the local cache, whole or not."""
+    """The snapshot of a repository in the local cache, complete or not; None if there is none."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -82,7 +82,7 @@ def in_cache(model: str, revision: str | None) -> Path | None:
         ) from error
     try:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # it is not there, or no id: a download says more
+    except (OSError, ValueError):  # not there, or no id: the error of a download says more
         return None
 
 
@@ -94,8 +94,8 @@ def _downloaded(
     cache = f"the cache is {constants.HF_HUB_CACHE!r} (HF_HOME, HF_HUB_CACHE)"
     if constants.HF_HUB_OFFLINE:
         raise FormatError(
-            f"{model!r} cannot be had: {problem}, and HF_HUB_OFFLINE forbids a download; {cache}. "
-            "Give the folder that has it, or allow the download"
+            f"{model!r} is not available: {problem}, and HF_HUB_OFFLINE forbids a download; "
+            f"{cache}. Give the folder that has it, or allow the download"
         )
     try:
         return download()
@@ -103,7 +103,7 @@ def _downloaded(
         raise
     except Exception as error:  # of the network, the hub, or a proxy: each library has its own
         raise FormatError(
-            f"{model!r} cannot be had: {problem}, and the download failed "
+            f"{model!r} is not available: {problem}, and the download failed "
             f"({type(error).__name__}: {_first_line(error)}); {cache}. Is the id right, is there a "
             "network, does the repository ask for a login (HF_TOKEN)? Or give a folder"
         ) from None

@@ -27,8 +27,8 @@ _TEXT = {
 
 
 class LoraSplitter:
-    """Splits LoRAs by the parts of one pipeline. What it has read before, it gives again: then only
-    strengths have changed, and weights are not computed anew.
+    """Splits LoRAs by the parts of one pipeline. For a file that it has read before, it returns the
+    same objects: `set_loras` then sees that at most the strength has changed.
     """
 
     def __init__(self, parts: Collection[str]) -> None:
@@ -64,7 +64,7 @@ class LoraSplitter:
             may_be = _TEXT.get(component, (main,))
             name = next((name for name in may_be if name in self.parts), may_be[0])
             if name in self.parts:
-                # What names no part goes with what names the main one.
+                # Keys without a part's name and keys with the main part's name come here.
                 shares[name] = share if name not in shares else _both(shares[name], share)
             elif strict:
                 shown = ", ".join(list(share.tensors)[:3])

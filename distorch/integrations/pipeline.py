@@ -120,7 +120,7 @@ def load_pipeline(
         if found is not None:
             matched[name] = found
     pipe = source.pipeline(modules, _as_diffusers(dtypes, dtype))
-    # What was given, and what diffusers has loaded itself.
+    # Also those that the user gave, and those that diffusers has loaded itself.
     modules |= {name: module for name, module in models_of(pipe).items() if name not in modules}
     whole = {name: module for name, module in modules.items() if name not in matched}
     inventories = {
@@ -150,8 +150,8 @@ def load_pipeline(
 
 
 def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Module, Matched | None]:
-    """A part's empty module and what its file has for it; or the module whole, as its library loads
-    it. FormatError.
+    """A part's empty module, matched with its file. If the file cannot be streamed: the module with
+    its weights, as its library loads it, and None. FormatError.
     """
     try:
         module, checkpoint = part.empty(dtype)
@@ -183,7 +183,7 @@ def _dtype_of_the_largest(parts: Mapping[str, Part]) -> torch.dtype:
 
 
 def _as_diffusers(dtypes: Mapping[str, torch.dtype], asked: Dtypes) -> Any:
-    """One dtype for what diffusers loads itself, or a table where parts differ."""
+    """The dtype of the parts that diffusers loads itself, as `from_pretrained` takes it."""
     if not isinstance(asked, Mapping):
         return next(iter(dtypes.values()), torch.float32)
     rest = asked.get("default", torch.float32)
@@ -198,7 +198,9 @@ def _devices_for(modules: Mapping[str, nn.Module]) -> dict[str, DeviceInfo]:
 
 @contextmanager
 def _all_or_nothing(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Takes names of modules that are being placed; after an error they are as they were before."""
+    """Gives a list for the names of modules that are about to be placed. After an error, these
+    modules are put back where they were.
+    """
     plans: dict[str, Plan | None] = dict.fromkeys(modules)
     for name, module in modules.items():
         if distribution.is_distributed(module):
@@ -308,8 +310,8 @@ def _lasting_options(state: PipelineState | None, modules: Mapping[str, nn.Modul
 
 
 def state_of(pipe: Any) -> PipelineState:
-    """What is known of a pipeline whose models are distributed: with it, or one by one, or as those
-    of another pipeline. SpecError, PlacementError.
+    """What is known of a distributed pipeline. If its models were distributed one by one, or belong
+    to another pipeline too, it is put together from what they know. SpecError, PlacementError.
     """
     state = pipe.__dict__.get(_KEY)
     modules = models_of(pipe)

@@ -15,8 +15,8 @@ _OTHER_WAYS = (
 def refuse_other_offloading(pipe: Any) -> Any:
     """Gives the pipeline methods of its own that say what to do instead; returns it.
 
-    They are set on the object: its class and other pipelines stay as they are. Moves to another
-    device are refused by the modules themselves.
+    The methods are set on the object, so its class and other pipelines stay as they are. Moves to
+    another device are refused by the modules themselves.
     """
     for name in _OTHER_WAYS:
         if hasattr(pipe, name):

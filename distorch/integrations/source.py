@@ -37,7 +37,7 @@ _IN_WHOLE_FILES = {
 
 @dataclass(frozen=True)
 class Part:
-    """A model in a pipeline: its class, the folder with its configuration, the file with its
+    """A model in a pipeline: its class, the folder with its configuration, and the file with its
     weights.
     """
 

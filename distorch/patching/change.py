@@ -93,7 +93,7 @@ def set_loras(
 
 
 def _warn_of_adapters(module: nn.Module) -> None:
-    """Adapters of PEFT, and of diffusers' load_lora_weights, go on top of ours."""
+    """Warns of active adapters of PEFT: what they add, they add to what `set_loras` has merged."""
     active: dict[str, None] = {}
     for layer in module.modules():
         if hasattr(layer, "base_layer") and not getattr(layer, "disable_adapters", True):
@@ -101,8 +101,8 @@ def _warn_of_adapters(module: nn.Module) -> None:
     if active:
         warn_at_caller(
             f"this {type(module).__name__} has adapters of PEFT ({', '.join(active)}), which stay "
-            "on: their changes are added to those of set_loras. To have each change once, take "
-            "them off (pipe.unload_lora_weights(), or PEFT's unload) or leave set_loras out",
+            "on. If they are the same LoRAs, their changes now count twice: take them off with "
+            "pipe.unload_lora_weights(), or with PEFT's unload()",
             UserWarning,
         )
 
@@ -150,8 +150,8 @@ def _changes(
 
 
 def _check_unchanged(changes: Iterable[_Change], known: Patching, options: PatchOptions) -> None:
-    """Somebody's own writes to a patched weight would be lost, and another file has another
-    model's weights.
+    """Refuses changes that would start from other values than the originals: PlacementError if
+    somebody has written to a patched weight, FetchError if a file with originals was replaced.
     """
     for change in changes:
         group = change.group

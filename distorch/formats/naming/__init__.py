@@ -52,8 +52,8 @@ def fit_names(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
 
 
 def _of_other_layout(checkpoint: Checkpoint, module: nn.Module, have: Tensors) -> Checkpoint:
-    """A file with all of the module's names. Some of transformers are kept in another layout under
-    the same names: their shapes say so.
+    """A file that has all of the module's names, in the module's layout. For some models of
+    transformers, files have another layout under the same names; their shapes tell.
     """
     convert = None
     if _misshapen(module, have) and not checkpoint.is_gguf:

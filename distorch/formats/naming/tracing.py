@@ -38,7 +38,9 @@ class NamesDoNotFitError(Exception):
 
 
 class ConversionError(FormatError):
-    """A conversion computes with weights, or moves single elements: it cannot be done in a file."""
+    """A conversion computes with weights or moves single elements, so ranges of the file are not
+    enough.
+    """
 
 
 class Run(NamedTuple):
@@ -155,7 +157,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _joined(
         self, out: torch.Tensor, parts: Sequence[torch.Tensor], dim: int = 0
     ) -> Iterator[Run]:
-        """What stands before `dim` counts rounds; in each, every part gives its next elements."""
+        """The runs of a joined tensor. The parts take turns: there is a round for each index of the
+        dimensions before `dim`, and in each round every part gives its next elements.
+        """
         rounds = prod(out.shape[: dim % max(out.dim(), 1)])
         known = [_made(self.runs(part), part) for part in parts if part.numel()]
         if rounds * len(known) > _MOST_PIECES:

@@ -43,9 +43,9 @@ def _converted(
     rename: Callable[..., tuple[str, str | None]],
     checkpoint: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """The same steps as in transformers: every name is changed, then what goes together is joined.
-
-    Names that the module does not have are left out.
+    """The state dict under the module's names, by the same steps as in transformers: first every
+    name is changed, then the tensors that make one weight are joined. Tensors that the module has
+    no place for are left out.
     """
     converters = [each for each in transforms if hasattr(each, "operations")]
     renamings = [each for each in transforms if not hasattr(each, "operations")]
