@@ -22,9 +22,10 @@ struct Source {
   // Whether the host decodes it from where it is: nothing of it can be brought ahead.
   bool decodes_memory() const { return decoder != nullptr && donor->host() != nullptr; }
 
-  // Brings the rows of these numbers, one after the other, to `into`, decoded by the host.
-  // REQUIRES: there is a decoder; rows are within the weight. Throws Error(kFetch).
-  void gather(std::span<const int64_t> rows, std::byte* into) const;
+  // Brings the rows of these numbers, one after the other, to `into`. The host decodes them if
+  // there is a decoder. `row_bytes` are those of a row of the weight. REQUIRES: rows are within the
+  // weight. Throws Error(kFetch).
+  void gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const;
 
   // The error of a fetch that failed. It names the weight, its bytes and the donor.
   Error could_not_bring(ErrorKind kind, const std::string& name, const std::string& why) const;

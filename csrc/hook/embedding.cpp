@@ -1,5 +1,8 @@
-// Lookups in a table that is not kept as it is: only the rows asked for are
-// brought and decoded.
+// Lookups in a table. Where it pays, only the rows that are asked for are brought.
+//
+// It pays for a table that has to be decoded, and for one that is larger than the ring: such a
+// table would take ordinary memory, and its copy would be waited for. A language model's table of
+// tokens is often its largest weight, and a step asks for few of its rows.
 #include "hook/call.h"
 
 #include <ATen/ops/embedding_ops.h>
@@ -18,13 +21,23 @@ namespace {
 constexpr int64_t kWholeShare = 4;
 constexpr int64_t kRowsPerPart = 64;
 
-bool takes_rows(const at::Tensor& table, const Source& source, const at::Tensor& indices) {
-  if (source.decoder == nullptr || table.dim() != 2 || !table.is_contiguous()) return false;
+// Whether the donor has the table's rows one after the other.
+bool has_rows(const at::Tensor& table, const Source& source) {
+  if (table.dim() != 2 || !table.is_contiguous() || table.storage_offset() != 0) return false;
   const auto rows = static_cast<uint64_t>(table.size(0));
   const auto row_bytes = static_cast<uint64_t>(table.size(1)) * table.itemsize();
-  return table.storage_offset() == 0 && rows == source.decoder->rows() &&
-         row_bytes == source.decoder->decoded_row() && !indices.is_meta() &&
-         indices.numel() * kWholeShare < table.size(0);
+  if (source.decoder == nullptr) return rows * row_bytes == source.donor->size();
+  return rows == source.decoder->rows() && row_bytes == source.decoder->decoded_row();
+}
+
+bool takes_rows(const at::Tensor& table, const Weight& weight, const Source& source,
+                const at::Tensor& indices) {
+  if (indices.is_meta() || !has_rows(table, source)) return false;
+  if (indices.numel() * kWholeShare >= table.size(0)) return false;
+  if (source.decoder != nullptr) return true;
+  // The CPU uses what is in RAM where it is.
+  const bool in_place = table.is_cpu() && source.donor->host() != nullptr;
+  return !in_place && source.donor->size() > weight.ring().capacity();
 }
 
 at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tensor& indices) {
@@ -40,13 +53,14 @@ at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tens
   // The memory of a device: it gathers the rows itself, and one copy brings them.
   const bool by_device = source.donor->host() == nullptr && !source.donor->extents().empty();
   const int64_t per_part = by_device ? std::max<int64_t>(numbers.numel(), 1) : kRowsPerPart;
-  const uint64_t row_bytes = source.decoder->decoded_row();
+  const uint64_t row_bytes = table.size(1) * table.itemsize();
+  const uint64_t stored = source.decoder ? source.decoder->stored_row() : row_bytes;
   for_ranges(numbers.numel(), per_part, compute_threads(), [&](int64_t begin, int64_t end) {
-    source.gather(rows.subspan(begin, end - begin), into + begin * row_bytes);
+    source.gather(rows.subspan(begin, end - begin), row_bytes, into + begin * row_bytes);
   });
   Counters& counters = handle_of(table).weight->counters();
   counters.misses.fetch_add(1, std::memory_order_relaxed);
-  counters.travelled(source.donor->tier(), rows.size() * source.decoder->stored_row());
+  counters.travelled(source.donor->tier(), rows.size() * stored);
   process_fetches.fetch_add(1, std::memory_order_relaxed);
   at::DimVector sizes(indices.sizes());
   sizes.push_back(table.size(1));
@@ -57,9 +71,9 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& table, const at
                      c10::SymInt padding, bool scale_by_frequency, bool sparse) {
   return at_border([&] {
     if (is_sharded(table) && !is_sharded(indices)) {
-      const Source source = handle_of(table).weight->source();
-      if (takes_rows(table, source, indices)) {
-        const Weight& weight = *handle_of(table).weight;
+      const Weight& weight = *handle_of(table).weight;
+      const Source source = weight.source();
+      if (takes_rows(table, weight, source, indices)) {
         weight.ring().refuse_recording(weight);
         return rows_of(table, source, indices);
       }

@@ -143,17 +143,25 @@ def _fetched_bytes(group: Group, plan: Plan) -> int:
     return 0 if _place_of(group, plan) in in_place else group.nbytes
 
 
+def is_table(group: Group) -> bool:
+    """Whether it is only looked up: of a table that the ring does not hold, rows are brought
+    (csrc/hook/embedding.cpp).
+    """
+    return all(isinstance(m.owner, nn.Embedding) and m.key == "weight" for m in group.members)
+
+
 def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
-    """Bytes of look-ahead: at least two of the largest weights that are fetched."""
-    streamed = [nbytes for group in groups if (nbytes := _fetched_bytes(group, plan))]
-    if not streamed:
-        return 0
+    """Bytes of look-ahead: at least two of the largest weights that are fetched whole."""
     page = 4096
-    rounded = [nbytes + 2 * page for nbytes in streamed]
-    wanted = max(2 * max(rounded), _AUTO_RING_BYTES)
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for group in groups:
+        if nbytes := _fetched_bytes(group, plan):
+            sizes[is_table(group)].append(nbytes + 2 * page)
+    wanted = max(2 * max(sizes[False], default=0), _AUTO_RING_BYTES)
     if options.prefetch != "auto":
         wanted = parse_bytes(options.prefetch)
-    return min(sum(rounded), wanted)  # a ring that holds everything is never larger
+    whole = [*sizes[False], *(nbytes for nbytes in sizes[True] if nbytes <= wanted)]
+    return min(sum(whole), wanted)  # a ring that holds everything is never larger
 
 
 @torch.inference_mode(False)  # parameters made in it could never have a gradient
