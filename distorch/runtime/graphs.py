@@ -5,7 +5,9 @@ A fetch gives out memory that others read, under the schema of an operator that 
 functionalization knows no custom operators that give views. What follows from that is seen to here:
 * Inductor never takes the memory of a fetch for something else (`_fetched`), nor runs a function
   in place on it: fake fetches alias what they are fetched from.
-* Code that writes to a weight is refused before it is made functional (`refuse_writes`).
+* Code that writes to a weight is refused before it is made functional (`refuse_writes`). Backends
+  other than Inductor have no pass there. For them a fetched weight is frozen while the graph is
+  made functional (`_frozen`), so that PyTorch refuses the write.
 * Uses of one weight are told apart, and backward fetches again instead of keeping weights alive
   (`refetch_in_backward`).
 """
@@ -160,6 +162,20 @@ def _fetched(kind: type) -> type:
 
 
 _fallback: Any = fallback_handler(_ops.fetch_in_graph)  # type: ignore[no-untyped-call]
+
+
+@_ops.fetch_in_graph.py_functionalize_impl
+def _frozen(ctx: Any, weight: torch.Tensor, site: int) -> torch.Tensor:
+    """A fetched weight that nobody may write to: "cannot mutate tensors with frozen storage".
+
+    The write would go to a copy, and be lost.
+    """
+    with ctx.redispatch_to_next():
+        fetched: torch.Tensor = ctx.wrap_tensors(
+            _ops.fetch_in_graph(ctx.unwrap_tensors(weight), site)
+        )
+    torch._freeze_functional_tensor(fetched.elem)  # type: ignore[attr-defined]
+    return fetched
 
 
 @register_lowering(_ops.fetch_in_graph, type_promotion_kind=None)
