@@ -11,9 +11,9 @@ namespace {
 
 constexpr const char* kRawAccess =
     "this weight is sharded by distorch: its bytes are on a donor and only PyTorch operators "
-    "bring them. Code that reads its memory directly (data_ptr, numpy, a custom extension) needs "
-    "distorch.materialize(weight), which returns an ordinary tensor with its values; to export a "
-    "model with its weights, distorch.undistribute(model) first.";
+    "bring them. Code that reads its memory directly (data_ptr, DLPack, a storage, a custom "
+    "extension) needs distorch.materialize(weight), which returns an ordinary tensor with its "
+    "values; to export a model with its weights, distorch.undistribute(model) first.";
 
 void delete_handle(void* handle) { delete static_cast<Handle*>(handle); }
 

@@ -76,7 +76,10 @@ def call_node(name: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """Runs another node and gives its outputs, whichever interface it was written for."""
     found = node_class(name)
     if found is None:
-        raise RuntimeError(f"the node {name!r} is not installed")
+        raise RuntimeError(
+            f"the node {name!r} is not installed: install the pack that has it, and start ComfyUI "
+            "again"
+        )
     if hasattr(found, "define_schema"):
         result = found.execute(**arguments)
     else:

@@ -91,7 +91,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for number, file in enumerate(files.paths):
         part = (number, len(files.paths)) if files.parts else None
         if not file.is_file():
-            raise FormatError(f"{files.shown!r} lists {file.name!r}, which is not there")
+            raise FormatError(
+                f"{files.shown!r} lists {file.name!r}, which is not there: get the whole checkpoint"
+            )
         stamps[str(file.resolve())] = stamp_of(file)
         found, metadata = _read_file(file, part)
         headers.append(metadata)
@@ -127,7 +129,10 @@ class _Listed:
         """
         names, shown = self._names[file], self._files.shown
         if lost := sorted(names - found.keys()):
-            raise FormatError(f"{shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it")
+            raise FormatError(
+                f"{shown!r} lists {lost[0]!r} in {file.name!r}, which lacks it: index and file "
+                "are not of one version; get the whole checkpoint"
+            )
         layers = {name.rpartition(".")[0] for name in names if name.endswith(".weight")}
         return {
             name: tensor

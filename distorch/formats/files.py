@@ -44,7 +44,10 @@ def find_files(path: str | os.PathLike[str]) -> Files:
     if target.is_dir():
         target = _in_folder(target)
     if not target.is_file():
-        raise FormatError(f"{str(path)!r}: no such file; expected a .safetensors or .gguf file")
+        raise FormatError(
+            f"{str(path)!r}: no such file or folder; expected a "
+            "checkpoint (.safetensors, its index, .gguf, .pt, .bin), or a folder with one"
+        )
     if _IS_INDEX.search(target.name):
         return _listed(target)
     if part := _IS_PART.match(target.name):
@@ -78,7 +81,7 @@ def _all_parts(target: Path, part: re.Match[str]) -> tuple[Path, ...]:
     if missing or target.name not in names:
         raise FormatError(
             f"{str(target)!r} is one of {int(count)} parts of a checkpoint, and "
-            f"{', '.join(missing[:_SHOWN]) or 'its number'} is missing beside it"
+            f"{', '.join(missing[:_SHOWN]) or 'its number'} is missing beside it: get all parts"
         )
     return tuple(target.parent / name for name in names)
 
@@ -92,7 +95,7 @@ def _listed(index: Path) -> Files:
             f"{str(index)!r} is not an index of a sharded checkpoint: {error}"
         ) from error
     if not pairs:
-        raise FormatError(f"{str(index)!r} is an index that lists no tensors")
+        raise FormatError(f"{str(index)!r} is an index that lists no tensors: get it again")
     for file in pairs.values():
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise FormatError(f"{str(index)!r} names a file outside its folder: {file!r}")

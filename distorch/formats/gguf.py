@@ -115,8 +115,8 @@ class _Header:
             )
         if self._part != (number, count):
             raise FormatError(
-                f"{str(self._path)!r} is part {number} of {count} by what it says; its name says "
-                f"part {self._part[0]} of {self._part[1]}"
+                f"{str(self._path)!r}: its header says part {number} of {count}, and its name says "
+                f"part {self._part[0]} of {self._part[1]}; give it its first name again"
             )
 
     # --- pieces of the header ---

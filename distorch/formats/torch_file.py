@@ -48,7 +48,10 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         else {}
     )
     if not tensors:
-        raise FormatError(f"{str(path)!r} holds a {type(loaded).__name__}, no tensors by name")
+        raise FormatError(
+            f"{str(path)!r} holds a {type(loaded).__name__}, no tensors by name; expected a state "
+            "dict, as torch.save(model.state_dict(), ...) writes it"
+        )
     return tensors
 
 

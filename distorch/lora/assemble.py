@@ -75,7 +75,9 @@ def _check_all_used(parts: Mapping[str, Tensor], used: Collection[str]) -> None:
     """FormatError if a part is left over: it is of another patch, or of a kind that is new."""
     rest = sorted(parts.keys() - {*used, "magnitude"})
     if rest:
-        raise FormatError(f"its parts {rest} do not go with {sorted(set(used) & parts.keys())}")
+        raise FormatError(
+            f"it has {rest} beside {sorted(set(used) & parts.keys())}: no kind of LoRA has both"
+        )
 
 
 def _hadamard(parts: Mapping[str, Tensor], scaling: Scaling) -> HadamardKind:

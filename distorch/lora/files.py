@@ -109,7 +109,10 @@ def _file_of(source: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():
-        raise FormatError(f"LoRA {str(path)!r}: no such file")
+        raise FormatError(
+            f"LoRA {str(path)!r}: no such file; expected a .safetensors or torch file, or an "
+            "adapter's folder"
+        )
     return path
 
 

@@ -219,6 +219,11 @@ def _refuse_other_devices(module: nn.Module, fn: Callable[[torch.Tensor], torch.
             parameter.device.index or 0
         ):
             return
+        if target.type == "meta":
+            raise PlacementError(
+                f"cannot move {name!r} to the meta device: the model is distributed, and would "
+                "lose its values. Call distorch.undistribute(model) first"
+            )
         raise PlacementError(
             f"cannot move {name!r} to {target}: the model is distributed with compute device "
             f"{parameter.device}. Use distorch.redistribute(model, spec, compute='{target}'), or "

@@ -137,16 +137,23 @@ def check_plan_fits(plan: Plan, inventory: Inventory) -> None:
     there = machine.devices()
     if absent := [d for place in plan.bytes for d in place.split("+") if d not in there]:
         raise PlacementError(
-            f"the plan uses {absent[0]!r}; this machine has {', '.join(sorted(there))}"
+            f"the plan uses {absent[0]!r}; this machine has {', '.join(sorted(there))}; make a "
+            "new one with distorch.plan"
         )
     for weight in inventory.weights:
         if weight.name not in plan.placement:
-            raise PlacementError(f"the plan has no place for {weight.name!r}; make a new one")
+            raise PlacementError(
+                f"the plan has no place for {weight.name!r}; make a new one with distorch.plan"
+            )
         size = plan.sizes.get(weight.name)
         if size is not None and size != weight.nbytes:
             raise PlacementError(
-                f"the plan was made for {weight.name!r} with {size} bytes, it has {weight.nbytes}"
+                f"the plan was made for {weight.name!r} with {size} bytes, it has {weight.nbytes}; "
+                "make a new one with distorch.plan"
             )
     known = {name for weight in inventory.weights for name in weight.names}
     if extra := [name for name in plan.placement if name not in known]:
-        raise PlacementError(f"the plan places {extra[0]!r}, which the model does not have")
+        raise PlacementError(
+            f"the plan places {extra[0]!r}, which the model does not have; make a new one with "
+            "distorch.plan"
+        )

@@ -150,7 +150,7 @@ def test_a_module_that_is_not_distributed(call):
 
 
 LOADS = [
-    ("gone.safetensors", {}, "no such file", "expected a .safetensors or .gguf"),
+    ("gone.safetensors", {}, "no such file", "expected a checkpoint"),
     ("nothing", {}, "nothing", "expected one *.safetensors"),
     ("cut.safetensors", {}, "cut.safetensors", "download it again"),
     ("empty.safetensors", {}, "empty.safetensors", "download it again"),

@@ -148,7 +148,7 @@ def test_split_gguf_files(tmp_path):
     swapped.mkdir()
     for number, (name, value) in enumerate(wanted.items()):
         gguf_part(swapped / f"m-{2 - number:05d}-of-00002.gguf", {name: value}, number, 2)
-    with pytest.raises(FormatError, match="is part 1 of 2 by what it says"):
+    with pytest.raises(FormatError, match="its header says part 1 of 2, and its name"):
         open_checkpoint(swapped)
     alone = tmp_path / "alone.gguf"
     gguf_part(alone, {"a.weight": wanted["a.weight"]}, 0, 2)

@@ -113,7 +113,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The weight behind a result. FormatError when it is none that can be read."""
         made = self._find(value)
         if made is None:
-            raise FormatError(f"{name!r}: its conversion made a {type(value).__name__} of its own")
+            raise FormatError(
+                f"{name!r}: its conversion made a {type(value).__name__}, where values of "
+                "the file's tensors were expected; load the file with its own library"
+            )
         runs = self.runs(value) or [made.runs[0]._replace(begin=0, end=0)]
         return Traced(as_stored(name, runs, tuple(value.shape)), tuple(runs))
 
