@@ -28,27 +28,48 @@ def distribute(
     progress: Progress = None,
     **options: Unpack[PlacementOptions],
 ) -> Module:
-    """Places a module's weights; returns the same module.
+    """Places a module's weights, and returns the same module.
 
-    Where they go is said by one of: `spec`, a placement string such as "cuda:0,2.5gb;cpu,*";
-    `plan`, a saved one; `virtual_vram`, the bytes to give away to `donor` (if not given: "cpu", or
-    "disk" where the CPU computes).
+    Exactly one of `spec`, `plan` and `virtual_vram` says where they go. Buffers, and weights that
+    are small or named by `keep`, stay on the compute device even if they are more than its share.
+    Then there is a PlacementWarning, and `report` is not `ok`. (A share of 0 asks for no more than
+    this.)
 
-    Options: `compute` the device that runs the model; `order` "interleaved" | "sequential";
-    `min_bytes` (1048576): smaller and 1-D tensors stay resident. With 0, every floating or
-    quantised parameter may leave. With "auto", as many as needed leave, the largest first, where
-    the compute device's share is too small for what would stay. `keep` / `offload` name patterns
-    of what stays and of what leaves. `rules` [(pattern, device)]. `prefetch` bytes of look-ahead
-    ("auto", 0 = none). `compress` "auto" | "never". Bytes are numbers or "1mb".
+    On a module that is distributed already this is `redistribute`: options that are not given stay
+    as they were.
 
-    What is kept or small stays on the compute device even if it is more than its share. Then there
-    is a PlacementWarning, and `report` is not `ok`. (A share of 0 asks for no more than this.)
+    Args:
+        module: Any `torch.nn.Module` whose weights have values.
+        spec: A placement string, such as "cuda:0,2.5gb;cpu,*", or "auto".
+        plan: A plan from `distorch.plan`, or a saved one.
+        virtual_vram: Bytes to give away, as a number or as "4gb".
+        donor: Where the bytes of `virtual_vram` go: one device, or several in their order
+            ("cuda:1,cpu"). If not given: "cpu", or "disk" where the CPU computes.
+        progress: None shows a bar on a terminal and in a notebook, True and False always and
+            never. A function is called with the bytes of each weight that was moved.
+        compute: The device that runs the model. If not given: the first accelerator of the spec,
+            else "cuda:0" if there is one, else "cpu".
+        order: "interleaved" spreads the weights that leave evenly over a step. "sequential" gives
+            the first bytes of the model to the first entry.
+        min_bytes: Tensors with fewer bytes, and 1-D ones, stay resident (1 MiB). With 0, every
+            floating or quantised parameter may leave. With "auto", as many as needed leave, the
+            largest first, where the compute device's share is too small for what would stay.
+        keep: Name patterns of weights that stay on the compute device, such as `["*.norm*"]`.
+        offload: Name patterns of weights that must leave it.
+        rules: Pairs of a name pattern and a device. The first pattern that matches decides.
+        prefetch: Bytes of look-ahead on the compute device, beyond its share. "auto" is 128 MiB,
+            or the two largest weights that travel; 0 is none.
+        compress: "auto" or "never". Weights are sent as they are.
 
-    `progress`: None is a bar on a terminal and in a notebook, True and False are always and never,
-    and a function is called with the bytes of each weight that was moved.
+    Returns:
+        The module itself.
 
-    On a distributed module this is `redistribute`: options that are not given stay as they were.
-    All or nothing: SpecError, PlacementError, FetchError leave the module as it was.
+    Raises:
+        SpecError: The spec or an option is wrong.
+        PlacementError: It cannot be done with this module on this machine.
+        FetchError: A donor failed.
+
+    After any of them the module is as it was.
     """
     check_module(module)
     check_progress(progress)
@@ -83,12 +104,29 @@ def redistribute(
     progress: Progress = None,
     **options: Unpack[PlacementOptions],
 ) -> Module:
-    """A new placement of a distributed module, without loading it again.
+    """Places a distributed module anew, without loading it again.
 
-    Arguments are those of `distribute`; options that are not given stay as they were. Other threads
-    that call the module wait for a moment, at their next call of a part of it. Raises as
-    `distribute`, and PlacementError on a module that is not distributed, or if such a thread does
-    not come to rest for a minute.
+    Other threads that call the module wait meanwhile, at their next call of a part of it.
+
+    Args:
+        module: A distributed module.
+        spec: A placement string, such as "cuda:0,2.5gb;cpu,*".
+        plan: A plan, in place of a spec.
+        virtual_vram: Bytes to give away, in place of a spec.
+        donor: Where the bytes of `virtual_vram` go.
+        progress: As in `distribute`.
+        options: Those of `distribute`. Those that are not given stay as they were.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        SpecError: The spec or an option is wrong.
+        PlacementError: The module is not distributed, the placement cannot be done, or another
+            thread does not come to rest within a minute.
+        FetchError: A donor failed.
+
+    After any of them the module is as it was.
     """
     distribution.distribution_of(module)
     return distribute(
@@ -103,10 +141,24 @@ def redistribute(
 
 
 def undistribute(module: Module, device: str | torch.device | None = None) -> Module:
-    """A plain module again, on its compute device or on `device`. All or nothing.
+    """Makes a distributed module a plain one again.
 
-    Other threads that call the module wait for a moment. PlacementError if it is not distributed,
-    or if such a thread does not come to rest for a minute.
+    Other threads that call the module wait meanwhile.
+
+    Args:
+        module: A distributed module.
+        device: Where its weights go. If not given: its compute device.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        SpecError: `device` is no device that computes.
+        PlacementError: The module is not distributed, or another thread does not come to rest
+            within a minute.
+        FetchError: A donor failed.
+
+    After any of them the module is as it was.
     """
     check_module(module)
     return distribution.unplace(module, device)

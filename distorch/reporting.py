@@ -19,12 +19,21 @@ from distorch.runtime.wrapped import is_wrapper, stays
 
 @dataclass(frozen=True)
 class Report:
-    """Measured placement: `bytes` device -> bytes, `placement` name -> device, `layers` top-level
-    part -> device -> bytes; `problems` says where it differs from the plan; `loras` what is
-    patched: each LoRA with its strength, weights touched, and keys that fit nothing; `merging` how
-    many weights are still to be merged in the background, and `merge_error` what ended that.
-    `ring` is the bytes on the compute device, beyond its share, into which weights are read ahead,
-    and `floor` those of its share that cannot leave it.
+    """Where the bytes of a module are, measured on its tensors. It prints as a table.
+
+    Attributes:
+        compute: The device that runs the model.
+        bytes: Device -> bytes that were found there.
+        planned: Device -> bytes that the plan has there.
+        placement: Name of a weight -> device.
+        layers: Top-level part -> device -> bytes.
+        problems: Where what was found differs from the plan.
+        loras: Each LoRA with its strength, the number of weights that it touches, and its keys that
+            fit nothing.
+        merging: How many weights are still to be merged in the background.
+        merge_error: What ended the merging.
+        ring: Bytes of look-ahead on the compute device, beyond its share.
+        floor: Bytes of its share that cannot leave it.
     """
 
     compute: str
@@ -169,8 +178,10 @@ _HEADER = ("device", "bytes", "planned", "size", "share")
 
 
 def report(module: nn.Module) -> Report:
-    """Walks the module's tensors and says where their bytes are now. PlacementError if the module
-    is not distributed.
+    """Walks a module's tensors and says where their bytes are now.
+
+    Raises:
+        PlacementError: The module is not distributed.
     """
     state = distribution_of(module)
     plan = state.plan
@@ -259,10 +270,15 @@ def _part(name: str) -> str:
 
 @dataclass(frozen=True)
 class Stats:
-    """What the model's ops asked of its donors since reset_stats: `fetches` a sharded weight was
-    made real for an op, `hits` of these it was ready, `stall_seconds` ops waited (on their
-    device, if it has streams: asking waits for it), `overflows`
-    fetches for which the ring had no room, `bytes` link -> bytes that travelled.
+    """What operators asked of the donors since `reset_stats`. It prints as a table.
+
+    Attributes:
+        fetches: How often a sharded weight was made real for an operator.
+        hits: How many of these found it ready.
+        stall_seconds: How long operators waited, by the clock of their device. Asking waits for the
+            device.
+        overflows: Fetches for which the ring had no room.
+        bytes: Link -> bytes that travelled.
     """
 
     fetches: int
@@ -294,7 +310,11 @@ class Stats:
 
 
 def stats(module: nn.Module) -> Stats:
-    """What the module's weights travelled since `reset_stats(module)` (or since it was placed)."""
+    """Says what the module's weights travelled since `reset_stats`, or since it was placed.
+
+    Raises:
+        PlacementError: The module is not distributed.
+    """
     state = distribution_of(module)
     counters, compute = state.counters, state.plan.compute
     return Stats(
@@ -307,5 +327,9 @@ def stats(module: nn.Module) -> Stats:
 
 
 def reset_stats(module: nn.Module) -> None:
-    """Starts counting anew."""
+    """Starts counting anew.
+
+    Raises:
+        PlacementError: The module is not distributed.
+    """
     distribution_of(module).counters.reset()

@@ -21,15 +21,21 @@ def is_sharded(tensor: object) -> bool:
 def shard(
     tensor: torch.Tensor, donor: str = "cpu", compute: str | torch.device | None = None
 ) -> torch.Tensor:
-    """A sharded copy of `tensor`: same shape and dtype, bytes on `donor`.
+    """A sharded copy of a tensor: the same shape, dtype and values, with its bytes on a donor.
 
-    Strides are kept where the tensor is dense; one that overlaps or has gaps becomes contiguous.
+    The result is always sharded, also where donor and compute device are the same: a fetch may then
+    be the donor's memory itself. Strides are kept if the tensor is dense; one that overlaps or has
+    gaps becomes contiguous.
 
-    `donor` is "cpu", "disk", a device ("cuda:1"), or several joined by "+" ("cpu+cuda:1"): the
-    bytes are then striped over them and fetched over their links at once. Ops run on `compute`
-    (default: the tensor's device). The result is always sharded, also when donor and compute are
-    the same device: a fetch may then be the donor's memory itself. An `nn.Parameter` gives an
-    `nn.Parameter`. Raises PlacementError when the donor has no room or is not there.
+    Args:
+        tensor: A plain tensor. An `nn.Parameter` gives an `nn.Parameter`.
+        donor: "cpu", "disk", a device ("cuda:1"), or several joined by "+" ("cpu+cuda:1"): the
+            bytes are then striped over them, and fetched over their links at once.
+        compute: Where operators on it run. If not given: the tensor's device.
+
+    Raises:
+        SpecError: An argument is wrong.
+        PlacementError: The donor has no room or is not there, or the tensor has no plain memory.
     """
     _check_tensor(tensor)
     if not has_bytes(tensor):
@@ -56,7 +62,7 @@ def shard(
 
 
 def materialize(tensor: torch.Tensor) -> torch.Tensor:
-    """A real copy of a tensor on its compute device (strides kept), detached from autograd."""
+    """A real copy of a tensor on its compute device, detached from autograd. Strides are kept."""
     _check_tensor(tensor)
     with torch.no_grad():
         return tensor.detach().clone(memory_format=torch.preserve_format)

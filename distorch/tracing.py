@@ -19,11 +19,20 @@ _tracing = False
 
 @contextmanager
 def trace(module: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Writes what happens inside the `with` block to a JSON file for chrome://tracing or Perfetto.
+    """Writes what happens inside of the `with` block to a file for Perfetto or chrome://tracing.
 
-    One row per stream: copies of each link, stalls of the compute stream (or of the waiting
-    thread), operators on sharded weights, reads of each file. Times are the device's own. The file
-    is written also when the block ends in an error. One trace at a time (PlacementError).
+    There is one row for each stream: copies over each link, stalls of the compute stream (or of the
+    waiting thread), operators on sharded weights, reads of each file. Times are the device's own.
+    The file is written also when the block ends in an error.
+
+    Args:
+        module: A distributed module.
+        path: The JSON file to write.
+
+    Raises:
+        PlacementError: The module is not distributed, or another trace is running.
+        SpecError: `path` is no path.
+        FileNotFoundError: Its folder is not there.
     """
     global _tracing  # noqa: PLW0603
     compute = distribution_of(module).plan.compute
@@ -50,9 +59,15 @@ def profiling(module: nn.Module) -> Iterator[None]:
 
     With these, the profiler notes the address of every tensor that it meets, and a sharded weight
     answers that with an error. In this block the address is 0. Open it first, so that the profiler
-    stops inside of it: `with distorch.profiling(model), profile(record_shapes=True) as prof:`.
-    Fetches are in every profile, as "distorch::fetch <weight>". PlacementError if the module is not
-    distributed.
+    stops inside of it::
+
+        with distorch.profiling(model), profile(record_shapes=True) as prof:
+            model(x)
+
+    Fetches are in every profile, as "distorch::fetch <weight>".
+
+    Raises:
+        PlacementError: The module is not distributed.
     """
     distribution_of(module)
     weights = [p for p in module.parameters() if _ops.is_sharded(p)]

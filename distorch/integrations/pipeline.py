@@ -66,35 +66,50 @@ def load_pipeline(
     progress: Progress = None,
     **options: Unpack[FillOptions],
 ) -> Any:
-    """A pipeline of diffusers whose transformers, text encoders and VAE are streamed from their
-    files, each weight straight to its place.
+    """Loads a pipeline of diffusers: each part is streamed from its files straight to its place.
+
+    Example::
 
         pipe = load_pipeline("black-forest-labs/FLUX.1-dev", "cuda:0,6gb;cpu,*")
 
-    `model` is a folder, an id of the hub, or one file with the whole pipeline (an original Stable
-    Diffusion checkpoint; `config` is then the folder or id with its configuration). An id is looked
-    up in the local cache, and downloaded only if it is not there; `revision` is a branch, tag or
-    commit, `variant` a kind of files ("fp16"). `spec` is one budget for all parts: what runs at
-    every step gets the fast places first. "auto" (or none) keeps as much on the compute device as
-    its free memory allows. Or `virtual_vram` says how many bytes to give away to `donor`.
-
-    `dtype`: "auto" is what the largest part's file has; or one by part, {"vae": torch.float32,
-    "default": torch.bfloat16} (without a default: float32). `files` takes the weights of a part
-    from another file: {"transformer": "flux1-dev-Q8_0.gguf"}. `cls` is a pipeline class or its
-    name, `components` go to it as they are: {"safety_checker": None}.
-
-    `loras` are (file or state dict, strength) pairs. Keys go to the parts that they name, those
-    that name none to the main part, and (file, strength, "transformer_2") sends a whole file to
-    one.
-
-    Options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
-    `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
-    `distorch.distribute`, but for the default of `min_bytes`: with "auto", small weights leave,
-    too, if the spec asks for it. Names begin with the part: keep=["vae.*"]. `progress` as there.
-
     The pipeline gives the bits of `DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)`.
     Its `enable_model_cpu_offload` and the like raise, and say what to do.
-    Raises SpecError, FormatError, PlacementError; then nothing is left behind.
+
+    Args:
+        model: A folder, an id of the hub, or one file with the whole pipeline (an original Stable
+            Diffusion checkpoint). An id is looked up in the local cache, and downloaded only if it
+            is not there.
+        spec: One budget for all parts. What runs at every step gets the fast places first. If not
+            given, or "auto": as much on the compute device as its free memory allows.
+        dtype: "auto" is what the largest part's file has. Or a dtype, or one by part:
+            {"vae": torch.float32, "default": torch.bfloat16} (without a default: float32).
+        loras: Pairs of a LoRA (a file or a state dict) and its strength. Keys go to the parts that
+            they name, those that name none to the main part. A triple (file, strength,
+            "transformer_2") sends a whole file to one part.
+        files: Takes the weights of a part from another file:
+            {"transformer": "flux1-dev-Q8_0.gguf"}.
+        config: The folder or id with the configuration of a `model` that is one file.
+        variant: A kind of files, such as "fp16".
+        revision: A branch, tag or commit of the hub.
+        cls: A pipeline class, or its name.
+        components: Go to the pipeline as they are: {"safety_checker": None}.
+        virtual_vram: Bytes to give away, in place of a spec.
+        donor: Where the bytes of `virtual_vram` go.
+        progress: As in `distorch.distribute`.
+        options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
+            `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
+            `distorch.distribute`. `min_bytes` is "auto" here: small weights leave, too, if the spec
+            asks for it. Names begin with the part: `keep=["vae.*"]`.
+
+    Returns:
+        The pipeline, an object of diffusers' own class.
+
+    Raises:
+        SpecError: The spec or an option is wrong.
+        FormatError: A file is missing, damaged, or does not fit its part.
+        PlacementError: The placement cannot be done.
+
+    After any of them nothing is left behind.
     """
     check_progress(progress)
     spec = "auto" if spec is None and virtual_vram is None else spec
@@ -236,13 +251,26 @@ def distribute_pipeline(
     progress: Progress = None,
     **options: Unpack[PlacementOptions],
 ) -> Any:
-    """Places the models of a pipeline that exists, or places them anew; returns the pipeline.
+    """Places the models of a pipeline that exists, or places them anew.
 
-    `spec` is one budget for all parts, such as "cuda:0,4gb;cpu,*"; or `virtual_vram` says how many
-    bytes to give away to `donor`. Options (`keep`, `offload`, `rules`, `order`, `min_bytes`,
-    `prefetch`, `compute`) are those of `distorch.distribute`, with names as in `load_pipeline`;
-    those that are not given stay as they were. All parts or none: an error leaves each as it was.
-    Raises SpecError, PlacementError, FetchError.
+    Args:
+        pipe: A pipeline of diffusers.
+        spec: One budget for all parts, such as "cuda:0,4gb;cpu,*".
+        virtual_vram: Bytes to give away, in place of a spec.
+        donor: Where the bytes of `virtual_vram` go.
+        progress: As in `distorch.distribute`.
+        options: `keep`, `offload`, `rules`, `order`, `min_bytes`, `prefetch`, `compute` as in
+            `load_pipeline`. Those that are not given stay as they were.
+
+    Returns:
+        The pipeline itself.
+
+    Raises:
+        SpecError: The spec or an option is wrong.
+        PlacementError: The placement cannot be done, or another library moves the weights already.
+        FetchError: A donor failed.
+
+    After any of them each part is as it was.
     """
     check_progress(progress)
     modules = models_of(pipe)
@@ -274,10 +302,21 @@ def distribute_pipeline(
 
 
 def undistribute_pipeline(pipe: Any, device: str | torch.device | None = None) -> Any:
-    """A plain pipeline again, on its compute device or on `device`; returns it.
+    """Makes a distributed pipeline a plain one again.
 
-    All parts or none: an error leaves each as it was. Raises SpecError, FetchError, and
-    PlacementError if none of its models is distributed.
+    Args:
+        pipe: A pipeline with distributed models.
+        device: Where their weights go. If not given: their compute device.
+
+    Returns:
+        The pipeline itself.
+
+    Raises:
+        SpecError: `device` is no device that computes.
+        PlacementError: None of its models is distributed.
+        FetchError: A donor failed.
+
+    After any of them each part is as it was.
     """
     state_of(pipe)
     modules = {n: m for n, m in models_of(pipe).items() if distribution.is_distributed(m)}
@@ -370,12 +409,28 @@ def set_pipeline_loras(
     patched_dtype: torch.dtype | str | None = None,
     progress: Progress = None,
 ) -> Any:
-    """Puts these LoRAs, and no others, on the parts of a distributed pipeline; returns it.
+    """Puts these LoRAs, and no others, on the parts of a distributed pipeline.
 
-    `loras` are (file or state dict, strength) pairs, or triples with the part's name; [] takes all
-    off. Only what changes is computed, from the weights' original bytes. The options are those of
-    `distorch.set_loras`. Adapters that diffusers or PEFT put on stay; there is a warning.
-    Raises SpecError, FormatError, PlacementError; all parts then have the LoRAs that they had.
+    Only what changes is computed, from the weights' original bytes. Adapters that diffusers or PEFT
+    put on stay; there is a warning.
+
+    Args:
+        pipe: A pipeline with distributed models.
+        loras: Pairs of a LoRA and its strength, or triples with the part's name. [] takes all off.
+        strict_loras: Whether every key of a LoRA has to fit a weight.
+        lora_mode: "merge", "fetch" or "background", as in `distorch.set_loras`.
+        patched_dtype: As in `distorch.set_loras`.
+        progress: As in `distorch.distribute`.
+
+    Returns:
+        The pipeline itself.
+
+    Raises:
+        SpecError: An argument is wrong.
+        FormatError: A LoRA is missing, damaged, or fits nothing.
+        PlacementError: No model is distributed, or a weight cannot be patched.
+
+    After any of them all parts have the LoRAs that they had.
     """
     state, modules = state_of(pipe), models_of(pipe)
     if set(state.splitter.parts) != set(modules):  # parts came or went

@@ -14,9 +14,13 @@ from distorch.runtime.distribution import is_distributed
 
 @dataclass(frozen=True)
 class PipelineReport:
-    """`parts` name -> its report; `plain` name -> device -> bytes of models that are not
-    distributed; `bytes` device -> bytes of all of them, measured; `problems` says where they differ
-    from the plan, or are more than the budget. Prints as a table, in a notebook too.
+    """What of a pipeline is where. It prints as a table, in a notebook too.
+
+    Attributes:
+        parts: Name of a part -> its report.
+        plain: Name -> device -> bytes, of models that are not distributed.
+        bytes: Device -> bytes of all models, measured.
+        problems: Where they differ from the plan, or are more than the budget.
     """
 
     parts: dict[str, Report]
@@ -77,8 +81,10 @@ def _size(nbytes: int) -> str:
 
 
 def pipeline_report(pipe: Any) -> PipelineReport:
-    """Walks the tensors of every model of a pipeline and says where their bytes are now: `.ok`,
-    `.bytes` device -> bytes, `.parts` name -> report. PlacementError if no model is distributed.
+    """Walks the tensors of every model of a pipeline and says where their bytes are now.
+
+    Raises:
+        PlacementError: No model is distributed.
     """
     state = state_of(pipe)
     parts: dict[str, Report] = {}

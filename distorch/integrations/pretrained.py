@@ -59,30 +59,44 @@ def load_pretrained(
     progress: Progress = None,
     **options: Unpack[FillOptions],
 ) -> nn.Module:
-    """A model of transformers with its weights on donors, each streamed straight to its place.
+    """Loads a model of transformers, each weight straight to its place.
+
+    Example::
 
         model = load_pretrained("Qwen/Qwen3-8B", "cuda:0,6gb;cpu,*")
 
-    `model` is a folder, an id of the hub, or a GGUF file. An id is looked up in the local cache,
-    and downloaded only if it is not there; `revision` is a branch, tag or commit, `subfolder` a
-    folder inside. `spec` is a placement; "auto" (or none) keeps as much on the compute device as
-    its free memory allows. Or `virtual_vram` says how many bytes to give away to `donor`.
-
-    `dtype`: "auto" is what config.json says, else what most of the weights are. `cls` is a class of
-    transformers or an Auto class, or its name; without it, the one that config.json names. `file`:
-    take the weights from this file of the repository, or of this disk: GGUF, safetensors.
-    `trust_remote_code=True` lets transformers run code that comes with the model. `loras` are (file
-    or state dict, strength) pairs.
-
-    Options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
-    `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
-    `distorch.distribute`, but for the default of `min_bytes`: with "auto", small weights leave,
-    too, if the spec asks for it. `progress` as there.
-
     The model is in eval mode, and gives the bits of `cls.from_pretrained(model, dtype=dtype)`. It
-    is never whole in RAM, unless transformers computes with the weights when it reads them: then it
-    loads them, and they are distributed afterwards (logged as a warning).
-    Raises SpecError, FormatError, PlacementError.
+    is never whole in RAM, unless transformers computes with the weights when it reads them. Then
+    transformers loads it, and it is distributed afterwards (logged as a warning).
+
+    Args:
+        model: A folder, an id of the hub, or a GGUF file. An id is looked up in the local cache,
+            and downloaded only if it is not there.
+        spec: A placement string, such as "cuda:0,6gb;cpu,*". If not given, or "auto": as much on
+            the compute device as its free memory allows.
+        dtype: "auto" is what config.json says, or else what most of the weights are.
+        loras: Pairs of a LoRA (a file or a state dict) and its strength.
+        file: Takes the weights from this file of the repository, or of this disk.
+        cls: A class of transformers, an Auto class, or the name of one. If not given, the one that
+            config.json names.
+        revision: A branch, tag or commit of the hub.
+        subfolder: A folder inside of the repository.
+        trust_remote_code: Lets transformers run code that comes with the model.
+        virtual_vram: Bytes to give away, in place of a spec.
+        donor: Where the bytes of `virtual_vram` go.
+        progress: As in `distorch.distribute`.
+        options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
+            `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
+            `distorch.distribute`. `min_bytes` is "auto" here: small weights leave, too, if the spec
+            asks for it.
+
+    Returns:
+        The model, an object of transformers' own class.
+
+    Raises:
+        SpecError: The spec or an option is wrong.
+        FormatError: A file is missing, damaged, or does not fit the model.
+        PlacementError: The placement cannot be done.
     """
     check_progress(progress)
     text = check_model(model)

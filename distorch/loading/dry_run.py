@@ -26,15 +26,23 @@ def plan(
     donor: str | None = None,
     **options: Unpack[LoadOptions],
 ) -> Plan:
-    """A dry run: where every weight would go. Nothing moves.
+    """Says where every weight would go. Nothing moves.
 
-    `source` is a module, and the plan is what `distribute` does (or `redistribute`, if it is
-    distributed); options are its options. Or it is a checkpoint. With `module`, the plan is then
-    what `load(module, source, ...)` does, and options are those of `load` (`dtype`, `resident`,
-    `loras` and others). Without it, only the file is known: its names, its bytes, its order. That
-    says how much goes where to within a few tensors, but a module may have other names, another
-    order, other dtypes and further buffers.
-    Raises SpecError, PlacementError, FormatError.
+    Args:
+        source: A module: the plan is what `distribute` does (`redistribute`, if it is distributed).
+            Or a checkpoint. Without `module=` only the file's names, bytes and order are known.
+            That says how much goes where to within a few tensors.
+        spec: A placement string, such as "cuda:0,2.5gb;cpu,*".
+        module: The module that the checkpoint will fill: the plan is then exactly what
+            `load(module, source, ...)` does.
+        virtual_vram: Bytes to give away, in place of a spec.
+        donor: Where the bytes of `virtual_vram` go.
+        options: Those of `distribute`, and with `module=` those of `load`, too.
+
+    Raises:
+        SpecError: The spec or an option is wrong.
+        PlacementError: The placement cannot be done.
+        FormatError: The file is missing, damaged, or does not fit the module.
     """
     request = Request.of(spec, virtual_vram, donor, options, _ARGUMENTS)
     if module is not None:

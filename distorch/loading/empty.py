@@ -13,11 +13,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @contextmanager
 def init_empty_weights() -> Iterator[None]:
-    """Modules that this thread makes inside have parameters on the meta device, without memory.
+    """Modules that this thread makes inside have parameters without memory, on the meta device.
 
-    Buffers are real: a module's own `__init__` has filled them, and a checkpoint often lacks them.
-    This is the difference to `torch.device("meta")`. Parameters that are no plain `nn.Parameter`
-    (lazy ones, those of quantised layers) stay as they are.
+    Buffers are real, unlike with `torch.device("meta")`: a module's own `__init__` fills them, and
+    a checkpoint often lacks them. Parameters that are no plain `nn.Parameter` (lazy ones, those of
+    quantised layers) stay as they are.
     """
     thread = threading.get_ident()
     # A parameter that is registered twice is tied, and must stay one.

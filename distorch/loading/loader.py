@@ -47,27 +47,50 @@ def load(
 ) -> Module:
     """Fills a module from a checkpoint, each weight straight to its place.
 
-    Names are the module's own, or, for modules of diffusers, those of the original checkpoint
-    (flux1-dev.safetensors), and for modules of transformers, llama.cpp's in GGUF files.
+    Names in the file are the module's own. For modules of diffusers they may be those of the
+    original checkpoint (flux1-dev.safetensors), and for modules of transformers those of llama.cpp
+    in GGUF files.
 
-    `file`: safetensors (one file, or sharded with its index), GGUF, a torch file, or a folder with
-    one of them. The module may be on the meta device or fresh: its weights are replaced, in the
-    file's dtype; `dtype` converts floating ones on the way ("module": each to what the module has
-    there). Weights whose numbers have scales in
-    the file and none in the module (fp8, int8), and blocks of GGUF files, stay as narrow as they
-    are everywhere and become the module's dtype when fetched; `resident="dequantised"` widens once
-    and for all those that stay on the compute device. Weights placed on disk are read from that
-    very file.
+    Weights with fewer bits than the module's (fp8 and int8 with scales, blocks of GGUF) stay as
+    they are on their donors, and become the module's dtype when they are fetched. Weights that are
+    placed on disk are read from the checkpoint itself.
 
-    `loras` are (file or state dict, strength) pairs, added in float32 and rounded once (see
-    `set_loras`); `lora_mode` "merge" (now), "fetch" (each time: strengths can be changed at once,
-    same bits) or "background" (as "fetch" at first, and merged while the model is used: see
-    `finish_merging`);
-    `patched_dtype` for patched weights of 8 bits or less ("bfloat16", "float16", "float32"; "base"
-    rounds back, plain numbers without scales only). Other
-    options are those of `distribute`. Peak host memory: what stays there, the ring, two of the
-    largest tensors, factors of LoRAs.
-    Raises FormatError, SpecError, PlacementError, FetchError; the module is then as it was.
+    In RAM there are at most: what stays there, the ring, two of the largest tensors, and factors of
+    LoRAs.
+
+    Args:
+        module: A module on the meta device (see `init_empty_weights`), or any other. Its weights
+            are replaced.
+        file: A safetensors file (or the index of several), a GGUF file, a torch file, or a folder
+            with one of them.
+        spec: A placement string, such as "cuda:0,2.5gb;cpu,*".
+        plan: A plan, in place of a spec.
+        loras: Pairs of a LoRA (a file or a state dict) and its strength. See `set_loras`.
+        strict: Whether every name has to be in both the file and the module.
+        strict_loras: Whether every key of a LoRA has to fit a weight.
+        lora_mode: "merge", "fetch" or "background". See `set_loras`.
+        patched_dtype: The dtype of weights of 8 bits or less that a LoRA is merged into:
+            "bfloat16", "float16" or "float32". "base" rounds back (plain numbers without scales
+            only).
+        dtype: Converts floating weights on the way. "module": each to what the module has there.
+            If not given, the file's.
+        resident: "quantised", or "dequantised": weights that stay on the compute device are made
+            wide once and for all.
+        virtual_vram: Bytes to give away, in place of a spec.
+        donor: Where the bytes of `virtual_vram` go.
+        progress: As in `distribute`.
+        options: Those of `distribute`.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        FormatError: The file is missing, damaged, or does not fit the module.
+        SpecError: The spec or an option is wrong.
+        PlacementError: The placement cannot be done.
+        FetchError: A file could not be read, or a donor failed.
+
+    After any of them the module is as it was.
     """
     check_progress(progress)
     request = Request(

@@ -136,11 +136,21 @@ def merge_in_background(module: nn.Module) -> None:
 
 
 def finish_merging(module: Module, *, progress: Progress = None) -> Module:
-    """Waits until all LoRAs of a module with `lora_mode="background"` are merged; returns it.
+    """Waits until all LoRAs of a module with `lora_mode="background"` are merged.
 
-    `progress` is as in `distribute`. In `stats`, merging counts as fetches.
-    Raises what went wrong while merging, such as FetchError; weights that are not merged are still
-    patched when they are fetched, with the same bits. PlacementError if it is not distributed.
+    In `stats`, merging counts as fetches.
+
+    Args:
+        module: A distributed module.
+        progress: As in `distribute`.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        FetchError: Merging ended with an error. Weights that are not merged are still patched when
+            they are fetched, with the same bits.
+        PlacementError: The module is not distributed.
     """
     known = distribution.distribution_of(module).patching
     if known is None or known.options.mode != "background":

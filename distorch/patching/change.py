@@ -44,21 +44,38 @@ def set_loras(
     patched_dtype: torch.dtype | str | None = None,
     progress: Progress = None,
 ) -> Module:
-    """Puts these LoRAs, and no others, on a distributed module; returns the module.
+    """Puts these LoRAs, and no others, on a distributed module.
 
-    `loras` are (file or state dict, strength) pairs, in the order in which they are added; the
-    tensors of a state dict are used where they are, so leave them as they are while they are on.
-    Only weights for which something changes are computed again, from their original bytes; with
-    `[]` they are those bytes again. `lora_mode` "merge" writes the results to where the weights
-    are; "fetch" adds low-rank patches when a weight is fetched: a change of strength moves no
-    bytes, the results are the same; "background" begins like that and merges while the model is
-    used, all but 8-bit and quantised weights and what is on disk (see `finish_merging`).
-    `lora_mode` and `patched_dtype` stay as they were unless given. A patched weight of 8 bits takes
-    16 in "merge" mode: plan and report count it so, even where that is more than the spec gave its
-    device; `redistribute` then places anew. `progress` is as in `distribute`.
-    Other threads that call the module wait meanwhile, at their next call of a part of it.
-    Raises FormatError, SpecError, FetchError, and PlacementError, also if such a thread does not
-    come to rest for a minute. An error or an interrupt leaves the module with the LoRAs it had.
+    A patched weight is `round_once(float32(W) + sum of strength * delta)`, the same bits in every
+    mode. Only weights for which something changes are computed, from their original bytes. Other
+    threads that call the module wait meanwhile, at their next call of a part of it.
+
+    Args:
+        module: A distributed module.
+        loras: Pairs of a LoRA and its strength, in the order in which they are added. A LoRA is a
+            file or a state dict. Leave the tensors of a state dict as they are while they are on.
+            [] takes all LoRAs off.
+        strict_loras: Whether every key of a LoRA has to fit a weight.
+        lora_mode: "merge" writes the results to where the weights are. "fetch" patches a weight
+            whenever it is fetched, so that a new strength moves no bytes. "background" begins like
+            "fetch" and merges while the model is used, but for 8-bit and quantised weights and what
+            is on disk (see `finish_merging`). If not given: as before.
+        patched_dtype: The dtype of weights of 8 bits or less that a LoRA is merged into; 16 bits by
+            default. Plan and report count the growth, even where it is more than the share;
+            `redistribute` then places anew.
+        progress: As in `distribute`.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        FormatError: A LoRA is missing, damaged, or fits nothing.
+        SpecError: An argument is wrong.
+        PlacementError: The module is not distributed, a weight cannot be patched, or another thread
+            does not come to rest within a minute.
+        FetchError: Original bytes could not be read, for example because their file was replaced.
+
+    After any of them, and after an interrupt, the module has the LoRAs that it had.
     """
     state = distribution.distribution_of(module)
     check_progress(progress)

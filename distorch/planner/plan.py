@@ -47,12 +47,18 @@ class PlanDiff:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every weight lives.
+    """Where every weight lives. It prints as a table.
 
-    `placement` maps every parameter and buffer name (aliases too) to a device; `sizes` maps the
-    first name of each weight to bytes. `floor` is the bytes that cannot leave the compute device,
-    and `budget` the bytes that it may hold: None is the rest, or a share of 0b, which asks for no
-    more than the floor.
+    Attributes:
+        placement: Name of every parameter and buffer (aliases too) -> device.
+        sizes: First name of each weight -> bytes.
+        compute: The device that runs the model.
+        spec: The placement string.
+        order: "interleaved" or "sequential".
+        floor: Bytes that cannot leave the compute device.
+        budget: Bytes that the compute device may hold. None: the rest, or a share of 0b, which asks
+            for no more than the floor.
+        options: The other options that the plan was made with.
     """
 
     placement: Mapping[str, str]
@@ -191,7 +197,9 @@ class Plan:
             )
         names = ("placement", "sizes", "compute", "spec", "order", "floor", "budget", "options")
         if missing := [name for name in names if name not in data]:
-            raise FormatError(f"plan {path!r}: {', '.join(missing)} missing; make it again")
+            raise FormatError(
+                f"plan {path!r}: {', '.join(missing)} missing; make it again with distorch.plan"
+            )
         for name in ("placement", "sizes", "options"):
             if not isinstance(data[name], dict):
                 raise FormatError(f"plan {path!r}: {name} should be an object")

@@ -41,7 +41,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Every link of this machine."""
+    """What was measured of every link of this machine. It prints as a table."""
 
     links: tuple[Link, ...]
 
@@ -122,7 +122,10 @@ def devices() -> dict[str, DeviceInfo]:
 def calibrate(*, progress: bool | None = None) -> Calibration:
     """Measures every link of this machine: alone, together, and back. Takes seconds.
 
-    The result is remembered (in the user's cache folder) and decides how stripes are cut.
+    The result is remembered in the user's cache folder. It decides how stripes are cut.
+
+    Args:
+        progress: None shows a bar on a terminal; True and False are always and never.
     """
     places = machine.devices()
     computes = [name for name in places if name not in ("cpu", "disk")] or ["cpu"]
