@@ -12,7 +12,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
+.PHONY: help build dev demo docs test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -51,6 +51,10 @@ test: dev ## the test suite: every promise, with a part of the long sweeps
 test-all: dev ## all of the long sweeps, too: every operator, dtype, GPU and program: an hour or two
 	DISTORCH_TESTS=all $(BIN)/python -m pytest -n 2
 	$(MAKE) sweep
+
+docs: dev ## the documentation as a site, in out/docs; an unknown link or name is an error
+	rm -rf out/docs && $(BIN)/python -m sphinx -q -n -W --keep-going -c docs -b html . out/docs
+	@echo "out/docs/docs/README.html"
 
 PROGRAMS ?= 10000
 test-long: dev ## PROGRAMS (10000) random programs of each kind on the simulated accelerator: two hours

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import distorch
 from distorch.integrations import load_pretrained
 from tests.conformance.zoo import zoo
-from tests.tiny_models import t5_tokenizer
+from tests.tiny_models import t5_tokenizer, write_llama_gguf
 
 ZOO = zoo()
 DISK = {"spec": "cpu,0b;disk,*", "min_bytes": 0}
@@ -272,30 +272,11 @@ def test_loaded_whole_where_the_file_cannot_be_read_in_ranges(tmp_path, monkeypa
 
 
 def test_gguf(tmp_path):
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     model = llama(head_dim=8)
     folder = saved(model, tmp_path)
     t5_tokenizer().save_pretrained(folder)
-    writer = gguf.GGUFWriter(folder / "llama.gguf", "llama")
-    for name, value in {
-        "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 64,
-        "rope.dimension_count": 8,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{name}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for key, value in model.state_dict().items():
-        stem, _, ending = key.rpartition(".")
-        weight = value
-        if stem.endswith(("q_proj", "k_proj")):  # llama.cpp's order of rows
-            heads = 4 if stem.endswith("q_proj") else 2
-            weight = value.view(heads, 2, -1, 32).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(f"{names.get_name(stem)}.{ending}", weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_llama_gguf(model, folder / "llama.gguf", "F32")
     x = torch.tensor([[2, 3, 4]])
     wanted = model.eval()(x).logits
     for found in (load_pretrained(folder, file="llama.gguf", **DISK),
