@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
+
+if sys.platform != "linux":
+    raise ImportError(
+        f"distorch runs on Linux only, and this is {sys.platform}: its engine uses calls for files "
+        "and memory that only Linux has"
+    )
 
 try:
     import torch
@@ -73,7 +80,8 @@ def _io_threads() -> int:
 _C.set_error_classes(PlacementError, FormatError, FetchError)
 _C.set_scratch_directory(str(scratch_folder()))
 _C.set_io_threads(_io_threads())
-_C.set_cuda_library(str(Path(__file__).parent / "_cuda.so"))
+CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
+_C.set_cuda_library(str(CUDA_LIBRARY))
 
 Counters = _C.Counters
 Reservation = _C.Reservation

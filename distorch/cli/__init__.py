@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from distorch import __version__
 from distorch.errors import DistorchError, SpecError
 
 
@@ -19,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distorch", description="Run PyTorch models whose weights do not fit."
     )
+    parser.add_argument("--version", action="version", version=f"distorch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="what is in a checkpoint or LoRA file")

@@ -61,6 +61,8 @@ class Findings:
 
 def _versions() -> dict[str, str]:
     found = {"distorch": distorch.__version__, "python": platform.python_version()}
+    found["CUDA of torch"] = torch.version.cuda or "none: built for CPUs"
+    found["CUDA kernels"] = "built" if _native.CUDA_LIBRARY.is_file() else "not built"
     for package in ("torch", "safetensors", "numpy", "transformers", "diffusers"):
         try:
             found[package] = metadata.version(package)
@@ -98,6 +100,18 @@ def _disk_checks(scratch: str, free_bytes: int) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
+def gpu_checks() -> list[tuple[str, bool, str]]:
+    """What a torch for CUDA needs: name, passed, remedy."""
+    build = "DISTORCH_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+    checks = [("torch sees a GPU", torch.cuda.is_available(), "nvidia-smi shows GPU and driver")]
+    if torch.cuda.is_available():
+        checks.append(
+            ("the CUDA kernels load", _native.has_cuda_kernels(),
+             f"without them, quantised weights do not run on a GPU: {build}")
+        )  # fmt: skip
+    return checks
+
+
 def examine() -> Findings:
     """Looks at the machine and runs a small weight through every donor."""
     scratch = _native.scratch_directory()
@@ -109,6 +123,8 @@ def examine() -> Findings:
         ("the folder for donor files is there", "disk" in devices,
          f"make {scratch!r}, or set DISTORCH_DISK to a folder on a disk"),
     ]  # fmt: skip
+    if torch.version.cuda is not None:
+        checks += gpu_checks()
     if "disk" in devices:
         checks += _disk_checks(scratch, free_bytes=devices["disk"][1])
     return Findings(_versions(), devices, scratch, checks, known_links())

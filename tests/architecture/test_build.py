@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import distorch
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -113,7 +115,16 @@ def test_cpu_choices(choice):
         cwd=ROOT, env={**os.environ, "DISTORCH_CUDA": choice}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    assert done.stdout.strip().splitlines()[-1] == "0.1.0"
+    assert done.stdout.strip().splitlines()[-1] == distorch.__version__
+
+
+def test_other_systems_are_refused_by_name():
+    program = "import torch, sys; sys.platform = 'win32'; import distorch"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ImportError: distorch runs on Linux only, and this is win32" in done.stderr
 
 
 def test_sanitizing_without_the_sanitizer_says_so():

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from distorch.cli import main
+from distorch.cli import doctor, main
 from distorch.cli.doctor import Findings
 from distorch.demo import run
 
@@ -99,6 +100,30 @@ def test_doctor(capsys):
     assert findings["versions"]["torch"]
     assert main(["doctor"]) == status
     assert "same bits" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"distorch {metadata.version('distorch')}\n"
+
+
+@pytest.mark.parametrize(
+    ("there", "loads", "said"),
+    [
+        (True, False, "DISTORCH_CUDA=1 pip install"),
+        (False, False, "nvidia-smi"),
+        (True, True, None),
+    ],
+)
+def test_doctor_looks_at_the_gpu(monkeypatch, there, loads, said):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("distorch._native.has_cuda_kernels", lambda: loads)
+    wrong = [remedy for _, passed, remedy in doctor.gpu_checks() if not passed]
+    assert len(wrong) == (said is not None)
+    assert all(said in remedy for remedy in wrong)
 
 
 def test_doctor_says_what_to_do():
