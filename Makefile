@@ -54,7 +54,7 @@ test-all: dev ## all of the long sweeps, too: every operator, dtype, GPU and pro
 
 docs: dev ## the documentation as a site, in out/docs; an unknown link or name is an error
 	rm -rf out/docs && $(BIN)/python -m sphinx -q -n -W --keep-going -c docs -b html . out/docs
-	@echo "out/docs/docs/README.html"
+	@echo "open out/docs/index.html"
 
 PROGRAMS ?= 10000
 test-long: dev ## PROGRAMS (10000) random programs of each kind on the simulated accelerator: two hours

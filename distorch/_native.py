@@ -55,13 +55,18 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
+def in_memory(folder: Path) -> bool:
+    """Whether files in that folder take RAM."""
+    return _file_system(folder) in _MEMORY_FILE_SYSTEMS
+
+
 def scratch_folder() -> Path:
     """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
     chosen = os.environ.get("DISTORCH_DISK")
     if chosen:
         return Path(chosen)
     temporary = Path(tempfile.gettempdir())
-    if _file_system(temporary) not in _MEMORY_FILE_SYSTEMS:
+    if not in_memory(temporary):
         return temporary
     cache = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "distorch"
     cache.mkdir(parents=True, exist_ok=True)

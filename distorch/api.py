@@ -41,7 +41,7 @@ def distribute(
     Args:
         module: Any `torch.nn.Module` whose weights have values.
         spec: A placement string, such as "cuda:0,2.5gb;cpu,*", or "auto".
-        plan: A plan from `distorch.plan`, or a saved one.
+        plan: A `Plan`: from `distorch.plan`, or from `Plan.load(path)`.
         virtual_vram: Bytes to give away, as a number or as "4gb".
         donor: Where the bytes of `virtual_vram` go: one device, or several in their order
             ("cuda:1,cpu"). If not given: "cpu", or "disk" where the CPU computes.
@@ -106,7 +106,8 @@ def redistribute(
 ) -> Module:
     """Places a distributed module anew, without loading it again.
 
-    Other threads that call the module wait meanwhile, at their next call of a part of it.
+    Exactly one of `spec`, `plan` and `virtual_vram` says where the weights go. Other threads that
+    call the module wait meanwhile, at their next call of a part of it.
 
     Args:
         module: A distributed module.

@@ -28,12 +28,14 @@ class Report:
         placement: Name of a weight -> device.
         layers: Top-level part -> device -> bytes.
         problems: Where what was found differs from the plan.
-        loras: Each LoRA with its strength, the number of weights that it touches, and its keys that
-            fit nothing.
+        loras: A dict for each LoRA: `lora` its name, `strength`, `weights` the number of weights
+            that it changes, `unmatched` its keys that fit nothing, `for other models` the number of
+            its keys for other parts of a pipeline.
         merging: How many weights are still to be merged in the background.
         merge_error: What ended the merging.
         ring: Bytes of look-ahead on the compute device, beyond its share.
         floor: Bytes of its share that cannot leave it.
+        spec: The placement that was asked for.
     """
 
     compute: str
@@ -47,6 +49,7 @@ class Report:
     merge_error: str = ""
     ring: int = 0
     floor: int = 0
+    spec: str = ""
 
     @property
     def ok(self) -> bool:
@@ -107,7 +110,7 @@ class Report:
 
     def _notes(self) -> list[str]:
         lines = []
-        if self.floor and len(self.bytes) > 1:
+        if self.floor and (len(self.bytes) > 1 or ";" in self.spec):
             lines.append(
                 f"{human_bytes(self.floor)} cannot leave {self.compute} (buffers, what is kept, "
                 "tensors below min_bytes)"
@@ -180,6 +183,9 @@ _HEADER = ("device", "bytes", "planned", "size", "share")
 def report(module: nn.Module) -> Report:
     """Walks a module's tensors and says where their bytes are now.
 
+    Returns:
+        A `Report`.
+
     Raises:
         PlacementError: The module is not distributed.
     """
@@ -224,7 +230,7 @@ def report(module: nn.Module) -> Report:
     error = str(merging.error) if merging is not None and merging.error is not None else ""
     return Report(
         plan.compute, measured, plan.bytes, placement, layers, problems, loras, len(pending), error,
-        state.ring_bytes, plan.floor,
+        state.ring_bytes, plan.floor, plan.spec,
     )  # fmt: skip
 
 
@@ -278,7 +284,7 @@ class Stats:
         stall_seconds: How long operators waited, by the clock of their device. Asking waits for the
             device.
         overflows: Fetches for which the ring had no room.
-        bytes: Link -> bytes that travelled.
+        bytes: Link, such as "cpu->cuda:0" -> bytes that travelled.
     """
 
     fetches: int
@@ -311,6 +317,9 @@ class Stats:
 
 def stats(module: nn.Module) -> Stats:
     """Says what the module's weights travelled since `reset_stats`, or since it was placed.
+
+    Returns:
+        `Stats`.
 
     Raises:
         PlacementError: The module is not distributed.

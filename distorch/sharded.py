@@ -33,6 +33,9 @@ def shard(
             bytes are then striped over them, and fetched over their links at once.
         compute: Where operators on it run. If not given: the tensor's device.
 
+    Returns:
+        The sharded tensor or parameter.
+
     Raises:
         SpecError: An argument is wrong.
         PlacementError: The donor has no room or is not there, or the tensor has no plain memory.

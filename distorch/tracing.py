@@ -21,6 +21,11 @@ _tracing = False
 def trace(module: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
     """Writes what happens inside of the `with` block to a file for Perfetto or chrome://tracing.
 
+    Example::
+
+        with distorch.trace(model, "step.json"):
+            model(x)
+
     There is one row for each stream: copies over each link, stalls of the compute stream (or of the
     waiting thread), operators on sharded weights, reads of each file. Times are the device's own.
     The file is written also when the block ends in an error.

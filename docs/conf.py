@@ -5,6 +5,7 @@ the web page of the repository. Unknown links and names are warnings, and `-W` m
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import distorch
@@ -39,6 +40,7 @@ _CAPTIONS = ("Use it", "Look it up")
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.connect("source-read", _add_contents)
+    app.connect("build-finished", _add_start)
 
 
 def _add_contents(app: Any, page: str, source: list[str]) -> None:
@@ -51,3 +53,11 @@ def _add_contents(app: Any, page: str, source: list[str]) -> None:
         entries = "\n".join(pages)
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
     source[0] += "\n```{toctree}\n:hidden:\n\n../README\n../CONTRIBUTING\n```\n"
+
+
+def _add_start(app: Any, error: Exception | None) -> None:
+    """The site begins at docs/README.html, because its sources are the whole checkout."""
+    if error is None:
+        to = f"{root_doc}.html"
+        page = f'<meta http-equiv="refresh" content="0; url={to}"><a href="{to}">distorch</a>\n'
+        (Path(app.outdir) / "index.html").write_text(page)

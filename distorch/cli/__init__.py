@@ -24,22 +24,32 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="what is in a checkpoint or LoRA file")
-    inspect.add_argument("file", help=".safetensors, .safetensors.index.json, or a folder")
+    inspect.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--fits", metavar="CHECKPOINT", help="how much of a LoRA fits that file")
 
     plan = commands.add_parser("plan", help="where the weights of a file would go; nothing moves")
-    plan.add_argument("file", help=".safetensors, .safetensors.index.json, or a folder")
+    plan.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
     plan.add_argument("spec", help="for example 'cuda:0,2.5gb;cpu,*'")
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     plan.add_argument("--plot", metavar="PNG", help="also draw it (needs matplotlib)")
     plan.add_argument("--order", default="interleaved", choices=["interleaved", "sequential"])
     plan.add_argument("--min-bytes", default="1mb", metavar="BYTES", help="or auto (default 1mb)")
 
-    doctor = commands.add_parser("doctor", help="devices, memory, versions, and what is wrong")
+    doctor = commands.add_parser(
+        "doctor",
+        help="devices, memory, versions, and what is wrong",
+        description="Looks at this machine, runs a small weight through every donor, and says what "
+        "to do about whatever fails. Exit status 1 if something does.",
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
-    calibrate = commands.add_parser("calibrate", help="measure the links between devices")
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure the links between devices",
+        description="Measures what each link carries, alone and with the others, and remembers it: "
+        "stripes ('cpu+cuda:1') are cut by it. Takes seconds.",
+    )
     calibrate.add_argument("--json", action="store_true", help="print JSON")
 
     demo = commands.add_parser("demo", help="digits from a model with most weights on donors")

@@ -7,6 +7,7 @@ import platform
 import tempfile
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,10 @@ def _unbuffered_reads(folder: str) -> bool:
 
 
 def _disk_checks(scratch: str, free_bytes: int) -> list[tuple[str, bool, str]]:
+    in_memory = _native.in_memory(Path(scratch))
     return [
+        ("donor files go to a disk, not to RAM", not in_memory,
+         "set DISTORCH_DISK to a folder on a disk: this one takes RAM"),
         ("a weight on disk gives the same bits", _same_bits("disk"), "set DISTORCH_DISK to a disk"),
         ("the disk reads past the page cache", _unbuffered_reads(scratch),
          "works, but slower: set DISTORCH_DISK to a folder on ext4, xfs or btrfs"),

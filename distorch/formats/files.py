@@ -62,6 +62,11 @@ def _in_folder(folder: Path) -> Path:
     if len(found) == 1 or _are_one_set(found):
         return found[0]
     names = ", ".join(path.name for path in found[:_SHOWN]) or "none"
+    if not found and (folder / "model_index.json").is_file():
+        raise FormatError(
+            f"{str(folder)!r} is a pipeline of diffusers: give the folder of one part, such as "
+            f"{str(folder / 'transformer')!r}; load_pipeline loads all of them"
+        )
     raise FormatError(
         f"{str(folder)!r}: expected one *.safetensors, *.safetensors.index.json or *.gguf, "
         f"found {names}; name the file"

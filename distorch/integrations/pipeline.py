@@ -108,6 +108,7 @@ def load_pipeline(
         SpecError: The spec or an option is wrong.
         FormatError: A file is missing, damaged, or does not fit its part.
         PlacementError: The placement cannot be done.
+        FetchError: A file could not be read, or a donor failed.
 
     After any of them nothing is left behind.
     """
@@ -429,6 +430,7 @@ def set_pipeline_loras(
         SpecError: An argument is wrong.
         FormatError: A LoRA is missing, damaged, or fits nothing.
         PlacementError: No model is distributed, or a weight cannot be patched.
+        FetchError: Original bytes could not be read.
 
     After any of them all parts have the LoRAs that they had.
     """

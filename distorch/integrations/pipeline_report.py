@@ -83,6 +83,9 @@ def _size(nbytes: int) -> str:
 def pipeline_report(pipe: Any) -> PipelineReport:
     """Walks the tensors of every model of a pipeline and says where their bytes are now.
 
+    Returns:
+        A `PipelineReport`.
+
     Raises:
         PlacementError: No model is distributed.
     """

@@ -97,6 +97,7 @@ def load_pretrained(
         SpecError: The spec or an option is wrong.
         FormatError: A file is missing, damaged, or does not fit the model.
         PlacementError: The placement cannot be done.
+        FetchError: A file could not be read, or a donor failed.
     """
     check_progress(progress)
     text = check_model(model)

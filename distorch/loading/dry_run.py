@@ -39,6 +39,9 @@ def plan(
         donor: Where the bytes of `virtual_vram` go.
         options: Those of `distribute`, and with `module=` those of `load`, too.
 
+    Returns:
+        The plan: `.bytes`, `.placement`, `.save(path)`. It prints as a table.
+
     Raises:
         SpecError: The spec or an option is wrong.
         PlacementError: The placement cannot be done.
@@ -69,7 +72,8 @@ def plan(
         if not isinstance(source, str | os.PathLike):
             kind = source.__name__ if isinstance(source, type) else type(source).__name__
             raise SpecError(
-                f"file={source!r:.80}: expected the path of a checkpoint, got {kind}; or a module"
+                f"plan: expected a module or the path of a checkpoint, got {kind}; of a pipeline, "
+                "give one of its parts, such as pipe.transformer"
             )
         inventory = open_checkpoint(source).inventory()
         devices = planning.devices_for((), None)

@@ -15,6 +15,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 def init_empty_weights() -> Iterator[None]:
     """Modules that this thread makes inside have parameters without memory, on the meta device.
 
+    Example::
+
+        with distorch.init_empty_weights():
+            model = MyTransformer(config)
+        distorch.load(model, "weights.safetensors", "cuda:0,2gb;cpu,*")
+
     Buffers are real, unlike with `torch.device("meta")`: a module's own `__init__` fills them, and
     a checkpoint often lacks them. Parameters that are no plain `nn.Parameter` (lazy ones, those of
     quantised layers) stay as they are.

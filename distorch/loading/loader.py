@@ -55,6 +55,8 @@ def load(
     they are on their donors, and become the module's dtype when they are fetched. Weights that are
     placed on disk are read from the checkpoint itself.
 
+    Exactly one of `spec`, `plan` and `virtual_vram` says where the weights go.
+
     In RAM there are at most: what stays there, the ring, two of the largest tensors, and factors of
     LoRAs.
 

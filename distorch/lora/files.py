@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distorch.errors import FormatError, SpecError
+from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.formats.safetensors import read_header
 from distorch.formats.torch_file import TORCH_SUFFIXES, read_torch_file
 from distorch.lora.configuration import (
@@ -74,6 +73,8 @@ def read_lora(source: LoraSource) -> LoraFile:
                 f"a LoRA state dict: {bad[0]!r} is a {type(source[bad[0]]).__name__}, no tensor"
             )
         label = "a LoRA state dict"
+        if _is_of_peft(source):
+            _warn_without_strength(label, source, {})
         return LoraFile(label, source, Configuration(label))
     path = _file_of(source)
     metadata: dict[str, str] = {}
@@ -127,13 +128,30 @@ def _in_folder(folder: Path) -> Path:
     raise FormatError(f"LoRA folder {str(folder)!r}: expected one .safetensors, found {names}")
 
 
+def _is_of_peft(tensors: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(PEFT_PREFIX) for key in tensors)
+
+
+def _warn_without_strength(
+    label: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """PEFT keeps alpha and rank in a file of its own, which is not there."""
+    if not is_configured(metadata) and not any(key.endswith(".alpha") for key in tensors):
+        warn_at_caller(
+            f"{label} has keys of PEFT, and neither a configuration nor alphas: how strong it is "
+            "is not known, 1 is taken. Give the adapter's folder, or multiply the strength by "
+            "alpha / rank",
+            UserWarning,
+        )
+
+
 def _config_beside(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
     """PEFT's configuration, where the file is one of PEFT's: by its name, or by its keys."""
     config = path.parent / _CONFIG_NAME
     named = path.name in _PEFT_NAMES
-    if not named and not any(key.startswith(PEFT_PREFIX) for key in tensors):
+    if not named and not _is_of_peft(tensors):
         return {}
     if not config.is_file():
         if named:
@@ -141,13 +159,7 @@ def _config_beside(
                 f"LoRA {str(path)!r}: its {_CONFIG_NAME} is missing beside it; PEFT keeps there "
                 "how strong the LoRA is"
             )
-        known = is_configured(metadata) or any(key.endswith(".alpha") for key in tensors)
-        if not known:
-            warnings.warn(
-                f"LoRA {str(path)!r} has keys of PEFT, and neither a configuration nor alphas: "
-                "how strong it is is not known, 1 is taken",
-                stacklevel=6,
-            )
+        _warn_without_strength(f"LoRA {str(path)!r}", tensors, metadata)
         return {}
     try:
         read = json.loads(config.read_text())

@@ -138,7 +138,7 @@ def merge_in_background(module: nn.Module) -> None:
 def finish_merging(module: Module, *, progress: Progress = None) -> Module:
     """Waits until all LoRAs of a module with `lora_mode="background"` are merged.
 
-    In `stats`, merging counts as fetches.
+    Merging fetches each weight once. `stats` counts these fetches, too.
 
     Args:
         module: A distributed module.

@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical form: equal plans have equal hashes on every machine."""
+        """The SHA-256 of the canonical form. Equal plans have equal hashes on every machine."""
         return hashlib.sha256(_canonical(self._content()).encode()).hexdigest()
 
     def __hash__(self) -> int:

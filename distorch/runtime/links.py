@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from distorch import _donors, _ops
-from distorch._tables import html_table, text_table
+from distorch._tables import html_table, human_bytes, text_table
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
 
@@ -106,17 +106,50 @@ def known_links() -> Calibration | None:
         return None
 
 
-def devices() -> dict[str, DeviceInfo]:
-    """Every tier of this machine with total and free bytes, and the links that were measured."""
+class Devices(dict[str, DeviceInfo]):
+    """Name of a device -> `name`, `total_bytes`, `free_bytes` and `links` (compute device -> bytes
+    per second). It prints as a table.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The devices as JSON types."""
+        return {name: dataclasses.asdict(device) for name, device in self.items()}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                name,
+                human_bytes(device.total_bytes),
+                human_bytes(device.free_bytes),
+                ", ".join(f"{rate / 1e9:.1f} GB/s to {to}" for to, rate in device.links.items()),
+            )
+            for name, device in self.items()
+        ]
+
+    def __str__(self) -> str:
+        return text_table(("device", "total", "free", "measured"), self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(("device", "total", "free", "measured"), self._rows())
+
+
+def devices() -> Devices:
+    """The devices of this machine: their memory, and what their links were measured to carry.
+
+    Returns:
+        A dict that prints as a table: name -> `total_bytes`, `free_bytes`, and `links` (compute
+        device -> bytes per second; empty before `calibrate`).
+    """
     known = known_links()
-    return {
-        name: dataclasses.replace(
-            device, links={k.compute: k.rate for k in known.links if k.donor == name}
-        )
-        if known is not None
-        else device
+    measured = known.links if known is not None else ()
+    return Devices(
+        (name, dataclasses.replace(
+            device, links={link.compute: link.rate for link in measured if link.donor == name}
+        ))
         for name, device in machine.devices().items()
-    }
+    )  # fmt: skip
 
 
 def calibrate(*, progress: bool | None = None) -> Calibration:
@@ -126,6 +159,9 @@ def calibrate(*, progress: bool | None = None) -> Calibration:
 
     Args:
         progress: None shows a bar on a terminal; True and False are always and never.
+
+    Returns:
+        A `Calibration`.
     """
     places = machine.devices()
     computes = [name for name in places if name not in ("cpu", "disk")] or ["cpu"]

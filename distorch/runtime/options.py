@@ -130,7 +130,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
     if option in known:
         return what
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}=?" if close else f"there are {', '.join(known)}"
+    return f"did you mean {close[0]}=?" if close else f"there are {', '.join(dict.fromkeys(known))}"
 
 
 # What a plan has decided.

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import types
 
 import pytest
 import torch
@@ -149,6 +150,18 @@ def test_a_module_that_is_not_distributed(call):
         call(net())
 
 
+@pytest.mark.parametrize("source", [types.SimpleNamespace(components={}), 3, nn.Linear])
+def test_a_plan_of_what_is_none(source):
+    with pytest.raises(SpecError, match=r"expected a module or the path.*pipe\.transformer"):
+        distorch.plan(source, "cpu,*")
+
+
+def test_a_folder_with_a_pipeline(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(FormatError, match="is a pipeline of diffusers: give the folder of one"):
+        distorch.plan(tmp_path, "cpu,*")
+
+
 LOADS = [
     ("gone.safetensors", {}, "no such file", "expected a checkpoint"),
     ("nothing", {}, "nothing", "expected one *.safetensors"),
@@ -189,7 +202,7 @@ def test_load(files, file, options, given, to_do):
 @pytest.mark.parametrize("file", [None, 3, b"m.safetensors", {"0.weight": torch.ones(2)}])
 def test_what_is_no_path(file):
     for call in (distorch.plan, lambda f, s: distorch.load(net(), f, s)):
-        with pytest.raises(SpecError, match="file=.*expected the path of a checkpoint, got"):
+        with pytest.raises(SpecError, match="expected .*the path of a checkpoint, got"):
             call(file, "cpu,*")
 
 

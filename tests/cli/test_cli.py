@@ -102,6 +102,16 @@ def test_doctor(capsys):
     assert "same bits" in capsys.readouterr().out
 
 
+def test_doctor_tells_a_folder_in_ram(monkeypatch):
+    assert "donor files go to a disk, not to RAM" not in wrong_checks()
+    monkeypatch.setattr("distorch._native.in_memory", lambda folder: True)
+    assert "donor files go to a disk, not to RAM" in wrong_checks()
+
+
+def wrong_checks():
+    return [name for name, passed, _ in doctor.examine().checks if not passed]
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

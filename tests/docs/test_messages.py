@@ -10,7 +10,7 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 SHORTEST, LONGEST = 12, 60  # characters that one finds, and that one line of source has
 # Quoted beside ours, and PyTorch's, pip's or the system's own.
 OF_OTHERS = {
-    "No module named 'setuptools'", "must be valid exactly by one definition", "undefined symbol",
+    "No module named 'setuptools'", "No module named 'torch'", "must be valid exactly by one definition", "undefined symbol",
     "no kernel image is available for execution on the device", "cannot import name '_C'",
 }  # fmt: skip
 

@@ -32,6 +32,8 @@ def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "docs" / "api.html").is_file()
+    start = (tmp_path / "site" / "index.html").read_text()
+    assert (tmp_path / "site" / re.search('url=([^"]+)', start)[1]).is_file()
 
 
 @pytest.mark.parametrize("broken", ["[x](nowhere.md)", "[x](spec.md#nothing)"])

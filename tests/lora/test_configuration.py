@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import peft
@@ -216,6 +217,17 @@ def test_a_renamed_file_of_peft(tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.warns(UserWarning, match="neither a configuration nor alphas"):
         changes(tmp_path)
+
+
+def test_a_state_dict_of_peft_does_not_say_how_strong_it_is():
+    with pytest.warns(UserWarning, match=r"a LoRA state dict has keys of PEFT.*alpha / rank"):
+        changes(factors())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = {key.removeprefix("base_model.model."): v for key, v in factors().items()}
+        changes(plain)
+        alphas = {"base_model.model.up.alpha": torch.tensor(float(RANK))}
+        changes(factors() | alphas)
 
 
 def test_a_folder_without_its_configuration(tmp_path):

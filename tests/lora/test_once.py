@@ -124,7 +124,7 @@ def test_parts_that_do_not_go_together(strict):
     module = distorch.distribute(nn.ModuleDict({"proj": nn.Linear(8, 6)}), "cpu,*", min_bytes=0)
     state = pair("proj", torch.randn(2, 8), torch.randn(6, 2))
     for key, message in {
-        "proj.diff": "diff.*do not go with",
+        "proj.diff": "diff.*no kind of LoRA has both",
         "proj.lora_E": "'proj.lora_E' belongs to 'proj'",
     }.items():
         with pytest.raises(FormatError, match=message):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
+import distorch
 from distorch.runtime import machine
+
+
+def test_devices_print_as_a_table():
+    found = distorch.devices()
+    assert isinstance(found, dict)
+    assert str(found).splitlines()[0].split() == ["device", "total", "free", "measured"]
+    assert "<th>device</th>" in found._repr_html_()
+    assert found.to_dict()["cpu"]["total_bytes"] == found["cpu"].total_bytes > 0
 
 
 class Gpus:

@@ -255,6 +255,14 @@ def test_stats():
     assert second.bytes == {}
 
 
+@pytest.mark.parametrize(("spec", "told"), [("cpu,0b;disk,*", True), ("cpu,*", False)])
+def test_a_small_model_that_stays_whole_says_why(spec, told):
+    report = distorch.report(distorch.distribute(nn.Linear(4, 4), spec))
+    assert report.ok
+    assert report.spec == spec
+    assert ("80 B cannot leave cpu" in str(report)) == told
+
+
 def test_bad_specs_move_nothing():
     module = Net()
     before = {name: p.data_ptr() for name, p in module.named_parameters()}
