@@ -66,7 +66,7 @@ def matrix(rows: Iterable[Row]) -> str:
     for row in rows:
         share = row["placement"].removeprefix("cuda:0,").split(";")[0]
         times = f"{row['forwards_per_step']} x " if row["forwards_per_step"] > 1 else ""
-        moved = f"{times}{max(row['travels'].values()) / GIB:.1f}" if total(row) else "0"
+        moved = times + either(row["travels"]).removesuffix(" gb") if total(row) else "0"
         models.setdefault(row["model"], {})[row["card"]] = f"`{share}` ({moved})"
     cards = list(next(iter(models.values())))
     lines = [["model", *(f"{card} GB" for card in cards)], ["---"] * (1 + len(cards))]

@@ -48,7 +48,7 @@ def distribute(
         progress: None shows a bar on a terminal and in a notebook, True and False always and
             never. A function is called with the bytes of each weight that was moved.
         compute: The device that runs the model. If not given: the first accelerator of the spec,
-            else "cuda:0" if there is one, else "cpu".
+            else the first one of this machine, else "cpu".
         order: "interleaved" spreads the weights that leave evenly over a step. "sequential" gives
             the first bytes of the model to the first entry.
         min_bytes: Tensors with fewer bytes, and 1-D ones, stay resident (1 MiB). With 0, every
@@ -56,9 +56,11 @@ def distribute(
             largest first, where the compute device's share is too small for what would stay.
         keep: Name patterns of weights that stay on the compute device, such as `["*.norm*"]`.
         offload: Name patterns of weights that must leave it.
-        rules: Pairs of a name pattern and a device. The first pattern that matches decides.
+        rules: Pairs of a name pattern and a device of the spec. The first pattern that matches
+            decides, also against `keep`, `offload` and `min_bytes`.
         prefetch: Bytes of look-ahead on the compute device, beyond its share. "auto" is 128 MiB,
-            or the two largest weights that travel; 0 is none.
+            or the two largest weights that are fetched whole, and never more than what is fetched.
+            0 is none.
         compress: "auto" or "never". Weights are sent as they are.
 
     Returns:
@@ -66,7 +68,8 @@ def distribute(
 
     Raises:
         SpecError: The spec or an option is wrong.
-        PlacementError: It cannot be done with this module on this machine.
+        PlacementError: It cannot be done with this module on this machine, or another thread that
+            calls the module does not come to rest within a minute.
         FetchError: A donor failed.
 
     After any of them the module is as it was.

@@ -280,7 +280,7 @@ class Stats:
 
     Attributes:
         fetches: How often a sharded weight was made real for an operator.
-        hits: How many of these found it ready.
+        hits: How many of these found it in the ring, there or on its way.
         stall_seconds: How long operators waited, by the clock of their device. Asking waits for the
             device.
         overflows: Fetches for which the ring had no room.

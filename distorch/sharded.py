@@ -65,7 +65,12 @@ def shard(
 
 
 def materialize(tensor: torch.Tensor) -> torch.Tensor:
-    """A real copy of a tensor on its compute device, detached from autograd. Strides are kept."""
+    """A real copy of a tensor on its compute device, detached from autograd. Strides are kept.
+
+    Raises:
+        SpecError: It is no tensor.
+        FetchError: Its bytes could not be brought.
+    """
     _check_tensor(tensor)
     with torch.no_grad():
         return tensor.detach().clone(memory_format=torch.preserve_format)

@@ -5,13 +5,18 @@
 // tokens is often its largest weight, and a step asks for few of its rows.
 #include "hook/call.h"
 
+#include <ATen/ops/_unique2.h>
 #include <ATen/ops/embedding_ops.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <chrono>
+
 #include "core/parts.h"
 #include "device/threads.h"
 #include "engine/ring.h"
+#include "engine/trace_log.h"
 #include "hook/errors.h"
 
 namespace distorch {
@@ -32,7 +37,9 @@ bool has_rows(const at::Tensor& table, const Source& source) {
 
 bool takes_rows(const at::Tensor& table, const Weight& weight, const Source& source,
                 const at::Tensor& indices) {
-  if (indices.is_meta() || !has_rows(table, source)) return false;
+  // Others are refused by the operator itself.
+  const bool are_indices = indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt;
+  if (!are_indices || indices.device() != table.device() || !has_rows(table, source)) return false;
   if (indices.numel() * kWholeShare >= table.size(0)) return false;
   if (source.decoder != nullptr) return true;
   // The CPU uses what is in RAM where it is.
@@ -40,31 +47,54 @@ bool takes_rows(const at::Tensor& table, const Weight& weight, const Source& sou
   return !in_place && source.donor->size() > weight.ring().capacity();
 }
 
-at::Tensor rows_of(const at::Tensor& table, const Source& source, const at::Tensor& indices) {
-  const at::Tensor numbers = indices.to(at::kCPU, at::kLong).contiguous().view(-1);
-  const std::span<const int64_t> rows(numbers.const_data_ptr<int64_t>(), numbers.numel());
+// The rows of these numbers, in memory of the host. Throws Error(kFetch), which names the weight.
+at::Tensor gathered(const at::Tensor& table, const Weight& weight, const Source& source,
+                    std::span<const int64_t> rows) {
+  const uint64_t row_bytes = table.size(1) * table.itemsize();
+  const auto count = static_cast<int64_t>(rows.size());
+  const at::Tensor found =
+      at::empty({count, table.size(1)}, at::TensorOptions().dtype(table.dtype()).device(at::kCPU));
+  auto* into = static_cast<std::byte*>(found.mutable_data_ptr());
+  // The memory of a device: it gathers the rows itself, and one copy brings them.
+  const bool by_device = source.donor->host() == nullptr && !source.donor->extents().empty();
+  const int64_t per_part = by_device ? std::max<int64_t>(count, 1) : kRowsPerPart;
+  try {
+    for_ranges(count, per_part, compute_threads(), [&](int64_t begin, int64_t end) {
+      source.gather(rows.subspan(begin, end - begin), row_bytes, into + begin * row_bytes);
+    });
+  } catch (const Error& error) {
+    throw source.could_not_bring(error.kind(), weight.name(), error.what());
+  }
+  return found;
+}
+
+// The host has to know the numbers, so it waits for what the device was given before. From then on
+// the operator waits for the rows.
+at::Tensor look_up(c10::DispatchKeySet keys, const at::Tensor& table, const Weight& weight,
+                   const Source& source, const at::Tensor& indices) {
+  const at::Tensor numbers = indices.to(at::kCPU, at::kLong).contiguous();
+  // A padded prompt asks for one row again and again. It is brought once.
+  const auto [distinct, places, counts] = at::_unique2(numbers, /*sorted=*/true,
+                                                       /*return_inverse=*/true);
+  const std::span<const int64_t> rows(distinct.const_data_ptr<int64_t>(), distinct.numel());
   for (const int64_t row : rows) {
     TORCH_CHECK_INDEX(row >= 0 && row < table.size(0), "index ", row,
                       " is out of range of an embedding with ", table.size(0), " rows");
   }
-  const at::Tensor found = at::empty({numbers.numel(), table.size(1)},
-                                     at::TensorOptions().dtype(table.dtype()).device(at::kCPU));
-  auto* into = static_cast<std::byte*>(found.mutable_data_ptr());
-  // The memory of a device: it gathers the rows itself, and one copy brings them.
-  const bool by_device = source.donor->host() == nullptr && !source.donor->extents().empty();
-  const int64_t per_part = by_device ? std::max<int64_t>(numbers.numel(), 1) : kRowsPerPart;
-  const uint64_t row_bytes = table.size(1) * table.itemsize();
-  const uint64_t stored = source.decoder ? source.decoder->stored_row() : row_bytes;
-  for_ranges(numbers.numel(), per_part, compute_threads(), [&](int64_t begin, int64_t end) {
-    source.gather(rows.subspan(begin, end - begin), row_bytes, into + begin * row_bytes);
-  });
-  Counters& counters = handle_of(table).weight->counters();
+  const uint64_t stored = source.decoder ? source.decoder->stored_row()
+                                         : static_cast<uint64_t>(table.size(1)) * table.itemsize();
+  const HostSpan span("stalls", weight.name(), rows.size() * stored);
+  const auto begin = std::chrono::steady_clock::now();
+  const at::Tensor found = gathered(table, weight, source, rows).to(table.device());
+  Counters& counters = weight.counters();
   counters.misses.fetch_add(1, std::memory_order_relaxed);
+  counters.stall_ns.fetch_add(
+      (std::chrono::steady_clock::now() - begin) / std::chrono::nanoseconds(1),
+      std::memory_order_relaxed);
   counters.travelled(source.donor->tier(), rows.size() * stored);
   process_fetches.fetch_add(1, std::memory_order_relaxed);
-  at::DimVector sizes(indices.sizes());
-  sizes.push_back(table.size(1));
-  return found.to(table.device()).view(sizes);
+  return at::_ops::embedding::redispatch(below_hook(keys), found, places.to(table.device()),
+                                         /*padding_idx=*/-1, false, false);
 }
 
 at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& table, const at::Tensor& indices,
@@ -75,7 +105,7 @@ at::Tensor embedding(c10::DispatchKeySet keys, const at::Tensor& table, const at
       const Source source = weight.source();
       if (takes_rows(table, weight, source, indices)) {
         weight.ring().refuse_recording(weight);
-        return rows_of(table, source, indices);
+        return look_up(keys, table, weight, source, indices);
       }
     }
     Call call;

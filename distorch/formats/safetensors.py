@@ -173,5 +173,8 @@ def _stored(name: str, entry: dict[str, Any], start: int, path: Path) -> StoredT
         known = start + begin, end - begin, torch.uint8, shape
         return StoredTensor(name, str(path), *known, block_type=str(entry["dtype"]))
     if end - begin != prod(shape) * dtype.itemsize:
-        raise FormatError(f"tensor {name!r} in {str(path)!r}: {end - begin} bytes for {shape}")
+        raise FormatError(
+            f"tensor {name!r} in {str(path)!r}: {end - begin} bytes do not make the shape {shape}; "
+            "download the file again"
+        )
     return StoredTensor(name, str(path), start + begin, end - begin, dtype, shape)

@@ -133,8 +133,8 @@ def _check_per_row(
     if values.shape in ((rows,), (rows, 1)) or (may_be_one and values.numel() == 1):
         return
     raise FormatError(
-        f"{key!r} has shape {tuple(values.shape)}; expected {'one scale, or ' * may_be_one}one for "
-        f"each of the {rows} rows of {stored.name!r} (comfy_quant)"
+        f"{key!r} has shape {tuple(values.shape)}; expected {'one scale, or ' * may_be_one}"
+        f"one for each of the {rows} rows of {stored.name!r} (comfy_quant)"
     )
 
 

@@ -256,7 +256,7 @@ def distribute_pipeline(
 
     Args:
         pipe: A pipeline of diffusers.
-        spec: One budget for all parts, such as "cuda:0,4gb;cpu,*".
+        spec: One budget for all parts, such as "cuda:0,4gb;cpu,*". Give this or `virtual_vram`.
         virtual_vram: Bytes to give away, in place of a spec.
         donor: Where the bytes of `virtual_vram` go.
         progress: As in `distorch.distribute`.

@@ -98,6 +98,8 @@ def load_pretrained(
         FormatError: A file is missing, damaged, or does not fit the model.
         PlacementError: The placement cannot be done.
         FetchError: A file could not be read, or a donor failed.
+
+    After any of them nothing is left behind.
     """
     check_progress(progress)
     text = check_model(model)

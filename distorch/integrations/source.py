@@ -234,7 +234,7 @@ def _index_of(folder: Path) -> dict[str, Any]:
     except OSError as error:
         one = (folder / "config.json").is_file()
         hint = "; of one model (config.json): load_pretrained, or distorch.load" if one else ""
-        raise FormatError(f"there is no {_INDEX} in {str(folder)!r}{hint}") from error
+        raise FormatError(f"{str(folder)!r} is no pipeline: it has no {_INDEX}{hint}") from error
     except ValueError as error:
         raise FormatError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(index, dict):

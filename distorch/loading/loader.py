@@ -53,7 +53,8 @@ def load(
 
     Weights with fewer bits than the module's (fp8 and int8 with scales, blocks of GGUF) stay as
     they are on their donors, and become the module's dtype when they are fetched. Weights that are
-    placed on disk are read from the checkpoint itself.
+    placed on disk are read from the checkpoint itself, unless they change on the way (`dtype`,
+    merged LoRAs, nvfp4, mxfp8, asym_w4a8_int8).
 
     Exactly one of `spec`, `plan` and `virtual_vram` says where the weights go.
 

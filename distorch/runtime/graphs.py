@@ -35,6 +35,11 @@ _FORMS = frozenset(
     | {"reshape", "_unsafe_view", "alias", "detach", "as_strided", "split", "clone"}
     | {"_to_copy", "convert_element_type", "getitem"}
 )
+# Methods in place that change what a tensor says of itself, and no value.
+_CHANGE_NO_VALUES = frozenset(
+    {"requires_grad_", "detach_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_"}
+    | {"unsqueeze_", "as_strided_", "rename_"}
+)
 _WRITING_OPERATORS = frozenset(
     {"setitem", "iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod"}
 )
@@ -100,7 +105,12 @@ def _refuse(node: torch.fx.Node) -> None:
 def _storage(node: Any) -> object:
     """What two nodes that alias have in common; of anything else, itself."""
     value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
+    if not isinstance(value, torch.Tensor):
+        return node
+    try:
+        return value.untyped_storage()._cdata
+    except NotImplementedError:  # a tensor that torch.func wraps
+        return node
 
 
 def _written_by(node: torch.fx.Node) -> list[Any]:
@@ -114,7 +124,7 @@ def _written_by(node: torch.fx.Node) -> list[Any]:
         return [given.get(a.name) for a, write in zip(arguments, writes, strict=True) if write]
     written = [node.kwargs["out"]] if "out" in node.kwargs else []
     name = _name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _CHANGE_NO_VALUES
     return written + list(node.args[:1] if in_place or name in _WRITING_OPERATORS else ())
 
 
@@ -174,7 +184,9 @@ def _frozen(ctx: Any, weight: torch.Tensor, site: int) -> torch.Tensor:
         fetched: torch.Tensor = ctx.wrap_tensors(
             _ops.fetch_in_graph(ctx.unwrap_tensors(weight), site)
         )
-    torch._freeze_functional_tensor(fetched.elem)  # type: ignore[attr-defined]
+    # torch.func.functionalize has wrappers without an inner tensor.
+    if isinstance(inner := getattr(fetched, "elem", None), torch.Tensor):
+        torch._freeze_functional_tensor(inner)  # type: ignore[attr-defined]
     return fetched
 
 

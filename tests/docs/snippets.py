@@ -95,11 +95,12 @@ def run_line(line: str) -> str:
 def check_output(example: Example) -> None:
     """A block of text is what the code right before it prints."""
     end, printed = example.namespace.get(_PRINTED, (-1, ""))
-    if example.document.text[end : example.start].strip() or end < 0:
-        return  # a text of its own
+    where = f"{example.path}, line {example.line}"
+    behind = end >= 0 and not example.document.text[end : example.start].strip()
+    assert behind, f"{where}: a `text` block stands right behind the code that prints it"
     wanted, found = (_narrow(as_simulated(text)) for text in (example.parsed, printed))
     assert _CHECKER.check_output(wanted, found, _HOW), (
-        f"{example.path}, line {example.line}: the page says\n{wanted}\nand the code prints\n{found}"
+        f"{where}: the page says\n{wanted}\nand the code prints\n{found}"
     )
 
 

@@ -1,5 +1,6 @@
 """The words of errors that the troubleshooting page quotes are those of the source."""
 
+import ast
 import re
 
 import pytest
@@ -65,3 +66,40 @@ def test_each_row_says_what_to_do():
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
     assert {len(row) for row in rows} == {3}
     assert [row for row in rows if not all(cell.strip() for cell in row)] == []
+
+
+RAISED = {"SpecError", "PlacementError", "FormatError", "FetchError", "ImportError"}
+# What is put in front of another message, or can only be met by who works on the command line.
+ONLY_IN_FRONT = {
+    "{}: {}", "{}: {}: {}", "compute {}", "rules={}: {}", "placement {}, entry {} ({}, column {}): {}; {}",
+    "{}={}: expected {}", "{} puts {} bytes ({}) on {}, which has {} ({}) free; {}",
+    "--count and --steps: expected 1 or more",
+}  # fmt: skip
+
+
+def text_of(node):
+    """A message as it stands in the source, with {} for what is put in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return "{}"
+
+
+def raised_messages():
+    for path in sorted((ROOT / "distorch").rglob("*.py")):
+        if {"demo", "testing"} & set(path.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in RAISED and call.args:
+                yield text_of(call.args[0])
+
+
+def test_every_error_of_the_python_side_is_on_the_page():
+    messages = [m for m in raised_messages() if m.strip("{}") and m not in ONLY_IN_FRONT]
+    assert len(messages) > 180
+    on_page = [words for words in re.findall(r"`([^`\n]+)`", PAGE) if len(words) >= SHORTEST - 4]
+    assert [m for m in messages if not any(words in m for words in on_page)] == []

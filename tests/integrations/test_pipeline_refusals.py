@@ -95,7 +95,7 @@ def test_a_broken_scheduler_leaves_given_parts_alone(folder):
 
 
 def test_folders_that_are_no_pipelines(folder, tmp_path):
-    with pytest.raises(distorch.FormatError, match=r"there is no model_index.json"):
+    with pytest.raises(distorch.FormatError, match=r"is no pipeline: it has no model_index.json"):
         load_pipeline(tmp_path, **DISK)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(distorch.FormatError, match="vae: there are no weights in"):

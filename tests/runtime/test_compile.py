@@ -226,6 +226,39 @@ def test_writes_are_refused(write, backend):
     assert torch.equal(distorch.materialize(module.weight), before)
 
 
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w, x: x @ w.transpose(0, 1).transpose_(0, 1),
+        lambda w, x: x @ w.unsqueeze(0).squeeze_(0),
+        lambda w, x: torch.func.grad(lambda t: (t @ w).sum())(x),
+        lambda w, x: torch.func.jvp(lambda t: t @ w, (x,), (torch.ones_like(x),))[1],
+    ],
+)
+def test_code_that_only_reads_is_compiled(read, backend):
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return read(self.weight, x)
+
+    plain = Reads(8, 8)
+    module = distorch.distribute(copy.deepcopy(plain), ON_DISK, min_bytes=0)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(module, backend=backend)(x), plain(x))
+
+
+def test_functionalized_by_the_user():
+    class Functional(nn.Linear):
+        def forward(self, x):
+            return torch.func.functionalize(lambda t: nn.functional.linear(t, self.weight))(x)
+
+    plain = Functional(8, 8, bias=False)
+    module = distorch.distribute(copy.deepcopy(plain), ON_DISK, min_bytes=0)
+    x = torch.randn(2, 8)
+    assert torch.equal(torch.compile(module, backend="eager")(x), plain(x))
+
+
 def test_copies_and_pickles_are_plain_classes():
     _, model = pair()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
