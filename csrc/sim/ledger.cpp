@@ -32,10 +32,15 @@ void Ledger::check(const Past& past, const char* did, const Access& access, size
                    const VectorClock& clock, const std::string& label) {
   if (past.tick == 0 || past.stream == stream || knows(clock, past.stream, past.tick)) return;
   if (races_.size() >= kMostRaces) return;
-  races_.push_back("'" + label + "' on stream " + std::to_string(stream) +
-                   (access.writes ? " writes" : " reads") + " bytes that '" + past.label +
-                   "' on stream " + std::to_string(past.stream) + " " + did +
-                   " without an event that orders them");
+  std::string race = "'" + label + "' on stream " + std::to_string(stream) +
+                     (access.writes ? " writes" : " reads") + " bytes that '" + past.label +
+                     "' on stream " + std::to_string(past.stream) + " " + did +
+                     " without an event that orders them";
+  // One access meets the other once for every range that the bytes were ever split into. Said again
+  // for each, one race could fill the list, and hide the others.
+  if (std::find(races_.begin(), races_.end(), race) == races_.end()) {
+    races_.push_back(std::move(race));
+  }
 }
 
 void Ledger::access(const Access& access, size_t stream, const VectorClock& clock,

@@ -302,6 +302,24 @@ def _sim_free_under_a_copy(target):
     del alias, memory
 
 
+def test_one_race_does_not_hide_another():
+    """Bytes that were ever touched piece by piece meet a copy once for every piece."""
+    sim.configure(links={("cpu", "sim:0"): (1e6, 1e-5)})
+    pieces = torch.zeros(WEIGHT, dtype=torch.uint8, device="sim:0")
+    sim.synchronize()
+    for start in range(0, WEIGHT, 64):
+        pieces[start : start + 32].zero_()
+    other, source = torch.zeros(8, device="sim:0"), _ops.pinned_memory(WEIGHT, pieces.device)
+    with torch.Stream(device="sim:0"):
+        pieces.copy_(source, non_blocking=True)
+        other.add_(1)
+    found = sim.races()
+    sim.synchronize()
+    sim.reset()
+    assert len(found) == len(set(found)) < 10
+    assert any("'aten::add'" in race for race in found), found
+
+
 @pytest.mark.parametrize("host", ["writes", "reads"])
 def test_the_host_takes_part_in_races(host):
     """A copy that the donor does not know of is on its way while the host touches the donor."""
