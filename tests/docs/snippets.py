@@ -27,19 +27,19 @@ from sybil.region import Lexeme
 from distorch import cli
 
 ROOT = Path(__file__).parents[2]
-# The first words of lines that are not run, and why.
+# The first words of lines that are not run (behind variables of the environment), and why.
 NOT_RUN = {
     "pip install": "changes the environment; tests/architecture/test_build.py looks at the metadata",
     "cp -r comfyui-distorch": "copies into a ComfyUI; `make test-comfy` does that",
     "export ": "environment variables, each tested where it is read",
     "python -m tests.": "takes minutes to hours; tests/conformance and tests/gpu_report run parts",
     "python3 -m tests.": "takes minutes to hours; tests/gpu_report runs parts of it",
-    ".venv/bin/python benchmarks/": "takes minutes; tests/benchmarks runs each program, tiny",
-    "DISTORCH_": "builds or measures with other settings; tests/architecture/test_build.py",
+    ".venv/bin/python benchmarks/gpu.py": "wants a GPU; tests/benchmarks/test_gpu.py runs it, tiny",
 }
 _CHECKER = doctest.OutputChecker()
 _HOW = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _PRINTED = "printed by the block before"
+_VARIABLES = re.compile(r"^(?:[A-Z_]+=(?:\"[^\"]*\"|\S*)\s+)+")
 
 
 def as_simulated(text: str) -> str:
@@ -60,8 +60,9 @@ def run_shell(example: Example) -> None:
     """Runs the lines of a block, and keeps what they printed."""
     printed = ""
     for line in _lines(example.parsed):
-        if not any(line.startswith(words) for words in NOT_RUN):
-            printed += run_line(line)
+        command = _VARIABLES.sub("", line)
+        if not any(command.startswith(words) for words in NOT_RUN):
+            printed += run_line(command)
     example.namespace[_PRINTED] = (example.end, printed)
 
 
@@ -82,8 +83,6 @@ def run_line(line: str) -> str:
             status = cli.main([as_simulated(word) for word in words[1:]])
         assert status == 0, f"{line!r} ended with {status}: {out.getvalue()}"
         return out.getvalue()
-    while "=" in words[0]:  # variables of the environment
-        words.pop(0)
     assert words[0] == "make", f"{line!r} is not run, and NOT_RUN does not say why"
     done = subprocess.run(
         ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
