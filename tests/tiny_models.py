@@ -1,7 +1,6 @@
 """Tiny random checkpoints in the layout that the libraries write, tokenizers included."""
 
 import json
-from contextlib import contextmanager
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -203,65 +202,3 @@ def save_language_model(config, folder, tokenizer=None):
     model.save_pretrained(folder)
     (tokenizer or t5_tokenizer()).save_pretrained(folder)
     return folder
-
-
-def write_gguf(model, path, kind, names=None, metadata=()):
-    """Writes a model's weights as blocks of that kind where their rows are whole blocks.
-
-    `names` is the model's name -> that in the file; `metadata` (key, number) pairs.
-    """
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "llama" if names else "diffusion")
-    for key, value in metadata:
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(key, value)
-    for name, value in model.state_dict().items():
-        data = value.float().contiguous().numpy()
-        name_there = names[name] if names else name
-        if value.dim() == 2 and value.shape[1] % 32 == 0:
-            writer.add_tensor(name_there, gguf.quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name_there, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_llama_gguf(model, path, kind):
-    """Writes a Llama of transformers in the names and the order of rows of llama.cpp."""
-    import gguf
-
-    config = model.config
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    names = {}
-    for name in model.state_dict():
-        stem, _, ending = name.rpartition(".")
-        names[name] = f"{known.get_name(stem)}.{ending}"
-    metadata = {
-        "block_count": config.num_hidden_layers, "context_length": 64,
-        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads, "vocab_size": config.vocab_size,
-        "rope.dimension_count": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-    }  # fmt: skip
-    with _rows_of_llama_cpp(model):
-        write_gguf(model, path, kind, names, [(f"llama.{k}", v) for k, v in metadata.items()])
-
-
-@contextmanager
-def _rows_of_llama_cpp(model):
-    """The two halves of each head's rows of q and k alternate, as llama.cpp stores them."""
-    config = model.config
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for layer in model.model.layers:
-        for part, heads in (("q_proj", config.num_attention_heads),
-                            ("k_proj", config.num_key_value_heads)):  # fmt: skip
-            weight = getattr(layer.self_attn, part).weight.data
-            rows = weight.clone().view(heads, 2, -1, weight.shape[1])
-            weight.copy_(rows.swapaxes(1, 2).reshape(weight.shape))
-    yield
-    model.load_state_dict(before)

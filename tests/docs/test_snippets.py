@@ -26,7 +26,7 @@ def _settings():
     """What a page sets for its process is taken back."""
     with warnings.catch_warnings():
         yield
-    logging.root.handlers.clear()
+    logging.getLogger("distorch").setLevel(logging.NOTSET)
     gc.collect()
     sim.synchronize()
     sim.configure(devices=2)

@@ -15,6 +15,8 @@ from torch import nn
 
 from distorch.testing import sim
 from tests import tiny_models as tiny
+from tests.gguf_files import Q, llama_cpp_tensors, write_gguf
+from tests.hub_cache import put
 
 WIDTH = 512  # a square float32 weight of 1 MiB, which leaves the compute device by default
 
@@ -35,14 +37,6 @@ def lora_for(module: nn.Module, count: int = 2, seed: int = 0) -> dict[str, torc
         found[f"{name}.lora_A.weight"] = torch.randn(2, layer.in_features, generator=generator)
         found[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, 2, generator=generator)
     return found
-
-
-def put_in_cache(cache: Path, name: str, folder: Path) -> None:
-    """A repository of the hub in a local cache, as huggingface_hub lays it out."""
-    repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
-    shutil.copytree(folder, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
 
 
 class World:
@@ -68,15 +62,15 @@ class World:
 
     def _pipeline(self) -> None:
         saved, _ = tiny.save_pipeline(tiny.wan, self.folder / "wan")
-        put_in_cache(self.cache, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", saved)
+        put(self.cache, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", saved)
         saved, self.picture = tiny.save_pipeline(tiny.flux, self.folder / "flux")
-        put_in_cache(self.cache, "black-forest-labs/FLUX.1-dev", saved)
+        put(self.cache, "black-forest-labs/FLUX.1-dev", saved)
         from diffusers import FluxTransformer2DModel
 
         transformer = FluxTransformer2DModel.from_pretrained(saved / "transformer")
         lora = {f"transformer.{k}": v for k, v in lora_for(transformer, count=6).items()}
         save_file(lora, self.folder / "style.safetensors")
-        tiny.write_gguf(transformer, self.files / "flux1-dev-Q8_0.gguf", "Q8_0")
+        write_gguf(self.files / "flux1-dev-Q8_0.gguf", "flux", transformer.state_dict(), Q.Q8_0)
 
     def _language_model(self) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
@@ -88,9 +82,11 @@ class World:
         saved = tiny.save_language_model(
             Qwen3Config(**sizes), self.folder / "qwen3", tiny.qwen_tokenizer()
         )
-        put_in_cache(self.cache, "Qwen/Qwen3-8B", saved)
+        put(self.cache, "Qwen/Qwen3-8B", saved)
         language_model = LlamaForCausalLM(LlamaConfig(**sizes))
-        tiny.write_llama_gguf(language_model, self.files / "qwen3-8b-q8_0.gguf", "Q8_0")
+        tensors = llama_cpp_tensors(language_model, "llama", language_model.config)
+        file = self.files / "qwen3-8b-q8_0.gguf"
+        write_gguf(file, "llama", tensors, Q.Q8_0, language_model.config)
 
     def enter(self, page: str, folder: Path, monkeypatch: Any) -> dict[str, Any]:
         """Makes `folder` the current one, with the files; gives the names that a page may use."""

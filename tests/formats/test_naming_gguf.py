@@ -1,7 +1,6 @@
 """GGUF files in llama.cpp's names and in original ones: the weights of the module, as stored."""
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -36,6 +35,7 @@ from tests.formats.originals import (
     same_weights,
     small,
 )
+from tests.gguf_files import llama_cpp_tensors, write_gguf
 
 Q = gguf.GGMLQuantizationType
 
@@ -61,32 +61,6 @@ MODELS = {
 IN_TRANSFORMERS = ("llama", "qwen2", "t5encoder", "t5", "gemma3")
 
 
-def permuted(weight, heads):
-    """As llama.cpp's converter stores q and k: the two halves of a head's rows alternate."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path, arch, tensors, kind, config=None):
-    """`tensors` by their names in the file; matrices as `kind` where its blocks fit."""
-    writer = gguf.GGUFWriter(path, arch)
-    if config is not None:
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
-    for name, tensor in tensors.items():
-        fits = tensor.dim() == 2 and tensor.shape[1] % 32 == 0
-        data = tensor.numpy()
-        if not fits and tensor.dim() > 1:
-            writer.add_tensor(name, data.astype(np.float16))
-        elif not fits:
-            writer.add_tensor(name, data)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def after_storing(tensor, kind):
     """The values that such a file has for it."""
     if tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
@@ -100,24 +74,6 @@ def values(stored):
     if stored.block_type is not None:
         data = _ops.dequantise(data, stored.block_type, torch.float32)
     return data.reshape(stored.shape).float()
-
-
-def llama_cpp_tensors(model, arch, config):
-    """The model's weights as llama.cpp's converter writes them."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    known = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    found = {}
-    for name, parameter in model.named_parameters():
-        stem, _, ending = name.rpartition(".")
-        weight = parameter.detach()
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            query = "q_proj" in name
-            heads = config.num_attention_heads if query else config.num_key_value_heads
-            weight = permuted(weight, heads)
-        elif arch == "gemma3" and "norm" in name:
-            weight = weight + 1
-        found[f"{known.get_name(stem)}.{ending}"] = weight.contiguous()
-    return found
 
 
 @pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0])

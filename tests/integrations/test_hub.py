@@ -12,6 +12,7 @@ import transformers
 import distorch
 from distorch.integrations import load_pipeline, load_pretrained
 from tests import tiny_models as tiny
+from tests.hub_cache import put
 
 DISK = {"spec": "cpu,0b;disk,*", "min_bytes": 0}
 ID = "somebody/model"
@@ -46,24 +47,6 @@ def online(cache, monkeypatch):
                          for p in (cache.parent / "online").rglob("*") if p.is_file()],
     )  # fmt: skip
     return asked
-
-
-def put(cache, name, folder, commit="0" * 40, revision="main"):
-    """A repository in a cache, as huggingface_hub lays it out: links to blobs without suffixes."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    snapshot = repository / "snapshots" / commit
-    for path in folder.rglob("*"):
-        if path.is_file():
-            blob = repository / "blobs" / f"{commit[:4]}{abs(hash(path)):x}"
-            blob.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, blob)
-            link = snapshot / path.relative_to(folder)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(blob)
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / revision).write_text(commit)
-    return snapshot
 
 
 def llama(folder, seed=0, **options):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import distorch
 from distorch.integrations import load_pretrained
 from tests.conformance.zoo import zoo
-from tests.tiny_models import t5_tokenizer, write_llama_gguf
+from tests.gguf_files import Q, llama_cpp_tensors, write_gguf
+from tests.tiny_models import t5_tokenizer
 
 ZOO = zoo()
 DISK = {"spec": "cpu,0b;disk,*", "min_bytes": 0}
@@ -276,7 +277,8 @@ def test_gguf(tmp_path):
     model = llama(head_dim=8)
     folder = saved(model, tmp_path)
     t5_tokenizer().save_pretrained(folder)
-    write_llama_gguf(model, folder / "llama.gguf", "F32")
+    tensors = llama_cpp_tensors(model, "llama", model.config)
+    write_gguf(folder / "llama.gguf", "llama", tensors, Q.F32, model.config)
     x = torch.tensor([[2, 3, 4]])
     wanted = model.eval()(x).logits
     for found in (load_pretrained(folder, file="llama.gguf", **DISK),

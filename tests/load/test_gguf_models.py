@@ -23,7 +23,8 @@ from tests.formats.originals import (
     outputs,
     small,
 )
-from tests.formats.test_naming_gguf import MODELS, after_storing, llama_cpp_tensors, write_gguf
+from tests.formats.test_naming_gguf import MODELS, after_storing
+from tests.gguf_files import llama_cpp_tensors, write_gguf
 
 SPECS = ["cpu,*", "cpu,0b;disk,*"]
 
