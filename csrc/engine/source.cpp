@@ -12,7 +12,7 @@ void Source::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte
   const std::byte* memory = donor->host();
   if (memory != nullptr) host_reads(memory, donor->size(), "reading rows of a donor");
   if (memory == nullptr && decoder == nullptr) return donor->gather(rows, row_bytes, into);
-  const uint64_t stored = decoder ? decoder->stored_row() : row_bytes;
+  const uint64_t stored = stored_row(row_bytes);
   std::vector<std::byte> packed(memory == nullptr ? rows.size() * stored : 0);
   if (memory == nullptr) donor->gather(rows, stored, packed.data());
   for (size_t i = 0; i < rows.size(); ++i) {

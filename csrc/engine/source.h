@@ -19,6 +19,10 @@ struct Source {
 
   // Of the weight, in bytes.
   uint64_t size() const { return decoder ? decoder->decoded_bytes() : donor->size(); }
+  // Of a row that has `row_bytes` in the weight: its bytes on the donor.
+  uint64_t stored_row(uint64_t row_bytes) const {
+    return decoder ? decoder->stored_row() : row_bytes;
+  }
   // Whether the host decodes it from where it is: nothing of it can be brought ahead.
   bool decodes_memory() const { return decoder != nullptr && donor->host() != nullptr; }
 

@@ -26,18 +26,22 @@ namespace {
 constexpr int64_t kWholeShare = 4;
 constexpr int64_t kRowsPerPart = 64;
 
+uint64_t row_bytes_of(const at::Tensor& table) {
+  return static_cast<uint64_t>(table.size(1)) * table.itemsize();
+}
+
 // Whether the donor has the table's rows one after the other.
 bool has_rows(const at::Tensor& table, const Source& source) {
   if (table.dim() != 2 || !table.is_contiguous() || table.storage_offset() != 0) return false;
   const auto rows = static_cast<uint64_t>(table.size(0));
-  const auto row_bytes = static_cast<uint64_t>(table.size(1)) * table.itemsize();
+  const uint64_t row_bytes = row_bytes_of(table);
   if (source.decoder == nullptr) return rows * row_bytes == source.donor->size();
   return rows == source.decoder->rows() && row_bytes == source.decoder->decoded_row();
 }
 
 bool takes_rows(const at::Tensor& table, const Weight& weight, const Source& source,
                 const at::Tensor& indices) {
-  // Others are refused by the operator itself.
+  // The operator itself refuses other dtypes, and indices on another device.
   const bool are_indices = indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt;
   if (!are_indices || indices.device() != table.device() || !has_rows(table, source)) return false;
   if (indices.numel() * kWholeShare >= table.size(0)) return false;
@@ -50,7 +54,7 @@ bool takes_rows(const at::Tensor& table, const Weight& weight, const Source& sou
 // The rows of these numbers, in memory of the host. Throws Error(kFetch), which names the weight.
 at::Tensor gathered(const at::Tensor& table, const Weight& weight, const Source& source,
                     std::span<const int64_t> rows) {
-  const uint64_t row_bytes = table.size(1) * table.itemsize();
+  const uint64_t row_bytes = row_bytes_of(table);
   const auto count = static_cast<int64_t>(rows.size());
   const at::Tensor found =
       at::empty({count, table.size(1)}, at::TensorOptions().dtype(table.dtype()).device(at::kCPU));
@@ -68,8 +72,8 @@ at::Tensor gathered(const at::Tensor& table, const Weight& weight, const Source&
   return found;
 }
 
-// The host has to know the numbers, so it waits for what the device was given before. From then on
-// the operator waits for the rows.
+// The host has to know which rows. So it waits until the device has computed the indices. The time
+// after that is the operator's wait for its rows, and counts as a stall.
 at::Tensor look_up(c10::DispatchKeySet keys, const at::Tensor& table, const Weight& weight,
                    const Source& source, const at::Tensor& indices) {
   const at::Tensor numbers = indices.to(at::kCPU, at::kLong).contiguous();
@@ -81,9 +85,8 @@ at::Tensor look_up(c10::DispatchKeySet keys, const at::Tensor& table, const Weig
     TORCH_CHECK_INDEX(row >= 0 && row < table.size(0), "index ", row,
                       " is out of range of an embedding with ", table.size(0), " rows");
   }
-  const uint64_t stored = source.decoder ? source.decoder->stored_row()
-                                         : static_cast<uint64_t>(table.size(1)) * table.itemsize();
-  const HostSpan span("stalls", weight.name(), rows.size() * stored);
+  const uint64_t nbytes = rows.size() * source.stored_row(row_bytes_of(table));
+  const HostSpan span("stalls", weight.name(), nbytes);
   const auto begin = std::chrono::steady_clock::now();
   const at::Tensor found = gathered(table, weight, source, rows).to(table.device());
   Counters& counters = weight.counters();
@@ -91,7 +94,7 @@ at::Tensor look_up(c10::DispatchKeySet keys, const at::Tensor& table, const Weig
   counters.stall_ns.fetch_add(
       (std::chrono::steady_clock::now() - begin) / std::chrono::nanoseconds(1),
       std::memory_order_relaxed);
-  counters.travelled(source.donor->tier(), rows.size() * stored);
+  counters.travelled(source.donor->tier(), nbytes);
   process_fetches.fetch_add(1, std::memory_order_relaxed);
   return at::_ops::embedding::redispatch(below_hook(keys), found, places.to(table.device()),
                                          /*padding_idx=*/-1, false, false);

@@ -217,7 +217,7 @@ class Patching:
         """One entry per LoRA, for reports."""
         return [
             {
-                "lora": lora.label.strip("'"),  # errors quote the name
+                "lora": lora.label.strip("'\""),  # without the quotes that errors have
                 "strength": strength,
                 "weights": len({patch.weight for patch in lora.patches}),
                 "unmatched": lora.left_out,

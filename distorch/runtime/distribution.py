@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -144,24 +144,23 @@ def _fetched_bytes(group: Group, plan: Plan) -> int:
 
 
 def is_table(group: Group) -> bool:
-    """Whether it is only looked up: of a table that the ring does not hold, rows are brought
-    (csrc/hook/embedding.cpp).
+    """Whether the group belongs to embeddings alone, which look rows up. If such a table is larger
+    than the ring, only these rows are fetched (csrc/hook/embedding.cpp).
     """
     return all(isinstance(m.owner, nn.Embedding) and m.key == "weight" for m in group.members)
 
 
-def ring_bytes(groups: Iterable[Group], plan: Plan, options: Options) -> int:
+def ring_bytes(groups: Sequence[Group], plan: Plan, options: Options) -> int:
     """Bytes of look-ahead: at least two of the largest weights that are fetched whole."""
     page = 4096
-    sizes: dict[bool, list[int]] = {True: [], False: []}
-    for group in groups:
-        if nbytes := _fetched_bytes(group, plan):
-            sizes[is_table(group)].append(nbytes + 2 * page)
-    wanted = max(2 * max(sizes[False], default=0), _AUTO_RING_BYTES)
+    sizes = {g.name: n + 2 * page for g in groups if (n := _fetched_bytes(g, plan))}
+    tables = {group.name for group in groups if is_table(group)}
+    largest = max((n for name, n in sizes.items() if name not in tables), default=0)
+    wanted = max(2 * largest, _AUTO_RING_BYTES)
     if options.prefetch != "auto":
         wanted = parse_bytes(options.prefetch)
-    whole = [*sizes[False], *(nbytes for nbytes in sizes[True] if nbytes <= wanted)]
-    return min(sum(whole), wanted)  # a ring that holds everything is never larger
+    whole = sum(n for name, n in sizes.items() if name not in tables or n <= wanted)
+    return min(whole, wanted)  # a ring that holds everything is never larger
 
 
 @torch.inference_mode(False)  # parameters made in it could never have a gradient

@@ -7,7 +7,8 @@ functionalization knows no custom operators that give views. What follows from t
   in place on it: fake fetches alias what they are fetched from.
 * Code that writes to a weight is refused before it is made functional (`refuse_writes`). Backends
   other than Inductor have no pass there. For them a fetched weight is frozen while the graph is
-  made functional (`_frozen`), so that PyTorch refuses the write.
+  made functional (`_frozen`), so that PyTorch refuses the write. backend="eager" does neither: a
+  write goes to the ring, and is lost.
 * Uses of one weight are told apart, and backward fetches again instead of keeping weights alive
   (`refetch_in_backward`).
 """
