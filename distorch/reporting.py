@@ -206,7 +206,7 @@ def report(module: nn.Module) -> Report:
 
     problems: list[str] = []
     sizes: dict[str, int] = {}
-    merging = state.patching.merging if state.patching is not None else None
+    merging = state.merging
     pending = set(merging.left) if merging is not None else set()
     for names, tensor, nbytes in _tensors(module):
         count(names, tensor, nbytes)

@@ -14,7 +14,7 @@ from distorch.formats.checkpoint import (
     open_checkpoint,
 )
 from distorch.formats.quantisation import declared_name
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 from distorch.lora.files import read_lora
 from distorch.lora.resolve import resolve
 from distorch.lora.spellings import kind_of, looks_like_patches, spelling_of, split_key

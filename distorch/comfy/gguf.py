@@ -25,7 +25,7 @@ from distorch._behaviour import attach_behaviour
 from distorch.errors import FormatError
 from distorch.formats.checkpoint import Checkpoint, open_checkpoint
 from distorch.formats.naming.tracing import trace
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 from distorch.lora import StoredRows
 from distorch.patching import with_rows
 from distorch.runtime.module_agent import KEEP_SHARDED

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from distorch.errors import FormatError
-from distorch.formats.safetensors import DTYPES, StoredTensor
+from distorch.formats.safetensors import DTYPES
+from distorch.formats.stored import StoredTensor
 
 # The number in a GGUF file -> name, elements of a block, bytes of a block.
 GGUF_TYPES = {

@@ -12,8 +12,9 @@ from distorch.formats import gguf
 from distorch.formats.block_types import PACKED_TYPES
 from distorch.formats.files import Files, find_files
 from distorch.formats.quantisation import with_declarations
-from distorch.formats.safetensors import StoredTensor, read_header
+from distorch.formats.safetensors import read_header
 from distorch.formats.scales import OF_THEIR_OWN
+from distorch.formats.stored import StoredTensor
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
 from distorch.planner import Inventory, WeightInfo
 

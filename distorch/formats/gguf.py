@@ -17,7 +17,7 @@ import torch
 
 from distorch.errors import FormatError
 from distorch.formats.block_types import GGUF_TYPES
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -7,14 +7,11 @@ numbers, so that a row can be moved, cut off and decoded by itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from distorch import _ops
-
-if TYPE_CHECKING:
-    from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 
 _AT_ONCE = 16 << 20  # bytes of rows
 # Scales for cuBLAS lie in tiles of 128 rows and 4 columns.

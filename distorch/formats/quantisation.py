@@ -17,7 +17,7 @@ from distorch.errors import FormatError
 from distorch.formats.block_types import PACKED_TYPES
 from distorch.formats.packing import Packing, tiled_shape
 from distorch.formats.plain_names import match_names
-from distorch.formats.safetensors import Declared, StoredTensor
+from distorch.formats.stored import Declared, StoredTensor
 
 BESIDE = ".comfy_quant"
 HEADER_KEY = "_quantization_metadata"

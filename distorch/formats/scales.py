@@ -11,7 +11,7 @@ from torch import nn
 
 from distorch.errors import FormatError
 from distorch.formats.quantisation import check_declared
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 
 # Beside "x.weight": the factor on its numbers. {} is "x", the weight's own key {}.weight.
 _FACTORS = ("{}.scale_weight", "{}.weight_scale", "{}.weight_scale_inv", "{}.weight.scale")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distorch.errors import FormatError
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # What torch's unpickler raises on bytes that are no file of its own.

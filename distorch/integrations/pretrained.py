@@ -19,7 +19,7 @@ from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.formats.checkpoint import Checkpoint, open_checkpoint
 from distorch.formats.naming import ConversionError
 from distorch.formats.plain_names import match_names
-from distorch.formats.safetensors import StoredTensor, same_bytes
+from distorch.formats.stored import StoredTensor, same_bytes
 from distorch.integrations.empty_models import (
     auto_class,
     empty_transformers_model,

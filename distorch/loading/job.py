@@ -9,7 +9,7 @@ import torch
 
 from distorch import _ops
 from distorch.formats.checkpoint import weight_info
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, StoredRows
 from distorch.planner import WeightInfo
 from distorch.runtime import groups

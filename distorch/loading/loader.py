@@ -124,7 +124,9 @@ def _remember(module: nn.Module, ready: Ready) -> None:
             known.originals[name] = original
             if job.patches:
                 known.applied[name] = job.patches
-    distribution.distribution_of(module).patching = known
+    # A thread that merges what was there before goes on with what is there now.
+    with distribution.nothing_merging(module):
+        distribution.distribution_of(module).patching = known
 
 
 @torch.inference_mode(False)

@@ -49,7 +49,7 @@ class Merging:
             return
         state = distribution.distribution_of(module)
         known, plan = state.patching, state.plan
-        if known is None or known.merging is not self:
+        if known is None or state.merging is not self:
             return
         groups = [g for g in group_members(module) if _is_pending(g, known, plan)]
         self.left = {group.name: group.nbytes for group in groups}
@@ -129,10 +129,12 @@ def _merge(group: Group, plan: Plan) -> None:
 
 
 def merge_in_background(module: nn.Module) -> None:
-    """Begins to merge what is pending on a distributed module."""
-    known = distribution.distribution_of(module).patching
-    known.merging = Merging(module)
-    known.merging.start()
+    """Begins to merge what is pending on a distributed module, unless that has begun."""
+    state = distribution.distribution_of(module)
+    if state.merging is None:  # it is new, or a copy of a module
+        merging = Merging(module)
+        state.merging = merging
+        merging.start()
 
 
 def finish_merging(module: Module, *, progress: Progress = None) -> Module:
@@ -152,10 +154,10 @@ def finish_merging(module: Module, *, progress: Progress = None) -> Module:
             they are fetched, with the same bits.
         PlacementError: The module is not distributed.
     """
-    known = distribution.distribution_of(module).patching
-    if known is None or known.options.mode != "background":
+    state = distribution.distribution_of(module)
+    if state.patching is None or state.patching.options.mode != "background":
         return module
-    if known.merging is None:  # a copy of a module
-        merge_in_background(module)
-    known.merging.finish(progress)
+    merge_in_background(module)
+    if state.merging is not None:
+        state.merging.finish(progress)
     return module

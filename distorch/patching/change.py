@@ -11,7 +11,7 @@ from torch import nn
 
 from distorch._progress import Progress, check_progress, progress_of
 from distorch.errors import PlacementError, warn_at_caller
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
 from distorch.patching.background import merge_in_background
 from distorch.patching.forms import Work, reads_file, redo
@@ -104,7 +104,7 @@ def set_loras(
                 machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
         distribution.refresh(module)
-    if options.mode == "background" and known.merging is None:
+    if options.mode == "background":
         merge_in_background(module)
     return module
 

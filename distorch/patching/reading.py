@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from distorch import _ops
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 
 _READERS = 2  # one read begins while the last parts of another come
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,8 +23,8 @@ from distorch import _ops
 from distorch._behaviour import copy_of_donor
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
 from distorch.formats.checkpoint import Stamp, stamp_of
-from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import own_scales
+from distorch.formats.stored import StoredTensor
 from distorch.lora import (
     Applied,
     LoraReader,
@@ -37,9 +37,6 @@ from distorch.lora import (
 from distorch.lora.files import version_of
 from distorch.runtime.groups import Member, has_bytes, named_members
 from distorch.runtime.options import dtype_of
-
-if TYPE_CHECKING:
-    from distorch.patching.background import Merging
 
 LoraMode = Literal["merge", "fetch", "background"]
 
@@ -187,7 +184,6 @@ class Patching:
     originals: dict[str, Original] = field(default_factory=dict)
     applied: dict[str, Applied] = field(default_factory=dict)
     loras: list[tuple[ResolvedLora, float]] = field(default_factory=list)
-    merging: Merging | None = None  # while the mode is "background"
 
     def copy(self, memo: dict[int, Any]) -> Patching:
         """For a copy of the module; `memo` has the copies of its weights."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -53,6 +53,19 @@ def _new_counters() -> Any:
     return _native.Counters()
 
 
+class Merger(Protocol):
+    """A thread that merges LoRAs into weights while the module is used (`patching.background`)."""
+
+    left: dict[str, int]  # weight -> bytes that are not merged yet
+    error: BaseException | None  # what ended it too early
+
+    def held(self) -> AbstractContextManager[None]:
+        """Nothing is merged meanwhile. Afterwards it goes on with what is pending then."""
+
+    def finish(self, progress: Progress = None) -> None:
+        """Waits for the last weight. Raises what merging raised."""
+
+
 @dataclass
 class Distribution:
     """What a distributed module remembers: its plan, its counters, its room in the ring."""
@@ -64,6 +77,7 @@ class Distribution:
     reservation: Any = None
     ring_bytes: int = 0
     patching: Any = None  # LoRAs on it and where its originals are (distorch.patching)
+    merging: Merger | None = None  # since the LoRA mode was "background" for the first time
     compiled: bool = False  # see Note [Weights in compiled graphs]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distribution:
@@ -121,7 +135,7 @@ def is_distributed(module: nn.Module) -> bool:
 def nothing_merging(module: nn.Module) -> Iterator[None]:
     """No thread merges LoRAs into the module's weights meanwhile."""
     state = module.__dict__.get(_KEY)
-    merging = state.patching.merging if isinstance(state, Distribution) and state.patching else None
+    merging = state.merging if isinstance(state, Distribution) else None
     with merging.held() if merging is not None else nullcontext():
         yield
 
@@ -190,7 +204,7 @@ def _place(module: Module, state: Distribution, groups: list[Group], progress: P
     known = module.__dict__.get(_KEY)
     if isinstance(known, Distribution):
         state.counters, state.patching = known.counters, known.patching
-        state.compiled = known.compiled
+        state.merging, state.compiled = known.merging, known.compiled
     staged = _stage_all(module, state, groups, progress)
     buffers = {
         buffer.name: _donors.moved(buffer.tensor, compute)

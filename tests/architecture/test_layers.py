@@ -120,6 +120,8 @@ def test_python_layers():
         ("formats/safetensors.py", "from distorch.loading import load"),
         ("_native.py", "from distorch import _ops"),
         ("runtime/groups.py", "import distorch.lora"),
+        ("formats/stored.py", "from distorch.formats import packing"),
+        ("patching/state.py", "if TYPE_CHECKING:\n    from distorch.patching import background"),
     ],
 )
 def test_python_breach_is_seen(copied, file, line):

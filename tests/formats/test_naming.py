@@ -11,7 +11,7 @@ from distorch import FormatError
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.formats.naming.tracing import trace
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 from tests.formats.originals import (
     FLUX,
     ORIGINALS,

@@ -287,7 +287,7 @@ def test_there_may_be_nothing_to_wait_for(path):
 def test_a_wait_goes_on_with_what_an_interrupt_left(path, gate):
     model = load(path, loras=[(lora(), 0.5)])
     gate.reached.wait()
-    merging = distorch.runtime.distribution.distribution_of(model).patching.merging
+    merging = distorch.runtime.distribution.distribution_of(model).merging
     merging._stopped.set()  # as an interrupt of set_loras while it waits for the thread
     gate.open()
     merging._thread.join()

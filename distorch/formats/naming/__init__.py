@@ -14,7 +14,7 @@ from distorch.formats.naming import diffusers_names, llama_cpp, transformers_nam
 from distorch.formats.naming.part_scales import scales_of_part, take_scales
 from distorch.formats.naming.tracing import ConversionError, Convert, NamesDoNotFitError, trace
 from distorch.formats.plain_names import PREFIXES, match_names
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import StoredTensor
 
 __all__ = ["ConversionError", "fit_names"]
 

@@ -8,8 +8,8 @@ from math import prod
 
 from distorch.errors import FormatError
 from distorch.formats.naming.tracing import Run, as_stored
-from distorch.formats.safetensors import StoredTensor
 from distorch.formats.scales import BLOCK, may_have_scales, scale_keys
+from distorch.formats.stored import StoredTensor
 
 # id of a stored weight -> ending of a key, as {} stands for the weight's stem -> its scales
 Scales = dict[int, dict[str, StoredTensor]]

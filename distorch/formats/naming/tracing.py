@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distorch.errors import FormatError
 from distorch.formats.block_types import SIZES, check_readable
-from distorch.formats.pieces import Piece
 from distorch.formats.quantisation import check_declared
-from distorch.formats.safetensors import StoredTensor
+from distorch.formats.stored import Piece, StoredTensor
 
 Convert = Callable[[dict[str, torch.Tensor]], Mapping[str, Any]]
 
