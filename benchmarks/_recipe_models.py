@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distorch.integrations.empty_models import empty_diffusers_model, empty_transformers_model
 from distorch.planner import Inventory, WeightInfo
-from distorch.runtime import distribution
+from distorch.runtime import groups
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TEXT = 512  # tokens of a prompt
@@ -261,7 +261,7 @@ def inventory_of(module: nn.Module, narrow: str | None) -> Inventory:
     """The module's weights with the bytes that its file has: fp8 has one byte for every element,
     Q8_0 has 34 bytes for 32.
     """
-    plain = distribution.inventory_of(module, distribution.group_members(module))
+    plain = groups.inventory_of(module, groups.group_members(module))
     return Inventory(tuple(_stored(weight, narrow) for weight in plain.weights))
 
 

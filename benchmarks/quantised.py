@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import distorch
 from distorch import _donors, _ops
 from distorch._behaviour import replace_data
-from distorch.runtime import distribution
+from distorch.runtime import placing
 from distorch.testing import sim
 
 BANDWIDTH = 900e9  # of the simulated device's memory
@@ -47,7 +47,7 @@ def quantise(module: nn.Module, kind: str) -> tuple[int, float]:
         replace_data(parameter, _ops.decoded(stored, kind, DTYPE, parameter.shape, name=name))
         total += count
         seconds += (count + parameter.numel() * DTYPE.itemsize) / BANDWIDTH
-    distribution.refresh(module)
+    placing.refresh(module)
     return total, seconds
 
 

@@ -28,8 +28,9 @@ from _recipe_tables import Row, markdown, matrix
 
 from distorch.integrations.budget import plan_together
 from distorch.planner import DeviceInfo, Inventory, Plan
-from distorch.runtime import distribution
+from distorch.runtime.groups import group_members
 from distorch.runtime.options import Options
+from distorch.runtime.ring_room import is_table, ring_bytes
 
 GIB, MIB, PAGE = 1 << 30, 1 << 20, 4096
 CARDS, RAMS = (8, 12, 16, 24), (32, 64)  # GiB
@@ -89,8 +90,8 @@ def fetches(key: str) -> Mapping[str, tuple[int, bool]]:
 def ring(key: str, plan: Plan) -> int:
     """Bytes of the default look-ahead."""
     if PARTS[key].narrow is None:
-        groups = distribution.group_members(module_of(key))
-        return distribution.ring_bytes(groups, plan, Options())
+        groups = group_members(module_of(key))
+        return ring_bytes(groups, plan, Options())
     # The module is not made of what it decodes, so here is the same rule for its sizes.
     uses = fetches(key).items()
     sizes = [n for name, (n, decoded) in uses if decoded or plan.placement[name] != CARD]
@@ -163,8 +164,8 @@ def best(model: Model, card: int) -> Choice | None:
 @cache
 def tables(key: str) -> frozenset[str]:
     """Names of the weights of which rows are fetched, if they are larger than the ring."""
-    groups = distribution.group_members(module_of(key))
-    return frozenset(group.name for group in groups if distribution.is_table(group))
+    groups = group_members(module_of(key))
+    return frozenset(group.name for group in groups if is_table(group))
 
 
 def travels(model: Model, found: Choice, device: str = "") -> dict[str, int]:

@@ -22,8 +22,9 @@ from torch import nn
 from distorch import _donors, _ops
 from distorch.errors import PlacementError
 
-# Libraries that ask for addresses only to see whether two weights are one. A number that is no
-# address must not get further than that: what launches kernels gets the error.
+# These libraries ask for addresses only to see whether two weights share memory. They get a number
+# that is the same for the same weight, and is no address. Everybody else gets an error: a kernel
+# that is given the number would read from nowhere.
 _COMPARE_ADDRESSES = ("peft.", "accelerate.hooks", "accelerate.utils.modeling")
 
 # (weight id, how often the weight has moved) -> the tensor that state_dict gave out for it, so that
@@ -202,6 +203,8 @@ def _behaviour(
 
     def data_ptr() -> int:
         p = me()
+        # Only the caller's module tells who may have the number (see _COMPARE_ADDRESSES). Frame 0
+        # is this function, 1 is `while_sharded`'s method, 2 is whoever called `data_ptr()`.
         asker = str(sys._getframe(2).f_globals.get("__name__"))
         if asker.startswith(_COMPARE_ADDRESSES):
             return _ops.state(p).id

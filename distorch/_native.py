@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
 
 if sys.platform != "linux":
@@ -68,9 +70,7 @@ def scratch_folder() -> Path:
     temporary = Path(tempfile.gettempdir())
     if not in_memory(temporary):
         return temporary
-    cache = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "distorch"
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache
+    return user_cache_path("distorch", ensure_exists=True)
 
 
 def _io_threads() -> int:

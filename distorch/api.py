@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from distorch._progress import Progress, check_progress
 from distorch.errors import warn_at_caller
 from distorch.planner import Plan
-from distorch.runtime import distribution, planning
+from distorch.runtime import distribution, placing, planning
+from distorch.runtime.groups import group_members, inventory_of
 from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,8 +81,8 @@ def distribute(
     distributed = distribution.is_distributed(module)
     before = distribution.distribution_of(module) if distributed else None
     opts = Options.of(options, _ARGUMENTS, before.lasting_options() if before else None)
-    groups = distribution.group_members(module)
-    inventory = distribution.inventory_of(module, groups)
+    groups = group_members(module)
+    inventory = inventory_of(module, groups)
     if plan is not None:
         planning.check_plan_fits(plan, inventory)
         opts = opts.as_planned(plan, options)
@@ -90,11 +91,11 @@ def distribute(
         plan = planning.plan_inventory(
             inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
         )
-    distribution.check_has_values(module, plan.compute)
+    placing.check_has_values(module, plan.compute)
     if problem := plan.over_budget():
         warn_at_caller(problem)
     origins = before.origins if before else {}
-    return distribution.place(module, plan, opts, groups, origins, progress=progress)
+    return placing.place(module, plan, opts, groups, origins, progress=progress)
 
 
 def redistribute(
@@ -165,4 +166,4 @@ def undistribute(module: Module, device: str | torch.device | None = None) -> Mo
     After any of them the module is as it was.
     """
     check_module(module)
-    return distribution.unplace(module, device)
+    return placing.unplace(module, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distorch.comfy import advanced, clean, gguf_nodes, loaders, packs
+from distorch.comfy import advanced, gguf_nodes, loaders, own_nodes, packs
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
@@ -22,7 +22,7 @@ def _register() -> None:
         *gguf_nodes.nodes(),
         *packs.nodes(),
         *advanced.NODES.items(),
-        *clean.NODES.items(),
+        *own_nodes.NODES.items(),
     ):
         NODE_CLASS_MAPPINGS[name], NODE_DISPLAY_NAME_MAPPINGS[name] = node, node.TITLE
 

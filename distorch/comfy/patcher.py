@@ -33,6 +33,8 @@ from distorch.errors import PlacementError
 from distorch.planner import Plan
 from distorch.runtime import distribution
 from distorch.runtime.groups import can_leave_device, group_members, size_of, unique_buffers
+from distorch.runtime.options import Options
+from distorch.runtime.ring_room import ring_bytes
 from distorch.runtime.staging import current_place
 
 KEY = "distorch"  # of the attachment, and of wrappers
@@ -101,7 +103,7 @@ class DistorchPatcher(ModelPatcher):
         _refuse_unplaceable(self.model, spec, wanted.compute)
         plan = distorch.plan(self.model, spec, **options)
         groups = group_members(self.model)
-        ring = distribution.ring_bytes(groups, plan, distribution.Options(**options))
+        ring = ring_bytes(groups, plan, Options(**options))
         return plan, ring
 
     def _request(self, budget: int | None) -> tuple[str, dict[str, Any]]:
@@ -312,7 +314,7 @@ def shrunk(model: nn.Module, nbytes: int) -> tuple[Plan, int | str]:
         options, wanted = replace(state.options, prefetch=prefetch), nbytes
         while True:
             plan = demoted(model, wanted)
-            ring = distribution.ring_bytes(groups, plan, options)
+            ring = ring_bytes(groups, plan, options)
             missing = nbytes - (before - plan.bytes[compute] - ring)
             if missing <= 0:
                 return plan, prefetch
@@ -375,6 +377,8 @@ def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
             "moves weights in its own way; load it with the host's loader or one of ours"
         )
     clone = patcher.clone()
+    # `clone()` copies everything that a ModelPatcher has, in whatever version of the host. A
+    # constructor of ours would have to know each of these attributes. The class adds methods only.
     clone.__class__ = DistorchPatcher
     clone.attachments[KEY] = placement
     clone.load_device = torch.device(placement.compute)

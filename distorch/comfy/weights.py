@@ -26,7 +26,7 @@ from torch import nn
 
 from distorch import _donors, _ops
 from distorch._behaviour import attach_behaviour
-from distorch.runtime import distribution, wrapped
+from distorch.runtime import distribution, placing, wrapped
 from distorch.runtime.groups import size_of
 from distorch.runtime.staging import alone, current_place
 
@@ -145,7 +145,7 @@ def repatch(
             del backup[key], applied[key]
         progress(size_of(weight))
     if changed:
-        distribution.refresh(model)
+        placing.refresh(model)
     return len(changed)
 
 
@@ -179,4 +179,4 @@ def restore_all(model: nn.Module, backup: dict[str, Any], applied: dict[str, Any
         _restore(model, key, backup[key].weight, place, compute)
         del backup[key]
     applied.clear()
-    distribution.refresh(model)
+    placing.refresh(model)

@@ -28,7 +28,8 @@ from distorch.loading.prepare import FillOptions, Matched, Request, match_up
 from distorch.patching import LoraMode, set_loras
 from distorch.planner import DeviceInfo, Inventory, Plan
 from distorch.reporting import bytes_of
-from distorch.runtime import distribution, planning
+from distorch.runtime import distribution, placing, planning
+from distorch.runtime.groups import group_members, inventory_of
 from distorch.runtime.options import Options, PlacementOptions, check_one_placement
 
 _LOG = logging.getLogger("distorch")
@@ -208,7 +209,7 @@ def _as_diffusers(dtypes: Mapping[str, torch.dtype], asked: Dtypes) -> Any:
 
 def _devices_for(modules: Mapping[str, nn.Module]) -> dict[str, DeviceInfo]:
     """The machine's devices; memory that these modules hold now counts as free for them."""
-    groups = [g for module in modules.values() for g in distribution.group_members(module)]
+    groups = [g for module in modules.values() for g in group_members(module)]
     return planning.devices_for(groups, nn.ModuleList(modules.values()))
 
 
@@ -240,7 +241,7 @@ def _all_or_nothing(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
 
 
 def _inventory_of(module: nn.Module) -> Inventory:
-    return distribution.inventory_of(module, distribution.group_members(module))
+    return inventory_of(module, group_members(module))
 
 
 def distribute_pipeline(
@@ -332,7 +333,7 @@ def undistribute_pipeline(pipe: Any, device: str | torch.device | None = None) -
 def _check_not_offloaded(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
     """PlacementError if accelerate moves the weights already."""
     for name, module in modules.items():
-        if distribution.accelerate_moves(module):
+        if placing.accelerate_moves(module):
             raise PlacementError(
                 f"accelerate offloads this {type(pipe).__name__} ({name}), by "
                 "enable_model_cpu_offload(), enable_sequential_cpu_offload() or device_map=. Call "

@@ -19,7 +19,7 @@ from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare
 from distorch.lora import LoraSource
 from distorch.patching import LoraMode, Original, base_name, merge_in_background
 from distorch.planner import Plan
-from distorch.runtime import distribution, groups
+from distorch.runtime import distribution, groups, placing
 from distorch.runtime.options import Options, PlacementOptions
 from distorch.runtime.staging import Origin
 
@@ -144,7 +144,7 @@ def _fill(
     try:
         _swap_in(module, jobs, values, torch.device(plan.compute), undo)
         found = groups.group_members(module)
-        return distribution.place(module, plan, options, found, origins, progress=False)
+        return placing.place(module, plan, options, found, origins, progress=False)
     except BaseException:
         for table, key, value in reversed(undo):
             table[key] = value

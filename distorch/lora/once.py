@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distorch.errors import FormatError
-from distorch.lora.families import Shapes
 from distorch.lora.kinds import LowRankKind, ReplacementKind, RowsKind, as_like
+from distorch.lora.other_names import Shapes
 from distorch.lora.patches import Applied, Patch, Patches
 
 _CLOSE = 1e-5  # of the largest number: two spellings may have been rounded apart

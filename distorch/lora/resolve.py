@@ -14,7 +14,6 @@ from torch import Tensor
 from distorch.errors import FormatError, SpecError
 from distorch.lora.assemble import Scaling, make_kind
 from distorch.lora.configuration import PEFT_PREFIX
-from distorch.lora.families import OPTIONAL_BRANCH, Place, Shapes
 from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
 from distorch.lora.kinds import (
     DifferenceKind,
@@ -25,6 +24,7 @@ from distorch.lora.kinds import (
     turned,
 )
 from distorch.lora.once import without_repeats
+from distorch.lora.other_names import OPTIONAL_BRANCH, Place, Shapes
 from distorch.lora.patches import Patch, Patches, ResolvedLora
 from distorch.lora.spellings import Group, group_keys
 from distorch.lora.targets import Targets, component_of

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from distorch.formats.plain_names import unwrapped
-from distorch.lora.families import Place, Shapes, other_names, weights_by_module
+from distorch.lora.other_names import Place, Shapes, other_names, weights_by_module
 
 # What files put before the names of a module, and which part of a pipeline that says.
 _PREFIXES: tuple[tuple[str, str], ...] = (

@@ -24,7 +24,7 @@ from distorch import _donors, _ops
 from distorch._progress import Progress, progress_of
 from distorch.patching.state import Patching, base_name
 from distorch.planner import Plan
-from distorch.runtime import distribution
+from distorch.runtime import distribution, placing
 from distorch.runtime.groups import Group, group_members
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -102,7 +102,7 @@ class Merging:
             return
         module = self._module()
         if not groups and module is not None and self._wanted():
-            distribution.fit_ring(module)
+            placing.fit_ring(module)
 
 
 def _is_pending(group: Group, known: Patching, plan: Plan) -> bool:

@@ -27,7 +27,7 @@ from distorch.patching.state import (
     shapes_of,
 )
 from distorch.planner import Plan
-from distorch.runtime import distribution, machine
+from distorch.runtime import distribution, machine, placing
 from distorch.runtime.at_rest import at_rest
 from distorch.runtime.groups import Group, group_members, has_bytes
 from distorch.runtime.staging import current_place
@@ -103,7 +103,7 @@ def set_loras(
             finally:
                 machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
-        distribution.refresh(module)
+        placing.refresh(module)
     if options.mode == "background":
         merge_in_background(module)
     return module

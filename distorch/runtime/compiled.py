@@ -49,7 +49,12 @@ def watch(module: nn.Module) -> None:
 
 
 class _Lasting(list[Any]):
-    """Callbacks of Dynamo, of which torch._dynamo.reset() takes away all but ours."""
+    """Callbacks of Dynamo, of which torch._dynamo.reset() takes away all but ours.
+
+    `reset()` calls `clear()` on the list, and there is nothing that says when it has done so. A
+    module that is compiled after a reset would be traced without fetches, and fail. So the list
+    itself keeps our callback.
+    """
 
     def clear(self) -> None:
         self[:] = [callback for callback in self if callback is _start]
@@ -155,12 +160,22 @@ def _base_of(kind: type) -> type:
     return found
 
 
+def restorer(owner: nn.Module) -> Callable[[], None]:
+    """A step that gives a module the class back that it has now."""
+    return functools.partial(setattr, owner, "__class__", type(owner))
+
+
 def start_fetching(owner: nn.Module, keys: Iterable[str]) -> None:
-    """Has a module hand out fetches of these parameters to whoever traces it."""
+    """Has a module hand out fetches of these parameters to whoever traces it.
+
+    Parameters are looked up on the instance's class, then in `_parameters`. Only a property of the
+    class comes before that, and the module's own class also belongs to modules that are not ours.
+    So this one instance gets a subclass, as torch.nn.utils.parametrize does it.
+    """
     owner.__class__ = _fetching_class(_base_of(type(owner)), frozenset(keys))
 
 
 def stop_fetching(owner: nn.Module) -> None:
-    """Gives a module its own class back."""
+    """Gives a module its own class back, as `start_fetching` found it."""
     if _base_of(type(owner)) is not type(owner):
         owner.__class__ = _base_of(type(owner))

@@ -196,5 +196,6 @@ def _lower_fetch(weight: Any, site: int) -> Any:
     fetched = _fallback(weight, site)
     output = fetched.data.data
     assert isinstance(output, (MultiOutput, FallbackKernel))
+    # Inductor has made and registered the node already, and there is no argument for its class.
     output.__class__ = _fetched(type(output))
     return fetched

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from tqdm.auto import tqdm
 
 from distorch import _donors, _ops
@@ -86,8 +87,7 @@ def _machine_key() -> str:
 
 
 def _cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    return Path(base) / "distorch" / f"links-{_machine_key()}.json"
+    return user_cache_path("distorch") / f"links-{_machine_key()}.json"
 
 
 def _is_simulated(device: str) -> bool:

@@ -28,12 +28,12 @@ from tests.gpu.report.workplace import read_kit, with_kit
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "out" / "gpu-kit"  # the environment, objects, libraries with symbols
 LIBRARIES = ("distorch/_C.{abi}.so", "distorch/testing/_sim.{abi}.so", "distorch/_cuda.so")
-NEEDS = ("numpy", "safetensors", "psutil", "tqdm")  # of `import distorch`
+NEEDS = ("numpy", "safetensors", "psutil", "platformdirs", "tqdm")  # of `import distorch`
 FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "transformers>=5",
              "accelerate>=1", "peft>=0.17", "pillow", "requests", "pyyaml",
              "scikit-learn")  # fmt: skip
 # psutil and numpy are not pure Python, so they are not carried.
-CARRIED = ("gguf", "diffusers", "importlib_metadata", "tqdm",
+CARRIED = ("gguf", "diffusers", "importlib_metadata", "platformdirs", "tqdm",
            "pytest", "pluggy", "iniconfig", "packaging", "pygments")  # fmt: skip
 MOST_BYTES = 40 << 20
 QUICK = ("tests/hook", "tests/runtime", "tests/planner", "tests/sim",

@@ -18,7 +18,7 @@ from torch import nn
 
 import distorch
 from distorch import _donors
-from distorch.runtime import distribution
+from distorch.runtime import placing, swapping
 from distorch.runtime.module_agent import ModuleAgent
 from tests.processes import donor_files
 
@@ -68,9 +68,10 @@ def _interrupt_at(monkeypatch, target, name, call):
 
 
 INTERRUPTS = {
-    "swapping": (distribution, "replace_data", 5),
+    "swapping": (swapping, "replace_data", 5),
     "agents": (ModuleAgent, "install", 3),
-    "end": (distribution.compiled, "watch", 1),
+    "end": (placing.compiled, "watch", 1),
+    "done": (contextlib.ExitStack, "pop_all", 1),
 }
 
 
@@ -98,11 +99,14 @@ def test_interrupt_of_redistribute(monkeypatch, where):
     assert torch.equal(module(X), wanted)
 
 
-def test_interrupt_of_undistribute(monkeypatch):
+@pytest.mark.parametrize(
+    "where", [(ModuleAgent, "remove", 3), (contextlib.ExitStack, "pop_all", 1)]
+)
+def test_interrupt_of_undistribute(monkeypatch, where):
     module = distorch.distribute(net(), "cpu,0b;disk,*", min_bytes=0)
     wanted = module(X)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        _interrupt_at(patched, ModuleAgent, "remove", 3)
+        _interrupt_at(patched, *where)
         distorch.undistribute(module)
     assert distorch.report(module).ok
     assert torch.equal(module(X), wanted)
@@ -198,7 +202,7 @@ def test_failed_load_leaves_the_module(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distorch.runtime.distribution._install", broken)
+    monkeypatch.setattr("distorch.runtime.placing._install", broken)
     with pytest.raises(KeyboardInterrupt):
         distorch.load(module, path, "cpu,0b;disk,*", min_bytes=0)
     assert torch.equal(module(X), wanted)

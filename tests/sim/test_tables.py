@@ -98,11 +98,11 @@ def test_the_ring_has_no_room_for_tables():
         with torch.device("meta"):
             model = Large(tied)
         plan = distorch.plan(model, "sim:0,0b;cpu,*", min_bytes=0)
-        from distorch.runtime import distribution
+        from distorch.runtime.groups import group_members
+        from distorch.runtime.options import Options
+        from distorch.runtime.ring_room import ring_bytes
 
-        return distribution.ring_bytes(
-            distribution.group_members(model), plan, distribution.Options()
-        )
+        return ring_bytes(group_members(model), plan, Options())
 
     assert ring(tied=False) == 256 * 256 * 4 + 256 * 4 + 4 * 4096
     assert ring(tied=True) > 256 << 20

@@ -1,0 +1,52 @@
+"""How large a ring is: bytes on the compute device for weights that were fetched ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from distorch import _ops
+from distorch.planner import Plan, parse_bytes
+from distorch.runtime.groups import Group
+from distorch.runtime.options import Options
+from distorch.runtime.staging import current_place
+
+_AUTO_RING_BYTES = 128 << 20
+
+
+def place_of(group: Group, plan: Plan) -> str:
+    """Where the plan has a group; of one that came or was renamed since, where it is."""
+    return plan.placement.get(group.name) or current_place(group.first)
+
+
+def _fetched_bytes(group: Group, plan: Plan) -> int:
+    """Room in the ring that a fetch of this group takes at most; 0: operators use it in place."""
+    compute = plan.compute
+    if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
+        decoded = group.first.untyped_storage().nbytes()
+        from_memory = compute == "cpu" and place_of(group, plan) == "cpu"
+        return decoded if from_memory else decoded + group.nbytes
+    # The CPU computes with what is in RAM in place.
+    in_place = (compute, "cpu") if compute == "cpu" else (compute,)
+    return 0 if place_of(group, plan) in in_place else group.nbytes
+
+
+def is_table(group: Group) -> bool:
+    """Whether the group belongs to embeddings alone, which look rows up. If such a table is larger
+    than the ring, only these rows are fetched (csrc/hook/embedding.cpp).
+    """
+    return all(isinstance(m.owner, nn.Embedding) and m.key == "weight" for m in group.members)
+
+
+def ring_bytes(groups: Sequence[Group], plan: Plan, options: Options) -> int:
+    """Bytes of look-ahead: at least two of the largest weights that are fetched whole."""
+    page = 4096
+    sizes = {g.name: n + 2 * page for g in groups if (n := _fetched_bytes(g, plan))}
+    tables = {group.name for group in groups if is_table(group)}
+    largest = max((n for name, n in sizes.items() if name not in tables), default=0)
+    wanted = max(2 * largest, _AUTO_RING_BYTES)
+    if options.prefetch != "auto":
+        wanted = parse_bytes(options.prefetch)
+    whole = sum(n for name, n in sizes.items() if name not in tables or n <= wanted)
+    return min(whole, wanted)  # a ring that holds everything is never larger
