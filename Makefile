@@ -12,7 +12,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev demo docs test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
+.PHONY: help build dev wheel demo docs test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -41,6 +41,9 @@ $(VENV)/dev-ready: $(VENV)/torch-ready requirements-dev.txt
 
 build: $(VENV)/built ## .venv with torch and distorch
 dev: $(VENV)/dev-built $(VENV)/dev-ready ## the same with what tests and linters need
+
+wheel: $(VENV)/torch-ready ## a wheel in dist, for this Python and torch (TORCH_SPEC=... PYTHON=... VENV=...)
+	DISTORCH_WHEEL_LABEL=1 $(BIN)/pip wheel --quiet -c $(CONSTRAINTS) --no-deps --no-build-isolation --wheel-dir dist .
 
 demo: build ## a digit transformer with most of its weights on disk
 	$(BIN)/python -m distorch demo --out $(DEMO_OUT)

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
@@ -26,6 +29,52 @@ CUDA_SOURCES = (
     "csrc/core/blocks.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu")),
 )
+
+
+OLDEST_TORCH = (2, 11)
+NO_TORCH = """\
+distorch is built against your torch, and there is none in this environment.
+  1. Install torch: https://pytorch.org/get-started/locally
+  2. Install distorch again, with the same Python.
+If torch is there, your installer hides it from builds, as uv does. Then, in distorch's folder:
+       pip install "setuptools>=77" ninja && pip install --no-build-isolation .
+  (or: uv pip install "setuptools>=77" ninja && uv pip install --no-build-isolation .)"""
+
+
+def find_torch():
+    """The torch to build against, or None.
+
+    pip builds in an environment of its own, and hides the one that it installs into. But it runs
+    the same Python, which still knows its folders. They go behind the build's own packages.
+    """
+    try:
+        import torch
+    except ImportError:
+        folders = [*site.getsitepackages(), site.getusersitepackages()]
+        there = [folder for folder in folders if Path(folder, "torch", "version.py").is_file()]
+        if not there:
+            return None
+        sys.path += there
+        import torch
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise SystemExit(
+            f"distorch needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and this "
+            f"environment has torch {torch.__version__}: pip install --upgrade torch"
+        )
+    return torch
+
+
+TORCH = find_torch()
+if TORCH is None:  # a source distribution can be made, and metadata read
+    BuildExtension, OBJECTS = build_ext, ROOT / "build" / "without-torch"
+else:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    # Compilers and setuptools look at the age of files, and the headers of a torch that was
+    # installed today may be older than what was compiled yesterday. In one folder for all, a build
+    # after an upgrade of torch would find nothing to do.
+    OBJECTS = ROOT / "build" / f"torch-{TORCH.__version__}-{sys.implementation.cache_tag}"
 
 
 def choice(name, default, known):
@@ -57,9 +106,12 @@ def nvcc():
                 "Toolkit (12 or 13), or build the CPU part with DISTORCH_CUDA=0"
             )
         return found
-    import torch
+    return found if TORCH.version.cuda is not None else None
 
-    return found if torch.version.cuda is not None else None
+
+def chosen_gpus():
+    """The compute capabilities that the kernels are compiled for, such as 89."""
+    return os.environ.get("DISTORCH_GPUS", " ".join(GPUS)).split()
 
 
 def build_kernels(compiler, target):
@@ -73,7 +125,7 @@ def build_kernels(compiler, target):
             f"the kernels for GPUs cannot be built: {', '.join(missing) or 'csrc/cuda/*.cu'} is "
             "not there. Get the complete sources, or build the CPU part with DISTORCH_CUDA=0"
         )
-    gpus = os.environ.get("DISTORCH_GPUS", " ".join(GPUS)).split()
+    gpus = chosen_gpus()
     code = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
     code.append(f"-gencode=arch=compute_{gpus[-1]},code=compute_{gpus[-1]}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,13 +163,8 @@ def units(room):
 
 def extension(name, rooms, more=()):
     """An extension module from some rooms of csrc, and more single sources."""
-    try:
-        from torch.utils.cpp_extension import CppExtension
-    except ImportError as error:
-        raise SystemExit(
-            "distorch is built against your torch, and there is none in this environment. "
-            "Install torch first, then: pip install --no-build-isolation ."
-        ) from error
+    if TORCH is None:
+        return Extension(name, [])
     whole = [path for room in rooms for path in (ROOT / "csrc" / room).glob("*.cpp")]
     return CppExtension(
         name,
@@ -146,34 +193,80 @@ def extensions():
     return found
 
 
-def commands():
-    from torch.utils.cpp_extension import BuildExtension
+class Fresh(build):
+    """Does not pack what an earlier build left: modules that are gone since."""
 
-    class Build(BuildExtension):
-        def run(self):
-            inplace = self.inplace or self.editable_mode
-            if inplace:  # the next build goes on from there; pip would take a temporary folder
-                self.build_temp = str(ROOT / "build" / "objects")
-            folder = ROOT if inplace else Path(self.build_lib)
-            if "distorch.testing._sim" not in [extension.name for extension in self.extensions]:
-                # An old simulator does not fit a new library, and make is to build it again.
-                name = f"_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
-                (folder / "distorch" / "testing" / name).unlink(missing_ok=True)
-                (Path(sys.prefix) / "dev-built").unlink(missing_ok=True)
-            super().run()
-            compiler = nvcc()
-            target = folder / "distorch" / "_cuda.so"
-            if compiler is None:
-                target.unlink(missing_ok=True)  # of an earlier build: it would be loaded
-                return
-            sources = [ROOT / source for source in CUDA_SOURCES]
-            sources += sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh"))
-            newest = max(path.stat().st_mtime for path in sources)
-            if self.force or not target.exists() or target.stat().st_mtime < newest:
-                build_kernels(compiler, target)
+    def run(self):
+        for file in Path(self.build_lib).rglob("*"):
+            if file.is_file() and file.suffix != ".so":
+                file.unlink()
+        super().run()
 
-    return {"build_ext": Build}
+
+class Build(BuildExtension):
+    """The extensions, and the kernels for GPUs."""
+
+    def run(self):
+        if TORCH is None:
+            raise SystemExit(NO_TORCH)
+        # The next build goes on from there. pip would take a temporary folder.
+        self.build_temp = str(OBJECTS)
+        inplace = self.inplace or self.editable_mode
+        folder, notes = (ROOT, ROOT / "build") if inplace else (Path(self.build_lib), OBJECTS)
+        if not is_noted(notes / "torch.txt", OBJECTS.name):
+            self.force = True
+        self.forget_simulator(folder / "distorch" / "testing")
+        super().run()
+        note(notes / "torch.txt", OBJECTS.name)
+        self.build_kernels(folder / "distorch" / "_cuda.so", notes / "kernels.txt")
+
+    def forget_simulator(self, folder):
+        """An old simulator does not fit a new library, and make is to build it again."""
+        if "distorch.testing._sim" not in [extension.name for extension in self.extensions]:
+            (folder / f"_sim{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+            (Path(sys.prefix) / "dev-built").unlink(missing_ok=True)
+
+    def build_kernels(self, target, noted):
+        """The kernels, if they are wanted and are not there already."""
+        compiler = nvcc()
+        if compiler is None:
+            target.unlink(missing_ok=True)  # of an earlier build: it would be loaded
+            return
+        sources = [ROOT / source for source in CUDA_SOURCES]
+        sources += sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh"))
+        newest = max(path.stat().st_mtime for path in sources)
+        made_by = f"{compiler} {' '.join(chosen_gpus())}"
+        if not target.exists() or not is_noted(noted, made_by) or target.stat().st_mtime < newest:
+            build_kernels(compiler, target)
+            note(noted, made_by)
+
+
+def is_noted(file, text):
+    """Whether the last build was made with the same."""
+    return file.is_file() and file.read_text() == text
+
+
+def note(file, text):
+    """For the next build."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def label():
+    """What DISTORCH_WHEEL_LABEL=1 adds to the version: the torch that a wheel was built for."""
+    if TORCH is None or choice("DISTORCH_WHEEL_LABEL", "0", ("0", "1")) == "0":
+        return ""
+    minor = ".".join(TORCH.__version__.split(".")[:2])
+    cuda = TORCH.version.cuda
+    return f"+torch{minor}.{'cu' + cuda.replace('.', '') if cuda and nvcc() else 'cpu'}"
 
 
 cuda_choice()
-setup(ext_modules=extensions(), cmdclass=commands())
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build": Fresh, "build_ext": Build},
+    options={
+        "egg_info": {"tag_build": label()},
+        "build": {"build_base": os.path.relpath(OBJECTS, ROOT)},
+    },
+)

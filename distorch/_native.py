@@ -9,6 +9,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from distorch import _library
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
 
 if sys.platform != "linux":
@@ -25,14 +26,15 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
         "pip install torch, then install distorch again"
     ) from error
 
+if problem := _library.problem(Path(__file__).parent, torch.__version__):
+    raise ImportError(problem)
+
 try:
     from distorch import _C
 except ImportError as error:
     raise ImportError(
-        "distorch's compiled library does not load. Likely causes: "
-        f"(1) torch was replaced after distorch was built (now {torch.__version__}); "
-        "(2) distorch was not built: pip install --no-build-isolation . in its folder; "
-        "(3) another Python than the one it was built for. "
+        "distorch's compiled library does not load. Most likely torch was replaced by another "
+        f"build of the same version (now {torch.__version__}): {_library.AGAIN}. "
         f"The loader says: {error}"
     ) from error
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/version.h>
 
 #include "bindings/errors.h"
 #include "core/host_access.h"
@@ -18,6 +19,9 @@ using distorch::Counters;
 using distorch::Reservation;
 
 namespace {
+
+// distorch/_library.py reads this from the file, before the library is loaded.
+[[gnu::used]] constexpr char kBuiltFor[] = "distorch was built for torch " TORCH_VERSION;
 
 // (track, name, start, end, bytes) of every interval; seconds.
 std::vector<std::tuple<std::string, std::string, double, double, uint64_t>> stopped_trace() {

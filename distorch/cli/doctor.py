@@ -106,7 +106,7 @@ def _disk_checks(scratch: str, free_bytes: int) -> list[tuple[str, bool, str]]:
 
 def gpu_checks() -> list[tuple[str, bool, str]]:
     """What a torch for CUDA needs: name, passed, remedy."""
-    build = "DISTORCH_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+    build = "DISTORCH_CUDA=1 pip install --force-reinstall --no-deps ."
     checks = [("torch sees a GPU", torch.cuda.is_available(), "nvidia-smi shows GPU and driver")]
     if torch.cuda.is_available():
         checks.append(

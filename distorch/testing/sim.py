@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "this build has no simulated accelerator: in a checkout, `make dev` builds it, or "
-        "`DISTORCH_SIM=1 pip install --no-build-isolation .`"
+        "`DISTORCH_SIM=1 pip install .`"
     ) from error
 
 Link = tuple[str, str]

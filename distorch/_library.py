@@ -1,0 +1,59 @@
+"""Whether the compiled library is there, and fits this Python and this torch.
+
+A library that was built for another torch may load, and crash later. So the torch it was built for
+is read from the file before it is loaded.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import sysconfig
+from pathlib import Path
+
+# As csrc/bindings/module.cpp has it.
+_BUILT_FOR = re.compile(rb"distorch was built for torch (\d+\.\d+[\w.]*)")
+AGAIN = (
+    "install distorch again: pip install --force-reinstall --no-deps --no-cache-dir . in its "
+    "folder (or distorch in place of the point, if it came from an index)"
+)
+
+
+def problem(folder: Path, torch_version: str) -> str:
+    """What keeps the library in `folder` from being loaded beside that torch ("": nothing does)."""
+    suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    library = folder / f"_C{suffix}"
+    if not library.is_file():
+        return f"distorch's compiled library is not there: {_why_missing(folder, suffix)}"
+    built_for = _built_for(library)
+    if built_for is not None and _minor(built_for) != _minor(torch_version):
+        return (
+            f"distorch was built for torch {built_for}, and this is torch {torch_version}. A "
+            f"library fits one minor version of torch: {AGAIN}"
+        )
+    return ""
+
+
+def _why_missing(folder: Path, suffix: str) -> str:
+    if others := sorted(path.name for path in folder.glob("_C.*.so")):
+        return f"it was built for another Python ({others[0]}, expected _C{suffix}); {AGAIN}"
+    if (folder.parent / "setup.py").is_file():
+        return (
+            f"{folder.parent} has the sources of distorch, which Python takes before an installed "
+            "distorch when it is started there. Start it in another folder, or build in place: "
+            "pip install --no-build-isolation --editable ."
+        )
+    return AGAIN
+
+
+def _built_for(library: Path) -> str | None:
+    with (
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        found = _BUILT_FOR.search(content)
+        return found[1].decode() if found else None
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+", maxsplit=1)[0].split(".")[:2]

@@ -1,0 +1,165 @@
+"""What is said when distorch is built, or imported, beside the wrong torch or none."""
+
+import importlib
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pytest
+import setuptools.command.build
+import torch
+
+import distorch
+from distorch import _library
+
+ROOT = Path(__file__).parents[2]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+def run_setup(*commands, before=""):
+    """setup.py as pip runs it: the folder with torch is not on the path."""
+    program = f"""
+import setuptools, setuptools.command.bdist_wheel, site, sys
+there = site.getsitepackages()
+sys.path = [path for path in sys.path if path not in there]
+{before}
+sys.argv[1:] = {list(commands)}
+import setup
+print("torch of the build:", setup.TORCH and setup.TORCH.__version__)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+NONE = "site.getsitepackages = lambda: []; site.getusersitepackages = lambda: '/nowhere'"
+
+
+def test_torch_is_found_behind_the_isolation_of_pip():
+    done = run_setup("--version")
+    assert done.stdout.splitlines()[-1] == f"torch of the build: {torch.__version__}", done.stderr
+
+
+def test_without_torch_only_building_is_refused(tmp_path):
+    done = run_setup("--version", before=NONE)
+    assert done.stdout.splitlines()[-2:] == [distorch.__version__, "torch of the build: None"]
+    done = run_setup("build_ext", "--build-lib", str(tmp_path), before=NONE)
+    assert done.returncode == 1
+    assert "there is none in this environment" in done.stderr
+    assert "pip install --no-build-isolation ." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_old_torch_is_refused_by_its_version():
+    old = "import types; sys.modules['torch'] = t = types.ModuleType('torch'); t.__version__ = "
+    done = run_setup("--version", before=f"{old}'2.6.0+cu124'")
+    assert done.returncode == 1
+    assert "needs torch 2.11 or newer, and this environment has torch 2.6.0+cu124" in done.stderr
+
+
+def test_the_library_says_which_torch_it_was_built_for():
+    folder = Path(distorch.__file__).parent
+    assert _library.problem(folder, torch.__version__) == ""
+    assert _library.problem(folder, f"{MINOR}.9+cu130") == ""
+    other = _library.problem(folder, "2.99.1+cpu")
+    assert other.startswith(f"distorch was built for torch {MINOR}.")
+    assert "this is torch 2.99.1+cpu" in other
+    assert "--force-reinstall" in other
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["_C.cpython-39-x86_64-linux-gnu.so"], "built for another Python (_C.cpython-39-"),
+        (["../setup.py"], "Start it in another folder"),
+        ([], "install distorch again"),
+    ],
+)
+def test_a_missing_library_says_why(tmp_path, files, told):
+    folder = tmp_path / "distorch"
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("")
+    problem = _library.problem(folder, torch.__version__)
+    assert problem.startswith("distorch's compiled library is not there: ")
+    assert told in problem
+
+
+def test_a_library_that_does_not_say_is_left_to_the_loader(tmp_path):
+    (tmp_path / f"_C{SUFFIX}").write_bytes(b"not a library")
+    assert _library.problem(tmp_path, torch.__version__) == ""
+
+
+def test_import_says_it():
+    program = (
+        "import torch; torch.__version__ = '2.99.0'\n"
+        "try:\n    import distorch\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "and this is torch 2.99.0" in done.stdout
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """setup.py as a module."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.syspath_prepend(ROOT)
+    yield importlib.import_module("setup")
+    del sys.modules["setup"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "compiler", "label"),
+    [(None, None, "cpu"), ("13.0", "/nvcc", "cu130"), ("12.8", "/nvcc", "cu128"),
+     ("13.0", None, "cpu")],
+)  # fmt: skip
+def test_a_wheel_names_its_torch(monkeypatch, setup, cuda, compiler, label):
+    fake = types.SimpleNamespace(
+        __version__="2.14.1+whatever", version=types.SimpleNamespace(cuda=cuda)
+    )
+    monkeypatch.setattr(setup, "TORCH", fake)
+    monkeypatch.setattr(setup, "nvcc", lambda: compiler)
+    assert setup.label() == ""
+    monkeypatch.setenv("DISTORCH_WHEEL_LABEL", "1")
+    assert setup.label() == f"+torch2.14.{label}"
+
+
+def test_each_torch_is_compiled_in_a_folder_of_its_own(setup):
+    assert setup.OBJECTS.parent == ROOT / "build"
+    assert torch.__version__ in setup.OBJECTS.name
+    assert sys.implementation.cache_tag in setup.OBJECTS.name
+
+
+def test_kernels_are_built_again_for_other_gpus(monkeypatch, setup, tmp_path):
+    built = []
+    target = tmp_path / "_cuda.so"
+
+    def build_kernels(compiler, target):
+        built.append((compiler, setup.chosen_gpus()))
+        target.write_text("")
+
+    monkeypatch.setattr(setup, "build_kernels", build_kernels)
+    monkeypatch.setattr(setup, "nvcc", lambda: "/nvcc")
+    build = setup.Build(setuptools.Distribution())
+    for gpus in ("89", "89", "120"):
+        monkeypatch.setenv("DISTORCH_GPUS", gpus)
+        build.build_kernels(target, tmp_path / "noted" / "kernels.txt")
+    assert built == [("/nvcc", ["89"]), ("/nvcc", ["120"])]
+    monkeypatch.setattr(setup, "nvcc", lambda: None)
+    build.build_kernels(target, tmp_path / "noted" / "kernels.txt")
+    assert not target.exists()  # it would be loaded
+
+
+def test_what_an_earlier_build_left_is_not_packed(monkeypatch, setup, tmp_path):
+    (tmp_path / "gone.py").write_text("")
+    (tmp_path / "_C.so").write_text("")
+    monkeypatch.setattr(setuptools.command.build.build, "run", lambda self: None)
+    build = setup.Fresh(setuptools.Distribution())
+    build.build_lib = tmp_path
+    build.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["_C.so"]
