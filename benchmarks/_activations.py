@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak bytes of the tensors that a forward makes, computed on the meta device."""
 
 from __future__ import annotations

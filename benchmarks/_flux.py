@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FLUX transformers with random weights, and ways to run them with their weights elsewhere."""
 
 from __future__ import annotations

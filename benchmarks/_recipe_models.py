@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Published models on the meta device: configurations, inputs of one forward, published sizes.
 
 Configurations are those of config.json in the repositories named at each part. What is not written

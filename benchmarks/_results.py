@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark has measured, in a file that is whole at any time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clocks of devices, and turns of several calls."""
 
 from __future__ import annotations

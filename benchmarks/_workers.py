@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worker processes for interleaved comparisons, each optionally held to a memory limit."""
 
 from __future__ import annotations

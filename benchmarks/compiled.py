@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Step time of compiled models: distributed beside resident, where no link is the bottleneck.
 
 A stack of transformer blocks, compiled whole and block by block, forward and with backward. All

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding GGUF blocks on one core: beside gguf-py, beside ggml's kernels, beside a memory copy.
 
 Every block type, to float32 (all four), float16 and bfloat16 (ours only), in GB/s of output. Blocks

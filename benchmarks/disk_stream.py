@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model larger than memory, streamed from disk: distorch beside the raw read of the same bytes,
 the resident model's compute, a memory-mapped model and accelerate's disk_offload.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A GPU measured: links, kernels, hook, overlap, and other libraries' offloading beside ours.
 
   links     pinned host memory to the device through the engine, beside the best plain copy of the

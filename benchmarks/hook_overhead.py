@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cost of the hook per operator, on a weight that is already there; and on plain tensors.
 
 Small operands, so that the operator's own work is little. Plain and sharded are timed in turns of a

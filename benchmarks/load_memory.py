@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of `distorch.load`: all weights on disk, a quarter in RAM, all in RAM.
 
 Each placement is loaded in a process of its own; its peak resident size (VmHWM) above the size

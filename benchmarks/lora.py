@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load-Patch-Distribute of a large checkpoint with a LoRA on every linear layer.
 
 Each measurement is a process of its own, in rotated order, medians of several; the page cache is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a step is from max(compute, bytes / link), in the simulator's exact virtual time.
 
 Nothing here depends on this machine: the same figures come out everywhere. Shapes, times, memory

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantised weights on donors: on the simulated accelerator, and from a cold file on this machine.
 
 Simulated (virtual time, exact): a step against max(compute + decode, quantised bytes / link).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: what stays on a GPU of 8, 12, 16 or 24 GB, for published models. Computed, not measured.
 
 Weights and activations are computed on the meta device, from published configurations. Nothing is

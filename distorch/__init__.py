@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """distorch runs PyTorch models whose weights do not fit on the compute device.
 
 The weights live on donors (system RAM, disk, other devices) and arrive just in time, with the

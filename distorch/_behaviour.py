@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sharded parameter answers where Python or C code would read its memory.
 
 Note [Behaviour on the instance]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes onto donors: RAM, pinned memory, disk, other devices, and stripes over several of them."""
 
 from __future__ import annotations

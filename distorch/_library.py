@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the compiled library is there, and fits this Python and this torch.
 
 A library that was built for another torch may load, and crash later. So the torch it was built for

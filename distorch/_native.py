@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads the compiled library, once, and tells it what it needs from Python."""
 
 from __future__ import annotations

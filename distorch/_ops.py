@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed names for the operators of the compiled library: the only user of torch.ops.distorch."""
 
 from __future__ import annotations

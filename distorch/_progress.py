@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress of long work: a bar, or a function of the caller's."""
 
 from __future__ import annotations

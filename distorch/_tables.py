@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Aligned tables as text and as HTML, and byte counts that people can read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The functions that users call on a module that exists."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The errors of distorch: each names what was expected, what was found and what to do."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is where, measured on the tensors themselves and held against the plan; and what moved."""
 
 from __future__ import annotations

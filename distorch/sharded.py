@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sharded tensors one at a time: make them, recognise them, make them real."""
 
 from __future__ import annotations

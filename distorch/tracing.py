@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happened when: copies, stalls and operators as a Chrome / Perfetto trace."""
 
 from __future__ import annotations

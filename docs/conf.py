@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of Sphinx: `make docs` builds the pages and the API reference into out/docs.
 
 The sources are the whole checkout, so that links to README.md and other files work as they do on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture by a diffusers pipeline whose weights are mostly in RAM or on disk.
 
 python examples/diffusers_pipeline.py MODEL PROMPT [SPEC]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text by a transformers model whose weights are mostly in RAM or on disk.
 
 python examples/transformers_model.py MODEL PROMPT [SPEC]

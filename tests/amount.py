@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much is tested: `make test` takes a part of long sweeps, `make test-all` everything."""
 
 import os

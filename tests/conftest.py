@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared settings: one thread per test process, the same random numbers, no model hub, no GPU."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Repositories in a local cache of the hub."""
 
 import shutil

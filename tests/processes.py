@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the running process holds: donor files and threads (Linux)."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random checkpoints in the layout that the libraries write, tokenizers included."""
 
 import json

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // C++ errors as the classes of distorch/errors.py.
 #pragma once
 

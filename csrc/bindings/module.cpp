@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What Python needs beside the operators: numbers and settings.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

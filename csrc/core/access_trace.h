@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What comes next: the order of weights, learned from the passes seen so far.
 //
 // Note [Prediction by replay]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What offsets, lengths and addresses are multiples of.
 #pragma once
 

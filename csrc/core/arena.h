@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Room for slots inside one allocation: a first-fit allocator of offsets that knows nothing of the
 // memory it divides. Whoever shares one between threads guards it.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The codebooks of the IQ types: facts of the format, numbers chosen by its author.
 //
 // Each entry holds the digits of 8 (IQ3: 4) neighbours, the first in the lowest

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every described block type, for switches that must not forget one.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How each GGUF tensor type stores its numbers: one description, from which
 // the kernels for every processor are made.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The IQ types of GGUF files with codebooks; see Note [A block's description].
 //
 // All of them have 256 numbers in 32 groups of 8: an index into a codebook

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks that are made when a file is read: ComfyUI's narrow formats keep numbers
 // and their scales in separate tensors, and here each block has its scale before
 // its numbers (distorch/formats/packing.py). So a row can be decoded from its own bytes.

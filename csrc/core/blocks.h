@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Types of blocks: the tensor types of GGUF files, and those that are packed here.
 #pragma once
 

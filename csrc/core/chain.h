@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The chain of multiply-adds that an element of a product is, one or two steps at a time.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From a weight's stored rows to the rows that operators compute with.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks to floating-point numbers, on the host.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The floating-point types that kernels of ours read and write.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Errors of the library's lower layers. They become the Python classes of the
 // same names at the border (bindings/errors.cpp).
 #pragma once

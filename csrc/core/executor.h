@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Who does the host's blocking work (file reads) for a ring.
 #pragma once
 

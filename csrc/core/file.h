@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A file that donors read from: large unbuffered reads that leave the page
 // cache alone, buffered ones where the bytes are already cached.
 #pragma once

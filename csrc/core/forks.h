@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forks of this process, and why a child finds no mutex of ours held.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // 16-bit floating-point numbers as bits, to and from float32, rounding to nearest even.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the host does with memory that devices copy from and to, told to a simulator.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Host memory in pages of 2 MB where the system has some: it is filled in half
 // the time, and read into with less work, since the kernel pins page by page.
 #pragma once

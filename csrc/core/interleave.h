@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks from tensors that have one part of each: scales, and the numbers' bytes.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Threads that do blocking host-side work (file reads), in the order needed.
 #pragma once
 

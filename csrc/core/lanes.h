@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The words of portable.h for kCount neighbours at once, as vectors of GCC and clang.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where in a ring the next weight goes. Numbers only: no devices, no memory.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Low-rank merges: W' = round_once(float(W) + sum of scale * up @ down), tile by tile.
 #pragma once
 

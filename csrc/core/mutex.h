@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Mutexes whose rules clang checks, and what waits with them.
 #pragma once
 

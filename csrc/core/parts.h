@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Work cut into parts, for several threads.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What lets one source be a host kernel for several vector widths and a CUDA kernel.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ConvRot: weights that were turned by a Hadamard matrix before they were rounded.
 //
 // Note [Turning back]

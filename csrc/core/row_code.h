@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How the rows of a weight may be stored: plain numbers of any width, or blocks.
 #pragma once
 

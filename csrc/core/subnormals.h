@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arithmetic as IEEE says, whatever mode the calling thread is in.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // File reads that take a simulator's time. See Note [Reads in virtual time].
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The library of GPU kernels as others see it: one table of functions.
 //
 // It is compiled by nvcc, knows no torch, and is loaded when it is first needed

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What one thread of the merge kernel does; compiles for hosts too.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cuda/numbers.cuh"
 
 #include <cuda_runtime.h>

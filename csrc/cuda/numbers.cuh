@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Plain numbers of any width, and their scales, to floating-point numbers, on a GPU.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Turning weights back on a GPU.
 #pragma once
 

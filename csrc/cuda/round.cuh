@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rounding once, to nearest even, to the type that a kernel writes.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A compute device with streams: fetched bytes come by asynchronous copies.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where the kernels for CUDA devices come from.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Decoding a matrix on whichever device its bytes are.
 #pragma once
 

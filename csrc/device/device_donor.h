@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Donors in memory that PyTorch has allocated, and which devices reach each other.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Intervals on a device's streams, for TraceLog.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The rings of this process, one per compute device; reservations, and settings of new rings.
 #pragma once
 

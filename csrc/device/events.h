@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Events of a device that are used again, and whether a stream is being captured.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pinned host memory: devices copy from it, and to it, by themselves.
 #pragma once
 

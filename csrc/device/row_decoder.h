@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The decoder of a matrix: numbers of any width, scales, patches.
 #pragma once
 

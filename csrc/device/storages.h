@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Storages over memory that the engine manages.
 #pragma once
 

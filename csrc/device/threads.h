@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How many of torch's threads work of ours may take, and how to have them do it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What used the memory of a ring, as one point in time that copies wait for.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What turns the bytes that a donor keeps into a weight's.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What comes next: the weights that each thread is about to use, in their order.
 #pragma once
 

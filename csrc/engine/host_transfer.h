@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Slots in host memory: readers fill them, and whoever asks for a weight decodes it.
 #pragma once
 

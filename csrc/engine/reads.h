@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reads a donor's bytes to host memory, on reader threads or on a thread that waits.
 #pragma once
 

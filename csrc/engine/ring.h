@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Ring: bounded memory on a compute device in which fetched weights lie, and the look-ahead that
 // keeps it full.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The mutex of a ring, and what its holders owe each other.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The memory of a ring, and the part of it that is one slot's.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One weight's place in a ring.
 #pragma once
 

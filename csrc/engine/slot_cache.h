@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The weights that lie in a ring: which of them, in which of its rooms, and what makes room.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a weight is made of: bytes on a donor, and a decoder if they are not the weight's own.
 #pragma once
 

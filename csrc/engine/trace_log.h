@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What happened when, while somebody traces: copies, stalls, operators.
 #pragma once
 

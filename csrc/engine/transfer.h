@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How bytes get from donors to slots, on one kind of device.
 #pragma once
 

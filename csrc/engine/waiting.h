@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Waits that may take long give up the lock of the host language (Python's GIL).
 #pragma once
 

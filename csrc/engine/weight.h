@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A sharded weight as the engine sees it: bytes on a donor, maybe a slot in a ring.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "hook/call.h"
 
 #include <ATen/core/List.h>

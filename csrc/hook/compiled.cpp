@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The operator that stands for a weight in compiled graphs.
 #include "hook/sharded.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lookups in a table. Where it pays, only the rows that are asked for are brought.
 //
 // It pays for a table that has to be decoded, and for one that is larger than the ring: such a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What an operator does when a sharded tensor reaches it.
 #pragma once
 

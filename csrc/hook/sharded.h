@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sharded tensor: an ordinary TensorImpl with one more dispatch key, over
 // a storage that holds no memory but a handle.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operators that take a dense weight beside a sparse tensor.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operators whose schema does not tell the hook what it has to know.
 #include "hook/call.h"
 

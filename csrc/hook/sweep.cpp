@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "hook/sweep.h"
 
 #include <ATen/core/enum_tag.h>

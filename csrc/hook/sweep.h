@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Per-operator registrations at the hook's key.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Unboxed kernels for the operators that inference spends its calls on: the
 // same five steps as the fallback, without building a stack.
 #include "hook/call.h"

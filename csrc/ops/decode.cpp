@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The operators that decode and patch a matrix, and the blocks of GGUF files.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every operator of distorch, in one place. None of them mutates an argument
 // but read_file, read_donor and decode_, which write `into`, and set_data.
 #include <ATen/TensorUtils.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The simulator's own controls, for Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The simulated accelerator as a PyTorch device: streams, guard, allocators.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the simulated device registers with PyTorch: views, allocations, copies,
 // and the fallback for everything else.
 #include <ATen/EmptyTensor.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Who read and wrote which bytes, and whether that was ordered.
 #pragma once
 

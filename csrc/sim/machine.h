@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The simulated machine: devices, links and streams under a virtual clock.
 //
 // Note [Virtual time]

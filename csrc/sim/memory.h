@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory of the simulated devices: limited, apart from the host's, poisoned.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // An Arena against a list of what was handed out.
 #include <algorithm>
 #include <map>

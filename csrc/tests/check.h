@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks for test programs: each is a program that exits with 0 when all hold.
 #pragma once
 

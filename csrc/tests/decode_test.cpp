@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Stored rows to the rows of a weight: every code, with scales and patches, against plain loops.
 #include "core/decode.h"
 

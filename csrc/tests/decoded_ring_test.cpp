@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Weights that are decoded, in a ring on the host: who decodes them, when, and in which room.
 #include <algorithm>
 #include <chrono>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every path of the decoder against the description it is made from, number by
 // number, over random bytes at odd addresses.
 #include "core/dequantise.h"

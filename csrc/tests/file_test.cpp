@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reads of any alignment, scratch files, and files that change behind our back.
 #include <fcntl.h>
 #include <sys/mman.h>

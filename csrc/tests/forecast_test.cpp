@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a Forecast foresees, compared with a plain reference that keeps and searches everything.
 #include "engine/forecast.h"
 

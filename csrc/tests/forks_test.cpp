@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forks while other threads hold mutexes, wait with them, begin and end.
 #include "core/forks.h"
 

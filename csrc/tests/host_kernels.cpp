@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A library of kernels for tests of what loads it: the host's own, on host memory.
 #include <cstdlib>
 #include <cstring>

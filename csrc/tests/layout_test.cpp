@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rooms are chosen where they are free first, and taken part by part.
 #include <vector>
 

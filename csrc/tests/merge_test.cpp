@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Merges against sums in long double, and every width of vectors against the others.
 #include "core/merge.h"
 

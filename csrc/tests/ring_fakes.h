@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Devices, readers and donors for tests of the ring: ordinary memory, and bytes that are known.
 #pragma once
 

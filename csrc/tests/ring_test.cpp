@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ring over ordinary memory: right bytes for any order, size and number of
 // threads; bounded; faults end in errors; nothing is left behind. Weights that are
 // decoded: decoded_ring_test.cpp.

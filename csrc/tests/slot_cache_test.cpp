@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a SlotCache promises, over a device whose memory tells whose it is: whoever gets a page
 // writes a number there, and the numbers of all that somebody needs must stay.
 #include "engine/slot_cache.h"

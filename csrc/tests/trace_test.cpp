@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What an AccessTrace predicts for the orders that models have.
 #include <algorithm>
 #include <vector>

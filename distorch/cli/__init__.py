@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: distorch inspect | plan | doctor | calibrate | demo.
 
 Exit status: 0 done, 1 what was asked failed, 2 wrong use.

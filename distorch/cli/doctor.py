@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this machine has, and what would stop distorch from working, with the remedy."""
 
 from __future__ import annotations

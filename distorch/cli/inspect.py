@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is in a checkpoint: dtypes, bytes, quantisation, LoRA kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A picture of a plan: every weight in order, coloured by where it lives."""
 
 from __future__ import annotations

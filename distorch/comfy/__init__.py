@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI nodes: models whose weights live on donors, in saved workflows as they are.
 
 ComfyUI finds `NODE_CLASS_MAPPINGS` and `NODE_DISPLAY_NAME_MAPPINGS` here, through the folder

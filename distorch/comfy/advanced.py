@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint loaders with a place for each part, the device selector, the low-precision loader."""
 
 from __future__ import annotations

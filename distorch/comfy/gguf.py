@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files as the host's models: blocks stay blocks on their donors, fetches decode them.
 
 The host builds the model and finds its kind from shapes, as for any other file. Our layers take the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF loaders under the names of ComfyUI-GGUF and of the old pack; neither needs to be there."""
 
 from __future__ import annotations

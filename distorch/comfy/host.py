@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's devices, and calling its nodes: everything that differs between its versions."""
 
 from __future__ import annotations

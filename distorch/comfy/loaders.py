@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loader nodes under the old pack's names, made from the host's loaders and a table.
 
 Each takes the host's node of the same kind, adds inputs after its own, in the old order, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What loaders give out, brought onto our patcher: MODEL, CLIP, VAE, CONTROL_NET, CLIP_VISION.
 
 A loader's output is ours alone until it leaves the node, so its model is taken over as it is.

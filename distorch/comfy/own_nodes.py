@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes of our own: Distribute Model, Distribution Report."""
 
 from __future__ import annotations

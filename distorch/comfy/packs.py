@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes for other packs, made from their classes: the same inputs and outputs, and a device.
 
 A pack's node appears only where that pack is installed. It may load after us, so its class is

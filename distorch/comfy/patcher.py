@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's model patcher for models whose weights live on donors.
 
 Note [The host's contract]

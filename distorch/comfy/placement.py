@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node was asked for: the old inputs and our own, as one placement string.
 
 Pure: no host, no torch. The old pack's strings keep their meaning where they had one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A distributed model in words and as a picture: what is where, what travelled, how fast."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block swap for WanVideoWrapper: blocks live on a donor and stream one way, with look-ahead.
 
 Note [Their sampler]

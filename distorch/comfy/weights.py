@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's patches on weights that live on donors: merged in float32, redone only on change.
 
 Note [Originals of the host]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small diffusion transformer for handwritten digits.
 
 The architecture is DiT (Peebles and Xie, 2023) with adaLN-zero blocks, trained by rectified flow

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`distorch demo`: digits from a transformer whose weights are on donors, and the proof."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling digits and writing them as a picture."""
 
 from __future__ import annotations

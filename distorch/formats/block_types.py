@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types of blocks that the compiled library decodes: their elements and bytes."""
 
 from __future__ import annotations

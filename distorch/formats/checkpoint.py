@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint: a safetensors, torch or GGUF file, a sharded one, or a folder with one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which files make up a checkpoint: one, the shards that an index lists, or numbered parts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headers of GGUF files: name -> block type, shape and byte range; and the metadata.
 
 A parser of our own: it reads each byte of the header once, believes no count before the file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks made of a tensor of numbers and a tensor of scales, when a file is read.
 
 ComfyUI's narrow formats keep the two apart. Here each block of a row gets its scale before its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names as a module has them.
 
 Files put prefixes before them. Wrappers put steps into them: torch.compile, FSDP, checkpointing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file says of its numbers: ComfyUI's `comfy_quant`, beside a weight or in the header.
 
 A declaration names a format and what belongs to it. It is never passed over: the same bytes mean

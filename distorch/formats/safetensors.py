@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headers of safetensors files: name -> dtype, shape and byte range."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales that files keep beside narrow numbers: fp8 and int8 weights of several makers."""
 
 from __future__ import annotations

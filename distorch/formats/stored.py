@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors in files: where the bytes are, and how they are read.
 
 Every reader of a file format makes `StoredTensor`s. Whoever loads or patches weights works with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that torch.save wrote: tensors by name, read with weights_only and mapped."""
 
 from __future__ import annotations

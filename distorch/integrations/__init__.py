@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of diffusers and transformers, streamed to their places in a line.
 
 Neither library is imported before it is needed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One budget for several modules: the parts of a pipeline.
 
 Note [Who gets the fast places]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of transformers and diffusers without weights, as their `from_pretrained` would make them.
 
 The dtype of every parameter is the one that the library would load it in: `distorch.load(...,

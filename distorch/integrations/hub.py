@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a model's files are: a folder, a file, or a repository of the Hugging Face hub.
 
 Note [Ids of the hub]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A LoRA file for several parts of a pipeline, part by part."""
 
 from __future__ import annotations

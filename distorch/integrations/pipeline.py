@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load_pipeline: pipelines of diffusers, each part streamed, one budget for all."""
 
 from __future__ import annotations

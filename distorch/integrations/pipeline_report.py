@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a pipeline is where, part by part and in all."""
 
 from __future__ import annotations

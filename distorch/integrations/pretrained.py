@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load_pretrained: models of transformers, streamed."""
 
 from __future__ import annotations

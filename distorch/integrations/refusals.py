@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a distributed pipeline answers to other ways of offloading."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a pipeline comes from: its folder, its parts, and which file has the weights of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of a folder's files has the weights, and in which dtype they are."""
 
 from __future__ import annotations

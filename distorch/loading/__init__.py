@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load-Patch-Distribute: from a checkpoint into a module, each weight straight to its place."""
 
 from distorch.loading.dry_run import plan

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the file to the donors: reading, patching and leaving overlap.
 
 Note [The pipeline of load]

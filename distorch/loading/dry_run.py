@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """plan: what `distribute` and `load` would do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules without weights, to be loaded."""
 
 from __future__ import annotations

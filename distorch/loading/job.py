@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One tensor of a checkpoint, on its way into a module."""
 
 from __future__ import annotations

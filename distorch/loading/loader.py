@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load: the files, the module and the plan brought together."""
 
 from __future__ import annotations

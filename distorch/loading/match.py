@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tensor of a checkpoint goes where in a module, and what may not be passed over."""
 
 from __future__ import annotations

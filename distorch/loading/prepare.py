@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Before a load moves anything: files are opened, names are matched, every weight has its place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA files: from keys to patches, merged in float32 and rounded once."""
 
 from distorch.lora.files import LoraFile, LoraSource, identity_of, parts_of_lora, read_lora

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kind of patch the parts of one target make up."""
 
 from __future__ import annotations

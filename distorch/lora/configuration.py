@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an adapter says of itself: PEFT's configuration, in a file beside it or in its metadata.
 
 A key of a configuration is read, or it is known to be harmless, or it is refused. PEFT adds keys

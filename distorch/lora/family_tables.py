@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the networks of one family are named by their authors and by diffusers.
 
 A row is an author's name and the diffusers names whose rows it holds, one after the other; "{}" is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA files and state dicts as tensors by key, with what their makers say about scales."""
 
 from __future__ import annotations

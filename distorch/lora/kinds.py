@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a patch adds to a weight, kind by kind.
 
 Every kind has `delta(weight)`: what it adds at strength 1 to a weight that is given in the dtype of

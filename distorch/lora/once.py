@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One change once: in a file that says it twice, and on a weight that modules share.
 
 Trainers write a fused projection and its parts side by side, or one module under two names. Both

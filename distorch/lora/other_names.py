@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other names that a module's weights have elsewhere: fused projections, renamed families.
 
 The same network is written down in several ways (the paper's own code, diffusers, ComfyUI), and a

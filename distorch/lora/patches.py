@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches on a module's weights, and the merge that defines their result.
 
 W' = round_once(float32(W) + sum of strength * delta), deltas in the order given, each computed in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a LoRA's keys to patches on a module's weights: each change once, and none by guess."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches that turn a weight instead of adding to it: OFT and BOFT, of rows and of columns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How LoRA files spell their keys: `stem` (which module) and part (what of the patch)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a LoRA's stems to a module's weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRAs on a distributed module: where the originals are, what is on them, and how that changes."""
 
 from distorch.patching.background import finish_merging, merge_in_background

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRAs merged while the model is used: `lora_mode="background"`.
 
 Note [Merging in the background]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """set_loras: another set of LoRAs, or other strengths, on a distributed module."""
 
 from __future__ import annotations

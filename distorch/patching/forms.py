@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One weight with patches on it: merged into its bytes, or put on when it is fetched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Originals that are read while others are merged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of a distributed module's LoRAs: its originals, and what is on them.
 
 Note [Originals]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a placement string to a plan: pure policy over numbers, no devices."""
 
 from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo

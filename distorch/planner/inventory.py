@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a planner knows: weights and devices as numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The resolved placement: tensor by tensor, with a hash; saved, loaded, compared."""
 
 from __future__ import annotations

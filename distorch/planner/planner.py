@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Spec + inventory + device memory -> plan. Deterministic, exact in bytes."""
 
 from __future__ import annotations

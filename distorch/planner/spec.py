@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The placement string: grammar, bytes exact, errors that say where and why."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward passes of a module in other threads, held back while its tensors change.
 
 Note [Forward passes at rest]

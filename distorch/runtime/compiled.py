@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile on modules with sharded parameters.
 
 Note [Weights in compiled graphs]

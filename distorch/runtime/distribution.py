@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a distributed module remembers, and who may change it."""
 
 from __future__ import annotations

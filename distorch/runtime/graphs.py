@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fetches in Inductor's graphs: when they happen again, and what must not be done to them.
 
 Note [Fetches in graphs]

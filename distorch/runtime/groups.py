@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weights of a module, grouped by the bytes they share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Links between donors and compute devices: what they carry, measured once and remembered."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a module that owns sharded parameters does differently: save, load, convert.
 
 Note [Agents]

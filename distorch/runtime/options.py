@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `distribute` and `load`: types, defaults, and what is refused at once."""
 
 from __future__ import annotations

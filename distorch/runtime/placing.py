@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """distribute, redistribute, undistribute: a plan made true on a module, all or nothing."""
 
 from __future__ import annotations

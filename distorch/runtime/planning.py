@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From what was asked for to a plan, with what this machine has."""
 
 from __future__ import annotations

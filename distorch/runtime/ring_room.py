@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large a ring is: bytes on the compute device for weights that were fetched ahead."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Moves one group of weights to where the plan wants it, without touching the module yet."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters and buffers that get other memory, and how they get the old one back.
 
 Every step puts its reverse on an `ExitStack` before it is taken. An error or an interrupt unwinds

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are several tensors in one: wrapper subclasses, such as quantised weights.
 
 Note [Wrappers]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulated accelerator: devices of type `sim`, limited memory, links, a virtual clock.
 
 Importing this module registers the device type with PyTorch, once and for the life of the process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws docs/pictures/step.svg: one step of a model, its operators and its copies.
 
     python docs/pictures/draw.py

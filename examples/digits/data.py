@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The digits that scikit-learn ships, as tensors, and a judge of sampled ones."""
 
 from __future__ import annotations

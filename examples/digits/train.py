@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains the digit transformer of `distorch demo` on the digits that scikit-learn ships."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a LoRA that turns the digits of `distorch demo` into their negatives: white on black."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first day with an accelerator: what programs do around a forward that is still running.
 
 A forward returns when its work is issued. On a GPU the stream is kept busy before (`issued`), and

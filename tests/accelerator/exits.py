@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes end with the right exit code, whatever a model is doing then."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory: what happens when there is none left, caches are emptied, and what is counted."""
 
 import copy

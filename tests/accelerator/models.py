@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models: the same bits as resident, forward, backward and patched."""
 
 import pytest

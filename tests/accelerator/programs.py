@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs of the first day: threads, streams, odd weights, faults, traces, files."""
 
 import _thread

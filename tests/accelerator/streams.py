@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams, threads, backward threads, captures, peers: the same bits as resident."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training with weights on donors, step after step without waiting for the device."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Libraries that a distributed model meets on its first day, and its processes."""
 
 import copy

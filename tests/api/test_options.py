@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options of the functions that users call: kept, counted, spelled, typed."""
 
 import inspect

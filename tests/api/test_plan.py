@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`plan(FILE, spec, module=...)` is what `load` does; nothing moves."""
 
 import pytest

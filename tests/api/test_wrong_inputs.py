@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong inputs: each error names what was given, what was expected, and what to do."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """setup.py's settings, and that core needs no torch to compile and link."""
 
 import ast

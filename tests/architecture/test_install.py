@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is said when distorch is built, or imported, beside the wrong torch or none."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dependencies point down only. Each rule is also shown a breach, and must see it."""
 
 import re

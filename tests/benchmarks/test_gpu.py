@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """benchmarks/gpu.py runs: tiny, where there is no GPU."""
 
 import json

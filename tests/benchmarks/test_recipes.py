@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipes of README and docs are what benchmarks/recipes.py computes."""
 
 import json

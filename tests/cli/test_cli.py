@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: output, pictures, and exit status 0 / 1 / 2."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node pack against a stand-in for its host (`stub/`), and in `real/` against a real one."""
 
 import sys

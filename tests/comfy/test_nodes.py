@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes made from the host's loaders and from other packs' classes."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patcher keeps the host's contract: sizes, clones, patches, partial and whole unloading."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The old inputs and strings as placements of ours."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with the host's quantised weights: parts on donors, patches as the host puts them on."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block swap for WanVideoWrapper, against a model and a sampler that behave as theirs do."""
 
 import types

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people do with a model. Every check runs on the resident model and on a distributed one.
 
 A check gives back evidence (see `evidence`); the same check on a resident module says what it

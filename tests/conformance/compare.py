@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether two runs gave the same: results, arguments afterwards, gradients, errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a check saw: tensors, numbers and texts in lists and dictionaries, compared bit for bit."""
 
 from __future__ import annotations

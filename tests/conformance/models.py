@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m tests.conformance.models: every architecture, every check, every system."""
 
 from __future__ import annotations

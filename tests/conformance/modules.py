@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The module sweep: PyTorch's own module database with every floating parameter sharded.
 
 Each sample of each module runs plain and with its weights on donors, in training and evaluation,

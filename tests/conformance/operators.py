@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator sweep: PyTorch's own operator database with sharded arguments.
 
 Every sample input of every operator runs plain, then with each of its tensors sharded alone, then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs many small cases in processes, and says what came of them."""
 
 from __future__ import annotations

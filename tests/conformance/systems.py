@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is compared: ways to keep a module's weights elsewhere, behind one small interface."""
 
 from __future__ import annotations

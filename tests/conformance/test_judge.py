@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sweep finds what is wrong: other bits, exceptions, processes that die."""
 
 import os

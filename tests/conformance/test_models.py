@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A part of the model sweep in every test run: `python -m tests.conformance.models` is the whole.
 
 Each architecture runs the first checks, and two more of the list, which differ from one to the

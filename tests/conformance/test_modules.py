@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The module sweep: the first samples of every module."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A part of the operator sweep: the first samples of every operator in one dtype."""
 
 import pytest

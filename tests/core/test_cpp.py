@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs of csrc/tests: core and engine without torch, under sanitizers.
 
 Each program has all objects of both, so that none of them needs a name of torch's.

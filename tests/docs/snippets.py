@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the code of a Markdown page, block by block, as a reader would.
 
 * `python` blocks of a page run in one namespace, from the top to the bottom.

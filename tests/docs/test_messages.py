@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words of errors that the troubleshooting page quotes are those of the source."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages as a whole: they build, their links lead somewhere, and they agree with the code."""
 
 import importlib.util

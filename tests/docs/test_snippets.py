@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every block of code of README and docs runs, and prints what the page says it prints."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pages of the documentation take for granted: models, files and repositories.
 
 They have the names that the pages use, and are tiny and random.

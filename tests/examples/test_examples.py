@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts of examples/ run on tiny random checkpoints and agree with the resident model."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small weights in ComfyUI's formats, and what comfy-kitchen decodes them to: kitchen.safetensors.
 
 usage: python make_kitchen.py     (needs comfy_kitchen; the file was made with 0.2.40)

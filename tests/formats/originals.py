@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models of diffusers, and their weights under the names that their makers use."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file says of its numbers is read, or refused by name; nothing beside a weight is ignored."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which files make up a checkpoint: indexes, parts, links, and tensors that nobody can read."""
 
 import json

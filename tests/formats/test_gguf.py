@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files: what gguf-py writes is read, what nobody should write is refused."""
 
 import random

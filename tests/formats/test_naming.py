@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints in the names of their makers fill diffusers' modules."""
 
 import pytest

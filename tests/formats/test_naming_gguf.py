@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files in llama.cpp's names and in original ones: the weights of the module, as stored."""
 
 import gguf

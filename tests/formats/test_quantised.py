@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI's narrow formats: decoded to the right numbers wherever they lie, or refused by name."""
 
 import copy

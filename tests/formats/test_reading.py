@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors read from safetensors files: right bytes, memory of exactly their size."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """These tests need a CUDA device, which they see only with DISTORCH_REQUIRE_CUDA=1."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first day with a GPU: what is the same everywhere, and what only CUDA has."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels on a GPU against the host's: the same bits."""
 
 import pytest

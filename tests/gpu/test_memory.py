@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory on a GPU, and everything of this folder again with expandable segments."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models on a GPU: the same bits as resident, whatever the streams do."""
 
 import shutil

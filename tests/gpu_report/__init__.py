@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of `tests.gpu.report`, which need no GPU."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can go wrong, on purpose: `python -m tests.gpu_report.faults hang --device sim`, or as tests.
 
 The report runs these with --inject, to show that it survives them.

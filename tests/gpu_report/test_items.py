@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What items make of how their processes end, without any process."""
 
 import json

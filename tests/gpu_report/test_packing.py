@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is sent in: seven files, none beyond the cap, whatever came of the items."""
 
 import json

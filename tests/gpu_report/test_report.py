@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole report on the simulated accelerator, with every fault it must survive."""
 
 import json

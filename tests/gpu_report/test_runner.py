@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One subprocess: whatever it does, the runner comes back, with what there was to know."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where items run: the tree, or a copy of it with a kit's binaries."""
 
 import json

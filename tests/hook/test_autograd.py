@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Autograd saves the sharded weight, fetches again in backward, and gives the same gradients."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One sharded tensor among the arguments of operators of every kind."""
 
 import pytest

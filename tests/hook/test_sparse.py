@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights beside sparse tensors, and sparse tensors that are made of weights."""
 
 import subprocess

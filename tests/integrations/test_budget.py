@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One budget for several modules: no device gets more than its entry, whatever the parts are."""
 
 import pytest

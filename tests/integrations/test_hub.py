@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids of the hub: what lies whole in the local cache is taken, the rest is downloaded or refused."""
 
 import json

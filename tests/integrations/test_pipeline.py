@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load_pipeline gives what diffusers' own from_pretrained gives, under one budget."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines from the files that people have: other weights for a part, variants, one file for all."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRAs on the parts of a pipeline: each where its keys say, all parts or none."""
 
 import pytest

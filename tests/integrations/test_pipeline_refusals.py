@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What load_pipeline and its kin refuse, and that nothing is left half done."""
 
 import json

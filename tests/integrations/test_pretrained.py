@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load_pretrained gives what transformers' own from_pretrained gives, with the weights on disk."""
 
 import json

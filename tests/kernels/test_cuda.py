@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels compile for every supported GPU, within their registers; and are found.
 
 Their bodies run on the host in csrc/tests.

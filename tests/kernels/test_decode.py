@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What decode_ and decoded weights refuse: parts that do not fit the matrix."""
 
 import pytest

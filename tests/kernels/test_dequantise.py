@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoded GGUF blocks against gguf-py, which says what the bits are."""
 
 import numpy as np

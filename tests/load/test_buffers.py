@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Buffers: those that a file brings, those that modules share, and those that have no values."""
 
 import pytest

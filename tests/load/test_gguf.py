@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF: blocks on the donor, exact numbers in the operator, whatever the placement."""
 
 import gguf

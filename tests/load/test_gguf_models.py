@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole models from GGUF files in llama.cpp's or the original names: blocks on donors, the outputs
 of the same model with the decoded values."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load: the file's values, in their places, for every way a checkpoint may come."""
 
 import copy

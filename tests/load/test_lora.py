@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA at load: round_once(fp32(W) + sum of strength * alpha / rank * B @ A), for any placement."""
 
 import json

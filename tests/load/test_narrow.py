@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bases of 8 bits, with and without scales; conversion on the way; torch files."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are damaged, hostile or of another model: FormatError, and the module as before."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """lora_mode="background": right at once, merged while the model is used, and nobody is disturbed."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules that change between two calls: layers replaced, vocabularies resized, copies."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an adapter says of itself is obeyed, or refused by its name. The reference is PEFT."""
 
 import copy

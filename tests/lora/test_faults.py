@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A load with LoRAs that fails in the middle: the named error, the module as before, nothing left."""
 
 import threading

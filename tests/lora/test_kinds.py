@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kind of patch against the library that defines it (PEFT) or the formula in float64."""
 
 import math

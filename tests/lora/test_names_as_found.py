@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names as trainers and wrappers leave them: stray underscores, compiled and sharded modules; LoKr
 cut for weights that the file has fused.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One change once: in a file that says it twice, and on weights that modules share."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT on distributed models: adapters before and after, trained, run, merged."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """set_loras: another set, another strength; the same bits as a fresh load, and back to the file's."""
 
 import copy

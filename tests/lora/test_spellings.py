@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who writes LoRA keys how, and where they go: names, fused rows, other families' names."""
 
 import pytest

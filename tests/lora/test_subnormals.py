@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merges in a thread that flushes subnormal numbers."""
 
 import pytest

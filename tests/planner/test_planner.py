@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans: exact, never over budget, deterministic, evenly spread."""
 
 import pytest

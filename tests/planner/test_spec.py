@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The grammar: what is accepted means what it says, what is not says where and why."""
 
 from decimal import Decimal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile on a distributed model: one graph, the bits of the compiled resident one."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults in the middle: the named error, the module as before, nothing left behind."""
 
 import contextlib

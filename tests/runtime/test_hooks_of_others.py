@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What others do with modules and tensors: functional transforms, profilers, parametrizations."""
 
 import contextlib

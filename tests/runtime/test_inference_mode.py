@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules that are made, placed and asked for their state in inference mode, as some hosts do."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asking for the devices of a machine makes no context on GPUs that nothing is placed on."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A distributed module is an ordinary module: names, saving, loading, copying, converting."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights get other places while the model is used: same bits, same tensors, nothing breaks."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong values of every option: a SpecError or PlacementError that says what was expected."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules whose parameters are not plain strided memory, and tools that look inside modules."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are wrapper subclasses around several tensors, as quantised weights are."""
 
 import copy

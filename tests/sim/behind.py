@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random programs that never wait: changes of a model right behind forwards that still run.
 
 `run_program(seed)` makes one from a seed. Forwards are only issued, on several streams and from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every test of this folder starts with a fresh simulated machine and must end without races."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random programs on the simulator: models, placements, orders, threads, writes, faults.
 
 `run_program(seed)` makes one from a seed, runs it beside the same model on the CPU, and checks

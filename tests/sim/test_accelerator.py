@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests/gpu runs on a GPU, here on the simulated accelerator."""
 
 from tests.accelerator.kernels import *  # noqa: F403

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first day with a GPU, here on the simulated accelerator with a slow link."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine on the simulated accelerator: same bits, exact memory, time near the floor."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that was made in inference mode computes on an accelerator after it was distributed."""
 
 import torch

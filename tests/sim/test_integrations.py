@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pipelines on an accelerator that holds less than one of their parts."""
 
 import pytest

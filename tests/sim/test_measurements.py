@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration and traces, against links whose rates are known."""
 
 import json

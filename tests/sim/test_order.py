@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What waits for what on an accelerator: copies, streams, donors, captures, and the errors of others."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRAs with an accelerator: patched there, the same bits as on the CPU, streams in order."""
 
 import pytest

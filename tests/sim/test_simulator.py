@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulated accelerator by itself: exact times, limits, races, faults, real numbers."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table that is larger than the ring is not brought: only the rows that are looked up are."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training on the simulated accelerator: the look-ahead learns the order of the backward pass."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways of training that are compared: each gives back its losses and its weights."""
 
 from __future__ import annotations

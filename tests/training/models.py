@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models to train, plain and under an adapter that somebody wrote by hand."""
 
 from __future__ import annotations

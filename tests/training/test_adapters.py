@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A frozen base on donors, adapters that are trained on the compute device."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full fine-tuning: the weights that are trained are on donors, the optimizer is torch's own."""
 
 import pytest

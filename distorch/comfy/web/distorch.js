@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Shows what a Distribution Report measured on the node itself: a bar of what is where, and rates.
 import { app } from "../../scripts/app.js";
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints under names that are not the module's: original files, llama.cpp's GGUF files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Original names -> those of a diffusers module: its own conversions say how."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """llama.cpp's names in GGUF files -> those of a transformers module.
 
 The names are those of the gguf package, the order of rows that of transformers' own reader.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales of narrow weights that a conversion splits: each part gets its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversion of weights, followed without reading one.
 
 Note [Tracing a conversion]

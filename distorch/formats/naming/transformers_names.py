@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names in checkpoints of the hub -> those of a transformers module: its own conversions say how.
 
 transformers keeps old names on the hub and renames, joins and splits weights when it reads them:

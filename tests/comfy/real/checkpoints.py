@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny checkpoints that ComfyUI's detection accepts, with random weights.
 
 usage: checkpoints.py COMFYUI_DIR MODELS_DIR     (about 1.1 GB, mostly CLIP-L and the VAE)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A headless ComfyUI in a process of its own, asked over its HTTP API."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ComfyUI to test against: COMFYUI_DIR names it; without it these tests are skipped, and say so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Graphs for the tests, in the API's form: what is loaded, sampled, hashed and measured."""
 
 from __future__ import annotations

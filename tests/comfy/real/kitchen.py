@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of quantised weights, as ComfyUI's users have them, of what checkpoints.py made.
 
 usage: kitchen.py MODELS_DIR     (about 0.3 GB; formats other than scaled fp8 need comfy_kitchen)

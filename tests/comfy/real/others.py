@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints for the loaders that are seldom used: a second text encoder, CLIP vision, a folder of
 the diffusers library, and a ControlNet that is a difference to its model.
 

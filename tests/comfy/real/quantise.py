@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files of what checkpoints.py made, and safetensors with the numbers that they decode to.
 
 usage: quantise.py MODELS_DIR

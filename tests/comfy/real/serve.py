@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs ComfyUI's main.py in this process, with stand-ins for packages that tests do not need.
 
 usage: serve.py COMFYUI_DIR [arguments of main.py]

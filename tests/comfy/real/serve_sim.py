@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI on the simulated accelerator: two devices of little memory, links, no GPU.
 
 usage: serve_sim.py COMFYUI_DIR [arguments of main.py]     DISTORCH_SIM_MEMORY=bytes of each device

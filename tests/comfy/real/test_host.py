@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Old and new nodes in a real ComfyUI on the CPU: same bits as the host's loaders, as placed."""
 
 import json

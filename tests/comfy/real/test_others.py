@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loaders that are seldom used, in a real ComfyUI: same bits as the host's own, as placed."""
 
 from tests.comfy.real import graphs as g

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's quantised checkpoints in a real ComfyUI: same bits as its own loaders, as placed."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two simulated accelerators in a real ComfyUI: donors on devices, eviction, partial unload."""
 
 import json

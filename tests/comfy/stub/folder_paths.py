@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders of models and packs; the tests fill them in."""
 
 from pathlib import Path

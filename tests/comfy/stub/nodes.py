@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loader nodes of the host."""
 
 import comfy.sd

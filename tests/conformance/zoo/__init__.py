@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models with random weights: name -> function that builds one with its inputs."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of diffusers: name -> (settings, inputs)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs for a transformers model, found by trying what its forward takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kinds of PEFT adapters in one small model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules of torch.nn by themselves, and the ways in which they share weights."""
 
 from __future__ import annotations

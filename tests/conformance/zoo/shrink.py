@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any transformers configuration made tiny, by what its fields are called."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m tests.conformance.zoo.survey: which model types of transformers can be made tiny.
 
 Writes `transformers.txt` anew: for every type the first class, of those that the auto classes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of transformers: `transformers.txt` says which class stands for which model type."""
 
 from __future__ import annotations

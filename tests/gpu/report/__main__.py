@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an owner of a GPU can run and send in: tests, measurements, and what failed.
 
     python -m tests.gpu.report --minutes 9 --out report

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """benchmarks/gpu.py, section by section. Its JSON is read whatever is in it."""
 
 from __future__ import annotations

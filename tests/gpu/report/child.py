@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a module or a file so that its Python stacks can be had: `child -m MODULE ...`, `child FILE ...`.
 
 SIGUSR1 and crashes write all threads' stacks to a file that the report names; it reads them there,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the items one after the other, and keeps what comes of them."""
 
 from __future__ import annotations

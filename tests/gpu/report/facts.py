@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the report was made on. Each fact is got by itself: one that fails says why.
 
 The report calls `host()`, which imports nothing of torch; `python -m tests.gpu.report.facts` prints

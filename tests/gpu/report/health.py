@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the device still answers, from a fresh process: `health cuda|sim [--count]`.
 
 CUDA is asked through its driver, without torch: a check must take seconds, and torch takes some to

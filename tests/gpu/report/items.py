@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The items of a report, in order, with their budgets."""
 
 from __future__ import annotations

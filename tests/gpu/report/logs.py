@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log of a process that may write without end."""
 
 from __future__ import annotations

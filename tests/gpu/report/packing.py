@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seven files that are sent in. They are written as the report goes on.
 
 A report that is killed leaves what it had. No file grows beyond the cap: a log may take a quarter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process in a session of its own, with everything it starts (Linux)."""
 
 from __future__ import annotations

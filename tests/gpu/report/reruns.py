@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Failures again, one of each kind: with blocking launches, then under memcheck."""
 
 from __future__ import annotations

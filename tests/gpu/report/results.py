@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of one item, or of one part of it: a test, a probe, a section of a benchmark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One subprocess: its own session, a timeout, stacks at the timeout, a capped log."""
 
 from __future__ import annotations

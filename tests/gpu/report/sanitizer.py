@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dozen cases under compute-sanitizer. The three runs go side by side."""
 
 from __future__ import annotations

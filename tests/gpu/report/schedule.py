@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may run how long, so that the report ends in time."""
 
 from __future__ import annotations

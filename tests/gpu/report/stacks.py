@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the threads of a hanging process are: in Python, and in C where there is a debugger."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The last of the seven files, which is also printed: what an owner reads first."""
 
 from __future__ import annotations

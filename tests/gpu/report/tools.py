@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a tool of the CUDA Toolkit is: its folder is often not on the PATH."""
 
 from __future__ import annotations

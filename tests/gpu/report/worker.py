@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pytest plugin: this process runs the tests that it is told to, one by one.
 
 It collects once, tells the node ids, and then reads them from a pipe. It writes a line of JSON when a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests in parallel: several pytest processes, replaced when a test takes one of them down."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the items run: the tree itself, or a copy of it with binaries that were built elsewhere.
 
 A kit is a folder with `kit.json`, the compiled libraries under their paths in the tree, and wheels of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny modules of the diffusers classes, kB to few MB each."""
 
 import diffusers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What diffusers' converters know, as tables: an author's name -> the diffusers weights that it becomes.
 
 "a b c": rows one after the other; "~a": its two halves of rows change places. From a table come a LoRA

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that diffusers' own converters know, on tiny models of their families, and the reverse.
 
 What is right is said twice: by the tables, and by the converters themselves. A converter that no

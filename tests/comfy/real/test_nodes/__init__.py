@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes for the tests: conditioning without a text encoder, and outputs as hashes and figures."""
 
 import hashlib

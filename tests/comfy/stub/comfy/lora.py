@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches: strength times up @ down, or a difference."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A patcher: one of many views of a model, with patches of its own."""
 
 import contextlib

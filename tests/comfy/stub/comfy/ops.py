@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers that cast their weights to what comes in."""
 
 import torch

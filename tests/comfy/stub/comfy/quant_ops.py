@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A weight that is several tensors in one, as comfy-kitchen's is: it copies its scales when it is
 detached, cloned or moved, and is taken apart and put together by the protocol of torch.compile.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loaders' results: a text encoder and a VAE around a patcher."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions that only a device can answer, each in a process of its own: `probes NAME --device cuda`.
 
 A probe prints one line of JSON. What it finds `wrong` (a list of sentences) makes it fail; all else

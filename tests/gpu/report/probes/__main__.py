@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one probe: python -m tests.gpu.report.probes NAME --device cuda|sim."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Graphs that are being captured, streams that die, and the user's own errors on the device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of our calls make a context on a GPU, which takes hundreds of megabytes there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA runtime that torch has loaded, called from Python."""
 
 from __future__ import annotations

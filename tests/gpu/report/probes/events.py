@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What events cost the host, in nanoseconds a call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pinned memory: where it lies, what it costs, and who waits when it is freed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How processes end that have used a ring, and what a forked child may do."""
 
 from __future__ import annotations
