@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the compiled library against the torch that is installed."""
 
 import os
+import re
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -32,29 +33,42 @@ CUDA_SOURCES = (
 
 
 OLDEST_TORCH = (2, 11)
+OLDEST_CUDA = 12
 NO_TORCH = """\
 distorch is built against your torch, and there is none in this environment.
   1. Install torch: https://pytorch.org/get-started/locally
   2. Install distorch again, with the same Python.
 If torch is there, your installer hides it from builds, as uv does. Then, in distorch's folder:
        pip install "setuptools>=77" ninja && pip install --no-build-isolation .
-  (or: uv pip install "setuptools>=77" ninja && uv pip install --no-build-isolation .)"""
+  (or: uv pip install "setuptools>=77" ninja && uv pip install --no-build-isolation .)
+  (or, for a wheel: python -m build --no-isolation)"""
+
+WHERE_TORCH_IS = """
+import importlib.util, sys
+if importlib.util.find_spec("torch"):
+    print(*sys.path[1:], sep="\\n")  # [0] is the folder it was started in
+"""
 
 
 def find_torch():
     """The torch to build against, or None.
 
-    pip builds in an environment of its own, and hides the one that it installs into. But it runs
-    the same Python, which still knows its folders. They go behind the build's own packages.
+    pip builds in an environment of its own, and hides the one that it installs into. It does so by
+    environment variables: without them, the same Python tells where its packages are. These
+    folders go behind the build's own.
     """
     try:
         import torch
     except ImportError:
-        folders = [*site.getsitepackages(), site.getusersitepackages()]
-        there = [folder for folder in folders if Path(folder, "torch", "version.py").is_file()]
-        if not there:
+        hiding = ("PYTHONPATH", "PYTHONNOUSERSITE")
+        plain = {name: value for name, value in os.environ.items() if name not in hiding}
+        done = subprocess.run(
+            [sys.executable, "-c", WHERE_TORCH_IS],
+            cwd="/", env=plain, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if not done.stdout.strip():
             return None
-        sys.path += there
+        sys.path += done.stdout.splitlines()
         import torch
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < OLDEST_TORCH:
@@ -75,6 +89,46 @@ else:
     # installed today may be older than what was compiled yesterday. In one folder for all, a build
     # after an upgrade of torch would find nothing to do.
     OBJECTS = ROOT / "build" / f"torch-{TORCH.__version__}-{sys.implementation.cache_tag}"
+
+
+def check_system():
+    """SystemExit where distorch cannot be built."""
+    if sys.platform != "linux":
+        raise SystemExit(
+            f"distorch runs on Linux only, and this is {sys.platform}: its engine uses calls for "
+            "files and memory that only Linux has"
+        )
+    if TORCH is None:
+        raise SystemExit(NO_TORCH)
+    check_compiler(os.environ.get("CXX", "c++"))
+
+
+def check_compiler(compiler):
+    """SystemExit if that is no compiler, or too old a one."""
+    wanted = "distorch needs a C++20 compiler, such as g++ 12. CXX=... names another one"
+    try:
+        done = subprocess.run(
+            [*compiler.split(), "-std=c++20", "-x", "c++", "-fsyntax-only", "-"],
+            input="#include <bit>\n#include <concepts>\n#include <span>\n",
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise SystemExit(f"{wanted}. There is no {compiler}: install g++") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[:1] or [f"it ended with {done.returncode}"]
+        raise SystemExit(f"{wanted}. {compiler} is none, or is too old: {said[0]}")
+
+
+def check_toolkit(compiler):
+    """SystemExit if that is the nvcc of a CUDA Toolkit that is too old."""
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    if release is not None and int(release[1]) < OLDEST_CUDA:
+        raise SystemExit(
+            f"the kernels for GPUs need the CUDA Toolkit {OLDEST_CUDA} or newer, and {compiler} "
+            f"is of {release[1]}.{release[2]}: name a newer one by CUDA_HOME, or leave the kernels "
+            "out with DISTORCH_CUDA=0"
+        )
 
 
 def choice(name, default, known):
@@ -125,6 +179,7 @@ def build_kernels(compiler, target):
             f"the kernels for GPUs cannot be built: {', '.join(missing) or 'csrc/cuda/*.cu'} is "
             "not there. Get the complete sources, or build the CPU part with DISTORCH_CUDA=0"
         )
+    check_toolkit(compiler)
     gpus = chosen_gpus()
     code = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
     code.append(f"-gencode=arch=compute_{gpus[-1]},code=compute_{gpus[-1]}")
@@ -207,12 +262,12 @@ class Build(BuildExtension):
     """The extensions, and the kernels for GPUs."""
 
     def run(self):
-        if TORCH is None:
-            raise SystemExit(NO_TORCH)
+        check_system()
         # The next build goes on from there. pip would take a temporary folder.
         self.build_temp = str(OBJECTS)
         inplace = self.inplace or self.editable_mode
-        folder, notes = (ROOT, ROOT / "build") if inplace else (Path(self.build_lib), OBJECTS)
+        folder = ROOT if inplace else Path(self.build_lib)
+        notes = ROOT / "build" if inplace else folder.parent  # what is in build_lib is packed
         if not is_noted(notes / "torch.txt", OBJECTS.name):
             self.force = True
         self.forget_simulator(folder / "distorch" / "testing")

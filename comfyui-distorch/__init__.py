@@ -1,5 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI custom node: copy or link this folder into ComfyUI's `custom_nodes`."""
 
-from distorch.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY
+import sys
+
+try:
+    from distorch.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, WEB_DIRECTORY
+except ModuleNotFoundError as error:
+    if error.name != "distorch":
+        raise
+    raise ImportError(
+        "the nodes of distorch need distorch itself, in ComfyUI's own Python. In distorch's "
+        f"folder: {sys.executable} -m pip install ."
+    ) from None
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said when distorch is built, or imported, beside the wrong torch or none."""
 
+import contextlib
 import importlib
+import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -23,9 +26,8 @@ MINOR = ".".join(torch.__version__.split(".")[:2])
 def run_setup(*commands, before=""):
     """setup.py as pip runs it: the folder with torch is not on the path."""
     program = f"""
-import setuptools, setuptools.command.bdist_wheel, site, sys
-there = site.getsitepackages()
-sys.path = [path for path in sys.path if path not in there]
+import setuptools, setuptools.command.bdist_wheel, sys, subprocess
+sys.path = [path for path in sys.path if "site-packages" not in path]
 {before}
 sys.argv[1:] = {list(commands)}
 import setup
@@ -36,7 +38,7 @@ print("torch of the build:", setup.TORCH and setup.TORCH.__version__)
     )
 
 
-NONE = "site.getsitepackages = lambda: []; site.getusersitepackages = lambda: '/nowhere'"
+NONE = "sys.executable = '/bin/true'"  # a Python that knows no torch
 
 
 def test_torch_is_found_behind_the_isolation_of_pip():
@@ -164,3 +166,57 @@ def test_what_an_earlier_build_left_is_not_packed(monkeypatch, setup, tmp_path):
     build.build_lib = tmp_path
     build.run()
     assert [path.name for path in tmp_path.iterdir()] == ["_C.so"]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [("/nowhere/g++", "There is no /nowhere/g++"), ("/bin/false", "is none, or is too old")],
+)
+def test_a_compiler_that_will_not_do_is_named(setup, compiler, told):
+    setup.check_compiler("g++")
+    with pytest.raises(SystemExit, match=r"needs a C\+\+20 compiler.*" + re.escape(told)):
+        setup.check_compiler(compiler)
+
+
+def test_other_systems_are_refused_before_a_build(monkeypatch, setup):
+    setup.check_system()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="runs on Linux only, and this is win32"):
+        setup.check_system()
+
+
+@pytest.mark.parametrize(("release", "refused"), [("11.8", True), ("12.0", False), ("13.1", False)])
+def test_an_old_toolkit_is_refused(setup, tmp_path, release, refused):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    nvcc.chmod(0o755)
+    told = pytest.raises(SystemExit, match="need the CUDA Toolkit 12 or newer, and .*of 11.8")
+    with told if refused else contextlib.nullcontext():
+        setup.check_toolkit(str(nvcc))
+
+
+MISSING = """
+import importlib.util, sys
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name == "{0}":
+            raise ModuleNotFoundError("No module named '{0}'", name=name)
+sys.meta_path.insert(0, Missing())
+spec = importlib.util.spec_from_file_location("pack", "comfyui-distorch/__init__.py")
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [("distorch", f"{sys.executable} -m pip install ."), ("nodes", "No module named 'nodes'")],
+)
+def test_the_nodes_say_how_to_install_distorch(missing, told):
+    """ComfyUI shows what the import of a folder in custom_nodes raises."""
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING.format(missing)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "comfy" / "stub")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert told in done.stderr.splitlines()[-1]

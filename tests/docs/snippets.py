@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 NOT_RUN = {
     "pip install": "changes the environment; tests/architecture/test_build.py looks at the metadata",
     "uv pip install": "as pip install",
+    "/path/to/ComfyUI/venv/bin/python -m pip install": "as pip install",
     "cp -r comfyui-distorch": "copies into a ComfyUI; `make test-comfy` does that",
     "export ": "environment variables, each tested where it is read",
     "python -m tests.": "takes minutes to hours; tests/conformance and tests/gpu_report run parts",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A build to carry to a machine with a GPU that has torch, but neither pip nor a registry.
 
 `make gpu-kit` runs this. It makes a folder (`gpu-kit`, ignored by git) with
@@ -26,7 +27,7 @@ from typing import Any
 from tests.gpu.report.workplace import read_kit, with_kit
 
 ROOT = Path(__file__).parents[2]
-WORK = ROOT / "out" / "gpu-kit"  # the environment, objects, libraries with symbols
+WORK = ROOT / "out" / "gpu-kit"  # the environment, libraries with symbols
 LIBRARIES = ("distorch/_C.{abi}.so", "distorch/testing/_sim.{abi}.so", "distorch/_cuda.so")
 NEEDS = ("numpy", "safetensors", "psutil", "platformdirs", "tqdm")  # of `import distorch`
 FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "transformers>=5",
@@ -91,7 +92,6 @@ def build(python: Path, gpus: str) -> Path:
     """The folder with the libraries, symbols included."""
     target = WORK / "symbols"
     run(python, "setup.py", "--quiet", "build_ext", "--build-lib", target,
-        "--build-temp", WORK / "objects",
         env={**os.environ, "DISTORCH_CUDA": "1", "DISTORCH_SIM": "1", "DISTORCH_GPUS": gpus, "MAX_JOBS": jobs()})  # fmt: skip
     return target
 
