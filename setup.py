@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent
 MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
@@ -33,7 +34,7 @@ CUDA_SOURCES = (
 
 
 OLDEST_TORCH = (2, 11)
-OLDEST_CUDA = 12
+OLDEST_CUDA = (12, 0)
 NO_TORCH = """\
 distorch is built against your torch, and there is none in this environment.
   1. Install torch: https://pytorch.org/get-started/locally
@@ -119,14 +120,20 @@ def check_compiler(compiler):
         raise SystemExit(f"{wanted}. {compiler} is none, or is too old: {said[0]}")
 
 
-def check_toolkit(compiler):
-    """SystemExit if that is the nvcc of a CUDA Toolkit that is too old."""
+def toolkit_release(compiler):
+    """The release of the CUDA Toolkit that an nvcc belongs to, such as (13, 0)."""
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     release = re.search(r"release (\d+)\.(\d+)", done.stdout)
-    if release is not None and int(release[1]) < OLDEST_CUDA:
+    return (int(release[1]), int(release[2])) if release is not None else None
+
+
+def check_toolkit(compiler):
+    """SystemExit if that is the nvcc of a CUDA Toolkit that is too old."""
+    release = toolkit_release(compiler)
+    if release is not None and release < OLDEST_CUDA:
         raise SystemExit(
-            f"the kernels for GPUs need the CUDA Toolkit {OLDEST_CUDA} or newer, and {compiler} "
-            f"is of {release[1]}.{release[2]}: name a newer one by CUDA_HOME, or leave the kernels "
+            f"the kernels for GPUs need the CUDA Toolkit {OLDEST_CUDA[0]} or newer, and {compiler} "
+            f"is of {release[0]}.{release[1]}: name a newer one by CUDA_HOME, or leave the kernels "
             "out with DISTORCH_CUDA=0"
         )
 
@@ -249,7 +256,7 @@ def extensions():
 
 
 class Fresh(build):
-    """Does not pack what an earlier build left: modules that are gone since."""
+    """Removes modules that an earlier build left, and that the sources no longer have."""
 
     def run(self):
         for file in Path(self.build_lib).rglob("*"):
@@ -268,21 +275,23 @@ class Build(BuildExtension):
         inplace = self.inplace or self.editable_mode
         folder = ROOT if inplace else Path(self.build_lib)
         notes = ROOT / "build" if inplace else folder.parent  # what is in build_lib is packed
+        kernels = folder / "distorch" / "_cuda.so"
+        if self.force:
+            kernels.unlink(missing_ok=True)
         if not is_noted(notes / "torch.txt", OBJECTS.name):
             self.force = True
-        self.forget_simulator(folder / "distorch" / "testing")
+        if "distorch.testing._sim" not in [extension.name for extension in self.extensions]:
+            # An old simulator does not fit a new library, and make is to build it again.
+            name = f"_sim{sysconfig.get_config_var('EXT_SUFFIX')}"
+            (folder / "distorch" / "testing" / name).unlink(missing_ok=True)
+            if inplace:
+                (Path(sys.prefix) / "dev-built").unlink(missing_ok=True)
         super().run()
         note(notes / "torch.txt", OBJECTS.name)
-        self.build_kernels(folder / "distorch" / "_cuda.so", notes / "kernels.txt")
-
-    def forget_simulator(self, folder):
-        """An old simulator does not fit a new library, and make is to build it again."""
-        if "distorch.testing._sim" not in [extension.name for extension in self.extensions]:
-            (folder / f"_sim{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
-            (Path(sys.prefix) / "dev-built").unlink(missing_ok=True)
+        self.build_kernels(kernels, notes / "kernels.txt")
 
     def build_kernels(self, target, noted):
-        """The kernels, if they are wanted and are not there already."""
+        """The kernels, if they are wanted, and were not built in the same way already."""
         compiler = nvcc()
         if compiler is None:
             target.unlink(missing_ok=True)  # of an earlier build: it would be loaded
@@ -290,7 +299,7 @@ class Build(BuildExtension):
         sources = [ROOT / source for source in CUDA_SOURCES]
         sources += sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh"))
         newest = max(path.stat().st_mtime for path in sources)
-        made_by = f"{compiler} {' '.join(chosen_gpus())}"
+        made_by = f"{compiler} {toolkit_release(compiler)} {' '.join(chosen_gpus())}"
         if not target.exists() or not is_noted(noted, made_by) or target.stat().st_mtime < newest:
             build_kernels(compiler, target)
             note(noted, made_by)
@@ -316,12 +325,17 @@ def label():
     return f"+torch{minor}.{'cu' + cuda.replace('.', '') if cuda and nvcc() else 'cpu'}"
 
 
+class Labelled(egg_info):
+    """Metadata with the label. A source distribution has an empty one in its setup.cfg."""
+
+    def finalize_options(self):
+        self.tag_build = label() or self.tag_build
+        super().finalize_options()
+
+
 cuda_choice()
 setup(
     ext_modules=extensions(),
-    cmdclass={"build": Fresh, "build_ext": Build},
-    options={
-        "egg_info": {"tag_build": label()},
-        "build": {"build_base": os.path.relpath(OBJECTS, ROOT)},
-    },
+    cmdclass={"build": Fresh, "build_ext": Build, "egg_info": Labelled},
+    options={"build": {"build_base": os.path.relpath(OBJECTS, ROOT)}},
 )

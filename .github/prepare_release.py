@@ -17,6 +17,7 @@ from pathlib import Path
 
 VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 NODES_VERSION = re.compile(r'^version = "(.+)"$', re.MULTILINE)
+UNPUBLISHED = re.compile(r"(?:not|neither)\s+on\s+PyPI")
 # [text](target) and ![text](target); a target with a scheme, or within the page, stays.
 LINK = re.compile(r"(!?)(\[[^\]]*\]\()(?!#|[a-z]+:)([^)\s]+)(\))")
 
@@ -41,11 +42,12 @@ def prepare(root: Path, tag: str, repository: str) -> str:
             f"repository={repository!r}: expected an address like https://github.com/me/distorch"
         )
     version = check_version(root, tag)
-    notes = changes(root, version)
+    check_published(root)
+    notes = absolute("CHANGELOG.md", changes(root, version), root, repository, tag)
     readme = root / "README.md"
     ours, nodes = root / "pyproject.toml", root / "comfyui-distorch" / "pyproject.toml"
     written = {
-        readme: absolute(readme.read_text(), root, repository, tag),
+        readme: absolute("README.md", readme.read_text(), root, repository, tag),
         ours: with_urls(ours, urls(repository, tag)),
         nodes: with_urls(nodes, f'[project.urls]\nRepository = "{repository}"\n'),
     }
@@ -87,15 +89,22 @@ def changes(root: Path, version: str) -> str:
     return sys.exit(f"CHANGELOG.md has no part '## {version} - YYYY-MM-DD'")
 
 
-def absolute(text: str, root: Path, repository: str, tag: str) -> str:
-    """A page whose links to files of the repository work everywhere."""
+def check_published(root: Path) -> None:
+    """SystemExit while a page says that there is nothing on PyPI."""
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    if saying := [page.name for page in pages if UNPUBLISHED.search(page.read_text())]:
+        sys.exit(f"{', '.join(saying)}: they still say that distorch is not on PyPI yet")
+
+
+def absolute(page: str, text: str, root: Path, repository: str, tag: str) -> str:
+    """The text of a page, whose links to files of the repository then work everywhere."""
     raw = repository.replace("https://github.com/", "https://raw.githubusercontent.com/")
 
     def replace(match: re.Match[str]) -> str:
         picture, before, target, after = match.groups()
         path, _, anchor = target.partition("#")
         if not (root / path).exists():
-            sys.exit(f"README.md links to {path}, which is not there")
+            sys.exit(f"{page} links to {path}, which is not there")
         base = f"{raw}/{tag}" if picture else f"{repository}/blob/{tag}"
         return f"{picture}{before}{base}/{path}{'#' if anchor else ''}{anchor}{after}"
 

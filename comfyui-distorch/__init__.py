@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "the nodes of distorch need distorch itself, in ComfyUI's own Python. In distorch's "
-        f"folder: {sys.executable} -m pip install ."
+        f"folder: {sys.executable} -m pip install . (or `distorch` for `.`, once it is on PyPI)"
     ) from None
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

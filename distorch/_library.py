@@ -15,8 +15,8 @@ from pathlib import Path
 # As csrc/bindings/module.cpp has it.
 _BUILT_FOR = re.compile(rb"distorch was built for torch (\d+\.\d+[\w.]*)")
 AGAIN = (
-    "install distorch again: pip install --force-reinstall --no-deps --no-cache-dir . in its "
-    "folder (or distorch in place of the point, if it came from an index)"
+    "install distorch again, in its folder: pip install --force-reinstall --no-deps . (If it came "
+    "from an index: pip install --force-reinstall --no-deps --no-cache-dir distorch)"
 )
 
 
@@ -24,25 +24,25 @@ def problem(folder: Path, torch_version: str) -> str:
     """What keeps the library in `folder` from being loaded beside that torch ("": nothing does)."""
     suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
     library = folder / f"_C{suffix}"
-    if not library.is_file():
+    if not library.is_file() or library.stat().st_size == 0:  # the disk was full
         return f"distorch's compiled library is not there: {_why_missing(folder, suffix)}"
     built_for = _built_for(library)
     if built_for is not None and _minor(built_for) != _minor(torch_version):
         return (
-            f"distorch was built for torch {built_for}, and this is torch {torch_version}. A "
-            f"library fits one minor version of torch: {AGAIN}"
+            f"distorch was built for torch {built_for}, and this is torch {torch_version}. It "
+            f"fits one minor version of torch: {AGAIN}"
         )
     return ""
 
 
 def _why_missing(folder: Path, suffix: str) -> str:
-    if others := sorted(path.name for path in folder.glob("_C.*.so")):
+    if others := sorted({path.name for path in folder.glob("_C.*.so")} - {f"_C{suffix}"}):
         return f"it was built for another Python ({others[0]}, expected _C{suffix}); {AGAIN}"
     if (folder.parent / "setup.py").is_file():
         return (
-            f"{folder.parent} has the sources of distorch, which Python takes before an installed "
-            "distorch when it is started there. Start it in another folder, or build in place: "
-            "pip install --no-build-isolation --editable ."
+            f"{folder.parent} has the sources of distorch. A Python that is started there takes "
+            "them, not the installed distorch. Start it in another folder, or build in place: pip "
+            "install --editable ."
         )
     return AGAIN
 

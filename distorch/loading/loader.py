@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,7 +26,6 @@ from distorch.runtime.options import Options, PlacementOptions
 from distorch.runtime.staging import Origin
 
 Module = TypeVar("Module", bound=nn.Module)
-_Undo = list[tuple[dict[str, Any], str, Any]]
 
 
 def load(
@@ -107,8 +107,10 @@ def load(
 
 def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
     """A load that is decided, done. All or nothing: an error leaves the module as it was."""
-    _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
-    _remember(module, ready)
+    # What merges LoRAs into the weights that were there goes on with those that come.
+    with distribution.nothing_merging(module):
+        _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
+        _remember(module, ready)
     if ready.patching.options.mode == "background":
         merge_in_background(module)
     return module
@@ -125,9 +127,7 @@ def _remember(module: nn.Module, ready: Ready) -> None:
             known.originals[name] = original
             if job.patches:
                 known.applied[name] = job.patches
-    # A thread that merges what was there before goes on with what is there now.
-    with distribution.nothing_merging(module):
-        distribution.distribution_of(module).patching = known
+    distribution.distribution_of(module).patching = known
 
 
 @torch.inference_mode(False)
@@ -141,28 +141,21 @@ def _fill(
         for job in jobs
         if job.is_stored_form and job.stored.in_one_range and job.stored.nbytes
     }
-    undo: _Undo = []
-    try:
-        _swap_in(module, jobs, values, torch.device(plan.compute), undo)
+    with ExitStack() as undo:
+        _swap_in(jobs, values, torch.device(plan.compute), undo)
         found = groups.group_members(module)
-        return placing.place(module, plan, options, found, origins, progress=False)
-    except BaseException:
-        for table, key, value in reversed(undo):
-            table[key] = value
-        raise
+        placing.place(module, plan, options, found, origins, progress=False)
+        undo.pop_all()
+    return module
 
 
 def _swap_in(
-    module: nn.Module,
-    jobs: list[Job],
-    values: list[torch.Tensor],
-    compute: torch.device,
-    undo: _Undo,
+    jobs: list[Job], values: list[torch.Tensor], compute: torch.device, undo: ExitStack
 ) -> None:
-    """New parameters in every place; what was there is noted in `undo` first."""
+    """New parameters in every place; the way back is put on `undo` first."""
     for job, value in zip(jobs, values, strict=True):
         if job.buffer is not None:
-            undo += [(o._buffers, key, job.buffer.tensor) for o, key in job.buffer.places]
+            undo.callback(job.buffer.put, job.buffer.tensor)
             job.buffer.put(value.to(compute))
             continue
         old = job.members[0].parameter
@@ -174,7 +167,7 @@ def _swap_in(
         if _ops.is_sharded(fresh):
             attach_behaviour(fresh)
         for member in job.members:
-            undo.append((member.owner._parameters, member.key, old))
+            undo.callback(member.owner._parameters.__setitem__, member.key, old)
             member.owner._parameters[member.key] = fresh
 
 

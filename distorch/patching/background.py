@@ -40,6 +40,7 @@ class Merging:
         self._module = weakref.ref(module)
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
+        self._holders = 0  # blocks of `held` that have not ended; one thread changes a module
         self.left: dict[str, int] = {}  # weight -> bytes
         self.error: BaseException | None = None
 
@@ -62,17 +63,24 @@ class Merging:
             )
             self._thread.start()
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether these are the weights of that very module, not of one that it was copied from."""
+        return self._module() is module
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nothing is merged meanwhile."""
+        """Nothing is merged meanwhile. The outermost block goes on with what is pending then."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._holders += 1
         try:
             yield
         finally:
-            self.start()
+            self._holders -= 1
+            if not self._holders:
+                self.start()
 
     def finish(self, progress: Progress = None) -> None:
         """Waits for the last weight. Raises what merging raised."""
@@ -98,12 +106,11 @@ class Merging:
             while groups and self._wanted():
                 _merge(groups[0], plan)
                 del self.left[groups.pop(0).name]
+            module = self._module()
+            if not groups and module is not None and self._wanted():
+                placing.fit_ring(module)
         except BaseException as error:  # told by finish(), and in the report
             self.error = error
-            return
-        module = self._module()
-        if not groups and module is not None and self._wanted():
-            placing.fit_ring(module)
 
 
 def _is_pending(group: Group, known: Patching, plan: Plan) -> bool:
@@ -132,7 +139,7 @@ def _merge(group: Group, plan: Plan) -> None:
 def merge_in_background(module: nn.Module) -> None:
     """Begins to merge what is pending on a distributed module, unless that has begun."""
     state = distribution.distribution_of(module)
-    if state.merging is None:  # it is new, or a copy of a module
+    if state.merging is None or not state.merging.is_of(module):  # a copy of a module
         merging = Merging(module)
         state.merging = merging
         merging.start()

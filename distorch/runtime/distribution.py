@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ class Merger(Protocol):
 
     left: dict[str, int]  # weight -> bytes that are not merged yet
     error: BaseException | None  # what ended it too early
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether these are the weights of that very module, not of one that it was copied from."""
 
     def held(self) -> AbstractContextManager[None]:
         """Nothing is merged meanwhile. Afterwards it goes on with what is pending then."""
@@ -112,10 +115,14 @@ def is_distributed(module: nn.Module) -> bool:
 
 @contextmanager
 def nothing_merging(module: nn.Module) -> Iterator[None]:
-    """No thread merges LoRAs into the module's weights meanwhile."""
-    state = known_distribution(module)
-    merging = state.merging if state is not None else None
-    with merging.held() if merging is not None else nullcontext():
+    """No thread merges LoRAs into the weights of the module meanwhile, or of a part of it that was
+    distributed by itself. It may be nested: the threads go on when the outermost one ends.
+    """
+    with ExitStack() as held:
+        for part in module.modules():
+            state = known_distribution(part)
+            if state is not None and state.merging is not None:
+                held.enter_context(state.merging.held())
         yield
 
 

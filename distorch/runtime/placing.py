@@ -60,7 +60,9 @@ def _place(module: Module, state: Distribution, groups: list[Group], progress: P
     known = known_distribution(module)
     if known is not None:
         state.counters, state.patching = known.counters, known.patching
-        state.merging, state.compiled = known.merging, known.compiled
+        state.compiled = known.compiled
+        if known.merging is not None and known.merging.is_of(module):
+            state.merging = known.merging
     staged = _stage_all(module, state, groups, progress)
     buffers = {
         buffer.name: _donors.moved(buffer.tensor, compute)

@@ -2,7 +2,7 @@
 """Parameters and buffers that get other memory, and how they get the old one back.
 
 Every step puts its reverse on an `ExitStack` before it is taken. An error or an interrupt unwinds
-the stack, in reverse order. Who succeeds takes the steps off with `pop_all()`.
+the stack, in reverse order. After success, `pop_all()` empties it.
 """
 
 from __future__ import annotations

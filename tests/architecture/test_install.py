@@ -89,6 +89,8 @@ def test_a_missing_library_says_why(tmp_path, files, told):
     problem = _library.problem(folder, torch.__version__)
     assert problem.startswith("distorch's compiled library is not there: ")
     assert told in problem
+    (folder / f"_C{SUFFIX}").write_bytes(b"")  # the disk was full
+    assert _library.problem(folder, torch.__version__) == problem
 
 
 def test_a_library_that_does_not_say_is_left_to_the_loader(tmp_path):
@@ -132,27 +134,58 @@ def test_a_wheel_names_its_torch(monkeypatch, setup, cuda, compiler, label):
     assert setup.label() == f"+torch2.14.{label}"
 
 
+@pytest.mark.parametrize("label", ["", "+torch2.14.cpu"])
+def test_the_label_is_in_the_version(monkeypatch, setup, label):
+    monkeypatch.setattr(setup, "label", lambda: label)
+    metadata = setup.Labelled(setuptools.Distribution({"name": "x", "version": "1.0"}))
+    metadata.tag_build = ""  # as the setup.cfg of a source distribution has it
+    metadata.finalize_options()
+    assert metadata.egg_version == f"1.0{label}"
+
+
+def test_after_an_upgrade_of_torch_all_is_built_again(monkeypatch, setup, tmp_path):
+    forced = []
+    monkeypatch.setattr(setup.BuildExtension, "run", lambda self: forced.append(self.force))
+    monkeypatch.setattr(setup, "nvcc", lambda: None)
+    for name in ("torch-1", "torch-1", "torch-2"):
+        monkeypatch.setattr(setup, "OBJECTS", tmp_path / name)
+        build = setup.Build(setuptools.Distribution())
+        build.extensions, build.force, build.inplace = [], False, False
+        build.build_lib = str(tmp_path / "lib")
+        build.run()
+        assert build.build_temp == str(tmp_path / name)
+    assert forced == [True, False, True]
+
+
 def test_each_torch_is_compiled_in_a_folder_of_its_own(setup):
     assert setup.OBJECTS.parent == ROOT / "build"
     assert torch.__version__ in setup.OBJECTS.name
     assert sys.implementation.cache_tag in setup.OBJECTS.name
 
 
-def test_kernels_are_built_again_for_other_gpus(monkeypatch, setup, tmp_path):
+def fake_nvcc(folder, release):
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+def test_kernels_are_built_again_for_other_gpus_and_toolkits(monkeypatch, setup, tmp_path):
     built = []
     target = tmp_path / "_cuda.so"
 
     def build_kernels(compiler, target):
-        built.append((compiler, setup.chosen_gpus()))
+        built.append((setup.toolkit_release(compiler), setup.chosen_gpus()))
         target.write_text("")
 
     monkeypatch.setattr(setup, "build_kernels", build_kernels)
-    monkeypatch.setattr(setup, "nvcc", lambda: "/nvcc")
     build = setup.Build(setuptools.Distribution())
-    for gpus in ("89", "89", "120"):
+    for release, gpus in (("12.8", "89"), ("12.8", "89"), ("12.8", "120"), ("13.0", "120")):
+        compiler = fake_nvcc(tmp_path, release)
+        monkeypatch.setattr(setup, "nvcc", lambda compiler=compiler: compiler)
         monkeypatch.setenv("DISTORCH_GPUS", gpus)
         build.build_kernels(target, tmp_path / "noted" / "kernels.txt")
-    assert built == [("/nvcc", ["89"]), ("/nvcc", ["120"])]
+    assert built == [((12, 8), ["89"]), ((12, 8), ["120"]), ((13, 0), ["120"])]
     monkeypatch.setattr(setup, "nvcc", lambda: None)
     build.build_kernels(target, tmp_path / "noted" / "kernels.txt")
     assert not target.exists()  # it would be loaded
@@ -187,12 +220,9 @@ def test_other_systems_are_refused_before_a_build(monkeypatch, setup):
 
 @pytest.mark.parametrize(("release", "refused"), [("11.8", True), ("12.0", False), ("13.1", False)])
 def test_an_old_toolkit_is_refused(setup, tmp_path, release, refused):
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
-    nvcc.chmod(0o755)
     told = pytest.raises(SystemExit, match="need the CUDA Toolkit 12 or newer, and .*of 11.8")
     with told if refused else contextlib.nullcontext():
-        setup.check_toolkit(str(nvcc))
+        setup.check_toolkit(fake_nvcc(tmp_path, release))
 
 
 MISSING = """

@@ -296,3 +296,60 @@ def test_a_wait_goes_on_with_what_an_interrupt_left(path, gate):
     distorch.finish_merging(model)
     assert pending(model) == 0
     assert distorch.report(model).bytes == distorch.report(model).planned
+
+
+def on_fetch(model):
+    """Weights that are still patched when they are fetched."""
+    return sum(_ops.state(p).decoded for p in model.parameters() if _ops.is_sharded(p))
+
+
+def test_a_load_over_it_leaves_the_new_weights_to_the_new_mode(path):
+    model = load(path, loras=[(lora(), 0.5)])
+    distorch.finish_merging(model)
+    for _ in range(5):  # the thread would have to be quick
+        distorch.load(model, path, "cpu,*", loras=[(lora(1), 0.5)], lora_mode="fetch", min_bytes=0)
+        wait_for(model, 0)
+        assert on_fetch(model) == 4
+        assert_same(model, load(path, loras=[(lora(1), 0.5)], lora_mode="merge"))
+
+
+def test_a_load_that_fails_over_it_goes_on_with_the_old_weights(path, gate, monkeypatch):
+    model, loras = load(path, loras=[(lora(), 0.5)]), [(lora(), 0.5)]
+    gate.reached.wait()
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no")
+
+    gate.open()
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no"):
+        patched.setattr("distorch.runtime.placing._install", broken)
+        distorch.load(model, path, "cpu,*", loras=[(lora(1), 1.0)], min_bytes=0)
+    distorch.finish_merging(model)
+    assert on_fetch(model) == 0
+    assert_same(model, load(path, loras=loras, lora_mode="merge"))
+    assert distorch.report(model).ok
+
+
+def test_a_load_onto_a_shallow_copy_of_a_module_that_is_gone_is_merged(path):
+    model = load(path, loras=[(lora(), 0.5)])
+    distorch.finish_merging(model)
+    other = copy.copy(model)
+    del model
+    gc.collect()
+    distorch.load(other, path, "cpu,*", loras=[(lora(1), 0.5)], lora_mode="background", min_bytes=0)
+    distorch.finish_merging(other)
+    assert on_fetch(other) == 0
+    assert_same(other, load(path, loras=[(lora(1), 0.5)], lora_mode="merge"))
+
+
+def test_a_whole_that_is_placed_while_a_part_merges(path, gate):
+    part = load(path, loras=[(lora(), 0.5)])
+    whole = nn.Sequential(part, nn.Linear(SIZE, SIZE, dtype=torch.bfloat16))
+    gate.reached.wait()
+    threading.Timer(0.2, gate.open).start()  # while the whole is placed
+    distorch.distribute(whole, "cpu,0b;disk,*", min_bytes=0)
+    for thread in threading.enumerate():
+        if thread.name == "distorch-merge":
+            thread.join()
+    assert distorch.report(whole).ok
+    assert_same(part, load(path, loras=[(lora(), 0.5)], lora_mode="merge"))
