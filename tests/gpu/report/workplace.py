@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[3]
 KIT = ROOT / "gpu-kit"
 # What the items need of the tree.
 _COPIED = (
-    "benchmarks", "csrc", "distorch", "examples", "tests", "pyproject.toml", "setup.py", "README.md",
-    "LICENSE", "Makefile",
+    "benchmarks", "csrc", "distorch", "examples", "tests", "pyproject.toml", "setup.py", "MANIFEST.in",
+    "README.md", "CHANGELOG.md", "LICENSE", "Makefile",
 )  # fmt: skip
 _LEFT = shutil.ignore_patterns("__pycache__", "*.so", ".pytest_cache", "*.egg-info")
 
