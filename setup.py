@@ -20,19 +20,15 @@ MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
 ROOMS = ("core", "engine", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
-# Compiled beside the unit of their room: they take a minute, or set how the compiler optimises,
-# which would go on in the files behind them.
+# Compiled alone, not in the unit of their room. They take a minute, or they have pragmas for the
+# optimiser, which would also apply to the files that the unit includes after them.
 ALONE = ("dequantise", "merge", "decode", "rotation")
-
-
 # GPUs that the kernels are compiled for; the last one also as PTX, for those to come.
 GPUS = ("75", "80", "86", "89", "90", "100", "120")
 CUDA_SOURCES = (
     "csrc/core/blocks.cpp",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu")),
 )
-
-
 OLDEST_TORCH = (2, 11)
 OLDEST_CUDA = (12, 0)
 NO_TORCH = """\
@@ -288,9 +284,9 @@ class Build(BuildExtension):
                 (Path(sys.prefix) / "dev-built").unlink(missing_ok=True)
         super().run()
         note(notes / "torch.txt", OBJECTS.name)
-        self.build_kernels(kernels, notes / "kernels.txt")
+        self.add_kernels(kernels, notes / "kernels.txt")
 
-    def build_kernels(self, target, noted):
+    def add_kernels(self, target, noted):
         """The kernels, if they are wanted, and were not built in the same way already."""
         compiler = nvcc()
         if compiler is None:
@@ -306,12 +302,12 @@ class Build(BuildExtension):
 
 
 def is_noted(file, text):
-    """Whether the last build was made with the same."""
+    """Whether the last build left this note."""
     return file.is_file() and file.read_text() == text
 
 
 def note(file, text):
-    """For the next build."""
+    """Leaves a note for the next build."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
 

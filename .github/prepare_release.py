@@ -86,7 +86,7 @@ def changes(root: Path, version: str) -> str:
             if not re.fullmatch(rf"{re.escape(version)} - \d{{4}}-\d\d-\d\d", head):
                 sys.exit(f"CHANGELOG.md has {head!r}: expected {version} - YYYY-MM-DD")
             return text.strip() + "\n"
-    return sys.exit(f"CHANGELOG.md has no part '## {version} - YYYY-MM-DD'")
+    raise SystemExit(f"CHANGELOG.md has no part '## {version} - YYYY-MM-DD'")
 
 
 def check_published(root: Path) -> None:

@@ -115,11 +115,7 @@ def load_pipeline(
     After any of them nothing is left behind.
     """
     check_progress(progress)
-    spec = "auto" if spec is None and virtual_vram is None else spec
-    wish = Request.of(
-        spec, virtual_vram, donor, {"min_bytes": "auto", **options}, _ARGUMENTS,
-        strict=False, dtype="module",
-    )  # fmt: skip
+    wish = Request.for_new_module(spec, virtual_vram, donor, options, _ARGUMENTS)
     opts = wish.check()
     source = Source.of(
         check_model(model), config=config, variant=variant, revision=revision, pipeline=cls,

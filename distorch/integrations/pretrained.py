@@ -104,11 +104,7 @@ def load_pretrained(
     """
     check_progress(progress)
     text = check_model(model)
-    spec = "auto" if spec is None and virtual_vram is None else spec
-    wish = Request.of(
-        spec, virtual_vram, donor, {"min_bytes": "auto", **options}, _ARGUMENTS,
-        loras=loras, strict=False, dtype="module",
-    )  # fmt: skip
+    wish = Request.for_new_module(spec, virtual_vram, donor, options, _ARGUMENTS, loras=loras)
     wish.check()
     found = find(text, file, revision, subfolder)
     cls = None if cls is None else _checked_class(cls)

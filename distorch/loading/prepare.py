@@ -99,6 +99,28 @@ class Request:
         own = {name: placing.pop(name) for name in mine}
         return cls(spec, None, virtual_vram, donor, placing, known=known, **own, **decided)
 
+    @classmethod
+    def for_new_module(
+        cls,
+        spec: str | None,
+        virtual_vram: str | int | None,
+        donor: str | None,
+        options: Mapping[str, Any],
+        known: Sequence[str],
+        *,
+        loras: Sequence[tuple[LoraSource, float]] = (),
+    ) -> Request:
+        """As `of`, for a module that is made for its file: what `distorch.integrations` load.
+
+        Spec and `min_bytes` are "auto" if nothing else is said. The module has its dtype already,
+        and the file may have tensors that it does not want.
+        """
+        return cls.of(
+            "auto" if spec is None and virtual_vram is None else spec,
+            virtual_vram, donor, {"min_bytes": "auto", **options}, known,
+            loras=loras, strict=False, dtype="module",
+        )  # fmt: skip
+
     def options(self, before: Options | None = None) -> Options:
         """Those of `distribute`, checked; those that are not given are as `before`. SpecError."""
         check_one_placement(self.spec, self.plan, self.virtual_vram, self.donor)

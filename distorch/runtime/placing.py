@@ -26,8 +26,16 @@ from distorch.runtime.distribution import (
 from distorch.runtime.groups import Group, group_members, has_bytes, inventory_of, unique_buffers
 from distorch.runtime.module_agent import ModuleAgent
 from distorch.runtime.options import Options, compute_device
-from distorch.runtime.ring_room import place_of, ring_bytes
-from distorch.runtime.staging import Origin, Packing, current_place, in_place, plain_values, stage
+from distorch.runtime.ring_room import ring_bytes
+from distorch.runtime.staging import (
+    Origin,
+    Packing,
+    current_place,
+    in_place,
+    plain_values,
+    planned_place,
+    stage,
+)
 from distorch.runtime.swapping import swap_in
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -98,7 +106,7 @@ def _stage_all(
     progress: Progress,
 ) -> dict[int, torch.Tensor]:
     compute = torch.device(state.plan.compute)
-    places = [place_of(group, state.plan) for group in groups]
+    places = [planned_place(group, state.plan) for group in groups]
     sharded = [place != str(compute) for place in places]
     if state.compiled:
         # "auto" changes with the share, and what is compiled must not.
@@ -147,7 +155,7 @@ def _install(module: nn.Module, state: Distribution, groups: list[Group], undo: 
             if _ops.is_sharded(member.parameter):
                 fetched.setdefault(id(member.owner), []).append(member.key)
             if wrapped.is_on_donor(member.parameter):
-                tiers.setdefault(id(member.owner), {})[member.key] = place_of(group, plan)
+                tiers.setdefault(id(member.owner), {})[member.key] = planned_place(group, plan)
     _count_and_order(groups, state)
     if tiers and id(module) not in tiers:
         # The root refuses .to(device) before any of its parts has moved.

@@ -11,14 +11,9 @@ from distorch import _ops
 from distorch.planner import Plan, parse_bytes
 from distorch.runtime.groups import Group
 from distorch.runtime.options import Options
-from distorch.runtime.staging import current_place
+from distorch.runtime.staging import planned_place
 
 _AUTO_RING_BYTES = 128 << 20
-
-
-def place_of(group: Group, plan: Plan) -> str:
-    """Where the plan has a group; of one that came or was renamed since, where it is."""
-    return plan.placement.get(group.name) or current_place(group.first)
 
 
 def _fetched_bytes(group: Group, plan: Plan) -> int:
@@ -26,11 +21,11 @@ def _fetched_bytes(group: Group, plan: Plan) -> int:
     compute = plan.compute
     if _ops.is_sharded(group.first) and _ops.state(group.first).decoded:
         decoded = group.first.untyped_storage().nbytes()
-        from_memory = compute == "cpu" and place_of(group, plan) == "cpu"
+        from_memory = compute == "cpu" and planned_place(group, plan) == "cpu"
         return decoded if from_memory else decoded + group.nbytes
     # The CPU computes with what is in RAM in place.
     in_place = (compute, "cpu") if compute == "cpu" else (compute,)
-    return 0 if place_of(group, plan) in in_place else group.nbytes
+    return 0 if planned_place(group, plan) in in_place else group.nbytes
 
 
 def is_table(group: Group) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from distorch import _donors, _ops
 from distorch._behaviour import geometry_over
 from distorch.errors import DistorchError, PlacementError
+from distorch.planner import Plan
 from distorch.runtime import machine, wrapped
 from distorch.runtime.groups import (
     Group,
@@ -48,6 +49,11 @@ def current_place(tensor: torch.Tensor) -> str:
     if device.type != "cpu" and device.index is None:
         return f"{device.type}:0"
     return str(device)
+
+
+def planned_place(group: Group, plan: Plan) -> str:
+    """Where the plan has a group. A group that came or was renamed since is where it is."""
+    return plan.placement.get(group.name) or current_place(group.first)
 
 
 def group_bytes(group: Group) -> torch.Tensor:

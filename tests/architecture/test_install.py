@@ -184,10 +184,10 @@ def test_kernels_are_built_again_for_other_gpus_and_toolkits(monkeypatch, setup,
         compiler = fake_nvcc(tmp_path, release)
         monkeypatch.setattr(setup, "nvcc", lambda compiler=compiler: compiler)
         monkeypatch.setenv("DISTORCH_GPUS", gpus)
-        build.build_kernels(target, tmp_path / "noted" / "kernels.txt")
+        build.add_kernels(target, tmp_path / "noted" / "kernels.txt")
     assert built == [((12, 8), ["89"]), ((12, 8), ["120"]), ((13, 0), ["120"])]
     monkeypatch.setattr(setup, "nvcc", lambda: None)
-    build.build_kernels(target, tmp_path / "noted" / "kernels.txt")
+    build.add_kernels(target, tmp_path / "noted" / "kernels.txt")
     assert not target.exists()  # it would be loaded
 
 
