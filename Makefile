@@ -13,7 +13,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev wheel demo docs docs-links test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
+.PHONY: help build dev wheel demo docs docs-links tour test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -59,6 +59,9 @@ test-all: dev ## all of the long sweeps, too: every operator, dtype, GPU and pro
 docs: dev ## the documentation as a site, in out/docs; an unknown link or name is an error
 	rm -rf out/docs && $(BIN)/python -m sphinx -q -n -W --keep-going -c docs -b html . out/docs
 	@echo "open out/docs/index.html"
+
+tour: dev ## examples/tour.ipynb run from the top, its outputs written anew
+	$(BIN)/python -m tests.examples.notebook
 
 docs-links: dev ## whether the addresses of others that the pages name answer
 	$(BIN)/python -m sphinx -q -n -c docs -b linkcheck . out/links

@@ -6,6 +6,7 @@ same output bits.
 """
 
 from distorch.api import distribute, redistribute, undistribute
+from distorch.display.picture import Picture
 from distorch.errors import (
     DistorchError,
     FetchError,
@@ -20,6 +21,7 @@ from distorch.planner import Plan
 from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.links import Calibration, calibrate, devices
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
+from distorch.timeline import Span, Timeline
 from distorch.tracing import profiling, trace
 
 __version__ = "0.1.0"
@@ -31,11 +33,14 @@ __all__ = [
     "FormatError",
     "PlacementError",
     "PlacementWarning",
+    "Picture",
     "Plan",
     "Report",
     "ShardedParameter",
+    "Span",
     "SpecError",
     "Stats",
+    "Timeline",
     "calibrate",
     "devices",
     "distribute",

@@ -12,8 +12,9 @@ import re
 import sysconfig
 from pathlib import Path
 
-# As csrc/bindings/module.cpp has it.
+# As csrc/bindings/module.cpp and csrc/cuda/library.cu have it.
 _BUILT_FOR = re.compile(rb"distorch was built for torch (\d+\.\d+[\w.]*)")
+_KERNELS = re.compile(rb"distorch kernels: (CUDA [\d.]+), architectures ([\d,]+)")
 AGAIN = (
     "install distorch again, in its folder: pip install --force-reinstall --no-deps . (If it came "
     "from an index: pip install --force-reinstall --no-deps --no-cache-dir distorch)"
@@ -35,6 +36,17 @@ def problem(folder: Path, torch_version: str) -> str:
     return ""
 
 
+def kernels_of(library: Path) -> tuple[str, list[int]] | None:
+    """The CUDA release and the compute capabilities (such as 89) that kernels were built for.
+
+    None: there are none, or an older distorch has built them.
+    """
+    found = _search(library, _KERNELS) if library.is_file() and library.stat().st_size else None
+    if found is None:
+        return None
+    return found[1].decode(), [int(arch) // 10 for arch in found[2].split(b",") if arch]
+
+
 def _why_missing(folder: Path, suffix: str) -> str:
     if others := sorted({path.name for path in folder.glob("_C.*.so")} - {f"_C{suffix}"}):
         return f"it was built for another Python ({others[0]}, expected _C{suffix}); {AGAIN}"
@@ -48,12 +60,18 @@ def _why_missing(folder: Path, suffix: str) -> str:
 
 
 def _built_for(library: Path) -> str | None:
+    found = _search(library, _BUILT_FOR)
+    return found[1].decode() if found is not None else None
+
+
+def _search(library: Path, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
     with (
         library.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        found = _BUILT_FOR.search(content)
-        return found[1].decode() if found else None
+        found = pattern.search(content)
+        # A match looks into the map, which is closed when this returns.
+        return pattern.search(found[0]) if found is not None else None
 
 
 def _minor(version: str) -> list[str]:

@@ -54,6 +54,7 @@ def _file_system(folder: Path) -> str:
     where = str(folder.resolve())
     for line in mounts:
         _, mount, mount_kind = line.split()[:3]
+        mount = mount.replace("\\040", " ")  # as the kernel writes a blank
         inside = where == mount or where.startswith(mount.rstrip("/") + "/")
         if inside and len(mount) >= len(best):
             best, kind = mount, mount_kind
@@ -65,15 +66,31 @@ def in_memory(folder: Path) -> bool:
     return _file_system(folder) in _MEMORY_FILE_SYSTEMS
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made again. OSError if this user has no home folder."""
+    try:
+        return user_cache_path("distorch")
+    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in some containers
+        raise OSError(f"no cache folder: {error}") from error
+
+
 def scratch_folder() -> Path:
     """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
     chosen = os.environ.get("DISTORCH_DISK")
     if chosen:
-        return Path(chosen)
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:  # it begins with ~, and there is no home folder
+            return Path(chosen)
     temporary = Path(tempfile.gettempdir())
     if not in_memory(temporary):
         return temporary
-    return user_cache_path("distorch", ensure_exists=True)
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # there is no home folder, or it cannot be written to
+        return temporary
+    return folder
 
 
 def _io_threads() -> int:

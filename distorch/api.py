@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from distorch._progress import Progress, check_progress
+from distorch.display.progress import Progress, check_progress
 from distorch.errors import warn_at_caller
 from distorch.planner import Plan
 from distorch.runtime import distribution, placing, planning
@@ -47,8 +47,9 @@ def distribute(
         virtual_vram: Bytes to give away, as a number or as "4gb".
         donor: Where the bytes of `virtual_vram` go: one device, or several in their order
             ("cuda:1,cpu"). If not given: "cpu", or "disk" where the CPU computes.
-        progress: None shows a bar on a terminal and in a notebook, True and False always and
-            never. A function is called with the bytes of each weight that was moved.
+        progress: None shows a bar on a terminal and in a notebook; elsewhere, a line to stderr
+            every five seconds. True and False: always and never. A function is called with the
+            bytes of each weight that was moved.
         compute: The device that runs the model. If not given: the first accelerator of the spec,
             else the first one of this machine, else "cpu".
         order: "interleaved" spreads the weights that leave evenly over a step. "sequential" gives

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from distorch._tables import html_table, human_bytes, text_table
+from distorch.display.picture import Picture
+from distorch.display.placements import part_bars, part_of
+from distorch.display.tables import html_table, human_bytes, paragraphs, text_table
 from distorch.runtime.distribution import distribution_of
 from distorch.runtime.groups import byte_extent, group_members, parts_of, unique_buffers
 from distorch.runtime.staging import current_place
@@ -103,13 +105,18 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        parts = html_table(("part", *self._devices()), self._layer_rows())
         return (
             html_table(_HEADER, self._rows(), self._title())
-            + html_table(("part", *self._devices()), self._layer_rows())
-            + "".join(f"<p>{html.escape(line)}</p>" for line in self._notes())
+            + self.plot().svg()
+            + paragraphs(self._notes())  # web pages that show no SVG show these
+            + f"<details><summary>each part in bytes</summary>{parts}</details>"
         )
 
     def _notes(self) -> list[str]:
+        return [*self._facts(), *first_of(self.problems)]
+
+    def _facts(self) -> list[str]:
         lines = []
         if self.floor and (len(self.bytes) > 1 or ";" in self.spec):
             lines.append(
@@ -117,9 +124,7 @@ class Report:
                 "tensors below min_bytes)"
             )
         if self.ring:
-            lines.append(
-                f"look-ahead: up to {human_bytes(self.ring)} more on {self.compute} (prefetch)"
-            )
+            lines.append(self._look_ahead())
         lines += _lora_lines(self.loras)
         if self.merge_error:
             lines.append(
@@ -130,31 +135,28 @@ class Report:
             lines.append(
                 f"{self.merging} weights are being merged; until then they are patched when fetched"
             )
-        return [*lines, *first_of(self.problems)]
+        return lines
 
-    def plot(self, path: str | None = None) -> Any:
-        """A bar per part, coloured by device (needs matplotlib); saved to `path` if given."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "report.plot() needs matplotlib: pip install distorch[plot]"
-            ) from error
-        figure = Figure(figsize=(9, 0.28 * len(self.layers) + 1.4), layout="constrained")
-        axes = figure.subplots()
-        names = list(self.layers)
-        left = [0.0] * len(names)
-        for device in self._devices():
-            widths = [self.layers[name].get(device, 0) / 2**20 for name in names]
-            axes.barh(names, widths, left=left, label=device)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.invert_yaxis()
-        axes.set_xlabel("MiB")
-        axes.set_title(self._title())
-        axes.legend()
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+    def _look_ahead(self) -> str:
+        said = f"look-ahead: up to {human_bytes(self.ring)} more on {self.compute} (prefetch)"
+        travelling = sum(self.bytes.values()) - self.bytes.get(self.compute, 0)
+        if 0 < travelling <= self.ring:
+            said += ". All that travels fits in, so it is fetched once and stays there"
+        return said
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, notes: Sequence[str] = ()
+    ) -> Picture:
+        """A bar for each part, coloured by device; below, LoRAs and problems in words.
+
+        With a `path`, `Picture.save` writes it there, too. `notes` are more lines below.
+        """
+        held = {device: self.bytes.get(device, 0) for device in self._devices()}
+        made = part_bars(
+            f"{self.spec}   ({self._title()})", self.layers, held, {self.compute},
+            notes=[*notes, *self._facts()], problems=first_of(self.problems),
+        )  # fmt: skip
+        return made if path is None else made.saved(path)
 
 
 def verdict(problems: list[str]) -> str:
@@ -197,7 +199,7 @@ def report(module: nn.Module) -> Report:
     layers: dict[str, dict[str, int]] = {}
 
     def count(names: list[str], tensor: torch.Tensor, nbytes: int) -> None:
-        part = layers.setdefault(_part(names[0]), {})
+        part = layers.setdefault(part_of(names[0]), {})
         home, *elsewhere = held = _held(tensor, nbytes)
         for device, there in held.items():
             measured[device] = measured.get(device, 0) + there
@@ -264,15 +266,6 @@ def _held(tensor: torch.Tensor, nbytes: int) -> dict[str, int]:
             held[home] -= size
             held[place] = held.get(place, 0) + size
     return held
-
-
-def _part(name: str) -> str:
-    """The layer of a weight: its path up to and with the first index, else its first step."""
-    steps = name.split(".")
-    for position, step in enumerate(steps[:-1]):
-        if step.isdigit():
-            return ".".join(steps[: position + 1])
-    return steps[0]
 
 
 @dataclass(frozen=True)

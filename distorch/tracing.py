@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened when: copies, stalls and operators as a Chrome / Perfetto trace."""
+"""Records what happens when: copies, reads, stalls and operators; and lets torch.profiler do so."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,26 +13,32 @@ from torch import nn
 from distorch import _native, _ops
 from distorch.errors import PlacementError, SpecError
 from distorch.runtime.distribution import distribution_of
+from distorch.timeline import Span, Timeline
 
 _tracing = False
 
 
 @contextmanager
-def trace(module: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Writes what happens inside of the `with` block to a file for Perfetto or chrome://tracing.
+def trace(module: nn.Module, path: str | os.PathLike[str] | None = None) -> Iterator[Timeline]:
+    """Records what happens inside of the `with` block.
 
     Example::
 
-        with distorch.trace(model, "step.json"):
+        with distorch.trace(model, "step.json") as timeline:
             model(x)
+        print(timeline)
+        timeline.plot("step.svg")
 
-    There is one row for each stream: copies over each link, stalls of the compute stream (or of the
-    waiting thread), operators on sharded weights, reads of each file. Times are the device's own.
-    The file is written also when the block ends in an error.
+    There is one track for each stream: copies over each link, stalls of the compute stream (or of
+    the waiting thread), operators on sharded weights, reads of files. Times are the device's own.
+    The timeline is filled, and the file is written, also when the block ends in an error.
 
     Args:
         module: A distributed module.
-        path: The JSON file to write.
+        path: A JSON file to write, for ui.perfetto.dev or chrome://tracing. None writes none.
+
+    Returns:
+        A context manager that gives a `Timeline`.
 
     Raises:
         PlacementError: The module is not distributed, or another trace is running.
@@ -42,21 +47,22 @@ def trace(module: nn.Module, path: str | os.PathLike[str]) -> Iterator[None]:
     """
     global _tracing  # noqa: PLW0603
     compute = distribution_of(module).plan.compute
-    if not isinstance(path, str | os.PathLike):
+    if path is not None and not isinstance(path, str | os.PathLike):
         raise SpecError(f"trace: expected the path of a JSON file, got {path!r:.80}")
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"trace: the folder {str(target.parent)!r} is not there; make it")
+    if path is not None and not (folder := Path(path).parent).is_dir():
+        raise FileNotFoundError(f"trace: the folder {str(folder)!r} is not there; make it")
     if _tracing:
         raise PlacementError("a trace is running already: end it before the next one")
     _tracing = True
     _native.start_trace(compute)
+    timeline = Timeline()
     try:
-        yield
+        yield timeline
     finally:
         _tracing = False
-        spans = _native.stop_trace()
-        target.write_text(json.dumps({"traceEvents": _events(spans)}))
+        timeline.spans += (Span(*span) for span in _native.stop_trace())
+        if path is not None:
+            timeline.save(path)
 
 
 @contextmanager
@@ -85,22 +91,3 @@ def profiling(module: nn.Module) -> Iterator[None]:
         for weight in weights:
             if _ops.is_sharded(weight):
                 _ops.show_address(weight, False)
-
-
-def _events(spans: list[tuple[str, str, float, float, int]]) -> list[dict[str, object]]:
-    """Complete events in microseconds, a row for each track, in the order of the tracks' names."""
-    tracks = sorted({track for track, *_ in spans})
-    rows = {track: row for row, track in enumerate(tracks, start=1)}
-    names: list[dict[str, object]] = [
-        {"ph": "M", "pid": 1, "tid": row, "name": "thread_name", "args": {"name": track}}
-        for track, row in rows.items()
-    ]
-    found: list[dict[str, object]] = []
-    for track, name, start, end, nbytes in sorted(spans, key=lambda span: span[2]):
-        seconds = end - start
-        details: dict[str, object] = {}
-        if nbytes:
-            details = {"bytes": nbytes, "GB/s": round(nbytes / max(seconds, 1e-12) / 1e9, 3)}
-        found.append({"ph": "X", "pid": 1, "tid": rows[track], "name": name, "ts": start * 1e6,
-                      "dur": seconds * 1e6, "args": details})  # fmt: skip
-    return [*names, *found]

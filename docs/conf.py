@@ -25,6 +25,11 @@ myst_heading_anchors = 3
 nitpicky = True
 # Types of others, which have no page here.
 nitpick_ignore_regex = [("py:.*", r"(?!distorch\.).*")]
+# What pictures and timelines are made of: their docstrings say it.
+nitpick_ignore = [
+    ("py:class", "distorch.display.picture.Rect"),
+    ("py:class", "distorch.display.picture.Text"),
+]
 
 smartquotes = False  # quotes in docstrings are those of Python
 html_copy_source = False

@@ -12,6 +12,14 @@
 #include "cuda/numbers.cuh"
 #include "cuda/rotation.cuh"
 
+// `distorch doctor` reads from the file how it was built, without loading it
+// (distorch/_library.py).
+#define DISTORCH_TEXT_OF(...) #__VA_ARGS__
+#define DISTORCH_TEXT(...) DISTORCH_TEXT_OF(__VA_ARGS__)
+extern "C" __attribute__((used, visibility("default"))) const char distorch_built_with[] =
+    "distorch kernels: CUDA " DISTORCH_TEXT(__CUDACC_VER_MAJOR__) "." DISTORCH_TEXT(
+        __CUDACC_VER_MINOR__) ", architectures " DISTORCH_TEXT(__CUDA_ARCH_LIST__);
+
 namespace distorch::cuda {
 namespace {
 

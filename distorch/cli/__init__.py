@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: distorch inspect | plan | doctor | calibrate | demo.
+"""The command line: distorch inspect | plan | trace | doctor | calibrate | demo.
 
 Exit status: 0 done, 1 what was asked failed, 2 wrong use.
 """
@@ -12,9 +12,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distorch import __version__
 from distorch.errors import DistorchError, SpecError
+
+if TYPE_CHECKING:
+    from distorch.planner import Plan
+    from distorch.timeline import Timeline
+
+
+_PLOT = "also draw it: a file that ends in .svg, or in .png (needs Pillow)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,11 +39,25 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="where the weights of a file would go; nothing moves")
     plan.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
-    plan.add_argument("spec", help="for example 'cuda:0,2.5gb;cpu,*'")
+    plan.add_argument(
+        "spec",
+        help="devices with what each may hold, such as 'cuda:0,2.5gb;cpu,*'; * is the rest",
+    )
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
-    plan.add_argument("--plot", metavar="PNG", help="also draw it (needs matplotlib)")
-    plan.add_argument("--order", default="interleaved", choices=["interleaved", "sequential"])
-    plan.add_argument("--min-bytes", default="1mb", metavar="BYTES", help="or auto (default 1mb)")
+    plan.add_argument("--plot", metavar="PICTURE", help=_PLOT)
+    plan.add_argument(
+        "--order", default="interleaved", choices=["interleaved", "sequential"],
+        help="whether what leaves is spread over the model (default), or at its end",
+    )  # fmt: skip
+    plan.add_argument(
+        "--min-bytes", default="1mb", metavar="BYTES",
+        help="smaller weights stay where the model computes; 0, 64kb or auto (default 1mb)",
+    )  # fmt: skip
+
+    trace = commands.add_parser("trace", help="what ran when, from a file that a trace wrote")
+    trace.add_argument("file", help="the JSON file that distorch.trace wrote")
+    trace.add_argument("--json", action="store_true", help="print JSON")
+    trace.add_argument("--plot", metavar="PICTURE", help=_PLOT)
 
     doctor = commands.add_parser(
         "doctor",
@@ -75,11 +97,22 @@ def _plan(arguments: argparse.Namespace) -> int:
     made = plan(
         arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes
     )
-    print(json.dumps(made.to_dict(), indent=1) if arguments.json else made)
-    if arguments.plot:
-        from distorch.cli.plot import plot_plan
+    return _show(made, arguments)
 
-        plot_plan(made, arguments.plot)
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from distorch.timeline import Timeline
+
+    return _show(Timeline.load(arguments.file), arguments)
+
+
+def _show(found: Plan | Timeline, arguments: argparse.Namespace) -> int:
+    """Prints it as a table or as JSON, and draws it if that is wanted."""
+    if arguments.plot:
+        found.plot(arguments.plot)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    if arguments.plot and not arguments.json:
+        print(f"picture: {arguments.plot}")
     return 0
 
 
@@ -113,6 +146,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 _COMMANDS = {
     "inspect": _inspect,
     "plan": _plan,
+    "trace": _trace,
     "doctor": _doctor,
     "calibrate": _calibrate,
     "demo": _demo,

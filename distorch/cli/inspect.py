@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distorch._tables import human_bytes, text_table
+from distorch.display.tables import human_bytes, text_table
 from distorch.formats.checkpoint import (
     Checkpoint,
     dtype_name,

@@ -136,7 +136,7 @@ class DistributionReport:
         found = report.measured(patcher)
         return {
             "ui": {"text": [found.text], "distorch": [found.to_dict()]},
-            "result": (report.picture(found), found.text),
+            "result": (found.picture(), found.text),
         }
 
 

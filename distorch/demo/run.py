@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from distorch.api import distribute, undistribute
 from distorch.demo.model import DigitConfig, DigitTransformer
 from distorch.demo.sampling import sample, save_png, sheet
+from distorch.display.progress import progress_of
 from distorch.loading import init_empty_weights, load
 from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.machine import default_compute
@@ -94,9 +94,9 @@ def default_spec() -> str:
 
 
 def _timed(model: DigitTransformer, labels: Tensor, steps: int, title: str) -> tuple[Tensor, float]:
-    with tqdm(total=steps, desc=title, unit="step", disable=None, leave=False) as bar:
+    with progress_of(None, steps, title, "steps") as done:
         start = time.perf_counter()
-        images = sample(model, labels, steps=steps, on_step=lambda: bar.update() and None)
+        images = sample(model, labels, steps=steps, on_step=lambda: done(1))
         return images, time.perf_counter() - start
 
 

@@ -26,7 +26,7 @@ def sample(
     steps: int = 24,
     guidance: float = 2.0,
     seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Digits for `labels` [n] as images [n, 1, size, size] in -1..1, on the model's device.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +55,21 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def inventory(self) -> Inventory:
-        """The file's tensors as a planner sees them."""
-        weights = (t for t in self.tensors.values() if not is_no_weight(t.name))
-        return Inventory(tuple(weight_info(tensor, tensor.name) for tensor in weights))
+        """The file's tensors as a planner sees them, in the order of the file.
+
+        Many files have their tensors by the alphabet, "layers.10" before "layers.2". There, numbers
+        are put in their own order, which is that of the model within its layers.
+        """
+        names = [name for name in self.tensors if not is_no_weight(name)]
+        if names == sorted(names):
+            names.sort(key=_by_numbers)
+        return Inventory(tuple(weight_info(self.tensors[name], name) for name in names))
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """A key for sorting: letters by the alphabet, numbers by their value."""
+    # Every second part is a number, so that like meets like.
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def is_no_weight(name: str) -> bool:

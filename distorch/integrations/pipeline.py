@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from distorch import api
-from distorch._progress import Progress, check_progress, progress_of
+from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.errors import FormatError, PlacementError, SpecError, warn_at_caller
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.integrations.budget import plan_together

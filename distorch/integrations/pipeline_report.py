@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-import html
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distorch._tables import html_table, human_bytes, text_table
+from distorch.display.picture import Picture
+from distorch.display.placements import part_bars
+from distorch.display.tables import html_table, human_bytes, paragraphs, text_table
 from distorch.integrations.pipeline import models_of, state_of
 from distorch.reporting import Report, bytes_of, first_of, report, verdict
 from distorch.runtime.distribution import is_distributed
@@ -42,22 +45,31 @@ class PipelineReport:
     def _title(self) -> str:
         return f"measured placement of a pipeline: {verdict(self.problems)}"
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        computes = {part.compute for part in self.parts.values()}
-        heads = [f"{name} (compute)" if name in computes else name for name in self.bytes]
+    def _computes(self) -> set[str]:
+        return {part.compute for part in self.parts.values()}
+
+    def _held(self) -> dict[str, dict[str, int]]:
+        """Model -> device -> bytes."""
         held = {name: part.bytes for name, part in self.parts.items()}
-        held |= {f"{name} (not distributed)": found for name, found in self.plain.items()}
+        return held | {f"{name} (not distributed)": own for name, own in self.plain.items()}
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        computes = self._computes()
+        heads = [f"{name} (compute)" if name in computes else name for name in self.bytes]
         rows = [
             (
                 name,
                 *(_size(found.get(device, 0)) for device in self.bytes),
                 _size(sum(found.values())),
             )
-            for name, found in {**held, "in all": self.bytes}.items()
+            for name, found in {**self._held(), "in all": self.bytes}.items()
         ]
         return ("part", *heads, "in all"), rows
 
     def _notes(self) -> list[str]:
+        return [*self._facts(), *first_of(self.problems)]
+
+    def _facts(self) -> list[str]:
         loras = [
             f"{name}: LoRA {row['lora']} x {row['strength']:g}, {row['weights']} weights"
             for name, part in self.parts.items()
@@ -65,7 +77,7 @@ class PipelineReport:
         ]
         ring = max((part.ring for part in self.parts.values()), default=0)
         ahead = f"look-ahead: up to {human_bytes(ring)} more on the compute device (prefetch)"
-        return [*[ahead] * bool(ring), *loras, *first_of(self.problems)]
+        return [*[ahead] * bool(ring), *loras]
 
     def __str__(self) -> str:
         return "\n".join([text_table(*self._table(), self._title()), *self._notes()])
@@ -73,8 +85,21 @@ class PipelineReport:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._notes())
-        return html_table(*self._table(), self._title()) + lines
+        table = html_table(*self._table(), self._title())
+        return table + self.plot().svg() + paragraphs(self._notes())
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, notes: Sequence[str] = ()
+    ) -> Picture:
+        """A bar for each model, coloured by device; below, LoRAs and problems in words.
+
+        With a `path`, `Picture.save` writes it there, too. `notes` are more lines below.
+        """
+        made = part_bars(
+            self._title(), self._held(), self.bytes, self._computes(),
+            notes=[*notes, *self._facts()], problems=first_of(self.problems),
+        )  # fmt: skip
+        return made if path is None else made.saved(path)
 
 
 def _size(nbytes: int) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from distorch import api
-from distorch._progress import Progress, check_progress
+from distorch.display.progress import Progress, check_progress
 from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.formats.checkpoint import Checkpoint, open_checkpoint
 from distorch.formats.naming import ConversionError

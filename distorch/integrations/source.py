@@ -7,7 +7,8 @@ import difflib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,11 +205,26 @@ class Source:
         """
         given = {_dtype_argument(): dtypes, **self.components, **modules}
         try:
-            return self.cls.from_pretrained(self.folder, **given)
+            with _without_bars():  # its parts are there already
+                return self.cls.from_pretrained(self.folder, **given)
         except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
             raise FormatError(
                 f"diffusers cannot make a {self.cls.__name__} of {str(self.folder)!r}: {error}"
             ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """diffusers shows no bars: ours say how far the work is."""
+    from diffusers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def _has_part(held: frozenset[str], name: str) -> bool:

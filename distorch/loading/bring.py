@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from distorch import _donors, _ops
-from distorch._progress import Progress, progress_of
+from distorch.display.progress import Progress, progress_of
 from distorch.loading.job import Job
 from distorch.lora import StoredRows, low_rank_terms
 from distorch.patching import merged_value, with_rows

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from distorch import _ops
 from distorch._behaviour import as_parameter, attach_behaviour
-from distorch._progress import Progress, check_progress
+from distorch.display.progress import Progress, check_progress
 from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
 from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare

@@ -258,12 +258,16 @@ def _report_keys(
     if (missing or unexpected) and (strict or meta):
         raise FormatError(
             f"{checkpoint.path!r} does not fit this {type(module).__name__}: "
-            f"{len(missing)} missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3]) or '-'}). "
+            f"{len(missing)} missing ({_some(missing)}), "
+            f"{len(unexpected)} unexpected ({_some(unexpected)}). "
             "Build the module with the checkpoint's own configuration"
             + ("" if meta else ", or pass strict=False")
         )
     _tell(module, checkpoint, missing, [name for name in unexpected if name.startswith(prefix)])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:3], *["..."] * (len(names) > 3)]) or "-"
 
 
 def _tell(

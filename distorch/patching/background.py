@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from distorch import _donors, _ops
-from distorch._progress import Progress, progress_of
+from distorch.display.progress import Progress, progress_of
 from distorch.patching.state import Patching, base_name
 from distorch.planner import Plan
 from distorch.runtime import distribution, placing

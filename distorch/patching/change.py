@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from distorch._progress import Progress, check_progress, progress_of
+from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.errors import PlacementError, warn_at_caller
 from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches

@@ -6,12 +6,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distorch._tables import html_table, human_bytes, text_table
+from distorch._atomic import write_atomically
+from distorch.display.picture import Picture
+from distorch.display.placements import placement_strip
+from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.errors import FormatError
 from distorch.planner.inventory import Inventory
 
@@ -165,13 +168,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -242,7 +239,19 @@ class Plan:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(_HEADER, self._rows(), self._title())
+        return html_table(_HEADER, self._rows(), self._title()) + self.plot().svg()
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, notes: Sequence[str] = ()
+    ) -> Picture:
+        """A strip of all weights in the order of the model, coloured by device.
+
+        With a `path`, `Picture.save` writes it there, too. `notes` are more lines below.
+        """
+        weights = ((name, size, self.placement[name]) for name, size in self.sizes.items())
+        title = f"{self.spec}   (plan, {self.order})"
+        made = placement_strip(title, weights, self.bytes, {self.compute}, notes)
+        return made if path is None else made.saved(path)
 
 
 def _canonical(content: Mapping[str, Any]) -> str:

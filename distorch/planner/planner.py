@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fnmatch import fnmatchcase
 
-from distorch._tables import human_bytes
+from distorch.display.tables import human_bytes
 from distorch.errors import PlacementError, SpecError
 from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
 from distorch.planner.plan import Plan

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distorch import _native
-from distorch._progress import Progress
+from distorch.display.progress import Progress
 from distorch.errors import PlacementError
 from distorch.planner import Plan
 from distorch.runtime.options import Options, check_module

@@ -6,19 +6,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
-from tqdm.auto import tqdm
 
-from distorch import _donors, _ops
-from distorch._tables import html_table, human_bytes, text_table
+from distorch import _donors, _native, _ops
+from distorch._atomic import write_atomically
+from distorch.display.progress import Progress, check_progress, progress_of
+from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
 
@@ -88,7 +88,7 @@ def _machine_key() -> str:
 
 
 def _cache_file() -> Path:
-    return user_cache_path("distorch") / f"links-{_machine_key()}.json"
+    return _native.cache_folder() / f"links-{_machine_key()}.json"
 
 
 def _is_simulated(device: str) -> bool:
@@ -153,31 +153,36 @@ def devices() -> Devices:
     )  # fmt: skip
 
 
-def calibrate(*, progress: bool | None = None) -> Calibration:
+def calibrate(*, progress: Progress = None) -> Calibration:
     """Measures every link of this machine: alone, together, and back. Takes seconds.
 
-    The result is remembered in the user's cache folder. It decides how stripes are cut.
+    The result is remembered for this process, and in the user's cache folder if that can be written
+    to. It decides how stripes are cut.
 
     Args:
-        progress: None shows a bar on a terminal; True and False are always and never.
+        progress: As in `distribute`. A function is called with the number of links that are done.
 
     Returns:
         A `Calibration`.
+
+    Raises:
+        SpecError: `progress` is none of these.
     """
+    check_progress(progress)
     places = machine.devices()
     computes = [name for name in places if name not in ("cpu", "disk")] or ["cpu"]
     pairs = [(d, c) for c in computes for d in places if d not in (c, _unmeasured(c))]
     links = []
-    with tqdm(pairs, desc="links", disable=None if progress is None else not progress) as bar:
-        for donor, compute in bar:
+    with progress_of(progress, len(pairs), "measuring", "links") as done:
+        for donor, compute in pairs:
             links.append(_measure(donor, compute))
+            done(1)
     found = _remember(Calibration(tuple(_with_others(links))))
     if not any(_is_simulated(compute) for compute in computes):
-        file = _cache_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found.to_dict(), indent=1))
-        temporary.replace(file)
+        with suppress(OSError):  # there is no home folder, or it cannot be written to
+            file = _cache_file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(found.to_dict(), indent=1))
     return found
 
 
@@ -232,6 +237,11 @@ def _measure(donor: str, compute: str) -> Link:
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
     latency = max(0.0, small - _SMALL / rate)
     return Link(donor, compute, rate, latency, rate, _back(donor, device))
+
+
+def measure_disk() -> float:
+    """Bytes per second of one weight that is read from the folder of donor files into RAM."""
+    return _measure("disk", "cpu").rate
 
 
 def _back(donor: str, compute: torch.device) -> float | None:

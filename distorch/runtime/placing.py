@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distorch import _donors, _ops
-from distorch._progress import Progress, progress_of
+from distorch.display.progress import Progress, progress_of
 from distorch.errors import PlacementError
 from distorch.planner import Plan, can_leave
 from distorch.runtime import compiled, machine, wrapped

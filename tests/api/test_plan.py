@@ -107,3 +107,13 @@ def test_names_that_are_no_options(tmp_path):
         assert said in str(caught.value)
     with pytest.raises(distorch.SpecError, match="expected a module or the path"):
         distorch.plan(nn.Linear, "cpu,*")
+
+
+def test_numbers_of_a_file_are_in_their_own_order(tmp_path):
+    """safetensors sorts by the alphabet; a file in another order keeps that."""
+    layers = {f"layers.{i}.weight": torch.ones(8, 8) for i in range(12)}
+    save_file(layers, file := tmp_path / "m.safetensors")
+    assert list(distorch.plan(file, "cpu,*").sizes) == list(layers)
+    order = ["token", "layers.10.weight", "layers.9.weight", "output"]
+    torch.save({name: torch.ones(8, 8) for name in order}, file := tmp_path / "m.pt")
+    assert list(distorch.plan(file, "cpu,*").sizes) == order

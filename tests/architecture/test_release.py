@@ -40,7 +40,7 @@ def checkout(tmp_path):
     """What the script reads, with a version that has its date."""
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("docs", "comfyui-distorch"):
+    for name in ("docs", "examples", "comfyui-distorch"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "distorch").mkdir()
     shutil.copy(ROOT / "distorch" / "__init__.py", tmp_path / "distorch")

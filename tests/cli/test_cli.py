@@ -10,9 +10,10 @@ from importlib import metadata
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from distorch.cli import doctor, main
-from distorch.cli.doctor import Findings
+import distorch
+from distorch.cli import main
 from distorch.demo import run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,14 +61,37 @@ def test_inspect_lora(tmp_path, capsys, suffixes, kind):
 
 
 def test_plan(checkpoint, capsys, tmp_path):
-    picture = tmp_path / "plan.png"
     arguments = ["plan", checkpoint, "cpu,10kb;disk,*", "--min-bytes", "0"]
-    assert main([*arguments, "--json", "--plot", str(picture)]) == 0
+    assert main([*arguments, "--json", "--plot", str(tmp_path / "plan.png")]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert sorted(set(plan["placement"].values())) == ["cpu", "disk"]
-    assert picture.read_bytes().startswith(PNG)
-    assert main(arguments) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(PNG)
+    assert main([*arguments, "--plot", str(tmp_path / "plan.svg")]) == 0
     assert "disk" in capsys.readouterr().out
+    assert "blocks.0.weight: 8.00 KiB on " in (tmp_path / "plan.svg").read_text()
+
+
+def test_trace(tmp_path, capsys):
+    model = distorch.distribute(nn.Linear(64, 64), "cpu,0b;disk,*", min_bytes=0, progress=False)
+    with distorch.trace(model, tmp_path / "t.json"):
+        model(torch.ones(1, 64))
+    arguments = ["trace", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.svg")]
+    assert main(arguments) == 0
+    assert "compute cpu" in capsys.readouterr().out
+    assert "milliseconds" in (tmp_path / "t.svg").read_text()
+    assert main([*arguments[:2], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tracks"]["compute cpu"]["spans"] == 1
+    (tmp_path / "t.json").write_text("[]")
+    assert main(arguments) == 1
+    assert "trace of another program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "status"), [("p.pdf", 2), ("nowhere/p.svg", 1)])
+def test_a_picture_that_cannot_be_written(checkpoint, tmp_path, capsys, name, status):
+    spec, picture = "cpu,10kb;disk,*", tmp_path / name
+    assert main(["plan", checkpoint, spec, "--min-bytes", "0", "--plot", str(picture)]) == status
+    said = capsys.readouterr()
+    assert said.err.startswith("distorch: a picture: ") and not said.out
 
 
 @pytest.mark.parametrize("spec", ["cpu,2tbb;disk,*", "cpu,1gb;cpu,*", "", "gpu,1gb;*"])
@@ -90,57 +114,11 @@ def test_wrong_use_is_status_two(arguments):
     assert caught.value.code == 2
 
 
-def test_doctor(capsys):
-    status = main(["doctor", "--json"])
-    findings = json.loads(capsys.readouterr().out)
-    assert status == (0 if findings["ok"] else 1)
-    passed = {name: ok for name, ok, _ in findings["checks"]}
-    assert passed["a weight in RAM gives the same bits"]
-    assert passed["a weight on disk gives the same bits"]
-    assert {"cpu", "disk"} <= set(findings["devices"])
-    assert findings["versions"]["torch"]
-    assert main(["doctor"]) == status
-    assert "same bits" in capsys.readouterr().out
-
-
-def test_doctor_tells_a_folder_in_ram(monkeypatch):
-    assert "donor files go to a disk, not to RAM" not in wrong_checks()
-    monkeypatch.setattr("distorch._native.in_memory", lambda folder: True)
-    assert "donor files go to a disk, not to RAM" in wrong_checks()
-
-
-def wrong_checks():
-    return [name for name, passed, _ in doctor.examine().checks if not passed]
-
-
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"distorch {metadata.version('distorch')}\n"
-
-
-@pytest.mark.parametrize(
-    ("there", "loads", "said"),
-    [
-        (True, False, "DISTORCH_CUDA=1 pip install"),
-        (False, False, "nvidia-smi"),
-        (True, True, None),
-    ],
-)
-def test_doctor_looks_at_the_gpu(monkeypatch, there, loads, said):
-    monkeypatch.setattr("torch.version.cuda", "13.0")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
-    monkeypatch.setattr("distorch._native.has_cuda_kernels", lambda: loads)
-    wrong = [remedy for _, passed, remedy in doctor.gpu_checks() if not passed]
-    assert len(wrong) == (said is not None)
-    assert all(said in remedy for remedy in wrong)
-
-
-def test_doctor_says_what_to_do():
-    text = str(Findings({}, {}, "/x", [("the disk has room", False, "set DISTORCH_DISK")]))
-    assert "NO" in text
-    assert "set DISTORCH_DISK" in text
 
 
 @pytest.mark.parametrize(("count", "dtype"), [("3", torch.bfloat16), ("13", torch.float32)])
@@ -174,7 +152,7 @@ def test_as_a_module_without_a_terminal(checkpoint):
         [sys.executable, "-m", "distorch", "--help"],
         capture_output=True, text=True, check=True, env=os.environ,
     )  # fmt: skip
-    for command in ("inspect", "plan", "doctor", "demo"):
+    for command in ("inspect", "plan", "trace", "doctor", "calibrate", "demo"):
         assert command in done.stdout
     assert "\x1b" not in done.stdout
 

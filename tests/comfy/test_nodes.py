@@ -141,6 +141,7 @@ def test_the_report(known, host):
     assert found["bytes"] == distorch.report(model.model).bytes
     assert found["fetches"] == 6
     assert found["ok"]
+    assert found["svg"].startswith("<svg ") and "cpu (compute)" in found["svg"]
     assert "disk->cpu" in text
     assert run(node, model=model)["ui"]["distorch"][0]["fetches"] == 0  # since the last report
 

@@ -122,7 +122,7 @@ def check(kit: Path, python: Path, quick: bool) -> None:
     folder.mkdir(parents=True)
     place = with_kit(kit, read_kit(kit), folder, lacks=lambda _: True)  # of that Python, not this
     settings = {"cwd": place.folder, "env": {**place.environment(), "CUDA_VISIBLE_DEVICES": ""}}
-    # Not `distorch doctor`: that a torch for CUDA sees no GPU here is a failure to it.
+    # Not `distorch doctor`: it tries the kernels only where there is a GPU.
     load = "ctypes.CDLL(str(distorch._native.CUDA_LIBRARY))"
     run(python, "-c", f"import ctypes, distorch; from distorch.testing import sim; {load}",
         **settings)  # fmt: skip

@@ -81,8 +81,22 @@ def test_one_budget_and_the_fast_place_for_what_runs_most(folders):
     text = str(report)
     assert "in all" in text
     assert "text_encoder" in text
-    assert "<table>" in report._repr_html_()
+    assert "<table>" in report._repr_html_() and "<svg" in report._repr_html_()
+    words = {shape.text for shape in report.plot().shapes if hasattr(shape, "text")}
+    assert {"unet", "vae", "text_encoder"} <= words
     assert json.loads(json.dumps(report.to_dict()))["ok"]
+
+
+def test_a_log_has_no_bars(folders, capfd):
+    from diffusers.utils import logging
+
+    folder, _ = folders(tiny.stable_diffusion)
+    told = []
+    for progress in (None, False, told.append):
+        load_pipeline(folder, "cpu,20kb;disk,*", progress=progress)
+    assert capfd.readouterr().err == ""
+    assert sum(told) > 0
+    assert logging.is_progress_bar_enabled()  # as it was
 
 
 def test_a_budget_that_cannot_hold_is_said(folders):

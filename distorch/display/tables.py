@@ -49,6 +49,11 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def paragraphs(lines: Sequence[str]) -> str:
+    """Sentences for notebooks."""
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+
+
 def _html_cell(cell: str) -> str:
     side = "right" if _is_number(cell) else "left"
     return f'<td style="text-align:{side}">{html.escape(cell)}</td>'
