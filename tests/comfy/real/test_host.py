@@ -359,9 +359,11 @@ def test_a_saved_model_is_the_stock_one(host):
     )
 
 
-@pytest.mark.tiny_flux
 def test_report(host):
-    graph = g.flux(our_flux(), seed=9)
+    loader = g.old_inputs(
+        "CheckpointLoaderSimpleDisTorch2MultiGPU", **CHECKPOINT, expert_mode_allocations=RATIO
+    )
+    graph = g.checkpoint(loader, seed=9)
     graph["report"] = g.node("DistributionReport", model=["load", 0], after=["sample", 0])
     graph["picture"] = g.node("TestHash", value=["report", 0])
     shown = host.run(graph)
@@ -371,6 +373,7 @@ def test_report(host):
     assert found["bytes"] == json.loads(shown["figures"]["figures"][0])["measured"]
     assert found["fetches"] > 0
     assert found["gb_per_second"]["disk->cpu"] > 0
+    assert found["svg"].startswith("<svg ") and "GB/s" in found["svg"]
     assert "as planned" in shown["report"]["text"][0]
 
 
