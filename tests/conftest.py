@@ -2,6 +2,8 @@
 """Shared settings: one thread per test process, the same random numbers, no model hub, no GPU."""
 
 import os
+import tempfile
+from pathlib import Path
 
 # Other threads, too: the number of threads decides about last bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +14,12 @@ os.environ.setdefault("DISTORCH_CHECK_LOCKS", "1")
 # their child processes see no GPU. tests/gpu is run with DISTORCH_REQUIRE_CUDA=1.
 if os.environ.get("DISTORCH_REQUIRE_CUDA") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# PyTorch's cache of compiled code does not tell apart what it compiled for other capabilities of
+# the CPU, and gives wrong numbers then (2.13), without distorch, too.
+if _capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    _cache = Path(tempfile.gettempdir(), f"torchinductor_{_capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache))
 
 import gc
 import types
