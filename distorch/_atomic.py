@@ -26,7 +26,7 @@ def write_atomically(target: Path, content: str | bytes) -> None:
         if real.exists():
             shutil.copymode(real, temporary)
         temporary.replace(real)
-    except OSError as error:  # it names the temporary file, of which nobody knows
+    except OSError as error:  # it names the temporary file
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -41,10 +41,13 @@ def kernels_of(library: Path) -> tuple[str, list[int]] | None:
 
     None: there are none, or an older distorch has built them.
     """
-    found = _search(library, _KERNELS) if library.is_file() and library.stat().st_size else None
+    if not library.is_file() or library.stat().st_size == 0:
+        return None
+    found = _search(library, _KERNELS)
     if found is None:
         return None
-    return found[1].decode(), [int(arch) // 10 for arch in found[2].split(b",") if arch]
+    release, architectures = found
+    return release, [int(arch) // 10 for arch in architectures.split(",") if arch]
 
 
 def _why_missing(folder: Path, suffix: str) -> str:
@@ -61,17 +64,17 @@ def _why_missing(folder: Path, suffix: str) -> str:
 
 def _built_for(library: Path) -> str | None:
     found = _search(library, _BUILT_FOR)
-    return found[1].decode() if found is not None else None
+    return found[0] if found is not None else None
 
 
-def _search(library: Path, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+def _search(library: Path, pattern: re.Pattern[bytes]) -> list[str] | None:
+    """The groups of a pattern where it first stands in a library."""
     with (
         library.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
         found = pattern.search(content)
-        # A match looks into the map, which is closed when this returns.
-        return pattern.search(found[0]) if found is not None else None
+        return [group.decode() for group in found.groups()] if found is not None else None
 
 
 def _minor(version: str) -> list[str]:

@@ -149,7 +149,8 @@ class Report:
     ) -> Picture:
         """A bar for each part, coloured by device; below, LoRAs and problems in words.
 
-        With a `path`, `Picture.save` writes it there, too. `notes` are more lines below.
+        With a `path` it is also saved there, with the errors of `Picture.save`. `notes` are more
+        lines below.
         """
         held = {device: self.bytes.get(device, 0) for device in self._devices()}
         made = part_bars(

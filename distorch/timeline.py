@@ -38,8 +38,8 @@ _KINDS = {
 }
 _OTHER = (OTHER, "other")
 _GAPS = (
-    "Gaps on a compute track are not idle time: operators on resident weights are not recorded, "
-    "and neither is the program between operators."
+    "A gap on a compute track need not be idle time: operators on resident weights are "
+    "not recorded."
 )
 
 
@@ -82,7 +82,7 @@ class Timeline:
     def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
         """A row for each track, milliseconds to the right.
 
-        With a `path`, `Picture.save` writes it there, too.
+        With a `path` it is also saved there, with the errors of `Picture.save`.
         """
         begin = min((span.start for span in self.spans), default=0.0)
         rows = [
@@ -96,7 +96,11 @@ class Timeline:
         return made if path is None else made.saved(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the trace as JSON for ui.perfetto.dev and chrome://tracing."""
+        """Writes the trace as JSON for ui.perfetto.dev and chrome://tracing.
+
+        Raises:
+            OSError: The file cannot be written. An older one is unchanged.
+        """
         content = {"traceEvents": self._events(), "otherData": {"writer": _WRITER}}
         write_atomically(Path(path), json.dumps(content))
 

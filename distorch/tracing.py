@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records what happens when: copies, reads, stalls and operators; and lets torch.profiler do so."""
+"""Records when copies, reads, stalls and operators run. Lets torch.profiler do so, too."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--plot", metavar="PICTURE", help=_PLOT)
     plan.add_argument(
         "--order", default="interleaved", choices=["interleaved", "sequential"],
-        help="whether what leaves is spread over the model (default), or at its end",
+        help="spread the weights of each device over the model (default), or keep them together",
     )  # fmt: skip
     plan.add_argument(
         "--min-bytes", default="1mb", metavar="BYTES",

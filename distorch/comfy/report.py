@@ -12,7 +12,6 @@ import torch
 import distorch
 from distorch.comfy.patcher import placed
 from distorch.display.placements import device_bar
-from distorch.display.tables import human_bytes
 from distorch.planner import Plan
 from distorch.runtime import distribution
 
@@ -33,8 +32,7 @@ class Found:
         """Tables."""
         if isinstance(self.where, Plan):
             return f"{self.title}: not loaded yet\n{self.where}"
-        ring = f"ring: {human_bytes(self.where.ring)}"
-        return "\n".join([str(self.where), "", ring, str(self.stats), *self._travelled()])
+        return "\n".join([str(self.where), "", str(self.stats), *self._travelled()])
 
     @property
     def rates(self) -> dict[str, float]:
@@ -54,7 +52,7 @@ class Found:
 
     def picture(self) -> torch.Tensor:
         """An image [1, height, width, 3], float32 0..1: the picture of the report or the plan."""
-        made = self.where.plot(notes=[f"{self.title}   {self.where.spec}", *self._travelled()])
+        made = self.where.plot(notes=[self.title, *self._travelled()])
         return torch.from_numpy(np.asarray(made.image(), dtype=np.float32) / 255.0)[None]
 
     def _bar(self) -> str:

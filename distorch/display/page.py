@@ -12,15 +12,14 @@ from distorch.display.picture import (
     Picture,
     Rect,
     Text,
-    printable,
     shortened,
     text_width,
 )  # fmt: skip
 
 WIDTH, EDGE = 960, 16  # pixels
 _LINE = 18  # from one line of text to the next
-# Colours that people who see few of them can tell apart: after Paul Tol's "bright". A place has the
-# same one in every picture: RAM and the disk their own, others by their order.
+# Colours that colour-blind readers can tell apart, after Paul Tol's "bright" scheme. RAM and the
+# disk have the same colour in every picture. Other places get theirs by their order.
 _OWN = {"cpu": "#ee7733", "disk": "#228833"}
 _PALETTE = ("#4477aa", "#aa3377", "#66ccee", "#ccbb44", "#332288", "#999933", "#cc6677", "#777777")
 _MOST_TICKS = 8
@@ -60,21 +59,22 @@ class Page:
         """A line above what it is about."""
         size = 14
         most = int(self.room / text_width("x", size))
-        self.add(Text(EDGE, self.y + size, shortened(printable(text), most), size=size))
+        self.add(Text(EDGE, self.y + size, shortened(text, most), size=size))
         self.y += _LINE + 6
 
-    def note(self, text: str, colour: str = GREY) -> None:
-        """A sentence, in as many lines as it takes."""
+    def notes(self, sentences: Iterable[str], colour: str = GREY) -> None:
+        """Sentences below each other, each in as many lines as it takes."""
         most = int(self.room / text_width("x"))
-        for line in textwrap.wrap(shortened(printable(text), _LONGEST), most):
-            self.add(Text(EDGE, self.y + 12, line, colour))
-            self.y += _LINE
+        for text in sentences:
+            for line in textwrap.wrap(shortened(text, _LONGEST), most):
+                self.add(Text(EDGE, self.y + 12, line, colour))
+                self.y += _LINE
 
     def legend(self, entries: Sequence[tuple[str, str]]) -> None:
         """What each colour means: (colour, words), in as many lines as it takes."""
         x = float(EDGE)
         for colour, words in entries:
-            label = shortened(printable(words), int((self.room - 20) / text_width("x")))
+            label = shortened(words, int((self.room - 20) / text_width("x")))
             needed = 18 + text_width(label)
             if x > EDGE and x + needed > self.width - EDGE:
                 x, self.y = float(EDGE), self.y + _LINE
@@ -86,7 +86,7 @@ class Page:
     def axis(
         self, left: float, pixels: float, end: float, say: Callable[[float], str], label: str = ""
     ) -> None:
-        """Ticks from 0 to `end` over so many pixels; `say` makes a number words."""
+        """Ticks from 0 to `end` over so many pixels. `say` makes words of a number."""
         self.add(Rect(left, self.y, pixels, 1, GREY))
         for value in ticks(end):
             x = left + pixels * value / end

@@ -57,12 +57,15 @@ class Text:
 
 
 def printable(text: str) -> str:
-    """The text without what changes a line or its direction, and what no XML may hold."""
+    """Replaces control characters, line breaks and marks of direction. They would break the layout
+    or the XML.
+    """
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """At most so many characters: of a longer text the beginning and the end."""
+    """The text in at most `most` printable characters. A longer one keeps its two ends."""
+    text = printable(text)
     if len(text) <= most:
         return text
     head = (most - 1) // 2
@@ -70,7 +73,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def text_width(text: str, size: int = 12) -> float:
-    """About how many pixels a line takes. Fonts differ, so it is rather more than less."""
+    """Estimates the width of a line in pixels. Fonts differ, so the estimate is a large one."""
     return size * sum(map(_char_width, text))
 
 
@@ -160,16 +163,17 @@ class Picture:
         Raises:
             SpecError: The name ends otherwise, or `path` is no path.
             FileNotFoundError: Its folder is not there.
+            IsADirectoryError: There is a folder of this name.
             ImportError: A PNG without Pillow.
 
         If one is raised, an older file is unchanged.
         """
-        target = check_target(path)
+        target = _target(path)
         is_svg = target.suffix.lower() == ".svg"
         write_atomically(target, self.svg() if is_svg else self.png())
 
     def saved(self, path: str | os.PathLike[str]) -> Picture:
-        """The picture itself, which `save` has written."""
+        """Saves the picture, and returns it."""
         self.save(path)
         return self
 
@@ -190,7 +194,7 @@ class Picture:
         }
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def _target(path: str | os.PathLike[str]) -> Path:
     """The path of a picture. Raises as `Picture.save` does."""
     if not isinstance(path, str | os.PathLike):
         raise SpecError(f"a picture: expected a path that ends in .svg or .png, got {path!r:.80}")

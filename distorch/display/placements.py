@@ -5,18 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from distorch.display.page import EDGE, WIDTH, Page, colours_of
+from distorch.display.page import EDGE, Page, colours_of
 from distorch.display.picture import (
     GREY,
     RED,
     Picture,
     Rect,
     Text,
-    printable,
     shortened,
     text_width,
 )
-from distorch.display.tables import human_bytes
+from distorch.display.tables import human_bytes, unit_of
 
 Held = Mapping[str, int]  # device -> bytes
 _STRIP, _BAR = 44, 12  # pixels
@@ -24,12 +23,11 @@ _NARROWEST = 1.5  # pixels of a column
 _GAP = 0.6  # between two weights that are wide enough to be told apart
 _MOST_ROWS = 48
 _LONGEST_NAME = 34  # characters
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a weight is shown under: its path up to and with the first index,
-    else its first step. "blocks.3.attention.weight" is in "blocks.3".
+    """The part of a model under which a weight is shown: its name up to and with the first index.
+    "blocks.3.attention.weight" is in "blocks.3". Without an index it is the first word.
     """
     steps = name.split(".")
     for position, step in enumerate(steps[:-1]):
@@ -54,8 +52,7 @@ def placement_strip(
     _strip(page, listed, total, colours_of(held))
     _name_parts(page, listed, total)
     _bytes_axis(page, total)
-    for note in notes:
-        page.note(note)
+    page.notes(notes)
     return page.picture()
 
 
@@ -77,17 +74,15 @@ def part_bars(
     left = EDGE + max(map(text_width, names), default=0) + 8
     right = max(map(text_width, sizes), default=0) + 8
     largest = max((sum(own.values()) for _, own in rows), default=0)
-    scale = (WIDTH - EDGE - right - left) / max(largest, 1)
+    scale = (page.width - EDGE - right - left) / max(largest, 1)
     for name, size, (_, own) in zip(names, sizes, rows, strict=True):
         page.add(Text(left - 8, page.y + _BAR - 2, name, anchor="end", size=11))
         end = _bar(page, left, _BAR, own, colours, pixels_per_byte=scale)
         page.add(Text(end + 6, page.y + _BAR - 2, size, GREY, 11))
         page.skip(_BAR + 4)
     page.skip(6)
-    for note in notes:
-        page.note(note)
-    for problem in problems:
-        page.note(problem, RED)
+    page.notes(notes)
+    page.notes(problems, RED)
     return page.picture()
 
 
@@ -97,7 +92,7 @@ def device_bar(
     """One bar with its legend and a sentence: small enough for a node in a graph."""
     page = Page(note, width)
     _whole_bar(page, held, computes)
-    page.note(note, GREY if ok else RED)
+    page.notes([note], GREY if ok else RED)
     return page.picture()
 
 
@@ -187,7 +182,7 @@ def _name_parts(page: Page, weights: Iterable[tuple[str, int, str]], total: int)
     for name, nbytes, _ in weights:
         part = part_of(name)
         x = EDGE + page.room * position / max(total, 1)
-        label = shortened(printable(part), _LONGEST_NAME)
+        label = shortened(part, _LONGEST_NAME)
         ends = x + text_width(label, 10)
         if part != last and x >= free and ends <= page.width - EDGE:
             page.add(Rect(x, page.y - 4, 1, 6, GREY), Text(x + 3, page.y + 8, label, GREY, 10))
@@ -197,17 +192,12 @@ def _name_parts(page: Page, weights: Iterable[tuple[str, int, str]], total: int)
 
 
 def _bytes_axis(page: Page, total: int) -> None:
-    power = 0
-    while total >= 1024 ** (power + 1) and power < len(_UNITS) - 1:
-        power += 1
-    unit = _UNITS[power]
-    page.axis(
-        EDGE,
-        page.room,
-        total / 1024**power,
-        lambda value: f"{value:g} {unit}" if value else "0",
-        "bytes of the model, in the order of its weights",
-    )
+    unit, size = unit_of(total)
+
+    def say(value: float) -> str:
+        return f"{value:g} {unit}" if value else "0"
+
+    page.axis(EDGE, page.room, total / size, say, "bytes of the model, in the order of its weights")
 
 
 def _neighbours_together(rows: list[tuple[str, Held]]) -> list[tuple[str, Held]]:
@@ -234,7 +224,6 @@ def _sum(parts: Iterable[Held]) -> dict[str, int]:
 
 def _range(first: str, last: str) -> str:
     """One name for neighbours, such as "blocks.0 … 3", which is short enough for a row."""
-    first, last = printable(first), printable(last)
     if first == last:
         return shortened(first, _LONGEST_NAME)
     parent, _, leaf = first.rpartition(".")

@@ -118,8 +118,8 @@ class _Bar:
 
 
 def _size() -> dict[str, int]:
-    """How large the terminal is, if tqdm would get it wrong. In a container it may have no size, of
-    which tqdm makes an empty bar.
+    """The size to tell tqdm, if it would take a wrong one. A terminal in a container may have 0
+    columns, and tqdm then draws an empty bar.
     """
     with _unshown:
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns == 0:
@@ -128,7 +128,9 @@ def _size() -> dict[str, int]:
 
 
 class _Lines:
-    """A line every few seconds, and one at the end if there was any before, or `always`."""
+    """Writes a line every few seconds. A last one comes at the end, if there was one before or if
+    `always` is set.
+    """
 
     def __init__(self, out: TextIO, total: int, what: str, unit: str, *, always: bool) -> None:
         self._out = out

@@ -6,15 +6,21 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def unit_of(nbytes: float) -> tuple[str, int]:
+    """The unit in which people read such a size, and its bytes, such as ("MiB", 1048576)."""
+    power = 0
+    while abs(nbytes) >= 1024 ** (power + 1) and power < len(_UNITS) - 1:
+        power += 1
+    return _UNITS[power], 1024**power
+
 
 def human_bytes(nbytes: float) -> str:
-    """ "2.50 GiB": powers of 1024, three significant digits."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{int(size)} B" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
+    """ "2.50 GiB": powers of 1024, two decimals."""
+    unit, size = unit_of(nbytes)
+    return f"{int(nbytes)} B" if unit == "B" else f"{nbytes / size:.2f} {unit}"
 
 
 def _is_number(cell: str) -> bool:

@@ -13,7 +13,6 @@ from distorch.display.picture import (
     Picture,
     Rect,
     Text,
-    printable,
     shortened,
     text_width,
 )
@@ -49,10 +48,9 @@ def timeline_picture(
     title: str, panels: Sequence[Panel], legend: Sequence[tuple[str, str]], label: str,
     notes: Sequence[str] = (),
 ) -> Picture:  # fmt: skip
-    """Panels below each other, all with the same time to the right, from 0.
+    """Panels below each other. All have the same time to the right, from 0.
 
-    `legend` has (colour, words); `label` stands below the ticks, and names their unit:
-    milliseconds.
+    `legend` has pairs (colour, words). Ticks count milliseconds, and `label` stands below them.
     """
     page = Page(title)
     end = max((piece.end for panel in panels for _, row in panel.rows for piece in row), default=0)
@@ -72,13 +70,12 @@ def timeline_picture(
     page.axis(left, pixels, end * 1e3, lambda value: f"{value:g}", label)
     page.skip(4)
     page.legend(legend)
-    for note in notes:
-        page.note(note)
+    page.notes(notes)
     return page.picture()
 
 
 def _name(name: str) -> str:
-    return shortened(printable(name), _LONGEST_NAME)
+    return shortened(name, _LONGEST_NAME)
 
 
 def _draw_row(page: Page, row: Iterable[Piece], left: float, scale: float) -> None:
@@ -93,8 +90,8 @@ def _draw_row(page: Page, row: Iterable[Piece], left: float, scale: float) -> No
 
 @dataclass
 class _Column:
-    """What is drawn as one: a piece that is wide enough to be seen, or narrow neighbours of one
-    colour. It is as high as the share of its time in which anything ran: areas are seconds.
+    """One rectangle of a row: a piece that is wide enough to be seen, or narrow neighbours of one
+    colour. Its height is the share of its time in which anything ran, so that areas are seconds.
     """
 
     start: float
@@ -124,8 +121,8 @@ class _Column:
 
 
 def _columns(row: Iterable[Piece], least: float) -> Iterable[_Column]:
-    """The pieces by their start. Pieces shorter than `least` seconds (what can be seen) share a
-    column, at least so long, with those that begin in it.
+    """The rectangles of a row, by their start. A piece shorter than `least` seconds is too narrow
+    to be seen. It opens a column of that length, and narrow pieces that begin in it join it.
     """
     open_column: _Column | None = None
     for piece in sorted(row, key=lambda piece: piece.start):

@@ -57,8 +57,8 @@ class Checkpoint:
     def inventory(self) -> Inventory:
         """The file's tensors as a planner sees them, in the order of the file.
 
-        Many files have their tensors by the alphabet, "layers.10" before "layers.2". There, numbers
-        are put in their own order, which is that of the model within its layers.
+        Many files sort names by the alphabet: "layers.10" comes before "layers.2". In these,
+        numbers are sorted by their value, as the model has its layers.
         """
         names = [name for name in self.tensors if not is_no_weight(name)]
         if names == sorted(names):
@@ -68,7 +68,7 @@ class Checkpoint:
 
 def _by_numbers(name: str) -> list[str | int]:
     """A key for sorting: letters by the alphabet, numbers by their value."""
-    # Every second part is a number, so that like meets like.
+    # Text and numbers alternate, so text is compared with text and numbers with numbers.
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 

@@ -93,7 +93,8 @@ class PipelineReport:
     ) -> Picture:
         """A bar for each model, coloured by device; below, LoRAs and problems in words.
 
-        With a `path`, `Picture.save` writes it there, too. `notes` are more lines below.
+        With a `path` it is also saved there, with the errors of `Picture.save`. `notes` are more
+        lines below.
         """
         made = part_bars(
             self._title(), self._held(), self.bytes, self._computes(),

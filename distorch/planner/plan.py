@@ -246,7 +246,8 @@ class Plan:
     ) -> Picture:
         """A strip of all weights in the order of the model, coloured by device.
 
-        With a `path`, `Picture.save` writes it there, too. `notes` are more lines below.
+        With a `path` it is also saved there, with the errors of `Picture.save`. `notes` are more
+        lines below.
         """
         weights = ((name, size, self.placement[name]) for name, size in self.sizes.items())
         title = f"{self.spec}   (plan, {self.order})"

@@ -393,8 +393,11 @@ def test_each_accelerator_is_tried(sim):
         "memory can be pinned for sim:1",
     }
     assert {check.state for check in found.values()} == {"ok"}
+    everything = examined()
+    for compute in ("", " for sim:0", " for sim:1"):
+        assert everything[f"a weight on disk{compute} gives the same bits"].state == "ok"
     assert found["memory can be pinned for sim:0"].found.startswith("256.00 MiB in ")
-    assert set(found) <= set(examined())
+    assert set(found) <= set(everything)
 
 
 def test_a_weight_that_comes_back_wrong(sim, monkeypatch):

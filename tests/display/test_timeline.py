@@ -25,7 +25,7 @@ SPANS = [
 def test_the_table():
     *lines, gaps = str(Timeline(SPANS)).splitlines()
     assert lines[0] == "10.00 ms"
-    assert "not idle" in gaps
+    assert "need not be idle" in gaps
     cells = {" ".join(line.split()[:2]): line.split()[2:] for line in lines[3:]}
     assert cells["compute cuda:0"] == ["2", "8.000", "80.0%"]
     assert cells["copies cpu->cuda:0"] == ["2", "4.000", "40.0%", "30.52", "MiB", "8.00"]

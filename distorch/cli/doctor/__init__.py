@@ -26,7 +26,7 @@ def examine() -> Findings:
     checks = [
         *gpus.checks(accelerators),
         gpus.bits_check("cpu", "cpu"),
-        *disks.checks(Path(scratch)),
+        *disks.checks(Path(scratch), accelerators),
     ]
     return Findings(_versions(), devices, scratch, checks, known_links())
 

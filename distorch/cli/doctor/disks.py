@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,8 +22,8 @@ _SLOW = 0.3e9  # bytes per second: hard disks and most folders on a network are 
 _USABLE = "the folder for donor files can be used"
 
 
-def checks(folder: Path) -> list[Check]:
-    """Of the folder that DISTORCH_DISK names, or of the one that was chosen without it."""
+def checks(folder: Path, accelerators: Sequence[str] = ()) -> list[Check]:
+    """Tries the folder that DISTORCH_DISK names, or the one that was chosen without it."""
     elsewhere = _elsewhere()
     if problem := _unusable(folder):
         if os.path.lexists(folder):
@@ -35,13 +36,17 @@ def checks(folder: Path) -> list[Check]:
     full = free <= _LOW_BYTES
     found.append(Check(name, "NO", said, **elsewhere) if full else Check(name, "ok", said))
     name = "donor files go to a disk, not to RAM"
-    if _native.in_memory(folder):
-        return [*found, Check(name, "NO", "they take RAM", **elsewhere), bits_check("disk", "cpu")]
-    found.append(Check(name, "ok", "a disk"))
-    if not full:
+    in_memory = _native.in_memory(folder)
+    if in_memory:
+        found.append(Check(name, "NO", "they take RAM", **elsewhere))
+    else:
+        found.append(Check(name, "ok", "a disk"))
+    if full:
+        return found
+    if not in_memory:  # the rate of RAM says nothing
         direct = _unbuffered_reads(folder)
-        found += [_direct_check(direct), bits_check("disk", "cpu"), _rate_check(direct)]
-    return found
+        found += [_direct_check(direct), _rate_check(direct)]
+    return [*found, *(bits_check("disk", compute) for compute in ("cpu", *accelerators))]
 
 
 def _unusable(folder: Path) -> str:
@@ -93,7 +98,9 @@ def _unbuffered_reads(folder: Path) -> bool:
 
 
 def _elsewhere() -> dict[str, str]:
-    """What names the best folder of this machine: on a disk, writable, with the most room."""
+    """The command that names a better folder: on a disk, writable, with the most room. If there is
+    none, a hint.
+    """
     free: dict[Path, int] = {}
     with suppress(RuntimeError, OSError):  # no home folder, or the current one is gone
         for folder in (Path("/var/tmp"), Path.cwd(), Path.home()):

@@ -18,13 +18,12 @@ from distorch.display.tables import human_bytes
 _PINNED_BYTES = 256 << 20
 _REPORT = "please report this, with all that is printed above"
 _SEEN = "torch sees the GPU"
-_KERNELS = "the CUDA kernels run"
 # Builds of torch for CUDA that pytorch.org offers beside each other.
 _CUDA_OF_TORCH = ((12, 6), (12, 8), (13, 0))
 
 
 def checks(accelerators: list[str]) -> list[Check]:
-    """Of every accelerator that torch sees, such as "cuda:0"; else why it sees none."""
+    """Tries every accelerator that torch sees, such as "cuda:0". If there is none, says why."""
     found = [_seen(accelerators)]
     if not accelerators:
         return [*found, Check("memory can be pinned", "--", "not needed: there is no accelerator")]
@@ -126,7 +125,7 @@ def _pinned_check(device: str) -> Check:
 
 def _kernels_check(device: str) -> Check:
     """Runs them: a LoRA that is added when a weight is fetched, against one that was merged."""
-    name = f"{_KERNELS} on {device}"
+    name = f"the CUDA kernels run on {device}"
     major, minor = torch.cuda.get_device_capability(device)
     command = (
         f"DISTORCH_CUDA=1 DISTORCH_GPUS={major}{minor} pip install --force-reinstall --no-deps ."

@@ -14,6 +14,7 @@ from distorch import _library, _native
 _DRIVER = Path("/proc/driver/nvidia/version")
 _LIBRARY = "libcuda.so.1"  # comes with the driver; WSL and Jetson have it, too
 _PCI = Path("/sys/bus/pci/devices")
+_UNKNOWN = "of an unknown version"
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # vendor; beginning of the class of a device
 
 
@@ -22,8 +23,8 @@ def driver() -> str | None:
     try:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER.read_text())
     except OSError:
-        return "of an unknown version" if driver_cuda() is not None else None
-    return found[1] if found is not None else "of an unknown version"
+        return _UNKNOWN if driver_cuda() is not None else None
+    return found[1] if found is not None else _UNKNOWN
 
 
 def driver_cuda() -> tuple[int, int] | None:
