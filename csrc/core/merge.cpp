@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -342,10 +343,21 @@ struct Avx512Bf16 {
 #endif
 #endif
 
+// Those of the terms that are for some of rows [begin, end), in their order. A stack of experts has
+// one or more for each expert, and factors are packed for every term of a merge.
+std::vector<LowRank> terms_for(int64_t begin, int64_t end, std::span<const LowRank> terms) {
+  std::vector<LowRank> found;
+  std::copy_if(terms.begin(), terms.end(), std::back_inserter(found), [&](const LowRank& term) {
+    return term.first_row < end && begin < term.first_row + term.rows;
+  });
+  return found;
+}
+
 template <class Processor>
 bool merge_on(Element base_type, const void* base, Element out_type, void* out, int64_t begin,
-              int64_t end, int64_t columns, std::span<const LowRank> terms) {
+              int64_t end, int64_t columns, std::span<const LowRank> all_terms) {
   const Rows rows{base, out, begin, end, columns};
+  const std::vector<LowRank> terms = terms_for(begin, end, all_terms);
   const bool wide = base_type == Element::kFloat32;
   switch (out_type) {
     case Element::kFloat32:

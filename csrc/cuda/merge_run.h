@@ -77,6 +77,8 @@ DISTORCH_HD bool add_terms(const Terms& terms, const Patch& patch,
   Sum checked = 0;
   for (int t = 0; t < terms.count; ++t) {
     const LowRank& term = t < kInLaunch ? terms.of[t] : terms.more[t - kInLaunch];
+    const int64_t first = patch.row - term.first_row;
+    if (first + kPatchRows<Sum> <= 0 || first >= term.rows) continue;  // it is for other rows
     Sum sums[kPatchRows<Sum>][kPatchColumns] = {};
     for (int64_t k = 0; k < term.rank; ++k) {
       Sum down[kPatchColumns];

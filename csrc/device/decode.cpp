@@ -13,9 +13,20 @@ namespace {
 
 constexpr int64_t kLeastNumbers = 1 << 18;  // of a part: fewer are not worth another thread
 
+bool is_float32_on(const at::Tensor& tensor, c10::Device device) {
+  return tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.device() == device;
+}
+
 bool is_matrix_on(const at::Tensor& tensor, c10::Device device) {
-  return tensor.dim() == 2 && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-         tensor.device() == device;
+  return tensor.dim() == 2 && is_float32_on(tensor, device);
+}
+
+// Two matrices, or two stacks of as many matrices.
+bool are_factors_on(const PatchTerm& term, c10::Device device) {
+  const int64_t dims = term.up.dim();
+  return (dims == 2 || (dims == 3 && term.up.size(0) == term.down.size(0))) &&
+         term.down.dim() == dims && is_float32_on(term.up, device) &&
+         is_float32_on(term.down, device);
 }
 
 void decode_on_host(const DecodeJob& job) {
@@ -104,9 +115,10 @@ void check_fits(const RowRecipe& recipe, std::span<const PatchTerm> terms, c10::
   }
   for (const PatchTerm& term : terms) {
     TORCH_CHECK_VALUE(
-        is_matrix_on(term.up, device) && is_matrix_on(term.down, device) &&
-            term.up.size(1) == term.down.size(0) && term.down.size(1) == recipe.columns &&
-            term.first_row >= 0 && term.first_row + term.up.size(0) <= recipe.rows,
+        are_factors_on(term, device) && term.up.size(-1) == term.down.size(-2) &&
+            term.down.size(-1) == recipe.columns && term.first_row >= 0 &&
+            term.first_row + term.up.numel() / std::max<int64_t>(term.up.size(-1), 1) <=
+                recipe.rows,
         "a patch of ", term.up.sizes(), " @ ", term.down.sizes(), " from row ", term.first_row,
         " on does not fit a weight of [", recipe.rows, ", ", recipe.columns, "]");
   }
@@ -151,9 +163,13 @@ Decoding decoding_of(const RowRecipe& recipe, std::span<const LowRank> terms) {
 std::vector<LowRank> low_rank_of(std::span<const PatchTerm> terms) {
   std::vector<LowRank> found;
   for (const PatchTerm& term : terms) {
-    found.push_back({term.up.const_data_ptr<float>(), term.down.const_data_ptr<float>(),
-                     term.up.size(1), static_cast<float>(term.scale), term.first_row,
-                     term.up.size(0)});
+    const int64_t products = term.up.dim() == 3 ? term.up.size(0) : 1;
+    const int64_t rows = term.up.size(-2), rank = term.up.size(-1);
+    for (int64_t i = 0; i < products; ++i) {
+      found.push_back({term.up.const_data_ptr<float>() + i * rows * rank,
+                       term.down.const_data_ptr<float>() + i * rank * term.down.size(-1), rank,
+                       static_cast<float>(term.scale), term.first_row + i * rows, rows});
+    }
   }
   return found;
 }

@@ -15,7 +15,9 @@
 namespace distorch {
 
 // scale * up @ down on the rows from `first_row` on. `up` [rows, rank] and `down` [rank, columns],
-// float32, contiguous.
+// float32, contiguous. A stack of products, such as one for each expert of a layer, has one more
+// dimension in front: `up` [products, rows, rank], `down` [products, rank, columns]. They are for
+// rows that follow each other.
 struct PatchTerm {
   at::Tensor up, down;
   double scale;

@@ -196,6 +196,26 @@ at::Tensor decoded_like(const at::Tensor& stored, const at::Tensor& like) {
                      known.weight->name());
 }
 
+// The same as another matrix, with as many columns as these terms have: a weight of more than two
+// dimensions is a matrix in more than one way. Experts are patched one by one, [experts * outputs,
+// inputs]. What has several scales, or is turned, stays the matrix that these are for.
+RowRecipe for_terms(RowRecipe recipe, const std::vector<PatchTerm>& terms) {
+  const int64_t columns = terms.empty() ? recipe.columns : terms[0].down.size(-1);
+  const int64_t numbers = recipe.rows * recipe.columns;
+  const bool one_scale = !recipe.scales.defined() || recipe.scales.numel() == 1;
+  if (columns == recipe.columns || columns <= 0 || numbers % columns != 0 ||
+      columns % recipe.code->elements != 0 || !one_scale || recipe.rotation != 0) {
+    return recipe;
+  }
+  recipe.rows = numbers / columns;
+  recipe.columns = columns;
+  if (recipe.scales.defined()) {
+    recipe.scale_rows = recipe.rows;
+    recipe.scale_columns = recipe.columns;
+  }
+  return recipe;
+}
+
 // The recipe of a weight; of one that is kept as it is, that of its dtype.
 RowRecipe recipe_of(const at::Tensor& weight, const Source& source) {
   if (const RowDecoder* decoder = RowDecoder::of(source)) return decoder->recipe();
@@ -213,7 +233,8 @@ RowRecipe recipe_of(const at::Tensor& weight, const Source& source) {
 
 std::shared_ptr<const RowDecoder> patched_decoder(const at::Tensor& weight, const Source& source,
                                                   std::vector<PatchTerm> terms) {
-  return std::make_shared<RowDecoder>(recipe_of(weight, source), std::move(terms),
+  RowRecipe recipe = for_terms(recipe_of(weight, source), terms);
+  return std::make_shared<RowDecoder>(std::move(recipe), std::move(terms),
                                       handle_of(weight).compute, RowDecoder::of(source));
 }
 

@@ -22,7 +22,7 @@ class Job:
 
     `rows` if its numbers have scales or are blocks; `dtype` what its parameter will be unpatched;
     `patches` on it, put on as `terms` when it is fetched if `at_fetch`; `widened` if it is decoded
-    for good.
+    for good; `columns` that a LoRA gives it, if not its own.
     """
 
     stored: StoredTensor
@@ -35,6 +35,7 @@ class Job:
     terms: _ops.Terms | None = None
     patched_dtype: torch.dtype | None = None
     widened: bool = False
+    columns: int | None = None
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class Job:
     @property
     def is_stored_form(self) -> bool:
         """Whether the donor keeps the file's own bytes."""
-        if self.widened or (self.patches and not self.at_fetch):
+        if self.widened or self.columns is not None or (self.patches and not self.at_fetch):
             return False
         return self.rows is not None or self.dtype == self.stored.dtype
 
@@ -56,7 +57,8 @@ class Job:
         """Bytes that it takes at its place."""
         if self.is_stored_form:
             return self.stored.nbytes
-        return prod(self.stored.shape) * self.result_dtype.itemsize
+        columns = self.stored.shape[1:] if self.columns is None else (self.columns,)
+        return prod((*self.stored.shape[:1], *columns)) * self.result_dtype.itemsize
 
     @property
     def module_dtype(self) -> torch.dtype:

@@ -19,7 +19,13 @@ from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
 from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare
 from distorch.lora import LoraSource
-from distorch.patching import LoraMode, Original, base_name, merge_in_background
+from distorch.patching import (
+    LoraMode,
+    Original,
+    base_name,
+    follow_widths,
+    merge_in_background,
+)
 from distorch.planner import Plan
 from distorch.runtime import distribution, groups, placing
 from distorch.runtime.options import Options, PlacementOptions
@@ -111,6 +117,7 @@ def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
     with distribution.nothing_merging(module):
         _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
         _remember(module, ready)
+        follow_widths(module, [m.owner for job in ready.jobs for m in job.members])
     if ready.patching.options.mode == "background":
         merge_in_background(module)
     return module

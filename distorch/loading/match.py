@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Literal
@@ -22,6 +23,7 @@ from distorch.formats.scales import OF_THEIR_OWN, Scales, attach_scales, own_sca
 from distorch.formats.stored import Declared, StoredTensor, same_bytes
 from distorch.loading.job import Job
 from distorch.lora import StoredRows
+from distorch.patching import base_name, widened_in
 from distorch.runtime import groups
 
 _LOG = logging.getLogger("distorch")
@@ -90,7 +92,7 @@ def match(
     unexpected = sorted(left)
     _check_companions(module, unexpected, missing, prefix)
     _report_keys(module, checkpoint, missing, unexpected, strict=strict, prefix=prefix)
-    _check_shapes(jobs, checkpoint.is_gguf)
+    _check_shapes(jobs, checkpoint.is_gguf, widened_in(module))
     return sorted(jobs, key=lambda job: (job.stored.path, job.stored.offset))
 
 
@@ -288,13 +290,17 @@ def _tell(
             )  # fmt: skip
 
 
-def _check_shapes(jobs: list[Job], is_gguf: bool) -> None:
-    """Each tensor has its place's shape. GGUF files drop dimensions of 1, and get them back."""
+def _check_shapes(jobs: list[Job], is_gguf: bool, widened: Mapping[str, int]) -> None:
+    """Each tensor has its place's shape. GGUF files drop dimensions of 1, and get them back. Layers
+    that LoRAs have `widened` get their own columns again.
+    """
     for job in jobs:
         if job.buffer is not None:
             shape = tuple(job.buffer.tensor.shape)
         else:
             shape = tuple(job.members[0].parameter.shape)
+        if (own := widened.get(base_name(job.name))) is not None:
+            shape = shape[0], own
         if is_gguf and _without_ones(shape) == _without_ones(job.stored.shape):
             job.stored = replace(job.stored, shape=shape)
         job.stored = _without_padding(job.stored, shape)

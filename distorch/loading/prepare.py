@@ -18,14 +18,16 @@ from distorch.formats.checkpoint import Checkpoint, Stamp, open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.loading.job import Job
 from distorch.loading.match import check_no_meta_left, match, tie_again
-from distorch.lora import LoraSource, Patches, are_low_rank
+from distorch.lora import LoraSource, Patches, are_products
 from distorch.patching import (
     LoraMode,
     Patching,
     PatchOptions,
+    base_name,
     check_plain_numbers,
     new_reader,
     patches_on,
+    widened_in,
 )
 from distorch.planner import Inventory, Plan
 from distorch.runtime import groups, planning
@@ -259,22 +261,27 @@ def match_up(module: nn.Module, file: Source, request: Request) -> Matched:
     tie_again(module, checkpoint)
     jobs = match(module, checkpoint, request.strict, dtype)
     check_no_meta_left(module, jobs)
-    reader = new_reader(module)
+    reader = new_reader(module, widened_in(module))
     patches, found = reader.read(request.loras, request.strict_loras)
-    _assign(jobs, patches, patch_options)
+    patching = Patching(reader, patch_options, loras=found)
+    _assign(jobs, patches, patching)
     for job in jobs if widens else ():
         job.widened = job.rows is not None  # as it would be on the compute device
-    patching = Patching(reader, patch_options, loras=found)
     return Matched(jobs, inventory_of(module, jobs), widens, patching, checkpoint.stamps)
 
 
-def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
+def _assign(jobs: list[Job], patches: Patches, patching: Patching) -> None:
     """Tells each job what is to be added to it."""
+    options = patching.options
     for job in jobs:
         if job.buffer is not None:
             continue
         job.patches = patches_on(job.members, patches)
-        if job.patches:
+        if len(job.stored.shape) == 2:
+            job.columns = patching.width_of(job.members, job.stored.shape[1], patches)
+        if job.columns is not None:
+            patching.widened[base_name(job.name)] = job.stored.shape[1]
+        if job.patches or job.columns is not None:
             if job.rows is None:
                 check_plain_numbers(job.members[0], job.stored.dtype)
             narrow = job.stored.dtype if job.dtype.itemsize == 1 or job.rows else job.dtype
@@ -282,9 +289,9 @@ def _assign(jobs: list[Job], patches: Patches, options: PatchOptions) -> None:
             job.patched_dtype = options.dtype_of(narrow, job.module_dtype)
             fits = job.rows is not None or job.dtype == job.stored.dtype
             known = job.patched_dtype in _ops.DECODED_DTYPES
-            low_rank = are_low_rank(job.patches)
-            whole = job.rows is None or job.rows.whole_rows(job.stored.shape)
-            job.at_fetch = options.at_fetch and fits and known and low_rank and whole
+            products = are_products(job.patches, job.rows, job.stored.shape)
+            same_width = job.columns is None
+            job.at_fetch = options.at_fetch and fits and known and products and same_width
 
 
 def inventory_of(module: nn.Module, jobs: list[Job]) -> Inventory:

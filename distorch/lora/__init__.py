@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA files: from keys to patches, merged in float32 and rounded once."""
 
+from distorch.lora.around import padded
 from distorch.lora.files import LoraFile, LoraSource, identity_of, parts_of_lora, read_lora
 from distorch.lora.once import patches_of_tied
 from distorch.lora.patches import (
@@ -9,11 +10,12 @@ from distorch.lora.patches import (
     Patches,
     ResolvedLora,
     StoredRows,
-    are_low_rank,
+    are_products,
     low_rank_terms,
     merge,
 )
 from distorch.lora.resolve import LoraReader, checked_loras
+from distorch.lora.targets import WeightKinds
 
 __all__ = [
     "Applied",
@@ -24,11 +26,13 @@ __all__ = [
     "Patches",
     "ResolvedLora",
     "StoredRows",
-    "are_low_rank",
+    "WeightKinds",
+    "are_products",
     "checked_loras",
     "identity_of",
     "low_rank_terms",
     "merge",
+    "padded",
     "parts_of_lora",
     "patches_of_tied",
     "read_lora",

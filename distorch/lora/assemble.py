@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distorch.errors import FormatError
-from distorch.lora.kinds import (
+from distorch.lora.around import DecomposedKind
+from distorch.lora.kinds import DifferenceKind, Kind, ReplacementKind
+from distorch.lora.products import (
     CoreKind,
-    DecomposedKind,
-    DifferenceKind,
     GloraKind,
     HadamardKind,
-    Kind,
     KroneckerKind,
     LowRankKind,
-    ReplacementKind,
 )
 from distorch.lora.rotations import InputButterflyKind, InputRotationKind, RotationKind
 

@@ -27,11 +27,11 @@ _USED = frozenset({
     "peft_type", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora",
     "use_cayley_neumann", "num_cayley_neumann_terms", "init_lora_weights",
     "trainable_token_indices", "use_dora", "target_modules", "target_parameters",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "peft_version",
 })  # fmt: skip
 # Keys that say how training went, or what the tensors show themselves.
 _HARMLESS = frozenset({
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "bias", "lora_bias", "fan_in_fan_out",
     "lora_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout", "boft_dropout",
     "init_weights", "megatron_config", "megatron_core", "eva_config", "corda_config",
@@ -63,6 +63,11 @@ _PEFT_ALPHA = 8  # where a configuration does not say it
 _FLAT = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
                    "init_lora_weights", *_REASONS})  # fmt: skip
 _WORDS: dict[str, bool | None] = {"True": True, "False": False, "None": None}
+
+
+def names_parameter(wanted: Collection[str], name: str) -> bool:
+    """PEFT's rule for `target_parameters`: the whole name, or the end of it."""
+    return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 @dataclass(eq=False)
@@ -168,6 +173,17 @@ class Configuration:
         if isinstance(modules, str):
             return _compile(modules, key, self.label).fullmatch(name) is not None
         return any(name == end or name.endswith(f".{end}") for end in modules)
+
+    def parameters(self, stem: str) -> tuple[Collection[str], str]:
+        """The names of parameters that PEFT put LoRAs on, and the stem's own name beside them."""
+        config, name = self.of(stem)
+        wanted = config.get("target_parameters") or ()
+        if isinstance(wanted, str) or not all(isinstance(key, str) for key in wanted):
+            raise FormatError(
+                f"{self.label}: its configuration says target_parameters={wanted!r:.80}; expected "
+                "a list of names"
+            )
+        return wanted, name
 
     def saves_module(self, name: str) -> bool:
         """Whether a weight is of a module that was trained whole, apart from what it is tied to."""

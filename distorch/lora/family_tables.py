@@ -251,7 +251,32 @@ _CHROMA = _under("distilled_guidance_layer.layers.{}.", "distilled_guidance_laye
     ("in_layer", "linear_1"), ("out_layer", "linear_2"),
 )  # fmt: skip
 
+_H3_BLOCK = (
+    ("attn.qkv_proj", _QKV), ("attn.out_proj", "attn.to_out.0"), ("mlp.fc1", "~ff.net.0.proj"),
+    ("mlp.fc2", "ff.net.2"),
+)  # fmt: skip
+_MINIMAX_H3 = (
+    *_under("blocks.{}.", "transformer_blocks.{}.",
+        *_H3_BLOCK, ("adaln_proj.linear", "adaln_proj.linear"),
+    ),
+    *_under("token_refiner.blocks.{}.", "token_refiner.refiner_blocks.{}.", *_H3_BLOCK),
+    *_under("", "",
+        ("video_patch_proj", "proj_in"), ("audio_patch_proj", "audio_proj_in"),
+        ("condition_proj", "context_embedder"), ("time_embedder.proj_in", "time_embedder.linear_1"),
+        ("time_embedder.proj_out", "time_embedder.linear_2"),
+        ("final_layer.adaln_proj.linear", "norm_out.linear"), ("final_layer.video_out", "proj_out"),
+        ("final_layer.audio_out", "audio_proj_out"),
+    ),
+)  # fmt: skip
+
+# MiniMax H3's own checkpoint keeps the rows of this projection head by head: queries, keys and
+# values of the first head, then of the second. All who train on it put them into the usual order
+# first, but for DiffSynth, whose files have PEFT's name for an adapter in their keys.
+HEAD_BY_HEAD = "attn.qkv_proj"
+HEAD_BY_HEAD_ADAPTER = "default"
+HEAD_ROWS = 128  # of one head's queries, in all released models
+
 ROWS: tuple[Row, ...] = (
     *_FLUX, *_FLUX_2, *_HUNYUAN_VIDEO, *_WAN, *_Z_IMAGE, *_KREA_2, *_LTX, *_FLUX_3, *_ACE_STEP,
-    *_ANIMA, *_LUMINA_2, *_CHROMA,
+    *_ANIMA, *_LUMINA_2, *_CHROMA, *_MINIMAX_H3,
 )  # fmt: skip

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from distorch.errors import FormatError
-from distorch.lora.kinds import LowRankKind, ReplacementKind, RowsKind, as_like
+from distorch.lora.kinds import ReplacementKind, RowsKind, as_like
 from distorch.lora.other_names import Shapes
 from distorch.lora.patches import Applied, Patch, Patches
+from distorch.lora.products import LowRankKind, StackedKind
 
 _CLOSE = 1e-5  # of the largest number: two spellings may have been rounded apart
 _PROBES = 2  # random columns that stand for all of them
@@ -140,6 +141,10 @@ def _both_change(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
         return False
     if isinstance(one.kind, ReplacementKind) != isinstance(other.kind, ReplacementKind):
         return False
+    if isinstance(one.kind, StackedKind) and isinstance(other.kind, StackedKind):
+        a, b = one.kind.inner_rows, other.kind.inner_rows
+        if a.stop <= b.start or b.stop <= a.start:  # gates and ups of one expert
+            return False
     return len(_shared(one, other, shape)) > 0
 
 

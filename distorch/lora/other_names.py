@@ -22,13 +22,15 @@ class Place:
     """Where a patch goes: rows of `weight` from `step` times the patch's rows on.
 
     A negative `step` counts from the weight's end. `cut` [begin, end): only these rows of the
-    patch go there. `part`: it may cover only some of the weight's rows.
+    patch go there. `part`: it may cover only some of the weight's rows. `matrix`: it is one of
+    those that the weight is a stack of, and rows are counted in it.
     """
 
     weight: str
     step: int = 0
     cut: tuple[int, int] | None = None
     part: bool = False
+    matrix: int | None = None
 
 
 # Separate parts of a fused weight, and where each of them begins (see Place.step): parts that are

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from distorch import _ops
 from distorch.errors import FormatError
-from distorch.lora.kinds import Kind, LowRankKind
+from distorch.lora.kinds import Kind
+from distorch.lora.products import ProductKind
 
 # Of what is not low rank; a delta is then exact to the last bit of the sum in float32.
 _WIDE = torch.float64
@@ -77,33 +78,62 @@ class Patches:
         for patch in lora.patches:
             self._by_weight.setdefault(patch.weight, []).append((patch, strength))
 
+    def width(self, names: Sequence[str]) -> int:
+        """Columns that the widest patch of a weight with these names has, also at strength 0; 0
+        where that is not known.
+        """
+        found = [
+            patch.kind.columns() for name in names for patch, _ in self._by_weight.get(name, ())
+        ]
+        return max((columns for columns in found if columns is not None), default=0)
+
     def of(self, names: Sequence[str]) -> list[tuple[Patch, float]]:
         """The patches of a weight with these names; those of strength 0 are none."""
         found = [entry for name in names for entry in self._by_weight.get(name, ())]
         return [(patch, strength) for patch, strength in found if strength != 0]
 
 
-def are_low_rank(patches: Sequence[tuple[Patch, float]]) -> bool:
-    """Whether the patches can be terms of the merge kernel."""
-    return all(isinstance(patch.kind, LowRankKind) for patch, _ in patches)
+def are_products(
+    patches: Sequence[tuple[Patch, float]], rows: StoredRows | None, shape: Sequence[int]
+) -> bool:
+    """Whether the merge kernel can put all of them on a weight of that shape that is stored as
+    `rows` says (None: as it is).
+    """
+    if not all(isinstance(patch.kind, ProductKind) for patch, _ in patches):
+        return False
+    columns = _columns_of(patches, shape)
+    return columns is not None and (rows is None or rows.whole_rows(shape, columns))
+
+
+def _columns_of(patches: Sequence[tuple[Patch, float]], shape: Sequence[int]) -> int | None:
+    """Columns of the matrix that the kernel patches. Experts are patched one by one, and their
+    stack is the matrix [experts * outputs, inputs] then. None where patches want two matrices.
+    """
+    found = {
+        int(patch.kind.down.shape[-1])
+        for patch, _ in patches
+        if isinstance(patch.kind, ProductKind)
+    }
+    return found.pop() if len(found) == 1 else None if found else _ops.as_matrix(shape)[1]
 
 
 def low_rank_terms(
     patches: Sequence[tuple[Patch, float]], *, kept: bool = False
 ) -> _ops.Terms | None:
-    """The patches as terms of the merge kernel, or None where one of them is no product. `kept`:
-    they are for more than one merge.
+    """The patches as terms of the merge kernel, or None where one of them is no product, or they
+    are for several matrices. `kept`: they are for more than one merge.
     """
-    if not are_low_rank(patches):
-        return None
-    terms = _ops.Terms()
+    terms, columns = _ops.Terms(), set[int]()
     for patch, strength in patches:
         kind = patch.kind
-        assert isinstance(kind, LowRankKind)
+        if not isinstance(kind, ProductKind):
+            return None
         if kept:
             kind.keep_factors()
-        terms.add(*kind.factors(), strength * kind.scale, patch.first_row)
-    return terms
+        columns.add(int(kind.down.shape[-1]))
+        for up, down, first_row in kind.pieces(patch.first_row):
+            terms.add(up, down, strength * kind.scale, first_row)
+    return terms if len(columns) < 2 else None
 
 
 @dataclass(frozen=True)
@@ -133,9 +163,22 @@ class StoredRows:
             "rotation": self.rotation,
         }  # fmt: skip
 
-    def whole_rows(self, shape: Sequence[int]) -> bool:
-        """Whether each row of a weight of that shape has its own bytes."""
-        return _ops.as_matrix(shape)[1] % _ops.block_elements(self.code) == 0
+    def whole_rows(self, shape: Sequence[int], columns: int | None = None) -> bool:
+        """Whether each row of a weight of that shape has its own bytes; of the matrix with so many
+        `columns`, where it is to be another one than usual.
+        """
+        usual = _ops.as_matrix(shape)[1]
+        columns = usual if columns is None else columns
+        if columns % _ops.block_elements(self.code) != 0:
+            return False
+        one_scale = self.scales is None or self.scales.numel() == 1
+        return columns == usual or (one_scale and self.rotation == 0)
+
+    def of_matrix(self, rows: int, columns: int) -> StoredRows:
+        """The same of another matrix (see `whole_rows`): one scale is for the whole of it."""
+        if self.scales is None or self.scales.numel() > 1:
+            return self
+        return replace(self, scales=self.scales.reshape(1, 1), block=(rows, columns))
 
 
 def merge(
@@ -158,7 +201,8 @@ def merge(
     if rows is None:
         rows = StoredRows(_ops.code_of(stored.dtype))
     sizes = tuple(stored.shape if shape is None else shape)
-    if not rows.whole_rows(sizes):
+    columns = _columns_of(patches, sizes) or _ops.as_matrix(sizes)[1]
+    if not rows.whole_rows(sizes, columns):
         stored, rows = _plain(stored, rows, sizes), StoredRows("float32")
     terms = low_rank_terms(patches)
     kernel_dtype = dtype if dtype in _ops.DECODED_DTYPES else torch.float32
@@ -167,7 +211,8 @@ def merge(
     if terms is None:
         return _merge_wide(patches, _plain(stored, rows, sizes), dtype)
     same = in_place and stored.dtype == dtype == kernel_dtype and rows.are_plain
-    matrix = _ops.as_matrix(sizes)
+    matrix = math.prod(sizes) // max(columns, 1), columns
+    rows = rows.of_matrix(*matrix)
     if into is None or into.dtype != kernel_dtype or into.device != stored.device:
         into = stored if same else _ops.empty_beside(stored, sizes, kernel_dtype)
     finite = torch.ones(1, dtype=torch.bool, device=stored.device)
@@ -232,6 +277,7 @@ def _merge_rows(
 
 def _not_finite(patches: Sequence[tuple[Patch, float]]) -> FormatError:
     for patch, _ in patches:
-        if any(not bool(torch.isfinite(factor).all()) for factor in patch.kind.factors() or ()):
+        factors = patch.kind.factors() if isinstance(patch.kind, ProductKind) else ()
+        if any(not bool(torch.isfinite(factor).all()) for factor in factors):
             return patch.complaint("its factors have NaN or inf values")
     return patches[0][0].complaint("its delta has NaN or inf values")

@@ -8,27 +8,25 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from distorch.errors import FormatError, SpecError
+from distorch.lora.around import padded, turned
 from distorch.lora.assemble import Scaling, make_kind
 from distorch.lora.configuration import PEFT_PREFIX
+from distorch.lora.family_tables import HEAD_BY_HEAD, HEAD_BY_HEAD_ADAPTER, HEAD_ROWS
 from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
-from distorch.lora.kinds import (
-    DifferenceKind,
-    Kind,
-    KroneckerKind,
-    ReplacementKind,
-    RowsKind,
-    turned,
-)
+from distorch.lora.kinds import DifferenceKind, Kind, ReplacementKind, RowsKind
 from distorch.lora.once import without_repeats
 from distorch.lora.other_names import OPTIONAL_BRANCH, Place, Shapes
 from distorch.lora.patches import Patch, Patches, ResolvedLora
+from distorch.lora.products import KroneckerKind, LowRankKind, StackedKind
 from distorch.lora.spellings import Group, group_keys
-from distorch.lora.targets import Targets, component_of
+from distorch.lora.stacks import Stack, make_stack, stacks_of
+from distorch.lora.targets import Targets, WeightKinds, component_of
 
 _SHOWN = 3
 
@@ -36,9 +34,9 @@ _SHOWN = 3
 class LoraReader:
     """Reads LoRAs for one module; files that it read before are not read again."""
 
-    def __init__(self, shapes: Shapes, transposed: Collection[str] = ()) -> None:
+    def __init__(self, shapes: Shapes, kinds: WeightKinds | None = None) -> None:
         self.shapes = dict(shapes)
-        self._transposed = frozenset(transposed)
+        self.kinds = kinds or WeightKinds()
         self._targets: Targets | None = None
         self._known: dict[object, tuple[LoraSource, ResolvedLora]] = {}
 
@@ -62,9 +60,9 @@ class LoraReader:
 
     def _resolve(self, source: LoraSource) -> ResolvedLora:
         if self._targets is None:
-            self._targets = Targets(self.shapes)
+            self._targets = Targets(self.shapes, self.kinds)
         file = read_lora(source)
-        resolved = resolve(file, self._targets, self._transposed)
+        resolved = resolve(file, self._targets)
         resolved.complaints = _complaints(file, resolved, self._targets)
         resolved.source = source
         return resolved
@@ -97,7 +95,7 @@ def checked_loras(loras: object, *, of_parts: bool = False) -> list[tuple[LoraSo
     return found
 
 
-def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) -> ResolvedLora:
+def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
     """A file's patches on the weights that `targets` knows. FormatError on what does not fit."""
     try:
         groups, unknown = group_keys(file.tensors)
@@ -107,9 +105,14 @@ def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) 
     strays = [key for key in unknown if key not in whole]
     by_part: dict[str, list[Patch]] = {"": list(whole.values())} if whole else {}
     missed: dict[str, list[str]] = {}
+    stacks = stacks_of(file, groups, targets)
     for stem, group in groups.items():
         part = component_of(stem)
-        if found := _patches_of(file, stem, group, targets, transposed):
+        if stem in stacks:
+            found = [_on_parameter(file, stem, group, stacks[stem], targets)]
+        else:
+            found = _patches_of(file, stem, group, targets)
+        if found:
             by_part.setdefault(part, []).extend(found)
         else:
             missed.setdefault(part, []).append(stem)
@@ -121,16 +124,36 @@ def resolve(file: LoraFile, targets: Targets, transposed: Collection[str] = ()) 
     patches = [patch for found in by_part.values() for patch in found]
     _check_strays(file, strays, patches)
     absent = _of_an_absent_branch(unmatched, patches)
-    fitting = [patch for patch in patches if _fits(patch, targets.shapes)]
+    patches, shapes = _alike_wide(patches, targets)
+    fitting = [patch for patch in patches if _fits(patch, shapes)]
     return ResolvedLora(
         file.label,
-        without_repeats(fitting, targets.shapes),
+        without_repeats(fitting, shapes),
         [stem for stem in unmatched if stem not in absent],
         elsewhere,
         len(groups) + len(unknown),
-        [patch for patch in patches if not _fits(patch, targets.shapes)],
+        [patch for patch in patches if not _fits(patch, shapes)],
         absent,
     )
+
+
+def _alike_wide(patches: list[Patch], targets: Targets) -> tuple[list[Patch], Shapes]:
+    """The patches, and the shapes that their weights have with them: patches of an input layer may
+    have more columns than it. All of one layer get as many as the widest, the added ones zero.
+    """
+    shapes = dict(targets.shapes)
+    for name in targets.kinds.inputs:
+        rows, columns = shapes[name]
+        widths = [patch.kind.columns() for patch in patches if patch.weight == name]
+        shapes[name] = rows, max([columns, *(width for width in widths if width is not None)])
+
+    def alike(patch: Patch) -> Patch:
+        name = patch.weight
+        if name not in targets.kinds.inputs or patch.part:
+            return patch
+        return replace(patch, kind=padded(patch.kind, targets.shapes[name][1], shapes[name][1]))
+
+    return [alike(patch) for patch in patches], shapes
 
 
 def _check_strays(file: LoraFile, strays: Collection[str], patches: Collection[Patch]) -> None:
@@ -184,9 +207,17 @@ def _part_shape(patch: Patch, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (rows, *shape[1:])
 
 
-def _patches_of(
-    file: LoraFile, stem: str, group: Group, targets: Targets, transposed: Collection[str]
-) -> list[Patch]:
+def _on_parameter(file: LoraFile, stem: str, group: Group, stack: Stack, targets: Targets) -> Patch:
+    """The patch on a parameter that is no layer's weight."""
+    try:
+        scaling = file.configuration.scaling(stack.key, None)
+        kind = make_stack(stack, group.parts, scaling, targets.shapes)
+    except FormatError as error:
+        raise FormatError(f"{file.label}: {stem!r}: {error}") from error
+    return Patch(stack.parameter, kind, 0, False, stem, file.label)
+
+
+def _patches_of(file: LoraFile, stem: str, group: Group, targets: Targets) -> list[Patch]:
     places = targets.find(stem)
     if not places:
         return []
@@ -201,10 +232,12 @@ def _patches_of(
     try:
         file.configuration.check_agrees(stem, parts)
         if parts:
+            if _is_head_by_head(stem, group, places):
+                parts["up"] = _by_projection(parts["up"])
             kind = make_kind(parts, scaling)
             _check_makers_agree(kind, stem)
             for place in places:
-                mine = turned(kind) if place.weight in transposed else kind
+                mine = turned(kind) if place.weight in targets.kinds.transposed else kind
                 found.append(_put(mine, place, place.weight, targets, (stem, file.label)))
         for bias, scale in zip(biases, (_bias_scale(parts, scaling), 1.0), strict=True):
             if bias is None:
@@ -218,6 +251,24 @@ def _patches_of(
     except FormatError as error:
         raise FormatError(f"{file.label}: {stem!r}: {error}") from error
     return found
+
+
+def _is_head_by_head(stem: str, group: Group, places: Collection[Place]) -> bool:
+    """Whether a patch for a fused projection has its rows head by head, and they go apart."""
+    named = stem.endswith(HEAD_BY_HEAD) and group.adapter == HEAD_BY_HEAD_ADAPTER
+    apart = all(re.search(r"\.to_[qkv]\.weight$", place.weight) for place in places)
+    return named and apart and "up" in group.parts
+
+
+def _by_projection(up: Tensor) -> Tensor:
+    """Rows head by head as rows of all queries, all keys, all values. FormatError."""
+    if up.shape[0] % (3 * HEAD_ROWS):
+        raise FormatError(
+            f"its {up.shape[0]} rows are not those of whole heads, {HEAD_ROWS} each for queries, "
+            "keys and values"
+        )
+    heads = up.reshape(-1, 3, HEAD_ROWS, *up.shape[1:])
+    return heads.transpose(0, 1).reshape(up.shape)
 
 
 def _check_makers_agree(kind: Kind, stem: str) -> None:
@@ -252,6 +303,8 @@ def _whole_rows(file: LoraFile, key: str, targets: Targets) -> Patch | None:
 
 def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[str, str]) -> Patch:
     """The patch on the rows of a weight that `place` names. `source`: its stem and file."""
+    if place.matrix is not None:
+        return _put_on_expert(kind, place, place.matrix, targets, source)
     if place.cut is not None:
         kind = kind.some_rows(*place.cut)
     if isinstance(kind, DifferenceKind) and not place.part:
@@ -263,6 +316,20 @@ def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[
         end = 0 if place.step > 0 else targets.shapes[weight][0]
         first = end + place.step * rows
     return Patch(weight, kind, first, place.part, *source)
+
+
+def _put_on_expert(
+    kind: Kind, place: Place, expert: int, targets: Targets, source: tuple[str, str]
+) -> Patch:
+    """A patch that was made for one expert's layer, on the stack that all are kept in."""
+    if not isinstance(kind, LowRankKind):
+        raise FormatError(
+            f"a {kind.name} cannot go on one of the experts that {place.weight!r} is a stack of"
+        )
+    height = targets.shapes[place.weight][1]
+    begin = height - kind.rows() if place.step else 0
+    stacked = StackedKind(kind.up[None], kind.down[None], kind.scale, height, begin)
+    return Patch(place.weight, stacked, expert, True, *source)
 
 
 def _bias_scale(parts: Mapping[str, Tensor], scaling: Scaling) -> float:

@@ -53,10 +53,13 @@ _ENDINGS: tuple[tuple[str, str], ...] = (
     (r"\.w_norm", "diff"),
     (r"\.b_norm", "diff_b"),
 )
+_ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _PATTERNS = [(re.compile(f"^(.+?){ending}$"), part) for ending, part in _ENDINGS]
-# Parts that carry nothing of a weight, and the embeddings that trainers put into the same file.
+# Parts that carry nothing of a weight, or what the factors show, too (`reshape_weight`: how wide a
+# layer gets), and the embeddings that trainers put into the same file.
 _IGNORED = re.compile(
-    r"(\.(lora_te|lora_unet)_?version|\.reg|\.bypass_mode|\.initial_norm)$|^bundle_emb\."
+    r"(\.(lora_te|lora_unet)_?version|\.reg|\.bypass_mode|\.initial_norm|\.reshape_weight)$"
+    r"|^bundle_emb\."
 )
 
 
@@ -66,6 +69,12 @@ class Group:
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's name, where the keys have one."""
+        found = map(_ADAPTER_NAME.search, self.keys.values())
+        return next((name.group(1) for name in found if name), "")
 
     def put(self, part: str, tensor: Tensor, key: str) -> None:
         """One more part. FormatError if it is there already and says something else."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from distorch.formats.plain_names import unwrapped
 from distorch.lora.other_names import Place, Shapes, other_names, weights_by_module
@@ -55,6 +55,8 @@ def _without_prefixes(stem: str) -> Iterator[str]:
 
 def _respelled(name: str) -> Iterator[str]:
     yield name
+    if "block_sparse_moe." in name:  # Mixtral's, before transformers 5
+        yield name.replace("block_sparse_moe.", "mlp.")
     plain = re.sub(r"\.processor\.(?=(to_|add_))", ".", name)
     plain = re.sub(r"(?<=\.)to_out$", "to_out.0", plain)
     plain = re.sub(r"^sformer_blocks\.", "transformer_blocks.", plain)
@@ -78,6 +80,18 @@ def _common_paths(names: Shapes) -> list[str]:
     return found
 
 
+def _parameters_by_module(shapes: Shapes) -> dict[str, list[str]]:
+    """Every module's own parameters; its name also without the steps that all names begin with."""
+    found: dict[str, list[str]] = {}
+    for path in ("", *_common_paths(shapes)):
+        known = set(found)
+        for name in shapes:
+            module = unwrapped(name.rpartition(".")[0].removeprefix(path))
+            if module not in known:
+                found.setdefault(module, []).append(name)
+    return found
+
+
 def _places_by_name(shapes: Shapes) -> dict[str, list[Place]]:
     """Every name of a weight, its own first: with and without ".weight", and other families'."""
     found: dict[str, list[Place]] = {}
@@ -90,14 +104,35 @@ def _places_by_name(shapes: Shapes) -> dict[str, list[Place]]:
     return found
 
 
+# One expert's layers, as files name them, in the stack that a layer keeps all experts in: the
+# parameter, and where rows begin in its matrices (see Place.step).
+_OF_EXPERTS = {
+    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", -1),
+    "down_proj": ("down_proj", 0), "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", -1),
+    "w2": ("down_proj", 0),
+}  # fmt: skip
+_EXPERT = re.compile(rf"(.+\.experts)\.(\d+)\.({'|'.join(_OF_EXPERTS)})$")
+
+
+@dataclass(frozen=True)
+class WeightKinds:
+    """Parameters that are not like the weight of any linear layer, by name."""
+
+    transposed: frozenset[str] = frozenset()  # [.., inputs, outputs]
+    experts: frozenset[str] = frozenset()  # [experts, outputs, inputs], gates before ups
+    inputs: frozenset[str] = frozenset()  # of linear layers that take the model's own input
+
+
 class Targets:
     """The weights of a module by every name that a LoRA may use for them.
 
-    `shapes` name of a parameter -> shape.
+    `shapes` name of a parameter -> shape; `kinds`: what else is known of some of them.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, kinds: WeightKinds | None = None) -> None:
         self.shapes = dict(shapes)
+        self.kinds = kinds or WeightKinds()
+        self._parameters = _parameters_by_module(shapes)
         self._places = _places_by_name(shapes)
         for path in _common_paths(shapes):
             inner = {name.removeprefix(path): shape for name, shape in shapes.items()}
@@ -110,8 +145,32 @@ class Targets:
             known = self._flat.get(flat, places)
             self._flat[flat] = places if known == places else None  # two that look alike: neither
 
+    def parameters_of(self, stem: str) -> list[str]:
+        """The parameters that a module has itself, in its order; empty if there is no such one."""
+        for name in _without_prefixes(stem):
+            for spelled in _respelled(name):
+                if spelled in self._parameters:
+                    return self._parameters[spelled]
+        return []
+
+    def _of_expert(self, stem: str) -> list[Place]:
+        """Where one expert's layer is, if all experts are kept as stacks."""
+        expert = _EXPERT.match(stem)
+        if expert is None:
+            return []
+        module, number, layer = expert.groups()
+        stack, step = _OF_EXPERTS[layer]
+        for name in self.parameters_of(module):
+            inside = int(number) < self.shapes[name][0]
+            if name.endswith(f".{stack}") and name in self.kinds.experts and inside:
+                return [Place(name, step, part=True, matrix=int(number))]
+        return []
+
     def find(self, stem: str) -> list[Place]:
         """Where a patch with that stem goes; empty when nowhere."""
+        stem = stem.replace(".base_layer.", ".")  # of a module inside one that PEFT put a LoRA on
+        if of_expert := self._of_expert(stem):
+            return of_expert
         for name in _without_prefixes(stem):
             for spelled in _respelled(name):
                 if spelled in self._places:

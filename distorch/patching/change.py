@@ -27,6 +27,7 @@ from distorch.patching.state import (
     patches_on,
     shapes_of,
 )
+from distorch.patching.widths import follow, layers_of
 from distorch.planner import Plan
 from distorch.runtime import distribution, machine, placing
 from distorch.runtime.at_rest import at_rest
@@ -88,8 +89,8 @@ def set_loras(
         before.mode if lora_mode is None else lora_mode,
         before.dtype if patched_dtype is None else patched_dtype,
     )
-    if known.reader.shapes != shapes_of(module):  # adapters came or went, a vocabulary grew
-        known.reader = new_reader(module)
+    if known.reader.shapes != shapes_of(module, known.widened):  # adapters came, a vocabulary grew
+        known.reader = new_reader(module, known.widened)
     patches, found = known.reader.read(loras, strict_loras)
     _warn_of_adapters(module)
     groups = group_members(module)
@@ -102,6 +103,7 @@ def set_loras(
             try:
                 _apply(changes, known, options, state.plan, progress)
             finally:
+                follow(module, [layer for change in changes for layer in layers_of(change.group)])
                 machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
         placing.refresh(module)
@@ -131,6 +133,13 @@ class _Change:
     old: Applied
     new: Applied
     old_options: PatchOptions
+    old_width: int | None = None  # columns, if not the weight's own
+    new_width: int | None = None
+
+    @property
+    def widens(self) -> bool:
+        """Whether the weight is wider than its own, before or after."""
+        return self.old_width is not None or self.new_width is not None
 
 
 def _places(changes: Iterable[_Change]) -> list[str]:
@@ -161,9 +170,13 @@ def _changes(
             check_plain_numbers(group.members[0], group.first.dtype)
         if new and original is not None:
             options.check_rounds_to(original.rows, group.name)
+        columns = int(group.first.shape[1]) if group.first.dim() == 2 else 0
+        own = known.widened.get(base_name(group.name), columns)
+        old_width = columns if columns > own else None
+        width = known.width_of(group.members, own, patches)
         respelled = options != known.options and (old or new)
-        if not _same(old, new) or respelled:
-            changes.append(_Change(group, old, new, known.options))
+        if not _same(old, new) or respelled or old_width != width:
+            changes.append(_Change(group, old, new, known.options, old_width, width))
     return changes
 
 
@@ -179,11 +192,13 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching, options: Patch
                 f"{group.name!r} shares its bytes with weights of another shape: patch them as "
                 "plain tensors, after distorch.undistribute(model)"
             )
-        if original is not None and reads_file(group, change.new, original, options):
+        if original is not None and (
+            change.widens or reads_file(group, change.new, original, options)
+        ):
             original.check_files()
         if original is None or original.is_of(group.first):
             continue
-        if change.old:
+        if change.old or change.old_width is not None:
             raise PlacementError(
                 f"{group.name!r} was written to, or is another parameter, since its LoRAs were put "
                 "on: set_loras computes weights from their originals, which would undo that. Save "
@@ -210,11 +225,13 @@ def _apply(
             for change in changes:
                 values = originals.next()
                 begun.append(change)
-                redo(change.group, change.new, known, Work(options, plan), values)
+                work = Work(options, plan)
+                redo(change.group, change.new, known, work, values, width=change.new_width)
                 done(change.group.nbytes)
     except BaseException:
         for change in reversed(begun):
-            redo(change.group, change.old, known, Work(change.old_options, plan))
+            work = Work(change.old_options, plan)
+            redo(change.group, change.old, known, work, width=change.old_width)
         raise
 
 
@@ -222,5 +239,7 @@ def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> Stor
     """What a merge of this change reads from a file, if it does."""
     original = known.originals.get(base_name(change.group.name))
     if original is None or original.stored is None or options.at_fetch or not change.new:
+        return None
+    if change.widens:
         return None
     return original.stored

@@ -10,8 +10,9 @@ import torch
 
 from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
-from distorch.lora import Applied, StoredRows, low_rank_terms, merge
+from distorch.lora import Applied, StoredRows, are_products, low_rank_terms, merge
 from distorch.patching.state import INTEGERS, Original, Patching, PatchOptions, base_name
+from distorch.patching.widths import widened_value
 from distorch.planner import Plan
 from distorch.runtime.groups import Group
 from distorch.runtime.staging import current_place
@@ -36,15 +37,31 @@ class Work:
 
 
 def redo(
-    group: Group, patches: Applied, known: Patching, work: Work, values: torch.Tensor | None = None
+    group: Group,
+    patches: Applied,
+    known: Patching,
+    work: Work,
+    values: torch.Tensor | None = None,
+    *,
+    width: int | None = None,
 ) -> None:
-    """Gives one weight these patches, and notes that it has them. `values`: its original."""
+    """Gives one weight these patches, and notes that it has them. `values`: its original; `width`:
+    columns that it gets, if not its own.
+    """
     name = base_name(group.name)
     original = known.originals.get(name)
     if original is None:
         original = known.originals[name] = Original(None, None, group.first.dtype)
+    if width is not None:
+        own = known.widened.setdefault(name, group.first.shape[1])
+        _redo_widened(group, patches, original, work, (own, width))
+        known.applied[name] = list(patches)
+        original.put(group.first)
+        return
+    if known.widened.pop(name, None) is not None:
+        _put(group, _restored(group, original, work))
     terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
-    if terms is not None and _can_fetch(original, tuple(group.first.shape)):
+    if terms is not None and _can_fetch(original, patches, tuple(group.first.shape)):
         _redo_at_fetch(group, terms, original, work)
     else:
         _redo_merged(group, patches, original, work, values)
@@ -55,6 +72,24 @@ def redo(
         del known.originals[name]
 
 
+def _redo_widened(
+    group: Group, patches: Applied, original: Original, work: Work, columns: tuple[int, int]
+) -> None:
+    """`columns` of the weight: its own, and those that it gets."""
+    if original.stored is None and original.kept is None:
+        original.kept = group.first.detach()
+    values, shape = original.values(), (group.first.shape[0], columns[0])
+    dtype = work.options.dtype_of(values.dtype, original.dtype)
+    value = widened_value(
+        patches, values, original.rows, shape=shape, width=columns[1], dtype=dtype
+    )
+    place = work.place_of(group)
+    if place == str(work.compute) and not _ops.is_sharded(group.first):
+        _put(group, value.to(work.compute))
+    else:
+        _put(group, _donors.shard_on(place, value, work.compute, group.name))
+
+
 def reads_file(group: Group, patches: Applied, original: Original, options: PatchOptions) -> bool:
     """Whether `redo` reads the original from its file."""
     if original.stored is None or original.kept is not None:
@@ -63,9 +98,9 @@ def reads_file(group: Group, patches: Applied, original: Original, options: Patc
     return not (stays and (patches or original.rows is not None))
 
 
-def _can_fetch(original: Original, shape: tuple[int, ...]) -> bool:
-    """Whether fetches can patch a weight of this kind."""
-    if original.rows is not None and not original.rows.whole_rows(shape):
+def _can_fetch(original: Original, patches: Applied, shape: tuple[int, ...]) -> bool:
+    """Whether fetches can put these patches on a weight of this kind."""
+    if not are_products(patches, original.rows, shape):
         return False
     narrow = original.dtype.itemsize == 1 and original.dtype.is_floating_point
     return original.rows is not None or narrow or original.dtype in _ops.DECODED_DTYPES

@@ -33,9 +33,12 @@ from distorch.lora import (
     Patches,
     ResolvedLora,
     StoredRows,
+    WeightKinds,
     patches_of_tied,
 )
 from distorch.lora.files import version_of
+from distorch.patching.widths import input_layers
+from distorch.runtime.distribution import known_distribution
 from distorch.runtime.groups import Member, has_bytes, named_members
 from distorch.runtime.options import dtype_of
 
@@ -185,12 +188,23 @@ class Patching:
     originals: dict[str, Original] = field(default_factory=dict)
     applied: dict[str, Applied] = field(default_factory=dict)
     loras: list[tuple[ResolvedLora, float]] = field(default_factory=list)
+    widened: dict[str, int] = field(default_factory=dict)  # columns that a weight had before
 
     def copy(self, memo: dict[int, Any]) -> Patching:
         """For a copy of the module; `memo` has the copies of its weights."""
         originals = {name: known.copy(memo) for name, known in self.originals.items()}
         applied = {name: list(entries) for name, entries in self.applied.items()}
-        return Patching(self.reader, self.options, originals, applied, list(self.loras))
+        return Patching(
+            self.reader, self.options, originals, applied, list(self.loras), dict(self.widened)
+        )
+
+    def width_of(self, members: Sequence[Member], own: int, patches: Patches) -> int | None:
+        """Columns that an input layer's weight gets with these patches; None: its `own`."""
+        names = [base_name(member.name) for member in members]
+        if names[0] not in self.reader.kinds.inputs:
+            return None
+        width = patches.width(names)
+        return width if width > own else None
 
     @contextmanager
     def moving(self, module: nn.Module) -> Iterator[None]:
@@ -225,13 +239,20 @@ class Patching:
 
 
 def base_name(name: str) -> str:
-    """The name of a weight before PEFT put it under an adapter."""
-    return name.replace(".base_layer.", ".")
+    """The name of a weight before PEFT put it under an adapter, or under several."""
+    while ".base_layer." in name:
+        name = name.replace(".base_layer.", ".")
+    return name
 
 
-def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter, tied ones under each of their names."""
-    return {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
+def shapes_of(
+    module: nn.Module, widened: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, tied ones under each of their names; of `widened` ones, the
+    shape with the columns that they had before.
+    """
+    shapes = {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
+    return shapes | {name: (shapes[name][0], n) for name, n in (widened or {}).items()}
 
 
 def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
@@ -252,18 +273,31 @@ def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
     return patches_of_tied(patches, list(ends.values()), tuple(members[0].parameter.shape))
 
 
-def transposed_weights(module: nn.Module) -> set[str]:
-    """Weights that their modules keep as [in, out]."""
-    return {
-        base_name(m.name)
-        for m in named_members(module)
-        if type(m.owner).__name__ == "Conv1D" and m.parameter.dim() == 2
-    }
+def _weight_kinds_of(module: nn.Module) -> WeightKinds:
+    """What its modules say of the order of their weights' dimensions."""
+    transposed, experts, inputs = set(), set(), set()
+    takes_input = set(input_layers(module))
+    for member in named_members(module):
+        owner, dims = member.owner, member.parameter.dim()
+        says = getattr(owner, "is_transposed", None) if dims == 3 else None  # transformers' experts
+        if says is True or (type(owner).__name__ == "Conv1D" and dims == 2):
+            transposed.add(base_name(member.name))
+        elif says is False and getattr(owner, "is_concatenated", False):
+            experts.add(base_name(member.name))
+        elif owner in takes_input and member.key == "weight":
+            inputs.add(base_name(member.name))
+    return WeightKinds(frozenset(transposed), frozenset(experts), frozenset(inputs))
 
 
-def new_reader(module: nn.Module) -> LoraReader:
-    """A reader of LoRAs for this module."""
-    return LoraReader(shapes_of(module), transposed_weights(module))
+def widened_in(module: nn.Module) -> Mapping[str, int]:
+    """Weights of a module that LoRAs make wider now, with the columns that they had before."""
+    known = known_distribution(module)
+    return {} if known is None or known.patching is None else known.patching.widened
+
+
+def new_reader(module: nn.Module, widened: Mapping[str, int] | None = None) -> LoraReader:
+    """A reader of LoRAs for this module, of which some weights may be `widened` (see there)."""
+    return LoraReader(shapes_of(module, widened), _weight_kinds_of(module))
 
 
 def check_plain_numbers(member: Member, dtype: torch.dtype) -> None:

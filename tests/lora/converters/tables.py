@@ -413,6 +413,27 @@ def anima():
     }
 
 
+def minimax_h3():
+    block = {
+        "attn.qkv_proj": QKV,
+        "attn.out_proj": "attn.to_out.0",
+        "mlp.fc1": "~ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+    }
+    refiner = blocks("token_refiner.blocks.{}", "token_refiner.refiner_blocks.{}", block)
+    block["adaln_proj.linear"] = "adaln_proj.linear"
+    return blocks("blocks.{}", "transformer_blocks.{}", block) | refiner | {
+        "video_patch_proj": "proj_in",
+        "audio_patch_proj": "audio_proj_in",
+        "condition_proj": "context_embedder",
+        "time_embedder.proj_in": "time_embedder.linear_1",
+        "time_embedder.proj_out": "time_embedder.linear_2",
+        "final_layer.adaln_proj.linear": "norm_out.linear",
+        "final_layer.video_out": "proj_out",
+        "final_layer.audio_out": "audio_proj_out",
+    }  # fmt: skip
+
+
 class Recipe(NamedTuple):
     """One spelling: the converter that reads it, a model, its table, and what is round its names.
 
@@ -484,6 +505,11 @@ RECIPES = {
     ),
     "krea2": Recipe("non_diffusers_krea2", "krea2", krea2, own=True),
     "ace_step": Recipe("non_diffusers_ace_step", "ace_step", ace_step, "base_model.model.", own=True),
+    "minimax_h3": Recipe("non_diffusers_minimax_h3", "minimax_h3", minimax_h3, own=True),
+    "minimax_h3, bare": Recipe("non_diffusers_minimax_h3", "minimax_h3", minimax_h3, ""),
+    "minimax_h3, musubi": Recipe(
+        "non_diffusers_minimax_h3", "minimax_h3", minimax_h3, "lora_unet_", KOHYA
+    ),
     "anima": Recipe("non_diffusers_anima", "anima", anima, own=True),
     "anima, llm_adapter": Recipe(
         "non_diffusers_anima", "anima_text", lambda: {f"llm_adapter.{k}": k for k in layers("anima_text")}

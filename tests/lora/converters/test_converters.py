@@ -15,6 +15,7 @@ from torch import nn
 
 import distorch
 from tests.lora.converters.tables import (
+    DEFAULT,
     KOHYA,
     PEFT,
     RECIPES,
@@ -32,8 +33,6 @@ ELSEWHERE = {
     "_convert_non_diffusers_lokr_to_diffusers", "_convert_non_diffusers_flux2_lokr_to_diffusers",
     "_convert_lycoris_flux2_lokr_to_diffusers",
 }  # fmt: skip
-# Refused: one of its spellings is told from another by the adapter's name alone.
-NOT_READ = {"_convert_non_diffusers_minimax_h3_lora_to_diffusers"}
 
 
 def full(converter):
@@ -42,9 +41,7 @@ def full(converter):
 
 def test_every_converter_is_known():
     found = {name for name in vars(conversions) if name.startswith("_convert_")}
-    assert (
-        found == {full(r.converter) for r in RECIPES.values() if r.converter} | ELSEWHERE | NOT_READ
-    )
+    assert found == {full(r.converter) for r in RECIPES.values() if r.converter} | ELSEWHERE
 
 
 def parts_of(table):
@@ -152,3 +149,37 @@ def test_names_that_are_not_read_are_refused():
     change = Change({"blocks.0.attn.qkv_proj": (6, 4)})
     with pytest.raises(distorch.FormatError, match="fit no weight"):
         changes(Tree({"transformer_blocks.0.attn.to_q": (2, 4)}), change.state("", PEFT))
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_minimax_h3_of_diffsynth(prefix):
+    """Its fused projection has rows head by head, which the adapter's name in the keys tells."""
+    generator = torch.Generator().manual_seed(3)
+    qkv = "token_refiner.blocks.1.attn.qkv_proj"
+    factors = {
+        qkv: (3 * 256, 16),
+        "blocks.0.attn.out_proj": (16, 256),
+        "blocks.0.mlp.fc1": (48, 16),
+    }
+    state = {}
+    for stem, (rows, columns) in factors.items():
+        a, b = (prefix + stem + end for end in DEFAULT)
+        state[a] = torch.randn(2, columns, generator=generator)
+        state[b] = torch.randn(rows, 2, generator=generator)
+    convert = conversions._convert_non_diffusers_minimax_h3_lora_to_diffusers
+    converted = convert({key: value.clone() for key, value in state.items()})
+    wanted = {}
+    for key, down in converted.items():
+        if key.endswith(PEFT[0]):
+            stem = key.removesuffix(PEFT[0])
+            wanted[f"{stem.removeprefix('transformer.')}.weight"] = converted[stem + PEFT[1]] @ down
+    close(changes(build("minimax_h3"), state), wanted)
+    plain = {key.replace(".default", ""): value for key, value in state.items()}
+    other = changes(build("minimax_h3"), plain)
+    query = "token_refiner.refiner_blocks.1.attn.to_q.weight"
+    assert not torch.allclose(other[query], wanted[query], atol=0.1)
+
+    name = prefix + qkv + DEFAULT[1]
+    cut = {key: value[:300] if key == name else value for key, value in state.items()}
+    with pytest.raises(distorch.FormatError, match="300 rows are not those of whole heads"):
+        changes(build("minimax_h3"), cut)

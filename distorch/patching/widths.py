@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input layers that a LoRA makes wider.
+
+Control LoRAs of FLUX (depth, canny) want an image beside the latents: their factors for the layer
+that takes the model's input have twice its columns. While such a LoRA is on, at whatever strength,
+the layer's weight has as many columns, of which the added ones are zero before the patch. The
+layer's `in_features` and the model's `in_channels` say so. When the last such LoRA is taken off,
+the layer is again what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from distorch.lora import Applied, StoredRows, merge, padded
+from distorch.runtime.groups import Group
+
+_NAMES = ("x_embedder", "img_in")  # where several layers have as many inputs as the model
+
+
+def input_layers(module: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers that take the input of a model, which says its width as `in_channels`."""
+    for model in module.modules():
+        channels = _in_channels(model)
+        found = {
+            name: child
+            for name, child in model.named_children()
+            if isinstance(child, nn.Linear) and child.in_features == channels
+        }
+        known = [found[name] for name in _NAMES if name in found]
+        if known or len(found) == 1:
+            yield (known or list(found.values()))[0]
+
+
+def _in_channels(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    for value in (getattr(config, "in_channels", None), vars(model).get("in_channels")):
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def follow(module: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Makes what layers and models say of their width what their weights have."""
+    changed = {
+        layer: (layer.in_features, int(layer.weight.shape[1]))
+        for layer in layers
+        if isinstance(layer, nn.Linear) and layer.in_features != layer.weight.shape[1]
+    }
+    for model in module.modules() if changed else ():
+        for layer in model.children():
+            if isinstance(layer, nn.Linear) and layer in changed:
+                _set_in_channels(model, *changed[layer])
+    for layer, (_, width) in changed.items():
+        layer.in_features = width
+
+
+def _set_in_channels(model: Any, before: int, width: int) -> None:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "in_channels", None) == before:
+        if hasattr(model, "register_to_config"):  # diffusers' configurations are frozen
+            model.register_to_config(in_channels=width)
+        else:
+            config.in_channels = width
+    if vars(model).get("in_channels") == before:
+        model.in_channels = width
+
+
+def widened_value(
+    patches: Applied,
+    values: torch.Tensor,
+    rows: StoredRows | None,
+    *,
+    shape: Sequence[int],
+    width: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A weight of that shape with `width` columns and its patches: `dtype` [rows, width], on the
+    device of `values`. FormatError on NaN and inf.
+    """
+    base = values if rows is None else merge([], values, torch.float32, rows, shape=shape)
+    base = functional.pad(base, (0, width - shape[1]))
+    wide = [
+        (replace(patch, kind=padded(patch.kind, shape[1], width)), strength)
+        for patch, strength in patches
+    ]
+    return merge(wide, base, dtype)
+
+
+def layers_of(group: Group) -> list[nn.Module]:
+    """The modules that a group's weight belongs to."""
+    return [member.owner for member in group.members]
