@@ -19,9 +19,11 @@ from distorch.formats.stored import StoredTensor
 from distorch.lora.files import read_lora
 from distorch.lora.resolve import resolve
 from distorch.lora.spellings import kind_of, looks_like_patches, spelling_of, split_key
-from distorch.lora.targets import Targets
+from distorch.lora.targets import Targets, WeightKinds
 
 _SHOWN = 5
+# Weights that a control LoRA may make wider: the layers that take the latents.
+_INPUTS = ("x_embedder.weight", "img_in.weight")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,11 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
 def _fits(lora: str, checkpoint: str) -> dict[str, Any]:
     """How many targets of a LoRA fit the weights that a checkpoint holds."""
     tensors = open_checkpoint(checkpoint).tensors
-    found = resolve(read_lora(lora), Targets({name: t.shape for name, t in tensors.items()}))
+    inputs = frozenset(
+        name for name, t in tensors.items() if name.endswith(_INPUTS) and len(t.shape) == 2
+    )
+    shapes = {name: t.shape for name, t in tensors.items()}
+    found = resolve(read_lora(lora), Targets(shapes, WeightKinds(inputs=inputs)))
     return {
         "checkpoint": checkpoint,
         "targets": len({patch.stem for patch in found.patches}),

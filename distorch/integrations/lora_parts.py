@@ -19,11 +19,13 @@ from distorch.lora import (
 PipelineLora = tuple[LoraSource, float] | tuple[LoraSource, float, str]
 PartLoras = dict[str, list[tuple[LoraSource, float]]]
 
-# What a LoRA calls the text encoders, and which part that may be: FLUX has its T5 as the second.
-_TEXT = {
+# What a LoRA calls parts other than the main one, and which part that may be. FLUX has its T5 as
+# the second text encoder.
+_OTHERS = {
     "text 1": ("text_encoder",),
     "text 2": ("text_encoder_2",),
     "text 3": ("text_encoder_3", "text_encoder_2"),
+    "reference": ("transformer_ref",),
 }
 
 
@@ -62,7 +64,7 @@ class LoraSplitter:
         main = by_use(self.parts)[0]
         shares: dict[str, LoraFile] = {}
         for component, share in parts_of_lora(file).items():
-            may_be = _TEXT.get(component, (main,))
+            may_be = _OTHERS.get(component, (main,))
             name = next((name for name in may_be if name in self.parts), may_be[0])
             if name in self.parts:
                 # Keys without a part's name and keys with the main part's name come here.

@@ -77,6 +77,7 @@ class Configuration:
     label: str
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     beside: bool = False  # from adapter_config.json, by which PEFT chooses modules
+    header_alpha: float | None = None  # of all layers: MiniMax H3's
     _compiled: dict[tuple[int, str], list[tuple[re.Pattern[str], Any]]] = field(
         default_factory=dict, repr=False
     )
@@ -244,7 +245,17 @@ def read_configuration(
     for part, config in _flat(metadata).items():
         _check(config, label)
         parts[part] = {**config, **parts.get(part, {})}
-    return Configuration(label, parts, beside=bool(beside) and not within)
+    return Configuration(
+        label, parts, beside=bool(beside) and not within, header_alpha=_alpha_of(metadata)
+    )
+
+
+def _alpha_of(metadata: Mapping[str, str]) -> float | None:
+    """The number under "alpha"; diffusers passes over what is none."""
+    try:
+        return float(metadata["alpha"])
+    except (KeyError, ValueError):
+        return None
 
 
 def is_configured(metadata: Mapping[str, str]) -> bool:

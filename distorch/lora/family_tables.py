@@ -269,13 +269,6 @@ _MINIMAX_H3 = (
     ),
 )  # fmt: skip
 
-# MiniMax H3's own checkpoint keeps the rows of this projection head by head: queries, keys and
-# values of the first head, then of the second. All who train on it put them into the usual order
-# first, but for DiffSynth, whose files have PEFT's name for an adapter in their keys.
-HEAD_BY_HEAD = "attn.qkv_proj"
-HEAD_BY_HEAD_ADAPTER = "default"
-HEAD_ROWS = 128  # of one head's queries, in all released models
-
 ROWS: tuple[Row, ...] = (
     *_FLUX, *_FLUX_2, *_HUNYUAN_VIDEO, *_WAN, *_Z_IMAGE, *_KREA_2, *_LTX, *_FLUX_3, *_ACE_STEP,
     *_ANIMA, *_LUMINA_2, *_CHROMA, *_MINIMAX_H3,

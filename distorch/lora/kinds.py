@@ -105,7 +105,7 @@ class DifferenceKind(Kind):
 
 @dataclass(eq=False)
 class ReplacementKind(Kind):
-    """`set_weight`: at strength 1 the weight is this value, whatever it was."""
+    """`set_weight`: the weight is this value, whatever it was, at any strength but 0."""
 
     value: Tensor
     name = "replacement"
@@ -113,6 +113,10 @@ class ReplacementKind(Kind):
 
     def delta(self, weight: Tensor) -> Tensor:
         return as_like(self.value, weight).reshape(weight.shape) - weight
+
+    def put(self, into: Tensor) -> None:
+        """Replaces the weight, or its rows that this is for."""
+        into.copy_(as_like(self.value, into).reshape(into.shape))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return tuple(self.value.shape) == shape
@@ -126,7 +130,9 @@ class ReplacementKind(Kind):
 
 @dataclass(eq=False)
 class RowsKind(Kind):
-    """Single rows that a weight gets: `values` [rows, columns] at `indices`, the others stay."""
+    """Single rows that a weight gets at any strength but 0: `values` [rows, columns] at `indices`.
+    The others stay.
+    """
 
     indices: Tensor
     values: Tensor
@@ -138,6 +144,10 @@ class RowsKind(Kind):
         at = self.indices.to(weight.device)
         added[at] = as_like(self.values, weight) - weight[at]
         return added
+
+    def put(self, into: Tensor) -> None:
+        """Replaces the rows."""
+        into[self.indices.to(into.device)] = as_like(self.values, into)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         count = self.indices.numel()

@@ -2,7 +2,8 @@
 """Patches on a module's weights, and the merge that defines their result.
 
 W' = round_once(float32(W) + sum of strength * delta), deltas in the order given, each computed in
-float32 or better; rounded to nearest even once.
+float32 or better; rounded to nearest even once. What replaces a weight takes the place of W and of
+all that was added before.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from distorch import _ops
 from distorch.errors import FormatError
-from distorch.lora.kinds import Kind
+from distorch.lora.kinds import Kind, ReplacementKind, RowsKind
 from distorch.lora.products import ProductKind
 
 # Of what is not low rank; a delta is then exact to the last bit of the sum in float32.
@@ -256,7 +257,7 @@ def _merge_rows(
     wide = torch.complex128 if base.is_complex() else _WIDE
     if base.device.type == "mps":  # has no float64
         wide = torch.float32
-    weight = base.to(wide)
+    weight = base.to(wide, copy=True)
     result = weight.clone()
     for patch, strength in patches:
         first, kind = patch.first_row, patch.kind
@@ -270,7 +271,11 @@ def _merge_rows(
         delta = kind.delta(weight[part])
         if not bool(torch.isfinite(delta).all()):
             raise patch.complaint("its delta has NaN or inf values")
-        result[part] += strength * delta
+        if isinstance(kind, ReplacementKind | RowsKind):  # of what is there, with earlier patches
+            kind.put(weight[part])
+            kind.put(result[part])
+        else:
+            result[part] += strength * delta
     # The sum is float32's before it is rounded to what is narrower.
     return result.to(dtype) if dtype.itemsize >= 4 else result.float().to(dtype)
 

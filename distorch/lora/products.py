@@ -139,7 +139,8 @@ def _in_float32(factor: Tensor) -> Tensor:
         return factor.float().contiguous()
     # Not by an operator of torch, whose threads would go on spinning, on cores that merges want.
     into = torch.empty(factor.shape, dtype=torch.float32)
-    _ops.decode(into, factor.contiguous(), _ops.code_of(factor.dtype))
+    matrix = into.view(-1, max(factor.shape[-1], 1))
+    _ops.decode(matrix, factor.contiguous(), _ops.code_of(factor.dtype))
     return into
 
 

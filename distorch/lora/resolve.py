@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from distorch.errors import FormatError, SpecError
+from distorch.lora import minimax_h3
 from distorch.lora.around import padded, turned
 from distorch.lora.assemble import Scaling, make_kind
 from distorch.lora.configuration import PEFT_PREFIX
-from distorch.lora.family_tables import HEAD_BY_HEAD, HEAD_BY_HEAD_ADAPTER, HEAD_ROWS
 from distorch.lora.files import LoraFile, LoraSource, identity_of, read_lora
 from distorch.lora.kinds import DifferenceKind, Kind, ReplacementKind, RowsKind
 from distorch.lora.once import without_repeats
@@ -29,6 +29,7 @@ from distorch.lora.stacks import Stack, make_stack, stacks_of
 from distorch.lora.targets import Targets, WeightKinds, component_of
 
 _SHOWN = 3
+_NOWHERE = -1  # the first row of a patch that fits nothing
 
 
 class LoraReader:
@@ -105,6 +106,7 @@ def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
     strays = [key for key in unknown if key not in whole]
     by_part: dict[str, list[Patch]] = {"": list(whole.values())} if whole else {}
     missed: dict[str, list[str]] = {}
+    minimax_h3.as_usual(file, groups, targets)
     stacks = stacks_of(file, groups, targets)
     for stem, group in groups.items():
         part = component_of(stem)
@@ -125,14 +127,18 @@ def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
     _check_strays(file, strays, patches)
     absent = _of_an_absent_branch(unmatched, patches)
     patches, shapes = _alike_wide(patches, targets)
-    fitting = [patch for patch in patches if _fits(patch, shapes)]
+    # What a file replaces, it replaces first: its other patches are for the new values.
+    patches.sort(key=lambda patch: not isinstance(patch.kind, ReplacementKind | RowsKind))
+    misfits = [patch for patch in patches if not _fits(patch, shapes)]
+    half = {patch.stem for patch in misfits}  # a target is patched as a whole, or not at all
+    fitting = [patch for patch in patches if patch.stem not in half]
     return ResolvedLora(
         file.label,
         without_repeats(fitting, shapes),
         [stem for stem in unmatched if stem not in absent],
         elsewhere,
         len(groups) + len(unknown),
-        [patch for patch in patches if not _fits(patch, shapes)],
+        misfits,
         absent,
     )
 
@@ -232,43 +238,23 @@ def _patches_of(file: LoraFile, stem: str, group: Group, targets: Targets) -> li
     try:
         file.configuration.check_agrees(stem, parts)
         if parts:
-            if _is_head_by_head(stem, group, places):
-                parts["up"] = _by_projection(parts["up"])
             kind = make_kind(parts, scaling)
             _check_makers_agree(kind, stem)
-            for place in places:
-                mine = turned(kind) if place.weight in targets.kinds.transposed else kind
-                found.append(_put(mine, place, place.weight, targets, (stem, file.label)))
+            weights = [place.weight for place in places]
+            found += _put_all(kind, places, weights, targets, (stem, file.label))
         for bias, scale in zip(biases, (_bias_scale(parts, scaling), 1.0), strict=True):
             if bias is None:
                 continue
-            for place in places:
-                name = targets.bias_of(place.weight)
-                if name is None:
-                    raise FormatError(f"it has a bias, {place.weight!r} has none")
-                added = DifferenceKind(bias, scale)
-                found.append(_put(added, place, name, targets, (stem, file.label)))
+            names = [targets.bias_of(place.weight) for place in places]
+            if None in names:
+                without = places[names.index(None)].weight
+                raise FormatError(f"it has a bias, {without!r} has none")
+            found_names = [name for name in names if name is not None]
+            added = DifferenceKind(bias, scale)
+            found += _put_all(added, places, found_names, targets, (stem, file.label))
     except FormatError as error:
         raise FormatError(f"{file.label}: {stem!r}: {error}") from error
     return found
-
-
-def _is_head_by_head(stem: str, group: Group, places: Collection[Place]) -> bool:
-    """Whether a patch for a fused projection has its rows head by head, and they go apart."""
-    named = stem.endswith(HEAD_BY_HEAD) and group.adapter == HEAD_BY_HEAD_ADAPTER
-    apart = all(re.search(r"\.to_[qkv]\.weight$", place.weight) for place in places)
-    return named and apart and "up" in group.parts
-
-
-def _by_projection(up: Tensor) -> Tensor:
-    """Rows head by head as rows of all queries, all keys, all values. FormatError."""
-    if up.shape[0] % (3 * HEAD_ROWS):
-        raise FormatError(
-            f"its {up.shape[0]} rows are not those of whole heads, {HEAD_ROWS} each for queries, "
-            "keys and values"
-        )
-    heads = up.reshape(-1, 3, HEAD_ROWS, *up.shape[1:])
-    return heads.transpose(0, 1).reshape(up.shape)
 
 
 def _check_makers_agree(kind: Kind, stem: str) -> None:
@@ -299,6 +285,24 @@ def _whole_rows(file: LoraFile, key: str, targets: Targets) -> Patch | None:
         kind = RowsKind(torch.tensor(indices, dtype=torch.int64), value)
     shared = bool(tokens) or not file.configuration.saves_module(name)
     return Patch(weight, kind, 0, False, key, file.label, all_ends=shared)
+
+
+def _put_all(
+    kind: Kind,
+    places: Sequence[Place],
+    weights: Sequence[str],
+    targets: Targets,
+    source: tuple[str, str],
+) -> list[Patch]:
+    """The patches on `weights`, one for each place: weights or biases of the same layers."""
+    cut, rows = places[-1].cut, kind.rows()
+    if cut is not None and rows is not None and rows != cut[1]:  # rows are left over, or missing
+        return [Patch(weights[0], kind, _NOWHERE, True, *source)]
+    found = []
+    for place, weight in zip(places, weights, strict=True):
+        mine = turned(kind) if weight in targets.kinds.transposed else kind
+        found.append(_put(mine, place, weight, targets, source))
+    return found
 
 
 def _put(kind: Kind, place: Place, weight: str, targets: Targets, source: tuple[str, str]) -> Patch:
@@ -370,10 +374,14 @@ def _complain(resolved: ResolvedLora, strict: bool, *, again: bool) -> None:
 
 def _sizes(resolved: ResolvedLora, targets: Targets) -> str:
     """Which patches have another size than their weights."""
-    shown = [
-        f"the {patch.kind.name} for {patch.weight!r} ({patch.stem}) was made for "
-        f"{patch.kind.shape()}, the weight's shape is {tuple(targets.shapes[patch.weight])}"
-        for patch in resolved.misfits[:_SHOWN]
-    ]
+    shown = []
+    for patch in resolved.misfits[:_SHOWN]:
+        size = f"the weight's shape is {tuple(targets.shapes[patch.weight])}"
+        if patch.first_row == _NOWHERE:
+            size = "the weights that it is cut into have more rows or fewer"
+        shown.append(
+            f"the {patch.kind.name} for {patch.weight!r} ({patch.stem}) was made for "
+            f"{patch.kind.shape()}, {size}"
+        )
     rest = len(resolved.misfits) - len(shown)
     return "; ".join([*shown, *([f"{rest} more are like that"] if rest else [])])

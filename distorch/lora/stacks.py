@@ -73,7 +73,8 @@ def stacks_of(file: LoraFile, groups: Mapping[str, Group], targets: Targets) -> 
             turned = next(iter(shown.values()))
         elif turned is None:
             version = file.configuration.of(stem)[0].get("peft_version")
-            turned = _said(version, parameter in targets.kinds.transposed)
+            experts = targets.shapes[parameter][0]
+            turned = _said(version, experts, parameter in targets.kinds.transposed)
         stacks[stem] = Stack(parameter, key, turned)
     return stacks
 
@@ -145,10 +146,12 @@ def _shown(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> bool | None:
     return {shape[1:]: False, shape[:0:-1]: True}.get(_sides(parts))
 
 
-def _said(version: Any, is_transposed: bool) -> bool | None:
+def _said(version: Any, experts: int, is_transposed: bool) -> bool | None:
     """Whether the factors of square matrices are turned over, by the version of PEFT that wrote
     them; None where that version and today's do not agree.
     """
+    if experts == 1:  # which all versions treat as a layer
+        return False
     numbers = re.findall(r"\d+", str(version or ""))[:3]
     wrote = tuple(map(int, numbers)) if len(numbers) == 3 else (0, 17, 0)  # which said no version
     if wrote < _FIRST_SWAP:

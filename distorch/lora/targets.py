@@ -21,12 +21,14 @@ _PREFIXES: tuple[tuple[str, str], ...] = (
     ("text_encoders.clip_g.", "text 2"), ("text_encoders.t5xxl.", "text 3"),
     ("text_model.", ""), ("text_model_", ""), ("model.", ""), ("module.", ""),
     ("transformer_", ""), ("diffusion_model_", "model"), ("conditional_transformer.", "model"),
-    ("llm_adapter.", ""), ("llm_adapter_", ""),
+    ("llm_adapter.", ""), ("llm_adapter_", ""), ("transformer_ref.", "reference"),
 )  # fmt: skip
 
 
 def component_of(stem: str) -> str:
-    """The part of a pipeline that a stem names: "model", "text 1", ..., or "" for no word of it."""
+    """The part of a pipeline that a stem names: "model", "text 1", "reference" (MiniMax H3's second
+    transformer), ..., or "" for no word of it.
+    """
     if stem.startswith("base_model.model."):
         stem = stem.removeprefix("base_model.model.")
     return next((part for prefix, part in _PREFIXES if part and stem.startswith(prefix)), "")
@@ -168,7 +170,8 @@ class Targets:
 
     def find(self, stem: str) -> list[Place]:
         """Where a patch with that stem goes; empty when nowhere."""
-        stem = stem.replace(".base_layer.", ".")  # of a module inside one that PEFT put a LoRA on
+        # Of a module inside one that PEFT put LoRAs on.
+        stem = re.sub(r"(\.base_layer)+\.", ".", stem)
         if of_expert := self._of_expert(stem):
             return of_expert
         for name in _without_prefixes(stem):

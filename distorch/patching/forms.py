@@ -61,7 +61,7 @@ def redo(
     if known.widened.pop(name, None) is not None:
         _put(group, _restored(group, original, work))
     terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
-    if terms is not None and _can_fetch(original, patches, tuple(group.first.shape)):
+    if terms is not None and _can_fetch(group, patches, original):
         _redo_at_fetch(group, terms, original, work)
     else:
         _redo_merged(group, patches, original, work, values)
@@ -98,9 +98,15 @@ def reads_file(group: Group, patches: Applied, original: Original, options: Patc
     return not (stays and (patches or original.rows is not None))
 
 
-def _can_fetch(original: Original, patches: Applied, shape: tuple[int, ...]) -> bool:
-    """Whether fetches can put these patches on a weight of this kind."""
-    if not are_products(patches, original.rows, shape):
+def _can_fetch(group: Group, patches: Applied, original: Original) -> bool:
+    """Whether fetches can put these patches on a weight of this kind: one that is stored row by
+    row.
+    """
+    weight = group.first
+    plain = original.rows is None and original.kept is None and original.stored is None
+    if plain and not (weight.is_contiguous() and group.nbytes == weight.nbytes):
+        return False
+    if not are_products(patches, original.rows, weight.shape):
         return False
     narrow = original.dtype.itemsize == 1 and original.dtype.is_floating_point
     return original.rows is not None or narrow or original.dtype in _ops.DECODED_DTYPES

@@ -11,6 +11,7 @@ as soon as it is there, so that an interrupt between two of them leaves nothing 
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -240,9 +241,7 @@ class Patching:
 
 def base_name(name: str) -> str:
     """The name of a weight before PEFT put it under an adapter, or under several."""
-    while ".base_layer." in name:
-        name = name.replace(".base_layer.", ".")
-    return name
+    return re.sub(r"(\.base_layer)+\.", ".", name) if ".base_layer." in name else name
 
 
 def shapes_of(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,21 +22,22 @@ from torch.nn import functional
 from distorch.lora import Applied, StoredRows, merge, padded
 from distorch.runtime.groups import Group
 
-_NAMES = ("x_embedder", "img_in")  # where several layers have as many inputs as the model
+# Models that are wide now, and whose configuration says no number of outputs: it is that of the
+# inputs that they had before, which stand here.
+_OUTPUTS_AS_INPUTS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def input_layers(module: nn.Module) -> Iterator[nn.Linear]:
     """The linear layers that take the input of a model, which says its width as `in_channels`."""
     for model in module.modules():
         channels = _in_channels(model)
-        found = {
-            name: child
-            for name, child in model.named_children()
+        found = [
+            child
+            for child in model.children()
             if isinstance(child, nn.Linear) and child.in_features == channels
-        }
-        known = [found[name] for name in _NAMES if name in found]
-        if known or len(found) == 1:
-            yield (known or list(found.values()))[0]
+        ]
+        if len(found) == 1:  # one number cannot say the widths of two
+            yield found[0]
 
 
 def _in_channels(model: nn.Module) -> int | None:
@@ -64,10 +66,17 @@ def follow(module: nn.Module, layers: Sequence[nn.Module]) -> None:
 def _set_in_channels(model: Any, before: int, width: int) -> None:
     config: Any = getattr(model, "config", None)
     if getattr(config, "in_channels", None) == before:
+        changed: dict[str, int | None] = {"in_channels": width}
+        if getattr(config, "out_channels", width) is None:  # as many as inputs
+            _OUTPUTS_AS_INPUTS[model] = changed["out_channels"] = before
+        elif _OUTPUTS_AS_INPUTS.get(model) == width:
+            del _OUTPUTS_AS_INPUTS[model]
+            changed["out_channels"] = None
         if hasattr(model, "register_to_config"):  # diffusers' configurations are frozen
-            model.register_to_config(in_channels=width)
+            model.register_to_config(**changed)
         else:
-            config.in_channels = width
+            for key, value in changed.items():
+                setattr(config, key, value)
     if vars(model).get("in_channels") == before:
         model.in_channels = width
 

@@ -53,6 +53,8 @@ def terms():
     for rank, first, rows in ((4, 0, ROWS), (7, 30, 50)):
         up = torch.randn(rows, rank, generator=generator)
         made.add(up, torch.randn(rank, COLUMNS, generator=generator), 0.3, first)
+    ups, downs = (torch.randn(3, *size, generator=generator) for size in ((20, 5), (5, COLUMNS)))
+    made.add(ups, downs, 0.3, 15)  # a stack of products
     return made
 
 

@@ -47,6 +47,11 @@ WRONG = {
     "a patch that begins before": ({"terms": patch((ROWS, 2), (2, COLUMNS), -1)}, FITS),
     "a patch with too few columns": ({"terms": patch((ROWS, 2), (2, COLUMNS - 1))}, FITS),
     "factors of two ranks": ({"terms": patch((ROWS, 2), (3, COLUMNS))}, FITS),
+    "a stack with too many rows": ({"terms": patch((2, 33, 2), (2, 2, COLUMNS))}, FITS),
+    "a stack that begins too late": ({"terms": patch((2, 32, 2), (2, 2, COLUMNS), 1)}, FITS),
+    "stacks of two sizes": ({"terms": patch((2, 32, 2), (1, 2, COLUMNS))}, FITS),
+    "a stack and a matrix": ({"terms": patch((2, 32, 2), (2, COLUMNS))}, FITS),
+    "stacks of stacks": ({"terms": patch((1, 2, 32, 2), (1, 2, 2, COLUMNS))}, FITS),
 }
 
 
@@ -58,6 +63,25 @@ def test_parts_that_do_not_fit(what):
     with pytest.raises((ValueError, RuntimeError), match=message):
         _ops.decode(**arguments)
     assert torch.equal(arguments["into"], into)  # nothing was written
+
+
+def test_a_stack_of_products_is_one_for_each_part_of_the_rows():
+    torch.manual_seed(0)
+    ups, downs = torch.randn(5, 7, 3), torch.randn(5, 3, COLUMNS)
+    stack, single = _ops.Terms(), _ops.Terms()
+    stack.add(ups, downs, 0.7, 11)
+    for i in range(5):
+        single.add(ups[i], downs[i], 0.7, 11 + 7 * i)
+    for code, dtype in (("bfloat16", torch.bfloat16), ("int8", torch.int8)):
+        stored = torch.randn(ROWS, COLUMNS).to(dtype)
+        found = [torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16) for _ in range(2)]
+        for into, terms in zip(found, (stack, single), strict=True):
+            _ops.decode(into, stored, code, terms=terms)
+        assert torch.equal(*found)
+        wanted = stored.float()
+        for i in range(5):
+            wanted[11 + 7 * i : 18 + 7 * i] += 0.7 * (ups[i] @ downs[i])
+        torch.testing.assert_close(found[0], wanted.bfloat16(), rtol=2**-7, atol=1e-3)
 
 
 def test_grids_that_end_within_a_block():

@@ -218,13 +218,7 @@ def bias_difference():
     return {"to_q.diff_b": value}, "to_q.bias", lambda w: value.double()
 
 
-def replacement():
-    value = rand(64, 32)
-    return {"to_q.set_weight": value}, "to_q.weight", lambda w: value.double() - w
-
-
-FORMULAS = [locon_mid, glora, lycoris_oft, kohya_dora, dora_by_column, difference, bias_difference,
-            replacement]  # fmt: skip
+FORMULAS = [locon_mid, glora, lycoris_oft, kohya_dora, dora_by_column, difference, bias_difference]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,6 +231,24 @@ def test_formulas(base, tmp_path, formula, dtype, strength):
     model = distorch.load(Net(), path, "cpu,0b;disk,*", loras=[(state, strength)], min_bytes=0)
     actual = distorch.materialize(dict(model.named_parameters())[name])
     assert_close(actual, original + strength * delta(original))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6, -0.7])
+def test_what_is_replaced_is_so_at_any_strength(base, strength):
+    """As in ComfyUI, diffusers and PEFT. The last one wins; later patches are added to it."""
+    one, other, added = (rand(64, 32, seed=seed) for seed in range(3))
+    model = distorch.distribute(base, "cpu,0b;disk,*", min_bytes=0, compute="cpu")
+    before = distorch.materialize(model.to_q.weight).double()
+    set_one, set_other = {"to_q.set_weight": one}, {"to_q.set_weight": other}
+    difference = {"to_q.diff": added}
+    distorch.set_loras(model, [(set_one, strength)])
+    assert torch.equal(model.to_q.weight.detach(), one)
+    distorch.set_loras(model, [(difference, 0.5), (set_one, strength), (set_other, 0.3)])
+    assert torch.equal(model.to_q.weight.detach(), other)
+    distorch.set_loras(model, [(set_one, strength), (difference, 0.5)])
+    assert_close(model.to_q.weight.detach(), one.double() + 0.5 * added.double())
+    distorch.set_loras(model, [(set_one, 0.0)])
+    assert torch.equal(model.to_q.weight.detach(), before.float())
 
 
 def test_several_in_the_order_given(base, tmp_path):

@@ -18,7 +18,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "LoraConfig-dora": {"r": 2, "use_dora": True},
     "LoraConfig-rslora": {"r": 2, "use_rslora": True, "init_lora_weights": False},
     "LoraConfig-experts": {
-        "r": 2, "init_lora_weights": False,
+        "r": 2,
+        "init_lora_weights": False,
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     },
     "LoHaConfig": {"r": 2, "init_weights": False},
