@@ -23,7 +23,7 @@ class Place:
 
     A negative `step` counts from the weight's end. `cut` [begin, end): only these rows of the
     patch go there. `part`: it may cover only some of the weight's rows. `matrix`: it is one of
-    those that the weight is a stack of, and rows are counted in it.
+    those that the weight is a stack of, and it goes on these `rows` [begin, end) of that.
     """
 
     weight: str
@@ -31,6 +31,7 @@ class Place:
     cut: tuple[int, int] | None = None
     part: bool = False
     matrix: int | None = None
+    rows: tuple[int, int] = (0, 0)
 
 
 # Separate parts of a fused weight, and where each of them begins (see Place.step): parts that are

@@ -330,8 +330,9 @@ def _put_on_expert(
         raise FormatError(
             f"a {kind.name} cannot go on one of the experts that {place.weight!r} is a stack of"
         )
-    height = targets.shapes[place.weight][1]
-    begin = height - kind.rows() if place.step else 0
+    height, (begin, end) = targets.shapes[place.weight][1], place.rows
+    if kind.rows() != end - begin:
+        return Patch(place.weight, kind, _NOWHERE, True, *source)
     stacked = StackedKind(kind.up[None], kind.down[None], kind.scale, height, begin)
     return Patch(place.weight, stacked, expert, True, *source)
 
@@ -378,7 +379,7 @@ def _sizes(resolved: ResolvedLora, targets: Targets) -> str:
     for patch in resolved.misfits[:_SHOWN]:
         size = f"the weight's shape is {tuple(targets.shapes[patch.weight])}"
         if patch.first_row == _NOWHERE:
-            size = "the weights that it is cut into have more rows or fewer"
+            size = "and the rows that it is for are more or fewer"
         shown.append(
             f"the {patch.kind.name} for {patch.weight!r} ({patch.stem}) was made for "
             f"{patch.kind.shape()}, {size}"

@@ -107,13 +107,13 @@ def _places_by_name(shapes: Shapes) -> dict[str, list[Place]]:
 
 
 # One expert's layers, as files name them, in the stack that a layer keeps all experts in: the
-# parameter, and where rows begin in its matrices (see Place.step).
+# parameter, and from where to where their rows are in its matrices.
 _OF_EXPERTS = {
-    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", -1),
-    "down_proj": ("down_proj", 0), "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", -1),
-    "w2": ("down_proj", 0),
+    "gate_proj": ("gate_up_proj", 0, 0.5), "up_proj": ("gate_up_proj", 0.5, 1),
+    "down_proj": ("down_proj", 0, 1), "w1": ("gate_up_proj", 0, 0.5),
+    "w3": ("gate_up_proj", 0.5, 1), "w2": ("down_proj", 0, 1),
 }  # fmt: skip
-_EXPERT = re.compile(rf"(.+\.experts)\.(\d+)\.({'|'.join(_OF_EXPERTS)})$")
+_EXPERT = re.compile(rf"((?:.+\.)?experts)\.(\d+)\.({'|'.join(_OF_EXPERTS)})$")
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,13 @@ class Targets:
         if expert is None:
             return []
         module, number, layer = expert.groups()
-        stack, step = _OF_EXPERTS[layer]
+        stack, *shares = _OF_EXPERTS[layer]
         for name in self.parameters_of(module):
             inside = int(number) < self.shapes[name][0]
             if name.endswith(f".{stack}") and name in self.kinds.experts and inside:
-                return [Place(name, step, part=True, matrix=int(number))]
+                rows = self.shapes[name][1]
+                first, last = (int(share * rows) for share in shares)
+                return [Place(name, part=True, matrix=int(number), rows=(first, last))]
         return []
 
     def find(self, stem: str) -> list[Place]:
