@@ -27,7 +27,7 @@ from distorch.patching.state import (
     patches_on,
     shapes_of,
 )
-from distorch.patching.widths import follow, layers_of
+from distorch.patching.widths import follow, input_layers, layers_of
 from distorch.planner import Plan
 from distorch.runtime import distribution, machine, placing
 from distorch.runtime.at_rest import at_rest
@@ -97,6 +97,7 @@ def set_loras(
     with distribution.nothing_merging(module):
         changes = _changes(groups, patches, known, options)
         _check_unchanged(changes, known, options)
+        _check_widths(changes, module)
         state.patching = known
         with torch.no_grad(), at_rest(module):
             machine.synchronize_all(_places(changes))
@@ -205,6 +206,21 @@ def _check_unchanged(changes: Iterable[_Change], known: Patching, options: Patch
                 "the model's state_dict(), and load it as a checkpoint"
             )
         known.originals.pop(base_name(group.name))  # unpatched: its values now are the original
+
+
+def _check_widths(changes: Iterable[_Change], module: nn.Module) -> None:
+    """PlacementError if a layer gets another width, and something that has its present width is
+    around it.
+    """
+    for change in changes:
+        if change.old_width == change.new_width:
+            continue
+        if not set(layers_of(change.group)) <= set(input_layers(module)):
+            raise PlacementError(
+                f"{change.group.name!r} would get another width, and there is an adapter around "
+                "its layer that was made for the present one. Take that off first: "
+                "pipe.unload_lora_weights(), or PEFT's unload()"
+            )
 
 
 def _apply(

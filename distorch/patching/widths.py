@@ -22,6 +22,8 @@ from torch.nn import functional
 from distorch.lora import Applied, StoredRows, merge, padded
 from distorch.runtime.groups import Group
 
+_NAMES = ("x_embedder", "img_in")  # of such layers; others may have as many inputs by chance
+
 # Models that are wide now, and whose configuration says no number of outputs: it is that of the
 # inputs that they had before, which stand here.
 _OUTPUTS_AS_INPUTS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -31,13 +33,15 @@ def input_layers(module: nn.Module) -> Iterator[nn.Linear]:
     """The linear layers that take the input of a model, which says its width as `in_channels`."""
     for model in module.modules():
         channels = _in_channels(model)
-        found = [
-            child
-            for child in model.children()
+        found = {
+            name: child
+            for name, child in model.named_children()
             if isinstance(child, nn.Linear) and child.in_features == channels
-        ]
-        if len(found) == 1:  # one number cannot say the widths of two
-            yield found[0]
+        }
+        named = [child for name, child in found.items() if name.endswith(_NAMES)]
+        likely = named or list(found.values())
+        if len(likely) == 1:  # one number cannot say the widths of two
+            yield likely[0]
 
 
 def _in_channels(model: nn.Module) -> int | None:
