@@ -22,7 +22,8 @@ TRANSFORMERS = """
     xlm-roberta distilbert t5 bart mbart marian pegasus m2m_100 vit deit dinov2 beit convnext resnet
     swin segformer whisper wav2vec2 clip afmoe jamba
 """
-NAMES = [*PLAIN, *TRANSFORMERS.split(), *DIFFUSERS, "peft-LoraConfig", "peft-LoHaConfig"]
+ADAPTERS = [f"peft-{kind}Config" for kind in ("Lora", "LoHa", "Shira", "Frod")]
+NAMES = [*PLAIN, *TRANSFORMERS.split(), *DIFFUSERS, *ADAPTERS, "peft-LoraConfig-experts"]
 
 
 @pytest.mark.parametrize("name", NAMES)

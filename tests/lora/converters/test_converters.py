@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as conversions
+from safetensors.torch import save_file
 from torch import nn
 
 import distorch
@@ -183,3 +184,70 @@ def test_minimax_h3_of_diffsynth(prefix):
     cut = {key: value[:300] if key == name else value for key, value in state.items()}
     with pytest.raises(distorch.FormatError, match="300 rows are not those of whole heads"):
         changes(build("minimax_h3"), cut)
+
+
+def one_layer(stem, rows, columns=16, alpha=None):
+    generator = torch.Generator().manual_seed(4)
+    factors = (2, columns), (rows, 2)
+    found = {
+        stem + end: torch.randn(shape, generator=generator)
+        for end, shape in zip(PEFT, factors, strict=True)
+    }
+    return found | ({} if alpha is None else {f"{stem}.alpha": torch.tensor(alpha)})
+
+
+H3_LAYER = "blocks.0.attn.out_proj"
+# metadata of the file, alpha among its tensors -> how much stronger than without both
+ALPHAS = {
+    "header": ({"alpha": "8"}, None, 4.0),
+    "no number": ({"alpha": "8/1"}, None, 1.0),
+    "tensors win": ({"alpha": "8"}, 1.0, 0.5),
+    "diffusers' own metadata win": (
+        {"alpha": "8", "lora_adapter_metadata": '{"transformer.lora_alpha": 6, "transformer.r": 2}'},
+        None, 3.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALPHAS)
+def test_alpha_in_the_header_of_minimax_h3(tmp_path, case):
+    """Only this family's LoRAs have it there: for others diffusers passes it over, and so do we."""
+    metadata, alpha, stronger = ALPHAS[case]
+    state = one_layer(f"diffusion_model.{H3_LAYER}", 16, 256)
+    plain = changes(build("minimax_h3"), state)
+    file = tmp_path / "lora.safetensors"
+    tensors = one_layer(f"diffusion_model.{H3_LAYER}", 16, 256, alpha)
+    save_file(tensors, file, metadata)
+    close(changes(build("minimax_h3"), file), {k: v * stronger for k, v in plain.items()})
+
+    other = {"diffusion_model.img_in.lora_A.weight": torch.ones(2, 4),
+             "diffusion_model.img_in.lora_B.weight": torch.ones(16, 2)}  # fmt: skip
+    save_file(other, file, {"alpha": "8"})
+    close(changes(build("flux"), file), changes(build("flux"), other))
+
+
+@pytest.mark.parametrize("rows", [1, 24, 46, 47, 49, 72])
+def test_rows_that_are_not_all_of_a_layer_whose_halves_are_swapped(rows):
+    for stem, name in (
+        ("blocks.0.mlp.fc1", "ff.net.0.proj"),
+        ("token_refiner.blocks.1.mlp.fc1", "ff"),
+    ):
+        with pytest.raises(
+            distorch.FormatError, match=rf"{name}.*the rows that it is for are more"
+        ):
+            changes(build("minimax_h3"), one_layer(stem, rows))
+
+
+@pytest.mark.parametrize("rows", [256, 767, 769, 1024])
+def test_rows_that_are_not_all_of_a_fused_projection(rows):
+    """With strict_loras=False all of the target is left out: queries are not patched alone."""
+    state = one_layer("blocks.0.attn.qkv_proj", rows)
+    with pytest.raises(distorch.FormatError, match="the rows that it is for are more or fewer"):
+        changes(build("minimax_h3"), state)
+    module = distorch.distribute(build("minimax_h3"), "cpu,*", min_bytes=0, compute="cpu")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    good = one_layer("blocks.0.attn.out_proj", 16, 256)
+    with pytest.warns(UserWarning, match="the rows that it is for are more or fewer"):
+        distorch.set_loras(module, [(state | good, 1.0)], strict_loras=False)
+    changed = [name for name, value in module.state_dict().items() if (value != before[name]).any()]
+    assert changed == ["transformer_blocks.0.attn.to_out.0.weight"]
