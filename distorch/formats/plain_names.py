@@ -6,6 +6,7 @@ Files put prefixes before them. Wrappers put steps into them: torch.compile, FSD
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 # Prefixes that whole-model files put before the names of the module's own weights.
@@ -18,6 +19,11 @@ def unwrapped(name: str) -> str:
     if "_orig_mod" not in name and "_wrapped_module" not in name:
         return name
     return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
+
+
+def base_name(name: str) -> str:
+    """The name of a weight before PEFT put it under an adapter, or under several."""
+    return re.sub(r"(\.base_layer)+\.", ".", name) if ".base_layer." in name else name
 
 
 def match_names(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from distorch import _donors, _ops
 from distorch.display.progress import Progress, progress_of
 from distorch.loading.job import Job
 from distorch.lora import StoredRows, low_rank_terms
-from distorch.patching import merged_value, widened_value, with_rows
+from distorch.patching import merged_value, with_rows
 from distorch.planner import Plan
 
 _READERS = 2  # one read begins while the last parts of another come
@@ -137,11 +137,9 @@ def _made(job: Job, stored: torch.Tensor, compute: torch.device) -> torch.Tensor
     if not job.patches and job.rows is None and job.columns is None:
         return stored.to(job.dtype)
     shape = job.stored.shape
-    if job.columns is not None:
-        return widened_value(
-            job.patches, stored, job.rows, shape=shape, width=job.columns, dtype=job.result_dtype
-        )
-    return merged_value(job.patches, stored, job.rows, job.result_dtype, compute, shape=shape)
+    return merged_value(
+        job.patches, stored, job.rows, job.result_dtype, compute, shape=shape, width=job.columns
+    )
 
 
 def _place(job: Job, value: torch.Tensor | None, plan: Plan, budget: _Budget) -> torch.Tensor:

@@ -68,7 +68,8 @@ class Job:
     @property
     def result_dtype(self) -> torch.dtype:
         """What the weight's values are."""
-        return self.patched_dtype if self.patches and self.patched_dtype else self.dtype
+        patched = self.patches or self.columns is not None
+        return self.patched_dtype if patched and self.patched_dtype else self.dtype
 
     def info(self) -> WeightInfo:
         """The tensor as the planner sees it."""

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from distorch import _ops
 from distorch._behaviour import as_parameter, attach_behaviour
 from distorch.display.progress import Progress, check_progress
+from distorch.formats.plain_names import base_name
 from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
 from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare
@@ -22,13 +23,13 @@ from distorch.lora import LoraSource
 from distorch.patching import (
     LoraMode,
     Original,
-    base_name,
     follow_widths,
     merge_in_background,
+    widened_in,
 )
 from distorch.planner import Plan
 from distorch.runtime import distribution, groups, placing
-from distorch.runtime.options import Options, PlacementOptions
+from distorch.runtime.options import PlacementOptions
 from distorch.runtime.staging import Origin
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -115,9 +116,8 @@ def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
     """A load that is decided, done. All or nothing: an error leaves the module as it was."""
     # What merges LoRAs into the weights that were there goes on with those that come.
     with distribution.nothing_merging(module):
-        _fill(module, ready.jobs, ready.plan, ready.options, progress=progress)
+        _fill(module, ready, progress=progress)
         _remember(module, ready)
-        follow_widths(module, [m.owner for job in ready.jobs for m in job.members])
     if ready.patching.options.mode == "background":
         merge_in_background(module)
     return module
@@ -139,9 +139,9 @@ def _remember(module: nn.Module, ready: Ready) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _fill(
-    module: Module, jobs: list[Job], plan: Plan, options: Options, *, progress: Progress
-) -> Module:
+def _fill(module: Module, ready: Ready, *, progress: Progress) -> Module:
+    jobs, plan = ready.jobs, ready.plan
+    wide = {*widened_in(module), *ready.patching.widened}  # before, and from now on
     values = bring_all(jobs, plan, progress)
     origins = {
         job.name: Origin(job.stored.path, job.stored.offset, job.stored.nbytes)
@@ -149,9 +149,11 @@ def _fill(
         if job.is_stored_form and job.stored.in_one_range and job.stored.nbytes
     }
     with ExitStack() as undo:
+        undo.callback(follow_widths, module, wide)
         _swap_in(jobs, values, torch.device(plan.compute), undo)
+        follow_widths(module, wide)
         found = groups.group_members(module)
-        placing.place(module, plan, options, found, origins, progress=False)
+        placing.place(module, plan, ready.options, found, origins, progress=False)
         undo.pop_all()
     return module
 

@@ -17,13 +17,13 @@ from distorch import _ops
 from distorch.errors import FormatError, PlacementError, SpecError
 from distorch.formats.block_types import SIZES, check_readable
 from distorch.formats.checkpoint import Checkpoint, is_no_weight
-from distorch.formats.plain_names import match_names, unwrapped
+from distorch.formats.plain_names import base_name, match_names, unwrapped
 from distorch.formats.quantisation import check_declared, declared_name
 from distorch.formats.scales import OF_THEIR_OWN, Scales, attach_scales, own_scales
 from distorch.formats.stored import Declared, StoredTensor, same_bytes
 from distorch.loading.job import Job
 from distorch.lora import StoredRows
-from distorch.patching import base_name, widened_in
+from distorch.patching import widened_in
 from distorch.runtime import groups
 
 _LOG = logging.getLogger("distorch")

@@ -16,6 +16,7 @@ from distorch import _ops
 from distorch.errors import SpecError, warn_at_caller
 from distorch.formats.checkpoint import Checkpoint, Stamp, open_checkpoint
 from distorch.formats.naming import fit_names
+from distorch.formats.plain_names import base_name
 from distorch.loading.job import Job
 from distorch.loading.match import check_no_meta_left, match, tie_again
 from distorch.lora import LoraSource, Patches, are_products
@@ -23,7 +24,6 @@ from distorch.patching import (
     LoraMode,
     Patching,
     PatchOptions,
-    base_name,
     check_plain_numbers,
     new_reader,
     patches_on,

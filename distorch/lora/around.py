@@ -76,6 +76,13 @@ class PaddedKind(Kind):
     def name(self) -> str:  # type: ignore[override]
         return self.inner.name
 
+    @property
+    def replaces(self) -> bool:  # type: ignore[override]
+        return self.inner.replaces
+
+    def put(self, into: Tensor) -> None:
+        self.inner.put(into[:, : self.own])
+
     def delta(self, weight: Tensor) -> Tensor:
         added = torch.zeros_like(weight)
         added[:, : self.own] = self.inner.delta(weight[:, : self.own])
@@ -102,13 +109,11 @@ def padded(kind: Kind, own: int, columns: int) -> Kind:
     """The same for a weight [rows, columns], of which it leaves the last columns as they are.
     `own`: columns that it was made for, where it does not know them.
     """
-    missing = columns - (kind.columns() or own)
-    if missing <= 0:
+    own = kind.columns() or own
+    if columns <= own:
         return kind
-    if isinstance(kind, LowRankKind):
-        return replace(kind, down=functional.pad(kind.down, (0, missing)))
-    if isinstance(kind, DecomposedKind):
-        return replace(kind, inner=padded(kind.inner, own, columns))
+    if isinstance(kind, LowRankKind):  # it stays a product
+        return replace(kind, down=functional.pad(kind.down, (0, columns - own)))
     return PaddedKind(kind, own)
 
 

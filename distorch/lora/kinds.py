@@ -25,9 +25,14 @@ class Kind:
     """One LoRA's part for one weight (or for some rows of it)."""
 
     name = "patch"
+    replaces = False  # whether it puts values in place of what is there
 
     def delta(self, weight: Tensor) -> Tensor:
         """What strength 1 adds to `weight` (float32 or float64), same shape."""
+        raise NotImplementedError
+
+    def put(self, into: Tensor) -> None:
+        """Replaces a weight, or the part of it that this is for, if it `replaces`."""
         raise NotImplementedError
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -109,13 +114,13 @@ class ReplacementKind(Kind):
 
     value: Tensor
     name = "replacement"
+    replaces = True
     cuts = 1
 
     def delta(self, weight: Tensor) -> Tensor:
         return as_like(self.value, weight).reshape(weight.shape) - weight
 
     def put(self, into: Tensor) -> None:
-        """Replaces the weight, or its rows that this is for."""
         into.copy_(as_like(self.value, into).reshape(into.shape))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -137,6 +142,7 @@ class RowsKind(Kind):
     indices: Tensor
     values: Tensor
     name = "replacement of rows"
+    replaces = True
     cuts = 1
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -146,7 +152,6 @@ class RowsKind(Kind):
         return added
 
     def put(self, into: Tensor) -> None:
-        """Replaces the rows."""
         into[self.indices.to(into.device)] = as_like(self.values, into)
 
     def fits(self, shape: tuple[int, ...]) -> bool:

@@ -33,8 +33,9 @@ def as_usual(file: LoraFile, groups: Mapping[str, Group], targets: Targets) -> N
     _take_header_alpha(file, groups)
     if any(group.adapter == _DIFFSYNTH for group in groups.values()):
         for stem, group in groups.items():
-            if stem.endswith(_FUSED) and _goes_apart(stem, targets) and "up" in group.parts:
-                group.parts["up"] = _by_projection(file, stem, group.parts["up"])
+            if stem.endswith(_FUSED) and _goes_apart(stem, targets):
+                for part in group.parts.keys() - {"down", "mid", "alpha"}:  # they have its rows
+                    group.parts[part] = _by_projection(file, stem, group.parts[part])
 
 
 def _take_header_alpha(file: LoraFile, groups: Mapping[str, Group]) -> None:
@@ -53,12 +54,13 @@ def _goes_apart(stem: str, targets: Targets) -> bool:
     return bool(places) and all(re.search(r"\.to_[qkv]\.weight$", p.weight) for p in places)
 
 
-def _by_projection(file: LoraFile, stem: str, up: Tensor) -> Tensor:
+def _by_projection(file: LoraFile, stem: str, rows: Tensor) -> Tensor:
     """Rows head by head as rows of all queries, all keys, all values."""
-    if up.shape[0] % (3 * _HEAD_ROWS):
+    count = rows.shape[0] if rows.dim() else 1
+    if count % (3 * _HEAD_ROWS):
         raise FormatError(
-            f"{file.label}: {stem!r}: its {up.shape[0]} rows are not those of whole heads, "
+            f"{file.label}: {stem!r}: its {count} rows are not those of whole heads, "
             f"{_HEAD_ROWS} each for queries, keys and values"
         )
-    heads = up.reshape(-1, 3, _HEAD_ROWS, *up.shape[1:])
-    return heads.transpose(0, 1).reshape(up.shape)
+    heads = rows.reshape(-1, 3, _HEAD_ROWS, *rows.shape[1:])
+    return heads.transpose(0, 1).reshape(rows.shape)

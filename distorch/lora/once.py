@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from distorch.errors import FormatError
-from distorch.lora.kinds import ReplacementKind, RowsKind, as_like
+from distorch.lora.around import padded
+from distorch.lora.kinds import Kind, RowsKind, as_like
 from distorch.lora.other_names import Shapes
 from distorch.lora.patches import Applied, Patch, Patches
 from distorch.lora.products import LowRankKind, StackedKind
@@ -27,11 +28,14 @@ _AT_ONCE = 1 << 22  # numbers of a weight, at one time
 
 def without_repeats(patches: Sequence[Patch], shapes: Shapes) -> list[Patch]:
     """The patches of one file, each change once. FormatError where two of them disagree."""
-    by_weight: dict[str, list[Patch]] = {}
+    kept: dict[str, dict[int | None, list[Patch]]] = {}  # weight -> expert (None: all) -> patches
     for patch in patches:
-        kept = by_weight.setdefault(patch.weight, [])
+        of_weight, expert = kept.setdefault(patch.weight, {}), _expert_of(patch)
         shape = shapes[patch.weight]
-        repeats = [other for other in kept if _both_change(patch, other, shape)]
+        # There may be thousands for single experts: they are compared with their own expert's.
+        near = of_weight if expert is None else {expert: None, None: None}
+        others = [other for key in near for other in of_weight.get(key, ())]
+        repeats = [other for other in others if _both_change(patch, other, shape)]
         for other in repeats:
             if not same_change(patch, other, shape):
                 raise FormatError(
@@ -40,8 +44,17 @@ def without_repeats(patches: Sequence[Patch], shapes: Shapes) -> list[Patch]:
                 )
         if any(_covers(other, patch, shape) for other in repeats):
             continue
-        by_weight[patch.weight] = [other for other in kept if other not in repeats] + [patch]
-    return [patch for kept in by_weight.values() for patch in kept]
+        for other in repeats:  # it has all that they have
+            of_weight[_expert_of(other)].remove(other)
+        of_weight.setdefault(expert, []).append(patch)
+    left = {id(p) for of_weight in kept.values() for found in of_weight.values() for p in found}
+    return [patch for patch in patches if id(patch) in left]
+
+
+def _expert_of(patch: Patch) -> int | None:
+    """The expert that a patch is for; None: for all, or its weight is no stack."""
+    alone = isinstance(patch.kind, StackedKind) and patch.kind.rows() == 1 and patch.part
+    return patch.first_row if alone else None
 
 
 def patches_of_tied(
@@ -139,13 +152,18 @@ def _both_change(one: Patch, other: Patch, shape: Sequence[int]) -> bool:
     # One stem may bring a bias in two pieces. A file may replace a weight and patch the new one.
     if one.stem == other.stem:
         return False
-    if isinstance(one.kind, ReplacementKind) != isinstance(other.kind, ReplacementKind):
+    if _is_whole(one.kind) != _is_whole(other.kind):
         return False
     if isinstance(one.kind, StackedKind) and isinstance(other.kind, StackedKind):
         a, b = one.kind.inner_rows, other.kind.inner_rows
         if a.stop <= b.start or b.stop <= a.start:  # gates and ups of one expert
             return False
     return len(_shared(one, other, shape)) > 0
+
+
+def _is_whole(kind: Kind) -> bool:
+    """Whether it replaces all of a weight, and not rows of it."""
+    return kind.replaces and not isinstance(kind, RowsKind)
 
 
 def _rows(patch: Patch, shape: Sequence[int]) -> range:
@@ -174,6 +192,8 @@ def _effect(patch: Patch, rows: range, shape: Sequence[int]) -> Tensor:
     probes = torch.randn(columns, _PROBES, generator=random, dtype=torch.float64)
     part = slice(rows.start - own.start, rows.stop - own.start)
     kind = patch.kind
+    if own_columns := kind.columns():  # fewer, where another patch makes the layer wider
+        kind = padded(kind, own_columns, columns)
     if isinstance(kind, LowRankKind):
         up, down = (as_like(factor, probes) for factor in (kind.up, kind.down))
         return up[part] @ (down @ probes) * kind.scale

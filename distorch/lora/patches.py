@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distorch import _ops
 from distorch.errors import FormatError
-from distorch.lora.kinds import Kind, ReplacementKind, RowsKind
+from distorch.lora.kinds import Kind
 from distorch.lora.products import ProductKind
 
 # Of what is not low rank; a delta is then exact to the last bit of the sum in float32.
@@ -271,7 +271,7 @@ def _merge_rows(
         delta = kind.delta(weight[part])
         if not bool(torch.isfinite(delta).all()):
             raise patch.complaint("its delta has NaN or inf values")
-        if isinstance(kind, ReplacementKind | RowsKind):  # of what is there, with earlier patches
+        if kind.replaces:  # what is there, with earlier patches
             kind.put(weight[part])
             kind.put(result[part])
         else:

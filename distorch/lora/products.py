@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -93,13 +93,20 @@ class StackedKind(ProductKind):
 
     height: int
     begin: int = 0
+    _views: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
+
+    def keep_factors(self) -> None:
+        super().keep_factors()
+        if not self._views:
+            self._views = list(zip(self.up, self.down, strict=True))
 
     def pieces(self, first_row: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         ups, downs = self.factors()
         if ups.shape[1] == self.height:  # one after the other, without a gap
             yield ups, downs, first_row * self.height
             return
-        for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        # The same objects each time: what a device has of them is found by that.
+        for i, (up, down) in enumerate(self._views or zip(ups, downs, strict=True)):
             yield up, down, (first_row + i) * self.height + self.begin
 
     def delta(self, weight: Tensor) -> Tensor:

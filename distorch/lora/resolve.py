@@ -7,7 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from distorch.lora.other_names import OPTIONAL_BRANCH, Place, Shapes
 from distorch.lora.patches import Patch, Patches, ResolvedLora
 from distorch.lora.products import KroneckerKind, LowRankKind, StackedKind
 from distorch.lora.spellings import Group, group_keys
-from distorch.lora.stacks import Stack, make_stack, stacks_of
+from distorch.lora.stacks import Stack, make_stack, stacks_of, without_levels
 from distorch.lora.targets import Targets, WeightKinds, component_of
 
 _SHOWN = 3
@@ -106,14 +106,8 @@ def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
     strays = [key for key in unknown if key not in whole]
     by_part: dict[str, list[Patch]] = {"": list(whole.values())} if whole else {}
     missed: dict[str, list[str]] = {}
-    minimax_h3.as_usual(file, groups, targets)
-    stacks = stacks_of(file, groups, targets)
-    for stem, group in groups.items():
+    for stem, found in _found(file, groups, targets):
         part = component_of(stem)
-        if stem in stacks:
-            found = [_on_parameter(file, stem, group, stacks[stem], targets)]
-        else:
-            found = _patches_of(file, stem, group, targets)
         if found:
             by_part.setdefault(part, []).extend(found)
         else:
@@ -128,7 +122,7 @@ def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
     absent = _of_an_absent_branch(unmatched, patches)
     patches, shapes = _alike_wide(patches, targets)
     # What a file replaces, it replaces first: its other patches are for the new values.
-    patches.sort(key=lambda patch: not isinstance(patch.kind, ReplacementKind | RowsKind))
+    patches.sort(key=lambda patch: not patch.kind.replaces)
     misfits = [patch for patch in patches if not _fits(patch, shapes)]
     half = {patch.stem for patch in misfits}  # a target is patched as a whole, or not at all
     fitting = [patch for patch in patches if patch.stem not in half]
@@ -141,6 +135,19 @@ def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
         misfits,
         absent,
     )
+
+
+def _found(
+    file: LoraFile, groups: Mapping[str, Group], targets: Targets
+) -> Iterator[tuple[str, list[Patch]]]:
+    """Each stem and its patches; none where it names nothing that the module has."""
+    minimax_h3.as_usual(file, groups, targets)
+    stacks = stacks_of(file, groups, targets)
+    for stem, group in groups.items():
+        if stem in stacks:
+            yield stem, [_on_parameter(file, stem, group, stacks[stem], targets)]
+        else:
+            yield stem, _patches_of(file, stem, group, targets)
 
 
 def _alike_wide(patches: list[Patch], targets: Targets) -> tuple[list[Patch], Shapes]:
@@ -350,8 +357,20 @@ def _complaints(file: LoraFile, resolved: ResolvedLora, targets: Targets) -> lis
         said.append(
             f"{len(resolved.unmatched)} of its {resolved.targets} targets fit no weight (as "
             f"{shown}); the module has names as {list(targets.shapes)[:_SHOWN]}"
+            + _of_parameters(resolved.unmatched, targets)
         )
     return said
+
+
+def _of_parameters(stems: Sequence[str], targets: Targets) -> str:
+    """What to say of stems that name modules with parameters of their own."""
+    for stem in stems:
+        if own := targets.parameters_of(without_levels(stem)):
+            return (
+                f". {stem!r} is a module with parameters ({', '.join(own)}): adapter_config.json "
+                "in the LoRA's folder says for which of them it is (target_parameters)"
+            )
+    return ""
 
 
 def _complain(resolved: ResolvedLora, strict: bool, *, again: bool) -> None:

@@ -44,6 +44,13 @@ class Stack:
     turned: bool | None  # whether "in" is the stack's second dimension; None: not known
 
 
+def without_levels(stem: str) -> str:
+    """The module that a stem is for one of the parameters of."""
+    while stem.endswith(_LEVEL):
+        stem = stem.removesuffix(_LEVEL)
+    return stem
+
+
 def stacks_of(file: LoraFile, groups: Mapping[str, Group], targets: Targets) -> dict[str, Stack]:
     """The stems that are for parameters of modules. FormatError where the file does not say for
     which.
@@ -51,10 +58,7 @@ def stacks_of(file: LoraFile, groups: Mapping[str, Group], targets: Targets) -> 
     by_module: dict[str, dict[str, Group]] = {}
     for stem, group in groups.items():
         if {"up", "down"} <= group.parts.keys():
-            module = stem
-            while module.endswith(_LEVEL):
-                module = module.removesuffix(_LEVEL)
-            by_module.setdefault(module, {})[stem] = group
+            by_module.setdefault(without_levels(stem), {})[stem] = group
     found: dict[str, tuple[str, str]] = {}  # stem -> parameter, and its name in the file
     for module, entries in by_module.items():
         first_to_last = dict(sorted(entries.items(), key=lambda entry: -len(entry[0])))
@@ -109,11 +113,7 @@ def _parameters_of(
         )
     ]
     if len(possible) != 1 or levels != list(range(len(entries)))[::-1]:
-        raise FormatError(
-            f"{file.label}: {next(iter(entries))!r} is for a parameter of {module!r}, which has "
-            f"{', '.join(own)}; the shapes do not tell which. Give the folder with "
-            "adapter_config.json, whose target_parameters says it"
-        )
+        return []
     return possible[0]
 
 

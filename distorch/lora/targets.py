@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from distorch.formats.plain_names import unwrapped
+from distorch.formats.plain_names import base_name, unwrapped
 from distorch.lora.other_names import Place, Shapes, other_names, weights_by_module
 
 # What files put before the names of a module, and which part of a pipeline that says.
@@ -173,7 +173,7 @@ class Targets:
     def find(self, stem: str) -> list[Place]:
         """Where a patch with that stem goes; empty when nowhere."""
         # Of a module inside one that PEFT put LoRAs on.
-        stem = re.sub(r"(\.base_layer)+\.", ".", stem)
+        stem = base_name(stem)
         if of_expert := self._of_expert(stem):
             return of_expert
         for name in _without_prefixes(stem):

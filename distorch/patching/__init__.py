@@ -9,18 +9,16 @@ from distorch.patching.state import (
     Original,
     Patching,
     PatchOptions,
-    base_name,
     check_plain_numbers,
     new_reader,
     patches_on,
     widened_in,
 )
 from distorch.patching.widths import follow as follow_widths
-from distorch.patching.widths import widened_value
 
 __all__ = [
-    "LoraMode", "Original", "PatchOptions", "Patching", "base_name", "check_plain_numbers",
+    "LoraMode", "Original", "PatchOptions", "Patching", "check_plain_numbers",
     "finish_merging", "follow_widths", "merge_in_background", "merged_value", "new_reader",
     "patches_on", "set_loras", "widened_in",
-    "widened_value", "with_rows",
+    "with_rows",
 ]  # fmt: skip

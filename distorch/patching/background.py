@@ -23,7 +23,8 @@ from torch import nn
 
 from distorch import _donors, _ops
 from distorch.display.progress import Progress, progress_of
-from distorch.patching.state import Patching, base_name
+from distorch.formats.plain_names import base_name
+from distorch.patching.state import Patching
 from distorch.planner import Plan
 from distorch.runtime import distribution, placing
 from distorch.runtime.groups import Group, group_members

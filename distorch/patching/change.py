@@ -12,6 +12,7 @@ from torch import nn
 
 from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.errors import PlacementError, warn_at_caller
+from distorch.formats.plain_names import base_name
 from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
 from distorch.patching.background import merge_in_background
@@ -21,7 +22,6 @@ from distorch.patching.state import (
     LoraMode,
     Patching,
     PatchOptions,
-    base_name,
     check_plain_numbers,
     new_reader,
     patches_on,
@@ -35,6 +35,7 @@ from distorch.runtime.groups import Group, group_members, has_bytes
 from distorch.runtime.staging import current_place
 
 Module = TypeVar("Module", bound=nn.Module)
+_SHOWN = 3
 
 
 def set_loras(
@@ -93,6 +94,7 @@ def set_loras(
         known.reader = new_reader(module, known.widened)
     patches, found = known.reader.read(loras, strict_loras)
     _warn_of_adapters(module)
+    follow(module, known.widened)  # what an interrupt may have left undone
     groups = group_members(module)
     with distribution.nothing_merging(module):
         changes = _changes(groups, patches, known, options)
@@ -102,9 +104,8 @@ def set_loras(
         with torch.no_grad(), at_rest(module):
             machine.synchronize_all(_places(changes))
             try:
-                _apply(changes, known, options, state.plan, progress)
+                _apply(changes, known, Work(options, state.plan), module, progress)
             finally:
-                follow(module, [layer for change in changes for layer in layers_of(change.group)])
                 machine.synchronize_all(_places(changes))
         known.options, known.loras = options, found
         placing.refresh(module)
@@ -217,38 +218,49 @@ def _check_widths(changes: Iterable[_Change], module: nn.Module) -> None:
             continue
         if not set(layers_of(change.group)) <= set(input_layers(module)):
             raise PlacementError(
-                f"{change.group.name!r} would get another width, and there is an adapter around "
-                "its layer that was made for the present one. Take that off first: "
-                "pipe.unload_lora_weights(), or PEFT's unload()"
+                f"{change.group.name!r} would get another width, and its layer is not the model's "
+                "own any more, or in_channels of the model was changed. An adapter around it was "
+                "made for the present width: take that off first, by pipe.unload_lora_weights() "
+                "or PEFT's unload()"
             )
 
 
 def _apply(
-    changes: list[_Change],
-    known: Patching,
-    options: PatchOptions,
-    plan: Plan,
-    progress: Progress,
+    changes: list[_Change], known: Patching, work: Work, module: nn.Module, progress: Progress
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
     total = sum(change.group.nbytes for change in changes)
+    wide = {base_name(change.group.name) for change in changes if change.widens}
+    reads = [_read_ahead(change, known, work.options) for change in changes]
     begun: list[_Change] = []
     try:
-        with (
-            progress_of(progress, total, "patching") as done,
-            ReadAhead([_read_ahead(change, known, options) for change in changes]) as originals,
-        ):
+        with progress_of(progress, total, "patching") as done, ReadAhead(reads) as originals:
             for change in changes:
                 values = originals.next()
                 begun.append(change)
-                work = Work(options, plan)
                 redo(change.group, change.new, known, work, values, width=change.new_width)
                 done(change.group.nbytes)
-    except BaseException:
-        for change in reversed(begun):
-            work = Work(change.old_options, plan)
-            redo(change.group, change.old, known, work, width=change.old_width)
+        follow(module, wide)
+    except BaseException as error:
+        _take_back(begun, known, work.plan, error)
+        follow(module, wide)
         raise
+
+
+def _take_back(begun: list[_Change], known: Patching, plan: Plan, error: BaseException) -> None:
+    """The weights as they were, all that can be. PlacementError if one cannot."""
+    lost: list[str] = []
+    for change in reversed(begun):
+        work = Work(change.old_options, plan)
+        try:
+            redo(change.group, change.old, known, work, width=change.old_width)
+        except Exception:
+            lost.append(change.group.name)
+    if lost:
+        raise PlacementError(
+            f"after an error ({error}), {', '.join(lost[:_SHOWN])} could not be put back to the "
+            "LoRAs from before: load the model again"
+        ) from error
 
 
 def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> StoredTensor | None:

@@ -10,9 +10,10 @@ import torch
 
 from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
+from distorch.formats.plain_names import base_name
 from distorch.lora import Applied, StoredRows, are_products, low_rank_terms, merge
-from distorch.patching.state import INTEGERS, Original, Patching, PatchOptions, base_name
-from distorch.patching.widths import widened_value
+from distorch.patching.state import INTEGERS, Original, Patching, PatchOptions
+from distorch.patching.widths import widened
 from distorch.planner import Plan
 from distorch.runtime.groups import Group
 from distorch.runtime.staging import current_place
@@ -58,8 +59,9 @@ def redo(
         known.applied[name] = list(patches)
         original.put(group.first)
         return
-    if known.widened.pop(name, None) is not None:
+    if name in known.widened:
         _put(group, _restored(group, original, work))
+        del known.widened[name]  # now, and not before: what failed is tried again
     terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
     if terms is not None and _can_fetch(group, patches, original):
         _redo_at_fetch(group, terms, original, work)
@@ -80,8 +82,8 @@ def _redo_widened(
         original.kept = group.first.detach()
     values, shape = original.values(), (group.first.shape[0], columns[0])
     dtype = work.options.dtype_of(values.dtype, original.dtype)
-    value = widened_value(
-        patches, values, original.rows, shape=shape, width=columns[1], dtype=dtype
+    value = merged_value(
+        patches, values, original.rows, dtype, work.compute, shape=shape, width=columns[1]
     )
     place = work.place_of(group)
     if place == str(work.compute) and not _ops.is_sharded(group.first):
@@ -240,11 +242,16 @@ def _put(group: Group, value: torch.Tensor) -> None:
 def merged_value(
     patches: Applied, values: torch.Tensor, rows: StoredRows | None, dtype: torch.dtype,
     compute: torch.device, *, shape: Sequence[int] | None = None, into: torch.Tensor | None = None,
+    width: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The patched weight, computed on `compute` where it has the kernel. `values` may be reused.
 
-    `shape` of the weight, where the values are blocks; `into`: where the result may be written.
+    `shape` of the weight, where the values are blocks; `into`: where the result may be written;
+    `width`: columns that it gets, if not its own.
     """
+    if width is not None:
+        patches, values = widened(patches, values, rows, shape or values.shape, width)
+        rows, shape = None, None
     device = compute if _ops.can_decode(compute) else torch.device("cpu")
     narrow = dtype.itemsize == 1
     target = torch.float32 if narrow else dtype

@@ -11,7 +11,6 @@ as soon as it is there, so that an interrupt between two of them leaves nothing 
 from __future__ import annotations
 
 import dataclasses
-import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from distorch import _ops
 from distorch._behaviour import copy_of_donor
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
 from distorch.formats.checkpoint import Stamp, stamp_of
+from distorch.formats.plain_names import base_name
 from distorch.formats.scales import own_scales
 from distorch.formats.stored import StoredTensor
 from distorch.lora import (
@@ -239,11 +239,6 @@ class Patching:
         ]
 
 
-def base_name(name: str) -> str:
-    """The name of a weight before PEFT put it under an adapter, or under several."""
-    return re.sub(r"(\.base_layer)+\.", ".", name) if ".base_layer." in name else name
-
-
 def shapes_of(
     module: nn.Module, widened: Mapping[str, int] | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -251,7 +246,8 @@ def shapes_of(
     shape with the columns that they had before.
     """
     shapes = {base_name(m.name): tuple(m.parameter.shape) for m in named_members(module)}
-    return shapes | {name: (shapes[name][0], n) for name, n in (widened or {}).items()}
+    own = (widened or {}).items()
+    return shapes | {name: (shapes[name][0], n) for name, n in own if name in shapes}
 
 
 def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
@@ -269,7 +265,10 @@ def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
     ends: dict[tuple[int, str], list[str]] = {}
     for member in members:  # one module may have several names
         ends.setdefault((id(member.owner), member.key), []).append(base_name(member.name))
-    return patches_of_tied(patches, list(ends.values()), tuple(members[0].parameter.shape))
+    shape = tuple(members[0].parameter.shape)
+    if len(shape) == 2:  # patches may make it wider
+        shape = shape[0], max(shape[1], *(patches.width(names) for names in ends.values()))
+    return patches_of_tied(patches, list(ends.values()), shape)
 
 
 def _weight_kinds_of(module: nn.Module) -> WeightKinds:

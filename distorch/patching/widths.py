@@ -10,7 +10,7 @@ the layer is again what it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from distorch.formats.plain_names import base_name
 from distorch.lora import Applied, StoredRows, merge, padded
-from distorch.runtime.groups import Group
+from distorch.runtime.groups import Group, named_members
 
 _NAMES = ("x_embedder", "img_in")  # of such layers; others may have as many inputs by chance
 
@@ -36,12 +37,22 @@ def input_layers(module: nn.Module) -> Iterator[nn.Linear]:
         found = {
             name: child
             for name, child in model.named_children()
-            if isinstance(child, nn.Linear) and child.in_features == channels
+            if isinstance(child, nn.Linear) and child.in_features == channels and _is_plain(child)
         }
         named = [child for name, child in found.items() if name.endswith(_NAMES)]
         likely = named or list(found.values())
         if len(likely) == 1:  # one number cannot say the widths of two
             yield likely[0]
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether it keeps its weight as such, number by number."""
+    weight = layer._parameters.get("weight")
+    return (
+        weight is not None
+        and tuple(weight.shape) == (layer.out_features, layer.in_features)
+        and (weight.is_floating_point() or weight.dtype == torch.int8)
+    )
 
 
 def _in_channels(model: nn.Module) -> int | None:
@@ -52,16 +63,21 @@ def _in_channels(model: nn.Module) -> int | None:
     return None
 
 
-def follow(module: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Makes what layers and models say of their width what their weights have."""
+def follow(module: nn.Module, names: Collection[str]) -> None:
+    """Makes what layers and models say of their width what these weights have.
+
+    The layer comes last: what an interrupt leaves undone, the next call does.
+    """
     changed = {
-        layer: (layer.in_features, int(layer.weight.shape[1]))
-        for layer in layers
-        if isinstance(layer, nn.Linear) and layer.in_features != layer.weight.shape[1]
+        member.owner: (member.owner.in_features, int(member.parameter.shape[1]))
+        for member in (named_members(module) if names else ())
+        if base_name(member.name) in names
+        and isinstance(member.owner, nn.Linear)
+        and member.owner.in_features != member.parameter.shape[1]
     }
     for model in module.modules() if changed else ():
         for layer in model.children():
-            if isinstance(layer, nn.Linear) and layer in changed:
+            if layer in changed:
                 _set_in_channels(model, *changed[layer])
     for layer, (_, width) in changed.items():
         layer.in_features = width
@@ -85,25 +101,22 @@ def _set_in_channels(model: Any, before: int, width: int) -> None:
         model.in_channels = width
 
 
-def widened_value(
+def widened(
     patches: Applied,
     values: torch.Tensor,
     rows: StoredRows | None,
-    *,
     shape: Sequence[int],
     width: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """A weight of that shape with `width` columns and its patches: `dtype` [rows, width], on the
-    device of `values`. FormatError on NaN and inf.
+) -> tuple[Applied, torch.Tensor]:
+    """Patches and values of a weight of that shape, as those of one with `width` columns: plain
+    numbers, of `values`' dtype or float32.
     """
     base = values if rows is None else merge([], values, torch.float32, rows, shape=shape)
-    base = functional.pad(base, (0, width - shape[1]))
     wide = [
         (replace(patch, kind=padded(patch.kind, shape[1], width)), strength)
         for patch, strength in patches
     ]
-    return merge(wide, base, dtype)
+    return wide, functional.pad(base, (0, width - shape[1]))
 
 
 def layers_of(group: Group) -> list[nn.Module]:

@@ -124,3 +124,6 @@ def test_which_part_a_lora_is_for():
     assert parts_of(flux, "lora_te3_") == ["text_encoder_2"]
     assert parts_of([*flux, "text_encoder_3"], "lora_te3_") == ["text_encoder_3"]
     assert parts_of(["transformer", "transformer_2"], "transformer.") == ["transformer"]
+    minimax = ["transformer", "transformer_ref"]
+    assert parts_of(minimax, "transformer_ref.") == ["transformer_ref"]
+    assert parts_of(minimax, "transformer.") == ["transformer"]
