@@ -280,7 +280,8 @@ def _assign(jobs: list[Job], patches: Patches, patching: Patching) -> None:
         if len(job.stored.shape) == 2:
             job.columns = patching.width_of(job.members, job.stored.shape[1], patches)
         if job.columns is not None:
-            patching.widened[base_name(job.name)] = job.stored.shape[1]
+            own = job.stored.shape[1]
+            patching.widened |= {base_name(name): own for name in job.names}
         if job.patches or job.columns is not None:
             if job.rows is None:
                 check_plain_numbers(job.members[0], job.stored.dtype)

@@ -52,13 +52,17 @@ class DecomposedKind(Kind):
         return self.inner.rows()
 
     @property
-    def cuts(self) -> int:
+    def by_row(self) -> bool:
+        """Whether there is a magnitude for each row, as far as that is known without the weight."""
         shape, inner = self.magnitude.shape, self.inner
         by_column = len(shape) > 1 and shape[0] == 1 < shape[1]
         if by_column and isinstance(inner, LowRankKind):
             by_column = inner.down.shape[1] % shape[1] == 0
-        by_row = self.magnitude.numel() == self.rows() and not by_column
-        return inner.cuts if by_row else 0
+        return self.magnitude.numel() == self.rows() and not by_column
+
+    @property
+    def cuts(self) -> int:
+        return self.inner.cuts if self.by_row else 0
 
     def _rows_of(self, begin: int, end: int) -> DecomposedKind:
         magnitude = self.magnitude.flatten()
@@ -114,6 +118,8 @@ def padded(kind: Kind, own: int, columns: int) -> Kind:
         return kind
     if isinstance(kind, LowRankKind):  # it stays a product
         return replace(kind, down=functional.pad(kind.down, (0, columns - own)))
+    if isinstance(kind, DecomposedKind) and kind.by_row:  # norms are those of whole rows
+        return replace(kind, inner=padded(kind.inner, own, columns))
     return PaddedKind(kind, own)
 
 

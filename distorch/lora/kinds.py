@@ -102,7 +102,7 @@ class DifferenceKind(Kind):
         return str(list(self.value.shape))
 
     def rows(self) -> int:
-        return int(self.value.shape[0])
+        return int(self.value.shape[0]) if self.value.dim() else 1
 
     def _rows_of(self, begin: int, end: int) -> DifferenceKind:
         return DifferenceKind(self.value[begin:end], self.scale)

@@ -206,18 +206,13 @@ def _drop_other_encoders(
 
 
 def _fits(patch: Patch, shapes: Shapes) -> bool:
-    part = _part_shape(patch, shapes[patch.weight])
-    return bool(part) and patch.kind.fits(part)
-
-
-def _part_shape(patch: Patch, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the rows that a patch is for; () where the weight does not have them."""
-    rows = patch.kind.rows()
-    if not patch.part or rows is None:
-        return shape
-    if patch.first_row < 0 or patch.first_row + rows > shape[0]:
-        return ()
-    return (rows, *shape[1:])
+    """Whether the weight has the rows that a patch is for, and they have its shape."""
+    shape, rows = shapes[patch.weight], patch.kind.rows()
+    if patch.part and rows is not None:
+        if patch.first_row < 0 or patch.first_row + rows > shape[0]:
+            return False
+        shape = (rows, *shape[1:])
+    return patch.kind.fits(shape)
 
 
 def _on_parameter(file: LoraFile, stem: str, group: Group, stack: Stack, targets: Targets) -> Patch:

@@ -16,7 +16,7 @@ from distorch.formats.plain_names import base_name
 from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
 from distorch.patching.background import merge_in_background
-from distorch.patching.forms import Work, reads_file, redo
+from distorch.patching.forms import Work, names_of, reads_file, redo
 from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
     LoraMode,
@@ -230,7 +230,7 @@ def _apply(
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
     total = sum(change.group.nbytes for change in changes)
-    wide = {base_name(change.group.name) for change in changes if change.widens}
+    wide = {name for change in changes if change.widens for name in names_of(change.group)}
     reads = [_read_ahead(change, known, work.options) for change in changes]
     begun: list[_Change] = []
     try:

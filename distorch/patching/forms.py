@@ -54,14 +54,16 @@ def redo(
     if original is None:
         original = known.originals[name] = Original(None, None, group.first.dtype)
     if width is not None:
-        own = known.widened.setdefault(name, group.first.shape[1])
+        own = known.widened.get(name, group.first.shape[1])
+        known.widened |= dict.fromkeys(names_of(group), own)
         _redo_widened(group, patches, original, work, (own, width))
         known.applied[name] = list(patches)
         original.put(group.first)
         return
     if name in known.widened:
         _put(group, _restored(group, original, work))
-        del known.widened[name]  # now, and not before: what failed is tried again
+        for other in names_of(group):  # now, and not before: what failed is tried again
+            known.widened.pop(other, None)
     terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
     if terms is not None and _can_fetch(group, patches, original):
         _redo_at_fetch(group, terms, original, work)
@@ -72,6 +74,11 @@ def redo(
     if not patches and original.stored is None and original.rows is None:
         # The weight is its original again. `.data = ` would give it another one, unseen.
         del known.originals[name]
+
+
+def names_of(group: Group) -> list[str]:
+    """All names of a weight, as LoRAs have them."""
+    return [base_name(member.name) for member in group.members]
 
 
 def _redo_widened(

@@ -336,3 +336,12 @@ def test_products_on_weights_of_any_size(shape):
     into = torch.empty_like(weight)
     _ops.decode(into, weight, "bfloat16", terms=terms)
     assert_close(into, weight.double() + 0.5 * up.double() @ down.double())
+
+
+@pytest.mark.parametrize("kind", ["diff", "set_weight"])
+def test_a_scalar_parameter(kind):
+    model = nn.ModuleDict({"part": nn.Module()})
+    model["part"].gate = nn.Parameter(torch.tensor(2.0))
+    distorch.distribute(model, "cpu,0b;disk,*", min_bytes=0, compute="cpu")
+    distorch.set_loras(model, [({f"part.gate.{kind}": torch.tensor(0.5)}, 1.0)])
+    assert model["part"].gate.item() == {"diff": 2.5, "set_weight": 0.5}[kind]

@@ -235,7 +235,7 @@ def test_what_cannot_be_right_changes_nothing(case, mode):
     assert model.in_channels == model.img_in.in_features == model.img_in.weight.shape[1] == OWN
 
 
-def test_an_error_behind_it_takes_the_width_back(monkeypatch):
+def test_an_error_behind_it_takes_the_width_back():
     """A later weight fails: the layer is wide or narrow as it was."""
     bad = lora(HIDDEN, stem="out")
     bad["out.lora_A.weight"][0, 0] = float("inf")
@@ -258,3 +258,137 @@ def test_written_to_while_wide():
     with pytest.raises(PlacementError, match="written to"):
         distorch.set_loras(model, [])
     assert model.img_in.in_features == WIDE
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
+    """The weight cannot be read: all is as before, or said to be lost, and the next call mends it."""
+    from distorch.patching import forms
+
+    model = Plain()
+    model.first = nn.Linear(HIDDEN, HIDDEN)
+    own = model.img_in.weight.clone()
+    distributed(model)
+    loras = [(lora(WIDE, stem="img_in"), strength), (lora(HIDDEN, stem="first"), 1.0)]
+    distorch.set_loras(model, loras)
+    before = weights(model)
+    left, real = [times], forms._put
+
+    def put(group, value):
+        if left[0] and group.name == "img_in.weight":
+            left[0] -= 1
+            raise distorch.FetchError("the disk is gone")
+        return real(group, value)
+
+    monkeypatch.setattr(forms, "_put", put)
+    error = distorch.FetchError if times == 1 else PlacementError
+    with pytest.raises(error, match="the disk is gone" if times == 1 else "load the model again"):
+        distorch.set_loras(model, [])
+    assert model.in_channels == model.img_in.in_features == model.img_in.weight.shape[1] == WIDE
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    distorch.set_loras(model, [])
+    assert model.in_channels == model.img_in.in_features == model.img_in.weight.shape[1] == OWN
+    assert torch.equal(distorch.materialize(model.img_in.weight), own)
+
+
+def test_what_an_interrupt_leaves_undone_the_next_call_does():
+    model = distributed(Plain())
+    distorch.set_loras(model, [(control_of(model), 1.0)])
+    model.img_in.in_features, model.in_channels = OWN, WIDE  # interrupted in between
+    distorch.set_loras(model, [(control_of(model), 1.0)])
+    assert model.in_channels == model.img_in.in_features == WIDE
+    distorch.set_loras(model, [])
+    assert model.in_channels == model.img_in.in_features == OWN
+
+
+def control_of(model):
+    return lora(WIDE, stem="img_in")
+
+
+class Packed(nn.Linear):
+    """Two numbers in a byte, as quantised layers have them."""
+
+    def __init__(self):
+        super().__init__(OWN, HIDDEN, bias=False)
+        packed = torch.randint(0, 255, (HIDDEN, OWN // 2), dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def test_packed_layers_are_let_alone(tmp_path):
+    model = Plain()
+    model.img_in, model.out = Packed(), Packed()
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base.safetensors")
+    distorch.load(model, tmp_path / "base.safetensors", "cpu,0b;disk,*", min_bytes=0, compute="cpu")
+    assert model.in_channels == model.img_in.in_features == model.out.in_features == OWN
+    for columns in (OWN, WIDE):
+        with pytest.raises(FormatError, match=r"'img_in.weight'.*made for"):
+            distorch.set_loras(model, [(lora(columns, stem="img_in"), 1.0)])
+
+
+def test_beside_other_kinds_on_the_same_layer():
+    """Replacements, differences, DoRA by row and by column: on the first columns."""
+    narrow, wide = lora(OWN, 3, "img_in"), lora(WIDE, 4, "img_in")
+    value = torch.randn(HIDDEN, OWN)
+
+    def delta(state):
+        return state["img_in.lora_B.weight"] @ state["img_in.lora_A.weight"]
+
+    base = Plain().img_in.weight.clone()
+    rows, columns = torch.rand(HIDDEN, 1) + 1, torch.rand(1, OWN) + 1
+    moved = base + delta(narrow)
+    cases = {
+        "replaced": ({"img_in.set_weight": value}, value),
+        "difference": ({"img_in.diff": value}, base + value),
+        "by row": (
+            narrow | {"img_in.dora_scale": rows}, moved * rows / moved.norm(dim=1, keepdim=True),
+        ),
+        "by column": (
+            narrow | {"img_in.dora_scale": columns},
+            moved * columns / moved.norm(dim=0, keepdim=True),
+        ),
+    }  # fmt: skip
+    for state, changed in cases.values():
+        torch.manual_seed(0)
+        model = Plain()
+        model.img_in.weight.copy_(base)
+        distributed(model)
+        for loras in ([(state, 1.0), (wide, 0.5)], [(wide, 0.5), (state, 1.0)]):
+            replaced = "img_in.set_weight" in state
+            distorch.set_loras(model, loras)
+            expected = torch.zeros(HIDDEN, WIDE)
+            expected[:, :OWN] = changed
+            if not (replaced and loras[0][0] is wide):
+                expected += 0.5 * delta(wide)
+            else:  # the replacement comes last: of its columns nothing else is left
+                expected[:, OWN:] = 0.5 * delta(wide)[:, OWN:]
+            found = distorch.materialize(model.img_in.weight)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_input_layers():
+    model = nn.ModuleDict({"a": Plain(), "b": Plain()})
+    model["b"].img_in.weight = model["a"].img_in.weight
+    distributed(model)
+    both = lora(WIDE, 1, "a.img_in") | lora(WIDE, 1, "b.img_in")
+    narrow = lora(OWN, 2, "a.img_in") | lora(OWN, 2, "b.img_in")
+    for loras, width in (([(both, 1.0)], WIDE), ([(both, 1.0), (narrow, 1.0)], WIDE), ([], OWN)):
+        distorch.set_loras(model, loras)
+        for part in model.values():
+            assert (
+                part.in_channels == part.img_in.in_features == part.img_in.weight.shape[1] == width
+            )
+
+
+def test_int8_that_stays_int8():
+    """The result is rounded and clamped, as that of other layers is."""
+    model = Plain()
+    whole = torch.randint(-100, 100, (HIDDEN, OWN), dtype=torch.int8)
+    model.img_in.weight = nn.Parameter(whole, requires_grad=False)
+    distributed(model)
+    state = lora(WIDE, stem="img_in")
+    distorch.set_loras(model, [(state, 30.0)], lora_mode="merge", patched_dtype="base")
+    added = 30 * state["img_in.lora_B.weight"] @ state["img_in.lora_A.weight"]
+    exact = nn.functional.pad(whole.float(), (0, WIDE - OWN)) + added
+    expected = exact.round().clamp(-128, 127).to(torch.int8)
+    assert torch.equal(distorch.materialize(model.img_in.weight), expected)
