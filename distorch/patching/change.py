@@ -78,7 +78,8 @@ def set_loras(
             does not come to rest within a minute.
         FetchError: Original bytes could not be read, for example because their file was replaced.
 
-    After any of them, and after an interrupt, the module has the LoRAs that it had.
+    After any of them the module has the LoRAs that it had. After an interrupt it has those, or the
+    new ones if it came at the very end.
     """
     state = distribution.distribution_of(module)
     check_progress(progress)
@@ -94,7 +95,6 @@ def set_loras(
         known.reader = new_reader(module, known.widened)
     patches, found = known.reader.read(loras, strict_loras)
     _warn_of_adapters(module)
-    follow(module, known.widened)  # what an interrupt may have left undone
     groups = group_members(module)
     with distribution.nothing_merging(module):
         changes = _changes(groups, patches, known, options)
@@ -105,9 +105,9 @@ def set_loras(
             machine.synchronize_all(_places(changes))
             try:
                 _apply(changes, known, Work(options, state.plan), module, progress)
+                known.options, known.loras = options, found
             finally:
                 machine.synchronize_all(_places(changes))
-        known.options, known.loras = options, found
         placing.refresh(module)
     if options.mode == "background":
         merge_in_background(module)

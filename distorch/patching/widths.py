@@ -11,6 +11,7 @@ the layer is again what it was.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -64,9 +65,8 @@ def _in_channels(model: nn.Module) -> int | None:
 
 
 def follow(module: nn.Module, names: Collection[str]) -> None:
-    """Makes what layers and models say of their width what these weights have.
-
-    The layer comes last: what an interrupt leaves undone, the next call does.
+    """Makes what layers and models say of their width what these weights have: all, or nothing
+    after an interrupt.
     """
     changed = {
         member.owner: (member.owner.in_features, int(member.parameter.shape[1]))
@@ -75,12 +75,17 @@ def follow(module: nn.Module, names: Collection[str]) -> None:
         and isinstance(member.owner, nn.Linear)
         and member.owner.in_features != member.parameter.shape[1]
     }
-    for model in module.modules() if changed else ():
-        for layer in model.children():
-            if layer in changed:
-                _set_in_channels(model, *changed[layer])
-    for layer, (_, width) in changed.items():
-        layer.in_features = width
+    with ExitStack() as undo:
+        for model in module.modules() if changed else ():
+            for layer in model.children():
+                if layer in changed:
+                    before, width = changed[layer]
+                    undo.callback(_set_in_channels, model, width, before)
+                    _set_in_channels(model, before, width)
+        for layer, (before, width) in changed.items():
+            undo.callback(setattr, layer, "in_features", before)
+            layer.in_features = width
+        undo.pop_all()
 
 
 def _set_in_channels(model: Any, before: int, width: int) -> None:

@@ -2,6 +2,7 @@
 """LoRAs that make the layer for the model's input wider: FLUX's control LoRAs."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -292,18 +293,42 @@ def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
     assert torch.equal(distorch.materialize(model.img_in.weight), own)
 
 
-def test_what_an_interrupt_leaves_undone_the_next_call_does():
-    model = distributed(Plain())
-    distorch.set_loras(model, [(control_of(model), 1.0)])
-    model.img_in.in_features, model.in_channels = OWN, WIDE  # interrupted in between
-    distorch.set_loras(model, [(control_of(model), 1.0)])
-    assert model.in_channels == model.img_in.in_features == WIDE
-    distorch.set_loras(model, [])
-    assert model.in_channels == model.img_in.in_features == OWN
+@pytest.mark.parametrize("on", [True, False])
+def test_an_interrupt_at_any_line(on):
+    """Weight, layer and model are wide or narrow together, and the next call works."""
+    from distorch.patching import forms, widths
 
+    files = {forms.__file__, widths.__file__}
+    wide = [(lora(WIDE, stem="img_in"), 1.0)]
+    before, after = ([], wide) if on else (wide, [])
+    line, stopped = 0, True
+    while stopped:
+        model = distributed(Plain())
+        distorch.set_loras(model, before)
+        line, stopped, left = line + 1, False, [line]
 
-def control_of(model):
-    return lora(WIDE, stem="img_in")
+        def local(frame, event, argument, left=left):
+            if event == "line" and left[0] == 0:
+                left[0] = -1
+                raise KeyboardInterrupt
+            left[0] -= event == "line" and left[0] > 0
+            return local
+
+        def trace(frame, event, argument, local=local):
+            return local if frame.f_code.co_filename in files else None
+
+        sys.settrace(trace)
+        try:
+            distorch.set_loras(model, after)
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            sys.settrace(None)
+        said = {model.in_channels, model.img_in.in_features, model.img_in.weight.shape[1]}
+        assert len(said) == 1, line
+        distorch.set_loras(model, after)
+        assert {model.in_channels, model.img_in.in_features} == {WIDE if on else OWN}
+    assert line > 60
 
 
 class Packed(nn.Linear):
