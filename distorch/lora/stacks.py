@@ -15,8 +15,9 @@ and a elsewhere; since 0.19.1 it is the other way round. Where a and b differ, t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -106,7 +107,7 @@ def _parameters_of(
     # Without a configuration, shapes have to tell.
     possible = [
         choice
-        for choice in _choices([key for key in own if len(targets.shapes[key]) > 1], len(entries))
+        for choice in combinations(own, len(entries))
         if all(
             _could_be(group.parts, targets.shapes[parameter])
             for group, parameter in zip(entries.values(), choice, strict=True)
@@ -114,17 +115,7 @@ def _parameters_of(
     ]
     if len(possible) != 1 or levels != list(range(len(entries)))[::-1]:
         return []
-    return possible[0]
-
-
-def _choices(parameters: Sequence[str], count: int) -> Iterable[list[str]]:
-    """All ways to choose that many of the parameters, in their order."""
-    if count == 0:
-        yield []
-        return
-    for i, first in enumerate(parameters):
-        for rest in _choices(parameters[i + 1 :], count - 1):
-            yield [first, *rest]
+    return list(possible[0])
 
 
 def _sides(parts: Mapping[str, Tensor]) -> tuple[int, int]:

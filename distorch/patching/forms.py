@@ -88,7 +88,7 @@ def _redo_widened(
     if original.stored is None and original.kept is None:
         original.kept = group.first.detach()
     values, shape = original.values(), (group.first.shape[0], columns[0])
-    dtype = work.options.dtype_of(values.dtype, original.dtype)
+    dtype = _result_dtype(values, original, work.options)
     value = merged_value(
         patches, values, original.rows, dtype, work.compute, shape=shape, width=columns[1]
     )
@@ -97,6 +97,14 @@ def _redo_widened(
         _put(group, value.to(work.compute))
     else:
         _put(group, _donors.shard_on(place, value, work.compute, group.name))
+
+
+def _result_dtype(values: torch.Tensor, original: Original, options: PatchOptions) -> torch.dtype:
+    """What a merged weight is kept in: what it is unpatched, if that is not narrow, whatever its
+    file has.
+    """
+    narrow = original.rows is not None or original.dtype.itemsize == 1
+    return options.dtype_of(values.dtype if narrow else original.dtype, original.dtype)
 
 
 def reads_file(group: Group, patches: Applied, original: Original, options: PatchOptions) -> bool:
@@ -112,8 +120,11 @@ def _can_fetch(group: Group, patches: Applied, original: Original) -> bool:
     row.
     """
     weight = group.first
-    plain = original.rows is None and original.kept is None and original.stored is None
-    if plain and not (weight.is_contiguous() and group.nbytes == weight.nbytes):
+    stored, plain = original.stored, original.rows is None
+    if plain and stored is not None and stored.dtype != original.dtype:
+        return False  # it would be rounded twice
+    whole = weight.is_contiguous() and group.nbytes == weight.nbytes
+    if plain and stored is None and original.kept is None and not whole:
         return False
     if not are_products(patches, original.rows, weight.shape):
         return False
@@ -202,12 +213,14 @@ def _redo_merged(
     parameter = group.first
     value = original.values() if values is None else values
     if patches:
-        dtype = work.options.dtype_of(value.dtype, original.dtype)
+        dtype = _result_dtype(value, original, work.options)
         shape = tuple(parameter.shape)
         into = _memory_of(parameter, dtype) if original.kept is None else None
         value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
         if into is not None and value.data_ptr() == into.data_ptr():
             return None
+    else:
+        value = value.to(original.dtype)  # the file may have another
     if original.kept is None and _takes(parameter, value):
         parameter.data.copy_(value)
         return None

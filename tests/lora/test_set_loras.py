@@ -93,6 +93,27 @@ def test_the_same_bits_as_a_fresh_load(path, spec, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_the_same_bits_where_the_file_has_another_dtype(tmp_path, spec, mode, dtypes):
+    """The file's numbers and the LoRA are added in float32, and rounded once to the dtype asked for."""
+    stored, dtype = (getattr(torch, name) for name in dtypes)
+    torch.manual_seed(0)
+    save_file(Net(stored).state_dict(), tmp_path / "base.safetensors")
+    model = load(tmp_path / "base.safetensors", spec, lora_mode=mode, dtype=dtype)
+    for loras in ([(lora(), 0.7)], [(lora(), 0.2), (lora(1), -1.0)], []):
+        distorch.set_loras(model, loras)
+        distorch.finish_merging(model)
+        fresh = load(tmp_path / "base.safetensors", spec, loras, lora_mode=mode, dtype=dtype)
+        assert_same(model, fresh)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        x = torch.randn(3, 32, dtype=dtype)
+        assert torch.equal(model(x), fresh(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", SPECS)
 def test_a_module_that_has_no_file(path, spec, mode):
     model = Net()
     plain = {k: v.clone() for k, v in model.state_dict().items()}
