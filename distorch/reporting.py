@@ -176,6 +176,10 @@ def _lora_lines(loras: list[dict[str, Any]]) -> list[str]:
     return [
         f"LoRA {row['lora']} x {row['strength']:g}: {row['weights']} weights"
         + (f", {len(row['unmatched'])} keys that fit nothing" if row["unmatched"] else "")
+        + "".join(
+            f", {name} has {columns} columns in place of {own}"
+            for name, (own, columns) in row.get("wider", {}).items()
+        )
         for row in loras
     ]
 

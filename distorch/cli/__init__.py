@@ -35,7 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what is in a checkpoint or LoRA file")
     inspect.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
     inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.add_argument("--fits", metavar="CHECKPOINT", help="how much of a LoRA fits that file")
+    inspect.add_argument(
+        "--fits",
+        metavar="CHECKPOINT",
+        help="how much of a LoRA fits that file; exits with 1 if nothing does",
+    )
 
     plan = commands.add_parser("plan", help="where the weights of a file would go; nothing moves")
     plan.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
@@ -88,7 +92,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     facts = inspect_file(arguments.file, arguments.fits)
     print(json.dumps(facts.to_dict(), indent=1) if arguments.json else facts)
-    return 0
+    return 1 if facts.fits is not None and facts.fits["targets"] == 0 else 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:

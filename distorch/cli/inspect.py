@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,13 +19,15 @@ from distorch.formats.checkpoint import (
 from distorch.formats.quantisation import declared_name
 from distorch.formats.stored import StoredTensor
 from distorch.lora.files import read_lora
-from distorch.lora.resolve import resolve
+from distorch.lora.resolve import resolve, sizes_of
 from distorch.lora.spellings import kind_of, looks_like_patches, spelling_of, split_key
 from distorch.lora.targets import Targets, WeightKinds
 
 _SHOWN = 5
 # Weights that a control LoRA may make wider: the layers that take the latents.
 _INPUTS = ("x_embedder.weight", "img_in.weight")
+_GATED, _DOWN = ("gate_proj", "up_proj", "w1", "w3"), ("down_proj", "w2")
+_EXPERT_WEIGHT = re.compile(rf"(.+\.experts)\.(\d+)\.(?:{'|'.join((*_GATED, *_DOWN))})\.weight$")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Contents:
                 f"fit nothing {len(self.fits['unmatched'])}"
             )
             lines += [f"  {stem}" for stem in self.fits["unmatched"][:_SHOWN]]
+            if self.fits["sizes"]:
+                lines.append(f"  {self.fits['sizes']}")
         if self.metadata:
             lines.append(
                 "\nmetadata: " + ", ".join(f"{k}={v[:60]}" for k, v in self.metadata.items())
@@ -111,19 +117,38 @@ def inspect_file(path: str, fits: str | None = None) -> Contents:
 
 def _fits(lora: str, checkpoint: str) -> dict[str, Any]:
     """How many targets of a LoRA fit the weights that a checkpoint holds."""
-    tensors = open_checkpoint(checkpoint).tensors
-    inputs = frozenset(
-        name for name, t in tensors.items() if name.endswith(_INPUTS) and len(t.shape) == 2
-    )
-    shapes = {name: t.shape for name, t in tensors.items()}
-    found = resolve(read_lora(lora), Targets(shapes, WeightKinds(inputs=inputs)))
+    shapes = {name: tuple(t.shape) for name, t in open_checkpoint(checkpoint).tensors.items()}
+    inputs = frozenset(n for n, shape in shapes.items() if n.endswith(_INPUTS) and len(shape) == 2)
+    stacks = _stacks(shapes)
+    kinds = WeightKinds(experts=frozenset(stacks), inputs=inputs)
+    targets = Targets(shapes | stacks, kinds)
+    found = resolve(read_lora(lora), targets)
     return {
         "checkpoint": checkpoint,
         "targets": len({patch.stem for patch in found.patches}),
         "weights": len({patch.weight for patch in found.patches}),
         "elsewhere": len(found.elsewhere),
         "unmatched": found.left_out,
+        "sizes": sizes_of(found, targets),
     }
+
+
+def _stacks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Experts that a checkpoint keeps one by one, as the stacks that transformers makes of them."""
+    experts: dict[str, set[str]] = {}
+    for name in shapes:
+        if found := _EXPERT_WEIGHT.match(name):
+            experts.setdefault(found[1], set()).add(found[2])
+    stacks: dict[str, tuple[int, ...]] = {}
+    for module, numbers in experts.items():
+        for parts, stack in (_GATED, "gate_up_proj"), (_DOWN, "down_proj"):
+            first = [shapes.get(f"{module}.0.{part}.weight") for part in parts]
+            known = [shape for shape in first if shape is not None and len(shape) == 2]
+            if known:
+                rows = sum(shape[0] for shape in known)
+                ours = module.replace("block_sparse_moe.", "mlp.")  # Mixtral's older name
+                stacks[f"{ours}.{stack}"] = (len(numbers), rows, known[0][1])
+    return stacks
 
 
 def _bytes_by_dtype(tensors: list[StoredTensor]) -> dict[str, int]:

@@ -158,7 +158,8 @@ def _config_beside(
         if named:
             raise FormatError(
                 f"LoRA {str(path)!r}: its {_CONFIG_NAME} is missing beside it; PEFT keeps there "
-                "how strong the LoRA is"
+                "how strong the LoRA is. Copy it there; or give the tensors as a state dict, and "
+                "alpha / rank times the strength"
             )
         _warn_without_strength(f"LoRA {str(path)!r}", tensors, metadata)
         return {}

@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from distorch.errors import FormatError, SpecError
+from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.lora import minimax_h3
 from distorch.lora.around import padded, turned
 from distorch.lora.assemble import Scaling, make_kind
@@ -346,7 +345,7 @@ def _bias_scale(parts: Mapping[str, Tensor], scaling: Scaling) -> float:
 
 def _complaints(file: LoraFile, resolved: ResolvedLora, targets: Targets) -> list[str]:
     """What fits nothing, or has another size."""
-    said = [_sizes(resolved, targets)] if resolved.misfits else []
+    said = [sizes_of(resolved, targets)] if resolved.misfits else []
     if resolved.unmatched or not (resolved.patches or said):
         shown = (resolved.unmatched or resolved.elsewhere or list(file.tensors))[:_SHOWN]
         said.append(
@@ -360,6 +359,8 @@ def _complaints(file: LoraFile, resolved: ResolvedLora, targets: Targets) -> lis
 def _of_parameters(stems: Sequence[str], targets: Targets) -> str:
     """What to say of stems that name modules with parameters of their own."""
     for stem in stems:
+        if count := targets.number_of_experts(stem):
+            return f". {stem!r}: there are {count} experts, counted from 0"
         if own := targets.parameters_of(without_levels(stem)):
             return (
                 f". {stem!r} is a module with parameters ({', '.join(own)}): adapter_config.json "
@@ -378,22 +379,28 @@ def _complain(resolved: ResolvedLora, strict: bool, *, again: bool) -> None:
     if again:
         return
     if resolved.absent:
-        warnings.warn(
+        warn_at_caller(
             f"{resolved.label}: passed over what is for a branch that this module lacks (as "
             f"{resolved.absent[:_SHOWN]}, {len(resolved.absent)} in all)",
-            stacklevel=4,
+            UserWarning,
         )
     if resolved.complaints:
-        warnings.warn(message, stacklevel=4)
+        warn_at_caller(message, UserWarning)
 
 
-def _sizes(resolved: ResolvedLora, targets: Targets) -> str:
+def _layer_of(patch: Patch) -> str:
+    return patch.weight.removesuffix(".weight")
+
+
+def sizes_of(resolved: ResolvedLora, targets: Targets) -> str:
     """Which patches have another size than their weights."""
     shown = []
     for patch in resolved.misfits[:_SHOWN]:
         size = f"the weight's shape is {tuple(targets.shapes[patch.weight])}"
         if patch.first_row == _NOWHERE:
             size = "and the rows that it is for are more or fewer"
+        elif any(name.startswith(f"{_layer_of(patch)}.lora_") for name in targets.shapes):
+            size += ", and an adapter of PEFT is around it, so that it gets no other one"
         shown.append(
             f"the {patch.kind.name} for {patch.weight!r} ({patch.stem}) was made for "
             f"{patch.kind.shape()}, {size}"

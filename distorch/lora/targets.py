@@ -113,7 +113,9 @@ _OF_EXPERTS = {
     "down_proj": ("down_proj", 0, 1), "w1": ("gate_up_proj", 0, 0.5),
     "w3": ("gate_up_proj", 0.5, 1), "w2": ("down_proj", 0, 1),
 }  # fmt: skip
-_EXPERT = re.compile(rf"((?:.+\.)?experts)\.(\d+)\.({'|'.join(_OF_EXPERTS)})$")
+_LAYERS = "|".join(_OF_EXPERTS)
+_EXPERT = re.compile(rf"(?P<module>(?:.+\.)?experts)\.(?P<number>\d+)\.(?P<layer>{_LAYERS})$")
+_FLAT_EXPERT = re.compile(rf"(?P<module>(?:.+_)?experts)_(?P<number>\d+)_(?P<layer>{_LAYERS})$")
 
 
 @dataclass(frozen=True)
@@ -157,18 +159,34 @@ class Targets:
 
     def _of_expert(self, stem: str) -> list[Place]:
         """Where one expert's layer is, if all experts are kept as stacks."""
-        expert = _EXPERT.match(stem)
-        if expert is None:
+        found = self._stack_of(stem)
+        if found is None:
             return []
-        module, number, layer = expert.groups()
-        stack, *shares = _OF_EXPERTS[layer]
-        for name in self.parameters_of(module):
-            inside = int(number) < self.shapes[name][0]
-            if name.endswith(f".{stack}") and name in self.kinds.experts and inside:
-                rows = self.shapes[name][1]
-                first, last = (int(share * rows) for share in shares)
-                return [Place(name, part=True, matrix=int(number), rows=(first, last))]
-        return []
+        name, expert, shares = found
+        experts, rows, _ = self.shapes[name]
+        first, last = (int(share * rows) for share in shares)
+        place = Place(name, part=True, matrix=expert, rows=(first, last))
+        return [place] if expert < experts else []
+
+    def number_of_experts(self, stem: str) -> int:
+        """How many experts the stack has that a stem is one of; 0 where it is none."""
+        found = self._stack_of(stem)
+        return self.shapes[found[0]][0] if found else 0
+
+    def _stack_of(self, stem: str) -> tuple[str, int, tuple[float, ...]] | None:
+        """The stack, the expert, and the share of its rows that a stem names."""
+        if expert := _EXPERT.match(stem):
+            modules = [expert["module"]]
+        elif expert := _FLAT_EXPERT.match(stem):
+            flat = set(_without_prefixes(expert["module"]))
+            modules = [name for name in self._parameters if _flat(name) in flat]
+        else:
+            return None
+        stack, *shares = _OF_EXPERTS[expert["layer"]]
+        for name in (name for module in modules for name in self.parameters_of(module)):
+            if name.endswith(f".{stack}") and name in self.kinds.experts:
+                return name, int(expert["number"]), tuple(map(float, shares))
+        return None
 
     def find(self, stem: str) -> list[Place]:
         """Where a patch with that stem goes; empty when nowhere."""

@@ -56,8 +56,8 @@ def set_loras(
     Args:
         module: A distributed module.
         loras: Pairs of a LoRA and its strength, in the order in which they are added. A LoRA is a
-            file or a state dict. Leave the tensors of a state dict as they are while they are on.
-            [] takes all LoRAs off.
+            file, an adapter's folder, or a state dict. Leave the tensors of a state dict as they
+            are while they are on. [] takes all LoRAs off.
         strict_loras: Whether every key of a LoRA has to fit a weight.
         lora_mode: "merge" writes the results to where the weights are. "fetch" patches a weight
             whenever it is fetched, so that a new strength moves no bytes. "background" begins like

@@ -225,6 +225,15 @@ class Patching:
         """The LoRAs that are on the module, as `set_loras` takes them."""
         return [(lora.source, strength) for lora, strength in self.loras]
 
+    def _wider(self, lora: ResolvedLora) -> dict[str, dict[str, tuple[int, int]]]:
+        """Which layers it makes wider: columns of their own, and those that it has."""
+        found = {}
+        for patch in lora.patches:
+            own, columns = self.widened.get(patch.weight), patch.kind.columns() or 0
+            if own is not None and columns > own:
+                found[patch.weight] = own, columns
+        return {"wider": found} if found else {}
+
     def rows(self) -> list[dict[str, Any]]:
         """One entry per LoRA, for reports."""
         return [
@@ -234,6 +243,7 @@ class Patching:
                 "weights": len({patch.weight for patch in lora.patches}),
                 "unmatched": lora.left_out,
                 "for other models": len(lora.elsewhere),
+                **self._wider(lora),
             }
             for lora, strength in self.loras
         ]

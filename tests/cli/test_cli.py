@@ -173,3 +173,38 @@ def test_inspect_says_how_much_of_a_lora_fits(checkpoint, tmp_path, capsys):
     assert facts["fits"]["unmatched"] == ["lora_unet_nowhere"]
     assert main(["inspect", str(tmp_path / "l.safetensors"), "--fits", checkpoint]) == 0
     assert "lora_unet_nowhere" in capsys.readouterr().out
+
+    lora = {
+        "blocks.0.lora_down.weight": torch.ones(2, 9),
+        "blocks.0.lora_up.weight": torch.ones(3, 2),
+    }
+    save_file(lora, tmp_path / "l.safetensors")
+    assert main(["inspect", str(tmp_path / "l.safetensors"), "--fits", checkpoint]) == 1
+    assert "was made for [3, 9] of rank 2, the weight's shape is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", ["w1 w3 w2", "gate_proj up_proj down_proj"])
+@pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
+def test_inspect_knows_experts_as_transformers_keeps_them(tmp_path, capsys, names, block):
+    """A checkpoint has a tensor for each expert, the model a stack of them."""
+    state = {
+        f"model.layers.0.{block}.experts.{i}.{name}.weight": torch.ones(shape)
+        for i in range(3)
+        for name, shape in zip(names.split(), [(6, 4), (6, 4), (4, 6)], strict=True)
+    }
+    save_file(state, tmp_path / "base.safetensors")
+    one = {
+        f"model.layers.0.mlp.experts.2.up_proj.lora_{side}.weight": torch.ones(shape)
+        for side, shape in (("down", (2, 4)), ("up", (6, 2)))
+    }
+    stack = {
+        f"base_model.model.model.layers.0.mlp.experts.{level}lora_{side}.weight": torch.ones(shape)
+        for level, (rows, columns) in (("base_layer.", (12, 4)), ("", (4, 6)))
+        for side, shape in (("A", (6, columns)), ("B", (rows, 6)))
+    }
+    for lora, weights in ((one, 1), (stack, 2)):
+        save_file(lora, tmp_path / "l.safetensors")
+        arguments = [str(tmp_path / "l.safetensors"), "--fits", str(tmp_path / "base.safetensors")]
+        assert main(["inspect", *arguments, "--json"]) == 0
+        fits = json.loads(capsys.readouterr().out)["fits"]
+        assert (fits["targets"], fits["weights"], fits["unmatched"]) == (weights, weights, [])

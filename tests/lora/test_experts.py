@@ -292,7 +292,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("prefix", ["model.experts", "base_model.model.experts", "experts"])
+@pytest.mark.parametrize(
+    "prefix", ["model.experts.", "base_model.model.experts.", "experts.", "lora_unet_experts_"]
+)
 def test_experts_one_by_one(prefix, mode):
     net, state = Net(), {}
     wanted = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -301,7 +303,8 @@ def test_experts_one_by_one(prefix, mode):
         for layer in ("w1", "w3", "w2") if expert else ("up_proj", "gate_proj", "down_proj"):
             stack, first, (rows, columns) = NAMES[layer]
             down, up = torch.randn(2, columns), torch.randn(rows, 2)
-            stem = f"{prefix}.{expert}.{layer}"
+            flat = "_" if prefix.endswith("_") else "."
+            stem = f"{prefix}{expert}{flat}{layer}"
             state |= {
                 f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up,
                 f"{stem}.alpha": torch.tensor(4.0),
@@ -320,6 +323,8 @@ def test_experts_one_by_one_that_do_not_fit():
     for net, state in ((Net(), beyond), (Net(is_transposed=True), wrong)):
         with pytest.raises(FormatError, match="fit no weight"):
             patched(net, [(state, 1.0)])
+    with pytest.raises(FormatError, match="'experts.3.w2': there are 3 experts, counted from 0"):
+        patched(Net(), [(beyond, 1.0)])
     loha = {f"experts.0.w1.hada_w{i}_{f}": torch.ones(WIDE if f == "a" else 1, 1 if f == "a" else HIDDEN)
             for i in (1, 2) for f in "ab"}  # fmt: skip
     with pytest.raises(FormatError, match="LoHa cannot go on one of the experts"):

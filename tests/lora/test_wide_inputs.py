@@ -417,3 +417,26 @@ def test_int8_that_stays_int8():
     exact = nn.functional.pad(whole.float(), (0, WIDE - OWN)) + added
     expected = exact.round().clamp(-128, 127).to(torch.int8)
     assert torch.equal(distorch.materialize(model.img_in.weight), expected)
+
+
+def test_the_report_says_it():
+    model = distributed(Plain())
+    distorch.set_loras(model, [(lora(WIDE, stem="img_in"), 0.5), (lora(OWN, stem="img_in"), 1.0)])
+    report = distorch.report(model)
+    assert [row.get("wider") for row in report.loras] == [{"img_in.weight": (OWN, WIDE)}, None]
+    assert f"img_in.weight has {WIDE} columns in place of {OWN}" in str(report)
+
+
+def test_under_an_adapter_of_peft_it_gets_no_other_width():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = Plain()
+    inject_adapter_in_model(LoraConfig(target_modules=["img_in"]), model)
+    distributed(model)
+    with pytest.raises(FormatError, match="an adapter of PEFT is around it"):
+        distorch.set_loras(model, [(lora(WIDE, stem="img_in"), 1.0)])
+    model = distributed(Plain())
+    distorch.set_loras(model, [(lora(WIDE, stem="img_in"), 1.0)])
+    inject_adapter_in_model(LoraConfig(target_modules=["img_in"]), model)
+    with pytest.raises(PlacementError, match="would get another width"):
+        distorch.set_loras(model, [])
