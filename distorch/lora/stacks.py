@@ -90,8 +90,10 @@ def _parameters_of(
     """The parameters that the entries of one module are for, in their order; [] if they are for
     the module's weight, as usual.
     """
-    own = targets.parameters_of(module)
     wanted, name = file.configuration.parameters(module)
+    if not wanted and len(entries) == 1 and targets.find(module):  # nearly all
+        return []
+    own = targets.parameters_of(module)
     chosen = [key for key in own if names_parameter(wanted, f"{name}.{key.rpartition('.')[2]}")]
     levels = [stem.count(_LEVEL, len(module)) for stem in entries]
     if chosen:
@@ -102,7 +104,7 @@ def _parameters_of(
                 f"{len(entries)} of them"
             )
         return chosen
-    if wanted or not own or (len(entries) == 1 and targets.find(module)):
+    if wanted or not own:
         return []
     # Without a configuration, shapes have to tell.
     possible = [

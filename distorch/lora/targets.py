@@ -137,6 +137,7 @@ class Targets:
         self.shapes = dict(shapes)
         self.kinds = kinds or WeightKinds()
         self._parameters = _parameters_by_module(shapes)
+        self._found: dict[str, list[Place]] = {}  # what was asked for
         self._places = _places_by_name(shapes)
         for path in _common_paths(shapes):
             inner = {name.removeprefix(path): shape for name, shape in shapes.items()}
@@ -190,6 +191,11 @@ class Targets:
 
     def find(self, stem: str) -> list[Place]:
         """Where a patch with that stem goes; empty when nowhere."""
+        if stem not in self._found:
+            self._found[stem] = self._find(stem)
+        return self._found[stem]
+
+    def _find(self, stem: str) -> list[Place]:
         # Of a module inside one that PEFT put LoRAs on.
         stem = base_name(stem)
         if of_expert := self._of_expert(stem):
