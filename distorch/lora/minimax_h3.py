@@ -20,7 +20,7 @@ from distorch.lora.files import LoraFile
 from distorch.lora.spellings import Group
 from distorch.lora.targets import Targets
 
-_OWN_WEIGHTS = ("audio_proj_in.weight", "audio_patch_proj.weight")  # diffusers', its authors'
+_OWN_WEIGHT = "adaln_proj.linear.weight"  # in every block, in diffusers and in its authors' code
 _FUSED = ("attn.qkv_proj", "attn_qkv_proj")
 _DIFFSYNTH = "default"
 _HEAD_ROWS = 128  # of one head's queries, in all released models
@@ -28,7 +28,7 @@ _HEAD_ROWS = 128  # of one head's queries, in all released models
 
 def as_usual(file: LoraFile, groups: Mapping[str, Group], targets: Targets) -> None:
     """Changes the groups of a LoRA for MiniMax H3 to what other families' mean. FormatError."""
-    if not any(name.endswith(_OWN_WEIGHTS) for name in targets.shapes):
+    if not any(name.endswith(_OWN_WEIGHT) for name in targets.shapes):
         return
     _take_header_alpha(file, groups)
     if any(group.adapter == _DIFFSYNTH for group in groups.values()):

@@ -149,36 +149,30 @@ def test_two_adapters_and_a_load(tmp_path):
         assert_same(values(model), wanted)
 
 
-def test_a_quantised_stack_with_one_scale_and_with_many(tmp_path):
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(1.5), torch.tensor([0.5, 1.0, 2.0])], ids=["one", "many"]
+)
+def test_a_narrow_stack_with_one_scale_and_with_many(tmp_path, scale):
     """With several scales the kernel's matrix cannot be another one: numbers are decoded first."""
     net = Net()
-    adapter(tmp_path, net, target_parameters=BOTH[:1])
-    state = {name: value.detach() for name, value in net.state_dict().items()}
-    stored = state["experts.gate_up_proj"].to(torch.float8_e4m3fn)
-    for scale in (torch.tensor([0.5]), torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)):
-        file = tmp_path / "base.safetensors"
-        state |= {"experts.gate_up_proj": stored, "experts.gate_up_proj_scale": scale}
-        save_file(state, file)
-        base = stored.float() * scale
-        try:
-            models = [
-                distorch.load(
-                    Net(), file, "cpu,0b;disk,*", min_bytes=0, compute="cpu", lora_mode=mode,
-                    loras=[(tmp_path, 1.0)],
-                )
-                for mode in MODES
-            ]  # fmt: skip
-        except FormatError as error:
-            assert "experts.gate_up_proj_scale" in str(error)  # noqa: PT017
-            continue
-        plain = Net()
-        plain.experts.gate_up_proj.data = base
-        wanted = adapter(tmp_path / "again", plain, target_parameters=BOTH[:1])
-        for model in models:
-            assert_same(
-                {"experts.gate_up_proj": values(model)["experts.gate_up_proj"].float()},
-                {"experts.gate_up_proj": wanted["experts.gate_up_proj"]},
-            )
+    name = "experts.gate_up_proj"
+    state = {key: value.detach() for key, value in net.state_dict().items()}
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    state[f"{name}.weight_scale"] = scale
+    save_file(state, tmp_path / "base.safetensors")
+    net.experts.gate_up_proj.data = state[name].float() * scale.view(-1, 1, 1)
+    wanted = adapter(tmp_path, net, target_parameters=BOTH[:1])
+    found = []
+    for mode in MODES:
+        model = distorch.load(
+            Net(), tmp_path / "base.safetensors", "cpu,0b;disk,*", min_bytes=0, compute="cpu",
+            loras=[(tmp_path, 1.0)], lora_mode=mode, dtype="float32",
+        )  # fmt: skip
+        assert_same({name: values(model)[name]}, {name: wanted[name]})
+        found.append(values(model)[name])
+        distorch.set_loras(model, [])
+        assert torch.equal(values(model)[name], net.experts.gate_up_proj)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 # Older versions: which dimension is "in", of a stack and of one that is turned over.

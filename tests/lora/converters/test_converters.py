@@ -224,6 +224,10 @@ def test_alpha_in_the_header_of_minimax_h3(tmp_path, case):
              "diffusion_model.img_in.lora_B.weight": torch.ones(16, 2)}  # fmt: skip
     save_file(other, file, {"alpha": "8"})
     close(changes(build("flux"), file), changes(build("flux"), other))
+    # LTX-2 has audio layers of the same names.
+    other = one_layer("transformer.audio_proj_in", *layers("ltx2")["audio_proj_in"])
+    save_file(other, file, {"alpha": "8"})
+    close(changes(build("ltx2"), file), changes(build("ltx2"), other))
 
 
 @pytest.mark.parametrize("rows", [1, 24, 46, 47, 49, 72])
