@@ -33,7 +33,8 @@ class Report:
         problems: Where what was found differs from the plan.
         loras: A dict for each LoRA: `lora` its name, `strength`, `weights` the number of weights
             that it changes, `unmatched` its keys that fit nothing, `for other models` the number of
-            its keys for other parts of a pipeline.
+            its keys for other parts of a pipeline. If it makes layers wider, `wider` has their
+            weights, each with its own number of columns and the present one.
         merging: How many weights are still to be merged in the background.
         merge_error: What ended the merging.
         ring: Bytes of look-ahead on the compute device, beyond its share.

@@ -14,14 +14,26 @@ from distorch.lora.products import LowRankKind
 
 
 @dataclass(eq=False)
-class DecomposedKind(Kind):
+class AroundKind(Kind):
+    """A patch around another one, whose shape it has."""
+
+    inner: Kind
+
+    def shape(self) -> str:
+        return self.inner.shape()
+
+    def rows(self) -> int | None:
+        return self.inner.rows()
+
+
+@dataclass(eq=False)
+class DecomposedKind(AroundKind):
     """DoRA: magnitude * (weight + inner) / norm(weight + inner), per output row or per column.
 
     `magnitude` [rows, 1] or [1, columns]; of one dimension: what its length says, rows before
     columns.
     """
 
-    inner: Kind
     magnitude: Tensor
     name = "DoRA"
 
@@ -45,12 +57,6 @@ class DecomposedKind(Kind):
     def columns(self) -> int | None:
         return self.inner.columns()
 
-    def shape(self) -> str:
-        return self.inner.shape()
-
-    def rows(self) -> int | None:
-        return self.inner.rows()
-
     @property
     def by_row(self) -> bool:
         """Whether there is a magnitude for each row, as far as that is known without the weight."""
@@ -70,10 +76,9 @@ class DecomposedKind(Kind):
 
 
 @dataclass(eq=False)
-class PaddedKind(Kind):
+class PaddedKind(AroundKind):
     """A patch made for the first columns of a weight."""
 
-    inner: Kind
     own: int  # columns
 
     @property
@@ -94,12 +99,6 @@ class PaddedKind(Kind):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and self.inner.fits((shape[0], self.own))
-
-    def shape(self) -> str:
-        return self.inner.shape()
-
-    def rows(self) -> int | None:
-        return self.inner.rows()
 
     @property
     def cuts(self) -> int:

@@ -178,7 +178,7 @@ class Configuration:
     def parameters(self, stem: str) -> tuple[Collection[str], str]:
         """The names of parameters that PEFT put LoRAs on, and the stem's own name beside them."""
         if not any(config.get("target_parameters") for config in self.parts.values()):
-            return (), stem  # nearly always
+            return (), stem  # most files have none
         config, name = self.of(stem)
         wanted = config.get("target_parameters") or ()
         if isinstance(wanted, str) or not all(isinstance(key, str) for key in wanted):

@@ -22,8 +22,8 @@ class Place:
     """Where a patch goes: rows of `weight` from `step` times the patch's rows on.
 
     A negative `step` counts from the weight's end. `cut` [begin, end): only these rows of the
-    patch go there. `part`: it may cover only some of the weight's rows. `matrix`: it is one of
-    those that the weight is a stack of, and it goes on these `rows` [begin, end) of that.
+    patch go there. `part`: it may cover only some of the weight's rows. `matrix`: the weight is a
+    stack of matrices, and the patch goes on rows [begin, end) of this one (`rows`).
     """
 
     weight: str

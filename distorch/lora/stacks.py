@@ -91,8 +91,8 @@ def _parameters_of(
     the module's weight, as usual.
     """
     wanted, name = file.configuration.parameters(module)
-    if not wanted and len(entries) == 1 and targets.find(module):  # nearly all
-        return []
+    if not wanted and len(entries) == 1 and targets.find(module):
+        return []  # a layer with a weight, as nearly all are
     own = targets.parameters_of(module)
     chosen = [key for key in own if names_parameter(wanted, f"{name}.{key.rpartition('.')[2]}")]
     levels = [stem.count(_LEVEL, len(module)) for stem in entries]

@@ -75,7 +75,8 @@ def set_loras(
         FormatError: A LoRA is missing, damaged, or fits nothing.
         SpecError: An argument is wrong.
         PlacementError: The module is not distributed, a weight cannot be patched, or another thread
-            does not come to rest within a minute.
+            does not come to rest within a minute. Or, after another error, a weight could not be
+            put back: the error names it.
         FetchError: Original bytes could not be read, for example because their file was replaced.
 
     After any of them the module has the LoRAs that it had. After an interrupt it has those, or the

@@ -62,7 +62,8 @@ def redo(
         return
     if name in known.widened:
         _put(group, _restored(group, original, work))
-        for other in names_of(group):  # now, and not before: what failed is tried again
+        # Only now: if it failed above, the way back has to know the weight's own columns.
+        for other in names_of(group):
             known.widened.pop(other, None)
     terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
     if terms is not None and _can_fetch(group, patches, original):
@@ -92,11 +93,7 @@ def _redo_widened(
     value = merged_value(
         patches, values, original.rows, dtype, work.compute, shape=shape, width=columns[1]
     )
-    place = work.place_of(group)
-    if place == str(work.compute) and not _ops.is_sharded(group.first):
-        _put(group, value.to(work.compute))
-    else:
-        _put(group, _donors.shard_on(place, value, work.compute, group.name))
+    _put_where_it_belongs(group, value, work)
 
 
 def _result_dtype(values: torch.Tensor, original: Original, options: PatchOptions) -> torch.dtype:
@@ -224,11 +221,16 @@ def _redo_merged(
     if original.kept is None and _takes(parameter, value):
         parameter.data.copy_(value)
         return None
-    place = work.place_of(group)
     value = value.clone() if values is not None and value.device.type == "cpu" else value
-    if place == str(compute) and not _ops.is_sharded(parameter):
-        return _put(group, value.to(compute))
-    return _put(group, _donors.shard_on(place, value, compute, group.name))
+    return _put_where_it_belongs(group, value, work)
+
+
+def _put_where_it_belongs(group: Group, value: torch.Tensor, work: Work) -> None:
+    place, compute = work.place_of(group), work.compute
+    if place == str(compute) and not _ops.is_sharded(group.first):
+        _put(group, value.to(compute))
+    else:
+        _put(group, _donors.shard_on(place, value, compute, group.name))
 
 
 def _memory_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
