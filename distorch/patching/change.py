@@ -16,18 +16,19 @@ from distorch.formats.plain_names import base_name
 from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
 from distorch.patching.background import merge_in_background
-from distorch.patching.forms import Work, names_of, reads_file, redo
+from distorch.patching.forms import Work, reads_file, redo
 from distorch.patching.reading import ReadAhead
 from distorch.patching.state import (
     LoraMode,
     Patching,
     PatchOptions,
     check_plain_numbers,
+    names_of,
     new_reader,
     patches_on,
     shapes_of,
 )
-from distorch.patching.widths import follow, input_layers, layers_of
+from distorch.patching.widths import follow, input_layers
 from distorch.planner import Plan
 from distorch.runtime import distribution, machine, placing
 from distorch.runtime.at_rest import at_rest
@@ -217,7 +218,8 @@ def _check_widths(changes: Iterable[_Change], module: nn.Module) -> None:
     for change in changes:
         if change.old_width == change.new_width:
             continue
-        if not set(layers_of(change.group)) <= set(input_layers(module)):
+        owners = {member.owner for member in change.group.members}
+        if not owners <= set(input_layers(module)):
             raise PlacementError(
                 f"{change.group.name!r} would get another width, and its layer is not the model's "
                 "own any more, or in_channels of the model was changed. An adapter around it was "
@@ -231,7 +233,7 @@ def _apply(
 ) -> None:
     """All changes, or none: what was done is taken back on an error or an interrupt."""
     total = sum(change.group.nbytes for change in changes)
-    wide = {name for change in changes if change.widens for name in names_of(change.group)}
+    wide = {name for change in changes if change.widens for name in names_of(change.group.members)}
     reads = [_read_ahead(change, known, work.options) for change in changes]
     begun: list[_Change] = []
     try:

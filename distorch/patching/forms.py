@@ -12,7 +12,7 @@ from distorch import _donors, _ops
 from distorch._behaviour import alias_of_donor, replace_data
 from distorch.formats.plain_names import base_name
 from distorch.lora import Applied, StoredRows, are_products, low_rank_terms, merge
-from distorch.patching.state import INTEGERS, Original, Patching, PatchOptions
+from distorch.patching.state import INTEGERS, Original, Patching, PatchOptions, names_of
 from distorch.patching.widths import widened
 from distorch.planner import Plan
 from distorch.runtime.groups import Group
@@ -55,7 +55,7 @@ def redo(
         original = known.originals[name] = Original(None, None, group.first.dtype)
     if width is not None:
         own = known.widened.get(name, group.first.shape[1])
-        known.widened |= dict.fromkeys(names_of(group), own)
+        known.widened |= dict.fromkeys(names_of(group.members), own)
         _redo_widened(group, patches, original, work, (own, width))
         known.applied[name] = list(patches)
         original.put(group.first)
@@ -63,7 +63,7 @@ def redo(
     if name in known.widened:
         _put(group, _restored(group, original, work))
         # Only now: if it failed above, the way back has to know the weight's own columns.
-        for other in names_of(group):
+        for other in names_of(group.members):
             known.widened.pop(other, None)
     terms = low_rank_terms(patches, kept=True) if work.options.at_fetch else None
     if terms is not None and _can_fetch(group, patches, original):
@@ -75,11 +75,6 @@ def redo(
     if not patches and original.stored is None and original.rows is None:
         # The weight is its original again. `.data = ` would give it another one, unseen.
         del known.originals[name]
-
-
-def names_of(group: Group) -> list[str]:
-    """All names of a weight, as LoRAs have them."""
-    return [base_name(member.name) for member in group.members]
 
 
 def _redo_widened(

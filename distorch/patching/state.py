@@ -201,7 +201,7 @@ class Patching:
 
     def width_of(self, members: Sequence[Member], own: int, patches: Patches) -> int | None:
         """Columns that an input layer's weight gets with these patches; None: its `own`."""
-        names = [base_name(member.name) for member in members]
+        names = names_of(members)
         if names[0] not in self.reader.kinds.inputs:
             return None
         width = patches.width(names)
@@ -249,6 +249,11 @@ class Patching:
         ]
 
 
+def names_of(members: Sequence[Member]) -> list[str]:
+    """All names of a weight, as LoRAs have them."""
+    return [base_name(member.name) for member in members]
+
+
 def shapes_of(
     module: nn.Module, widened: Mapping[str, int] | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -266,7 +271,7 @@ def patches_on(members: Sequence[Member], patches: Patches) -> Applied:
     """
     views = {(p.shape, p.stride(), p.storage_offset()) for p in (m.parameter for m in members)}
     if len(views) > 1:
-        if patches.of([base_name(member.name) for member in members]):
+        if patches.of(names_of(members)):
             raise PlacementError(
                 f"{members[0].name!r} shares its bytes with weights of another shape or order: "
                 "patch them as plain tensors, after distorch.undistribute(model)"

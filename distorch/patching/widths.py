@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from distorch.formats.plain_names import base_name
 from distorch.lora import Applied, StoredRows, merge, padded
-from distorch.runtime.groups import Group, named_members
+from distorch.runtime.groups import named_members
 
 _NAMES = ("x_embedder", "img_in")  # of such layers; others may have as many inputs by chance
 
@@ -122,8 +122,3 @@ def widened(
         for patch, strength in patches
     ]
     return wide, functional.pad(base, (0, width - shape[1]))
-
-
-def layers_of(group: Group) -> list[nn.Module]:
-    """The modules that a group's weight belongs to."""
-    return [member.owner for member in group.members]
