@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -74,6 +75,16 @@ def cache_folder() -> Path:
         raise OSError(f"no cache folder: {error}") from error
 
 
+def made_cache_folder() -> Path:
+    """The same folder, made if it is not there, and closed to other users. OSError."""
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():  # what is in it may be another user's
+        raise OSError(errno.EPERM, "it belongs to another user", str(folder))
+    folder.chmod(0o700)
+    return folder
+
+
 def scratch_folder() -> Path:
     """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
     chosen = os.environ.get("DISTORCH_DISK")
@@ -86,11 +97,9 @@ def scratch_folder() -> Path:
     if not in_memory(temporary):
         return temporary
     try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        return made_cache_folder()
     except OSError:  # there is no home folder, or it cannot be written to
         return temporary
-    return folder
 
 
 def _io_threads() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distorch._atomic import write_atomically
+from distorch._small_files import open_regular, parse_json, write_atomically
 from distorch.display.picture import Picture
 from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.display.timelines import (
@@ -112,10 +112,11 @@ class Timeline:
             FormatError: The file is not there, damaged, or of another program.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            with open_regular(path) as file:  # of any size: it is the user's own trace
+                content = parse_json(file.read().decode())
         except OSError as error:
             raise FormatError(f"cannot read the trace {str(path)!r}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise FormatError(
                 f"{str(path)!r}: expected a trace that distorch.trace wrote, found no JSON"
             ) from error

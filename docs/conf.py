@@ -17,7 +17,7 @@ version = release = distorch.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/*.md"]
 html_theme = "furo"
 html_title = f"distorch {release}"
 
@@ -58,7 +58,8 @@ def _add_contents(app: Any, page: str, source: list[str]) -> None:
         pages = re.findall(r"^\| \[.*?\]\((\w[\w-]*)\.md\)", table, re.MULTILINE)
         entries = "\n".join(pages)
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
-    source[0] += "\n```{toctree}\n:hidden:\n\n../README\n../CHANGELOG\n../CONTRIBUTING\n```\n"
+    beside = "../README\n../CHANGELOG\n../CONTRIBUTING\n../SECURITY"
+    source[0] += f"\n```{{toctree}}\n:hidden:\n\n{beside}\n```\n"
 
 
 def _add_start(app: Any, error: Exception | None) -> None:

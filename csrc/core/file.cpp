@@ -97,12 +97,18 @@ bool File::is_still(const struct stat& status) const {
 }
 
 std::shared_ptr<File> File::open(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // Without O_NONBLOCK, a named pipe under this path would keep us waiting for a writer.
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
   if (fd < 0) {
     throw Error(ErrorKind::kFormat, "cannot open '" + path + "': " + reason(errno));
   }
   struct stat status{};
   ::fstat(fd, &status);
+  if (!S_ISREG(status.st_mode)) {
+    ::close(fd);
+    throw Error(ErrorKind::kFormat,
+                "cannot open '" + path + "': no ordinary file, but a folder, a pipe or a device");
+  }
   const MutexLock lock(open_files.mutex);
   std::erase_if(open_files.by_path, [](const auto& entry) { return entry.second.expired(); });
   std::weak_ptr<File>& known = open_files.by_path[path];

@@ -2,6 +2,7 @@
 // Reads of any alignment, scratch files, and files that change behind our back.
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -110,6 +111,12 @@ void changed_files_are_noticed() {
       path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
   CHECK_THROWS(kFetch, file->read(0, 10, into.data(), false));
   CHECK_THROWS(kFormat, File::open("no such file"));
+  // What is no ordinary file is refused at once. A pipe would wait for a writer, a device never
+  // end.
+  CHECK(::mkfifo("pipe", 0600) == 0);
+  CHECK_THROWS(kFormat, File::open("pipe"));
+  CHECK_THROWS(kFormat, File::open("/dev/zero"));
+  CHECK_THROWS(kFormat, File::open("."));
   // A file that is replaced (another inode) does not matter: ours is open.
   file = File::open(path);
   std::filesystem::rename(path, "old.bin");

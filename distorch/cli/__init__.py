@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distorch import __version__
+from distorch.display.tables import printable
 from distorch.errors import DistorchError, SpecError
 
 if TYPE_CHECKING:
@@ -167,18 +168,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _told(message: Warning | str, *_: object) -> None:
     """A warning, without the line of code that it came from."""
-    print(f"distorch: {message}", file=sys.stderr)
+    _complain(str(message))
+
+
+def _complain(text: str) -> None:
+    """A message, without what names from a file could do to a terminal."""
+    print("distorch: " + "\n".join(map(printable, text.splitlines())), file=sys.stderr)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     try:
         return _COMMANDS[parsed.command](parsed)
     except SpecError as error:
-        print(f"distorch: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except (DistorchError, OSError, ImportError) as error:
-        print(f"distorch: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except KeyboardInterrupt:
-        print("distorch: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distorch.display.tables import human_bytes, text_table
+from distorch.display.tables import human_bytes, printable, text_table
 from distorch.formats.checkpoint import (
     Checkpoint,
     dtype_name,
@@ -65,10 +65,12 @@ class Contents:
             text_table(("largest", "shape", "bytes"), [(n, s, str(b)) for n, s, b in self.largest]),
         ]
         if self.formats:
-            told = ", ".join(f"{name} ({count} tensors)" for name, count in self.formats.items())
+            told = ", ".join(
+                f"{printable(name)} ({count} tensors)" for name, count in self.formats.items()
+            )
             lines.append(f"\ndeclared formats (comfy_quant): {told}")
         if self.passed_over:
-            lines.append(f"\nno weights, passed over: {', '.join(self.passed_over)}")
+            lines.append(f"\nno weights, passed over: {printable(', '.join(self.passed_over))}")
         if self.lora_ranks:
             ranks = ", ".join(
                 f"{rank} ({count} targets)" for rank, count in self.lora_ranks.items()
@@ -80,12 +82,13 @@ class Contents:
                 f"{self.fits['weights']} weights; for other models {self.fits['elsewhere']}, "
                 f"fit nothing {len(self.fits['unmatched'])}"
             )
-            lines += [f"  {stem}" for stem in self.fits["unmatched"][:_SHOWN]]
+            lines += [f"  {printable(stem)}" for stem in self.fits["unmatched"][:_SHOWN]]
             if self.fits["sizes"]:
                 lines.append(f"  {self.fits['sizes']}")
         if self.metadata:
             lines.append(
-                "\nmetadata: " + ", ".join(f"{k}={v[:60]}" for k, v in self.metadata.items())
+                "\nmetadata: "
+                + ", ".join(printable(f"{k}={v[:60]}") for k, v in self.metadata.items())
             )
         return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import comfy.model_management as management
@@ -23,6 +23,7 @@ from torch import nn
 
 from distorch import _ops
 from distorch._behaviour import attach_behaviour
+from distorch._small_files import kind_of
 from distorch.errors import FormatError
 from distorch.formats.checkpoint import Checkpoint, open_checkpoint
 from distorch.formats.naming.tracing import trace
@@ -83,12 +84,18 @@ def _folders(*kinds: str) -> list[str]:
 
 
 def full_path(name: str, *kinds: str) -> str:
-    """The file of that name. FormatError."""
-    for folder in _folders(*kinds):
+    """The file of that name. FormatError.
+
+    The name may be a stranger's: whoever can send a workflow can link any text to this input. So
+    it cannot lead out of the folders, unless the owner has put a link there.
+    """
+    plain = PurePosixPath(name)
+    leads_out = plain.is_absolute() or ".." in plain.parts
+    for folder in () if leads_out else _folders(*kinds):
         path = Path(folder, name)
-        if path.is_file():
+        if kind_of(path) == "file":
             return str(path)
-    raise FormatError(f"{name!r} is in none of the host's folders for {' and '.join(kinds)}")
+    raise FormatError(f"{name!r:.300} is in none of the host's folders for {' and '.join(kinds)}")
 
 
 class _TakesSharded:
@@ -254,7 +261,11 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def _count(checkpoint: Checkpoint, architecture: str, key: str) -> int:
-    return int(checkpoint.metadata.get(f"{architecture}.attention.{key}", "1"))
+    name = f"{architecture}.attention.{key}"
+    said = checkpoint.metadata.get(name, "1")
+    if not re.fullmatch("[1-9][0-9]{0,5}", said):
+        raise FormatError(f"{checkpoint.path!r}: its {name} is {said!r:.80}; expected a number")
+    return int(said)
 
 
 def _unpermuted(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ SMALL_SHARE = 1e-4  # tensors below this share of the model stay on the compute 
 SMALL_MOST = 1 << 20  # bytes
 
 _ENTRY = re.compile(
-    r"\s*([^,;]+?)\s*,\s*(?:[0-9.]*\s*[a-z%]*\s*(?=\*))?([0-9.]+|\*)\s*([a-z]*|%)\s*\Z",
+    r"([^,;]+),(?:[0-9.]*[a-z%]*(?=\*))?([0-9.]+|\*)([a-z]*|%)\Z",
     re.IGNORECASE,
 )
 
@@ -75,7 +75,7 @@ def expert_spec(text: str, compute: str | None = None) -> str:
     that "cpu,50%" alone is all of it. Bare numbers alone are shares of the devices' memory, and
     what they leave stays on `compute`.
     """
-    parts = [part for part in text.split(";") if "," in part]
+    parts = ["".join(part.split()) for part in text.split(";") if "," in part]
     entries = [found for part in parts if (found := _ENTRY.match(part))]
     if not entries or len(entries) < len(parts):
         return parse_spec(text).text  # of ours, or an error that says where it is

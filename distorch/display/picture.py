@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distorch._atomic import write_atomically
+from distorch._small_files import write_atomically
+from distorch.display.tables import printable
 from distorch.errors import SpecError
 
 if TYPE_CHECKING:
@@ -54,13 +55,6 @@ class Text:
     colour: str = BLACK
     size: int = 12
     anchor: Anchor = "start"
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, line breaks and marks of direction. They would break the layout
-    or the XML.
-    """
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def shortened(text: str, most: int) -> str:

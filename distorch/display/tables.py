@@ -23,13 +23,24 @@ def human_bytes(nbytes: float) -> str:
     return f"{int(nbytes)} B" if unit == "B" else f"{nbytes / size:.2f} {unit}"
 
 
+def printable(text: str) -> str:
+    """Replaces control characters, line breaks and marks of direction.
+
+    Names come from files of strangers. In a terminal such characters could hide or forge lines, and
+    in a picture they would break the layout or the XML.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:2].lstrip("-").isdigit()
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
     """Columns aligned by width, numbers to the right."""
-    table = [list(header), *map(list, rows)]
+    table = [list(header), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     right = [
         bool(rows) and all(_is_number(row[i]) or not row[i] for row in rows)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distorch._small_files import kind_of
 from distorch.errors import FormatError
 from distorch.formats import gguf
 from distorch.formats.block_types import PACKED_TYPES
@@ -105,7 +106,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     wanted = _Listed(files)
     for number, file in enumerate(files.paths):
         part = (number, len(files.paths)) if files.parts else None
-        if not file.is_file():
+        if kind_of(file) != "file":
             raise FormatError(
                 f"{files.shown!r} lists {file.name!r}, which is not there: get the whole checkpoint"
             )

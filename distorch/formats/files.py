@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from distorch._small_files import kind_of, read_json
 from distorch.errors import FormatError, SpecError
 
 _FOLDER_PATTERNS = (
@@ -42,12 +42,13 @@ def find_files(path: str | os.PathLike[str]) -> Files:
             f"file={path!r:.80}: expected the path of a checkpoint, got {type(path).__name__}"
         )
     target = Path(path)
-    if target.is_dir():
+    if kind_of(target) == "folder":
         target = _in_folder(target)
-    if not target.is_file():
+    if (kind := kind_of(target)) != "file":
+        found = "no ordinary file" if kind else "no such file or folder"
         raise FormatError(
-            f"{str(path)!r}: no such file or folder; expected a "
-            "checkpoint (.safetensors, its index, .gguf, .pt, .bin), or a folder with one"
+            f"{str(path)!r}: {found}; "
+            "expected a checkpoint (.safetensors, its index, .gguf, .pt, .bin) or a folder with one"
         )
     if _IS_INDEX.search(target.name):
         return _listed(target)
@@ -83,18 +84,18 @@ def _are_one_set(found: Sequence[Path]) -> bool:
 def _all_parts(target: Path, part: re.Match[str]) -> tuple[Path, ...]:
     stem, count, suffix = part.group("stem", "count", "suffix")
     names = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
-    missing = [name for name in names if not (target.parent / name).is_file()]
+    missing = [name for name in names if kind_of(target.parent / name) != "file"]
     if missing or target.name not in names:
         raise FormatError(
             f"{str(target)!r} is one of {int(count)} parts of a checkpoint, and "
             f"{', '.join(missing[:_SHOWN]) or 'its number'} is missing beside it: get all parts"
         )
-    return tuple(target.parent / name for name in names)
+    return tuple(_beside(target, name) for name in names)
 
 
 def _listed(index: Path) -> Files:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
@@ -102,8 +103,25 @@ def _listed(index: Path) -> Files:
         ) from error
     if not pairs:
         raise FormatError(f"{str(index)!r} is an index that lists no tensors: get it again")
-    for file in pairs.values():
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise FormatError(f"{str(index)!r} names a file outside its folder: {file!r}")
-    listed = {name: index.parent / file for name, file in pairs.items()}
-    return Files(str(index), tuple(sorted(set(listed.values()))), listed)
+    paths = {file: _beside(index, file) for file in set(pairs.values())}
+    listed = {name: paths[file] for name, file in pairs.items()}
+    return Files(str(index), tuple(sorted(set(paths.values()))), listed)
+
+
+def _beside(named: Path, name: str) -> Path:
+    """Another file of the same checkpoint. FormatError if its name or a link leads elsewhere.
+
+    The index may be a stranger's. It must not make us read the user's other files. `named` may be
+    a link itself, as in a cache of downloads; then the others may lie where it leads.
+    """
+    path = named.parent / name
+    plain = PurePosixPath(name)
+    real = Path(os.path.realpath(path)) if "\0" not in name else path
+    homes = Path(os.path.realpath(named.parent)), Path(os.path.realpath(named)).parent
+    inside = any(home in real.parents for home in homes)
+    if not inside or plain.is_absolute() or ".." in plain.parts:
+        raise FormatError(
+            f"{str(named)!r} names a file outside its folder: {name!r}. Files of one checkpoint "
+            "lie in one folder: put a copy of it there if it is the right one"
+        )
+    return path

@@ -7,13 +7,13 @@ other numbers under another format.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from distorch._small_files import parse_json
 from distorch.errors import FormatError
 from distorch.formats.block_types import PACKED_TYPES
 from distorch.formats.packing import Packing, tiled_shape
@@ -334,8 +334,8 @@ def _in_header(header: Mapping[str, str], label: str) -> dict[str, Any]:
 
 def _parsed(text: bytes, key: str, label: str) -> dict[str, Any]:
     try:
-        read = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        read = parse_json(text.decode())
+    except ValueError as error:
         raise FormatError(f"{label!r}: {key!r} is no JSON ({error})") from error
     return _table(read, key, label)
 

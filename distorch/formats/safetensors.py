@@ -31,7 +31,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     The safetensors library judges the file first: what it refuses is refused here.
     """
     try:
-        with safe_open(path, framework="pt"):
+        # For torch it would map the file to write to, which fails if that is larger than the RAM.
+        with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def is_torch_file(path: Path) -> bool:
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped where it allows that. FormatError when it is none."""
+    _check_unpacked(path)
     try:
         loaded = _load(path)
     except _DAMAGED as error:
@@ -56,6 +58,25 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _check_unpacked(path: Path) -> None:
+    """FormatError if the archive has packed entries: a small file could fill all of the memory.
+
+    torch.save never packs. What is not packed takes no more than the file has. (Compiled modules
+    have packed code, and torch refuses them.)
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # no archive, or one that torch refuses, too
+    packed = [e.filename for e in entries if e.compress_type and "/code/" not in e.filename]
+    if packed:
+        raise FormatError(
+            f"{str(path)!r} is an archive with packed entries ({packed[0]!r:.80}); expected one as "
+            "torch.save writes it: unpack it, if it holds a file of weights"
+        )
+
+
 def _unwrapped(loaded: Any) -> Any:
     for wrapper in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
@@ -73,43 +94,60 @@ def _load(path: Path) -> Any:
 
 
 def stored_in_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a torch file as ranges of it, where it keeps them so; else mapped."""
+    """The tensors of a torch file as ranges of it, where it keeps them so; else mapped.
+
+    The file is mapped only for those that are no ranges: torch maps it to write to, which fails if
+    it is larger than the RAM.
+    """
+    ranges = _ranges(path)
+    if ranges and None not in ranges.values():
+        return {name: stored for name, stored in ranges.items() if stored is not None}
     tensors = read_torch_file(path)
-    offsets = _storage_offsets(path)
-    found = {}
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized:  # refused where it is wanted
-            kind = "a quantised tensor" if tensor.is_quantized else str(tensor.layout)
-            shape = tuple(tensor.shape)
-            found[name] = StoredTensor(name, str(path), 0, 0, torch.uint8, shape, block_type=kind)
-            continue
-        nbytes = tensor.numel() * tensor.element_size()
-        begin = offsets.get(name)
-        plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-        ranged = begin is not None and plain and nbytes > 0
-        offset = 0
-        if ranged and begin is not None:
-            offset = begin + int(tensor.storage_offset()) * tensor.element_size()
-        found[name] = StoredTensor(
-            name, str(path), offset, nbytes, tensor.dtype, tuple(tensor.shape),
-            None if ranged else tensor,
-        )  # fmt: skip
-    return found
+    return {name: ranges.get(name) or _mapped(name, t, path) for name, t in tensors.items()}
 
 
-def _storage_offsets(path: Path) -> dict[str, int]:
-    """Where each tensor's storage begins in the file, in bytes; empty when the file is no zip."""
+def _mapped(name: str, tensor: Tensor, path: Path) -> StoredTensor:
+    shape = tuple(tensor.shape)
+    if tensor.layout is not torch.strided or tensor.is_quantized:  # refused where it is wanted
+        kind = "a quantised tensor" if tensor.is_quantized else str(tensor.layout)
+        return StoredTensor(name, str(path), 0, 0, torch.uint8, shape, block_type=kind)
+    nbytes = tensor.numel() * tensor.element_size()
+    return StoredTensor(name, str(path), 0, nbytes, tensor.dtype, shape, tensor)
+
+
+def _ranges(path: Path) -> dict[str, StoredTensor | None]:
+    """Where each tensor lies in the file, None for one that is no range of it; empty when the file
+    is no zip. No weight is read.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    _check_unpacked(path)
     try:
         with FakeTensorMode():
             loaded = _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGED:
         return {}
-    offsets = {}
-    for name, tensor in loaded.items() if isinstance(loaded, Mapping) else ():
-        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-            begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-            if begin is not None:
-                offsets[str(name)] = int(begin)
-    return offsets
+    tensors = loaded.items() if isinstance(loaded, Mapping) else ()
+    size = path.stat().st_size
+    return {
+        str(name): _range(str(name), value, path, size)
+        for name, value in tensors
+        if isinstance(value, Tensor)
+    }
+
+
+def _range(name: str, tensor: Tensor, path: Path, size: int) -> StoredTensor | None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    storage = tensor.untyped_storage()
+    begin = getattr(storage, "_checkpoint_offset", None)
+    nbytes = tensor.numel() * tensor.element_size()
+    plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+    if begin is None or not plain or not nbytes:
+        return None
+    within = int(tensor.storage_offset()) * tensor.element_size()
+    end = int(begin) + within + nbytes
+    if within + nbytes > storage.nbytes() or end > size:
+        return None  # torch says what is wrong with it
+    shape = tuple(tensor.shape)
+    return StoredTensor(name, str(path), int(begin) + within, nbytes, tensor.dtype, shape)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from distorch._small_files import read_json
 from distorch.errors import FormatError, SpecError
 from distorch.formats.checkpoint import Checkpoint, open_checkpoint
 from distorch.formats.naming import ConversionError
 from distorch.integrations.empty_models import empty_diffusers_model
 from distorch.integrations.hub import check_no_other_file, folder_of
 from distorch.integrations.pretrained import Found, empty_pretrained
+from distorch.integrations.trust import check_no_code
 from distorch.integrations.weights import lacking, weights_file
 from distorch.loading.prepare import open_for
 
@@ -159,6 +160,7 @@ class Source:
                 "the file is a transformer alone, give it as files=; a LoRA, as loras="
             ) from error
         index = _index_of(folder)
+        check_no_code(folder, index, components)
         if not hasattr(pipeline, "from_pretrained"):
             pipeline = _pipeline_class(index.get("_class_name") if pipeline is None else pipeline)
         named = [name for name, value in index.items() if _is_part(name, value)]
@@ -174,7 +176,7 @@ class Source:
             if not _is_part(name, value) or name in self.components:
                 continue
             folder = self.folder / name
-            cls = _class_of(folder, *value)
+            cls = _class_of(*value)
             if cls is None or not folder.is_dir():
                 continue
             weights = weights_file(folder, self.variant)
@@ -247,7 +249,7 @@ def _index_of(folder: Path) -> dict[str, Any]:
     """What model_index.json says. FormatError."""
     path = folder / _INDEX
     try:
-        index = json.loads(path.read_text())
+        index = read_json(path)
     except OSError as error:
         one = (folder / "config.json").is_file()
         hint = "; of one model (config.json): load_pretrained, or distorch.load" if one else ""
@@ -285,16 +287,11 @@ def _is_part(name: str, value: Any) -> bool:
     return is_name and is_pair and all(isinstance(v, str) for v in value)
 
 
-def _class_of(folder: Path, library: str, name: str) -> Any:
-    """The class of a part if it is a model that can be made empty, else None. SpecError."""
+def _class_of(library: str, name: str) -> Any:
+    """The class of a part if it is a model that can be made empty, else None."""
     import diffusers
     from diffusers import pipelines
 
-    if (folder / f"{library}.py").is_file():
-        raise SpecError(
-            f"{folder.name!r} comes with code of its own ({library}.py), which is not run here; "
-            f"make it yourself, and give components={{{folder.name!r}: ...}}"
-        )
     if hasattr(pipelines, library):
         found = getattr(getattr(pipelines, library), name, None)
     elif library in ("diffusers", "transformers"):

@@ -7,12 +7,12 @@ with every version. One of them, passed over, can make every weight wrong.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distorch._small_files import parse_json
 from distorch.errors import FormatError
 from distorch.lora.assemble import Scaling
 from distorch.lora.targets import component_of, without_component
@@ -271,7 +271,7 @@ def _within(metadata: Mapping[str, str], label: str) -> dict[str, dict[str, Any]
     if text is None:
         return {}
     try:
-        read = json.loads(text)
+        read = parse_json(text)
     except ValueError as error:
         raise FormatError(f"{label}: its lora_adapter_metadata is no JSON ({error})") from error
     if not isinstance(read, dict):
@@ -295,7 +295,7 @@ def _by_part(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return _WORDS.get(text, text)
 

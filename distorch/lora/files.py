@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from distorch._memory import host_memory
+from distorch._small_files import kind_of, read_json
+from distorch.display.tables import human_bytes
 from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.formats.safetensors import read_header
 from distorch.formats.torch_file import TORCH_SUFFIXES, read_torch_file
@@ -83,11 +85,22 @@ def read_lora(source: LoraSource) -> LoraFile:
         tensors = read_torch_file(path)
     else:
         stored, metadata = read_header(path.resolve())
+        _check_fits(path, sum(tensor.nbytes for tensor in stored.values()))
         tensors = {name: tensor.read() for name, tensor in stored.items()}
     configuration = read_configuration(
         repr(str(path)), metadata, _config_beside(path, tensors, metadata)
     )
     return LoraFile(configuration.label, tensors, configuration)
+
+
+def _check_fits(path: Path, nbytes: int) -> None:
+    """A file with holes is small on the disk, and may claim more than there is memory."""
+    _, free = host_memory()
+    if nbytes > free:
+        raise FormatError(
+            f"LoRA {str(path)!r} has {human_bytes(nbytes)} of tensors, and {human_bytes(free)} "
+            "of RAM are free: is it a whole model?"
+        )
 
 
 def parts_of_lora(file: LoraFile) -> dict[str, LoraFile]:
@@ -108,11 +121,12 @@ def _file_of(source: str | os.PathLike[str]) -> Path:
             f"loras: expected the path of a LoRA or its state dict, got {type(source).__name__}"
         )
     path = Path(source)
-    if path.is_dir():
+    if kind_of(path) == "folder":
         path = _in_folder(path)
-    if not path.is_file():
+    if (kind := kind_of(path)) != "file":
+        found = "no ordinary file" if kind else "no such file"
         raise FormatError(
-            f"LoRA {str(path)!r}: no such file; expected a .safetensors or torch file, or an "
+            f"LoRA {str(path)!r}: {found}; expected a .safetensors or torch file, or an "
             "adapter's folder"
         )
     return path
@@ -164,7 +178,7 @@ def _config_beside(
         _warn_without_strength(f"LoRA {str(path)!r}", tensors, metadata)
         return {}
     try:
-        read = json.loads(config.read_text())
+        read = read_json(config)
     except (OSError, ValueError) as error:
         raise FormatError(f"{str(config)!r} cannot be read: {error}") from error
     if not isinstance(read, dict):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distorch._atomic import write_atomically
+from distorch._small_files import read_json, write_atomically
 from distorch.display.picture import Picture
 from distorch.display.placements import placement_strip
 from distorch.display.tables import html_table, human_bytes, text_table
@@ -174,8 +174,8 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a saved plan. FormatError when it is damaged, changed, or of another version."""
         try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = read_json(path)
+        except (OSError, ValueError) as error:
             raise FormatError(f"cannot read the plan {str(path)!r}: {error}") from error
         plan = cls._from_content(data, str(path))
         if plan.hash != data.get("hash"):

@@ -24,6 +24,8 @@ _CALLED = {
     "host": "cpu", "ssd": "disk", "nvme": "disk", "hdd": "disk", "file": "disk",
 }  # fmt: skip
 _UNIT_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+_MOST_TEXT = 4096  # characters: much more than any machine has devices for
+_MOST_INDEX_DIGITS = 4
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-z%]*)\Z")
 _UNIT = re.compile(r"([kmgt]?)(i?)b?\Z")
 _DEVICE = re.compile(r"([a-z_]+)(?::([0-9]+))?\Z")
@@ -103,7 +105,7 @@ def parse_bytes(text: str | int) -> int:
     number = index(text) if isinstance(text, SupportsIndex) else -1  # an int, or one of numpy's
     if number >= 0 and not isinstance(text, bool):
         return number
-    cleaned = re.sub(r"\s+", "", str(text)).lower()
+    cleaned = _squeezed(str(text))
     where = _Where(str(text), 1, str(text), 1)
     share = _parse_share(cleaned, where)
     if not isinstance(share, Bytes):
@@ -121,7 +123,7 @@ def parse_spec(text: str) -> Spec:
         raise SpecError(
             f"placement: expected a string such as {EXAMPLE!r}, got {type(text).__name__}"
         )
-    squeezed = re.sub(r"\s+", "", text).lower()
+    squeezed = _squeezed(text)
     if squeezed == "auto":
         return Spec((), "auto", auto=True)
     if not squeezed:
@@ -132,6 +134,16 @@ def parse_spec(text: str) -> Spec:
     )
     _check_together(entries, text)
     return Spec(entries, ";".join(entry.text for entry in entries))
+
+
+def _squeezed(text: str) -> str:
+    """Without blanks, in small letters. SpecError on what is too long to be meant."""
+    if len(text) > _MOST_TEXT:
+        raise SpecError(
+            f"{text[:40]!r}... has {len(text)} characters; expected a placement or a number of "
+            f"bytes in at most {_MOST_TEXT}, for example {EXAMPLE!r}"
+        )
+    return re.sub(r"\s+", "", text).lower()
 
 
 def _split_entries(text: str) -> list[tuple[int, str]]:
@@ -147,7 +159,7 @@ def _split_entries(text: str) -> list[tuple[int, str]]:
 
 def _parse_entry(raw: str, position: int, column: int, text: str) -> Entry:
     where = _Where(text, position, raw, column)
-    squeezed = re.sub(r"\s+", "", raw).lower()
+    squeezed = _squeezed(raw)
     if not squeezed:
         where.fail("the entry is empty", "remove the extra ';'")
     parts = squeezed.split(",")
@@ -175,6 +187,8 @@ def _parse_device(name: str, where: _Where) -> str:
             )
         return "+".join(parts)
     match = _DEVICE.fullmatch(name)
+    if match and len(match[2] or "") > _MOST_INDEX_DIGITS:
+        where.fail(f"{match[1]!r} has an index of {len(match[2])} digits", "no machine has as many")
     kinds = (*HOST_TIERS, *DEVICE_TYPES)
     if match is None:
         where.fail(

@@ -6,7 +6,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import platform
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 
 from distorch import _donors, _native, _ops
-from distorch._atomic import write_atomically
+from distorch._small_files import read_json, write_atomically
 from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.planner import DeviceInfo
@@ -24,6 +27,7 @@ from distorch.runtime import machine
 
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
 _REPEATS = 3
+_CACHE_VERSION = 1  # of what the cache file says; a file of another one is not believed
 _HEADER = ("from", "to", "GB/s", "latency us", "GB/s with all others", "GB/s back")
 
 
@@ -101,10 +105,42 @@ def known_links() -> Calibration | None:
     if key in _known:
         return _known[key]
     try:
-        stored = json.loads(_cache_file().read_text())["links"]
-        return _remember(Calibration(tuple(Link(**link) for link in stored)))
+        file = _cache_file()
+        if not _is_own(file):
+            return None
+        return _remember(_believed(read_json(file)))
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None  # `calibrate` writes it anew
+
+
+def _is_own(file: Path) -> bool:
+    """Whether nobody else can have written a file: the user owns it and its folder."""
+    for path in file, file.parent:
+        status = path.stat()
+        others_write = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+        if status.st_uid != os.geteuid() or others_write:
+            return False
+    return True
+
+
+def _believed(stored: Any) -> Calibration:
+    """A calibration from the cache. ValueError, KeyError or TypeError if it can be none."""
+    if stored["version"] != _CACHE_VERSION:
+        raise ValueError("of another version")
+    links = tuple(Link(**link) for link in stored["links"])
+    for link in links:
+        rates = [link.rate, link.together, *([] if link.back is None else [link.back])]
+        named = isinstance(link.donor, str) and isinstance(link.compute, str)
+        if not named or not all(_is_amount(rate) and rate > 0 for rate in rates):
+            raise ValueError("a link that nobody measured")
+        if not _is_amount(link.latency):
+            raise ValueError("a latency that nobody measured")
+    return Calibration(links)
+
+
+def _is_amount(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
 
 
 class Devices(dict[str, DeviceInfo]):
@@ -180,9 +216,9 @@ def calibrate(*, progress: Progress = None) -> Calibration:
     found = _remember(Calibration(tuple(_with_others(links))))
     if not any(_is_simulated(compute) for compute in computes):
         with suppress(OSError):  # there is no home folder, or it cannot be written to
-            file = _cache_file()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(found.to_dict(), indent=1))
+            _native.made_cache_folder()
+            content = {"version": _CACHE_VERSION, **found.to_dict()}
+            write_atomically(_cache_file(), json.dumps(content, indent=1), private=True)
     return found
 
 

@@ -5,33 +5,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
-import psutil
 import torch
 
 from distorch import _native
+from distorch._memory import host_memory
 from distorch.planner import DeviceInfo
 
 # The host of a dry run stores nothing.
 _BOUNDLESS = 1 << 60
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def _host() -> DeviceInfo:
-    memory = psutil.virtual_memory()
-    total, free = memory.total, memory.available
-    for limit_file, usage_file in _CGROUPS:
-        try:
-            limit, usage = Path(limit_file).read_text(), Path(usage_file).read_text()
-        except OSError:
-            continue
-        if limit.strip().isdigit() and int(limit) < total:
-            total, free = int(limit), min(free, max(0, int(limit) - int(usage)))
-    return DeviceInfo("cpu", total, free)
 
 
 def _disk() -> dict[str, DeviceInfo]:
@@ -82,7 +64,7 @@ def with_exact(known: dict[str, DeviceInfo], placed: Collection[str]) -> dict[st
 
 def devices() -> dict[str, DeviceInfo]:
     """Every tier of this machine with total and free bytes."""
-    found = {"cpu": _host(), **_disk()}
+    found = {"cpu": DeviceInfo("cpu", *host_memory()), **_disk()}
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):

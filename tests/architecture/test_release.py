@@ -38,7 +38,7 @@ def release():
 @pytest.fixture
 def checkout(tmp_path):
     """What the script reads, with a version that has its date."""
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("docs", "examples", "comfyui-distorch"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import distorch
-from distorch.display.picture import Picture, Rect, Text, printable, shortened, text_width
+from distorch.display.picture import Picture, Rect, Text, shortened, text_width
+from distorch.display.tables import printable
 
 SVG = "{http://www.w3.org/2000/svg}"
 BLUE = "#0000ff"
@@ -126,7 +127,7 @@ def test_what_cannot_be_saved(tmp_path, monkeypatch):
         made.save(tmp_path / "folder.svg")
     (tmp_path / "folder.svg").rmdir()
     with monkeypatch.context() as patched:
-        patched.setattr("pathlib.Path.write_bytes", no_room)
+        patched.setattr("os.fsync", no_room)
         with pytest.raises(OSError, match=r"No space left .*new\.svg'$") as caught:
             made.save(tmp_path / "new.svg")
         assert "tmp" not in caught.value.filename.removeprefix(str(tmp_path))
@@ -141,8 +142,8 @@ def test_what_cannot_be_saved(tmp_path, monkeypatch):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("kept.png", b"old")]
 
 
-def no_room(path, data):
-    raise OSError(28, "No space left on device", str(path))
+def no_room(descriptor):
+    raise OSError(28, "No space left on device")
 
 
 def test_jupyter_gets_both_kinds():

@@ -176,6 +176,6 @@ def test_files_that_are_none(content, tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path):
-    for path, why in ((tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+    for path, why in ((tmp_path / "none.json", "No such file"), (tmp_path, "no ordinary file")):
         with pytest.raises(distorch.FormatError, match=f"cannot read the trace .*: {why}"):
             Timeline.load(path)

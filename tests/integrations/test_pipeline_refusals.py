@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import distorch
@@ -83,6 +84,29 @@ def test_code_that_comes_with_a_part_is_not_run(folder):
     (folder / "unet" / "odd.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(distorch.SpecError, match=r"'unet' comes with code of its own .odd.py"):
         load_pipeline(folder, **DISK)
+
+
+@pytest.mark.parametrize(
+    ("entry", "code", "said"),
+    [({"_class_name": ["odd", "Odd"]}, "odd.py", r"the pipeline .* code of its own .odd.py."),
+     ({}, "None.py", r"the pipeline .* code of its own .None.py."),
+     ({"scheduler": ["odd", "Odd"]}, "scheduler/odd.py", "'scheduler' comes with code of its own"),
+     ({"scheduler": ["../odd", "Odd"]}, "odd.py", "'scheduler' comes with code of its own"),
+     ({"scheduler": ["odd_library", "Odd"]}, None, "the library 'odd_library', which is not imp"),
+     ({"../vae": ["diffusers", "AutoencoderKL"]}, None, r"a part '\.\./vae', which is no name")],
+)  # fmt: skip
+def test_code_that_an_index_names_is_not_run(folder, entry, code, said, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    text = f"open({str(ran)!r}, 'w')\nclass Odd: pass\n"
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    for file in filter(None, [code, "odd_library.py"]):
+        (folder / file).write_text(text)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | entry))
+    with pytest.raises(distorch.DistorchError, match=said):
+        load_pipeline(folder, cls=StableDiffusionPipeline, **DISK)
+    assert not ran.exists()
 
 
 def test_a_broken_scheduler_leaves_given_parts_alone(folder):

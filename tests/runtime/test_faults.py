@@ -3,7 +3,6 @@
 
 import contextlib
 import copy
-import errno
 import gc
 import os
 import signal
@@ -187,11 +186,12 @@ def test_disk_full(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_read_error_is_a_fetch_error(monkeypatch, tmp_path):
-    """A folder cannot be read as a file: the system's own error comes through, named."""
-    with pytest.raises(distorch.DistorchError, match=os.strerror(errno.EISDIR)):
-        weight = torch.ops.distorch.shard_file(str(tmp_path), 0, [16], torch.uint8, "cpu", "w")
-        weight + 1
+def test_what_is_no_file_cannot_be_a_donor(tmp_path):
+    """A pipe would wait for a writer, and a device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in tmp_path, tmp_path / "pipe", "/dev/zero":
+        with pytest.raises(distorch.FormatError, match="no ordinary file, but a folder, a pipe"):
+            torch.ops.distorch.shard_file(str(path), 0, [16], torch.uint8, "cpu", "w")
 
 
 def test_failed_load_leaves_the_module(tmp_path, monkeypatch):

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files: read within limits, and written whole or not at all.
+
+What is read here came with a stranger's model, or lies where others may write. So it is opened in
+a way that cannot hang, and it takes a bounded amount of memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import uuid
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+MOST_JSON = 32 << 20  # bytes: an index of 300,000 tensors; parsed, it takes less than 1 GB
+
+
+def kind_of(path: str | os.PathLike[str]) -> Literal["file", "folder", "other", ""]:
+    """What is under a path: "other" is a pipe, a socket or a device, "" is nothing.
+
+    Nothing is under names that no file can have, either: too long, or with a zero byte.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - takes text, too
+    except (OSError, ValueError):
+        return ""
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "file" if stat.S_ISREG(mode) else "other"
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens an ordinary file to read. OSError for all else: a pipe or a device could hang."""
+    # Without O_NONBLOCK, opening a named pipe waits for somebody who writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no ordinary file, but a folder, a pipe or a device", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file says.
+
+    OSError if it cannot be read; ValueError if it is too large or not JSON. Both say why.
+    """
+    with open_regular(path) as file:
+        data = file.read(MOST_JSON + 1)
+    if len(data) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON >> 20} MiB, so it is none that is meant")
+    return parse_json(data.decode())
+
+
+def parse_json(text: str) -> Any:
+    """As `json.loads`, but what is nested too deeply is a ValueError, too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def write_atomically(target: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Writes a file (text as UTF-8). If that fails, an older file is unchanged.
+
+    As an ordinary write does, it follows links and keeps the permissions of an older file. What is
+    no ordinary file, such as /dev/null or a pipe, is written to as it is.
+
+    `private`: nobody else may read the file, and an older file or link is replaced, not followed.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    real = target if private else Path(os.path.realpath(target))
+    if not private and real.exists() and not real.is_file():
+        real.write_bytes(data)
+        return
+    temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        if private or real.exists():
+            # Never wider than this, not even for a moment.
+            mode = 0o600 if private else stat.S_IMODE(real.stat().st_mode)
+            _write_new(temporary, data, mode)
+            temporary.chmod(mode)
+        else:
+            _write_new(temporary, data, 0o666)
+        temporary.replace(real)
+    except OSError as error:  # it names the temporary file
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    """Writes a file that is not there yet, so it cannot be somebody else's link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
