@@ -109,7 +109,7 @@ def known_links() -> Calibration | None:
         if not _is_own(file):
             return None
         return _remember(_believed(read_json(file)))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # `calibrate` writes it anew
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from distorch._small_files import write_atomically
+from distorch._small_files import kind_of, open_regular, read_json, write_atomically
 
 
 def test_an_older_file_is_replaced_and_keeps_its_permissions(tmp_path):
@@ -81,3 +81,32 @@ def test_long_names_and_many_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors and path.read_text() == "y" * 100_000
+
+
+def test_a_private_file_is_nobody_elses(tmp_path):
+    """Not to be read, not through a link, and not with the permissions of an older file."""
+    victim, path = tmp_path / "victim", tmp_path / "x"
+    victim.write_text("mine")
+    path.symlink_to(victim)
+    before = os.umask(0)
+    try:
+        write_atomically(path, "a", private=True)
+        assert victim.read_text() == "mine" and path.read_text() == "a"
+        path.chmod(0o666)
+        write_atomically(path, "b", private=True)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == "b"
+
+
+def test_what_lies_under_a_path(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "loop").symlink_to("loop")
+    found = {"file": "file", "pipe": "other", "": "folder", "loop": "", "none": "", "a\0b": "",
+             "n" * 300: ""}  # fmt: skip
+    assert {name: kind_of(tmp_path / name) for name in found} == found
+    for name in ("pipe", "", "none", "loop"):
+        with pytest.raises(OSError, match=r"no ordinary file|No such file|symbolic links"):
+            open_regular(tmp_path / name)
+    assert read_json(tmp_path / "file") == {}
