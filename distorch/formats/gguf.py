@@ -104,6 +104,8 @@ class _Header:
     def _check_part(self, metadata: dict[str, Value], tensor_count: int) -> None:
         """A split file is read by all of its parts, each in its turn."""
         count = metadata.get("split.count", 1)
+        if not isinstance(count, int):
+            raise self._damaged(f"its number of parts is {count!r:.80}")
         if count in (0, 1):
             if not tensor_count:
                 raise self._damaged("it has no tensors")

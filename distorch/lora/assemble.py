@@ -40,6 +40,8 @@ class Scaling:
         another than the configured one, on which the scale depends.
         """
         known = self.rank if rank is None else rank
+        if known is not None and known < 1:
+            raise FormatError(f"its rank is {known}; expected 1 or more")
         if self.alpha is not None and rank is not None and self.rank not in (None, rank):
             raise FormatError(f"its configuration says r={self.rank}, its factors have rank {rank}")
         if self.alpha is None or known is None:
@@ -48,7 +50,15 @@ class Scaling:
 
 
 def make_kind(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind:
-    """The kind that these parts of one target make up. FormatError when one is missing."""
+    """The kind that these parts of one target make up. FormatError when one is missing, or has
+    another number of dimensions than its name says.
+    """
+    for part, (least, most) in _DIMENSIONS.items():
+        if part in parts and not least <= parts[part].dim() <= most:
+            raise FormatError(
+                f"its {part} has the shape {list(parts[part].shape)}; expected {least}"
+                + (f" to {most} dimensions" if most > least else " dimensions")
+            )
     kind = _additive(parts, scaling)
     if kind is None and ("up" in parts) != ("down" in parts):
         raise FormatError("it has no second factor: a LoRA is a product of two")
@@ -123,6 +133,15 @@ def _glora(parts: Mapping[str, Tensor], scaling: Scaling) -> GloraKind:
     return GloraKind((a1, a2), (b1, b2), scaling.of(a1.shape[1]))
 
 
+# How many dimensions the parts have: 2 of matrices, more where convolutions bring their own.
+_MATRIX, _CONVOLUTION = (2, 2), (2, 5)
+_DIMENSIONS = {
+    "mid": (3, 5), "oft_blocks": (3, 4), "oft_r": _MATRIX, "boft_r": (4, 4),
+    **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _MATRIX),
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2", "a1", "a2", "b1", "b2"), _CONVOLUTION),
+    **dict.fromkeys(("lokr_w1", "lokr_w2", "lokr_w2_b", "lokr_w1_b"), _CONVOLUTION),
+    **dict.fromkeys(("lokr_w1_a", "lokr_w2_a"), _MATRIX),
+}  # fmt: skip
 _Make = Callable[[Mapping[str, Tensor], Scaling], Kind]
 # The parts that make a kind, those that it may have, and what makes it.
 _MAKERS: tuple[tuple[tuple[str, ...], tuple[str, ...], _Make], ...] = (

@@ -7,6 +7,7 @@ with every version. One of them, passed over, can make every weight wrong.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ _REASONS = {
 # Initialisations that leave the base as it was. Others take their first factors out of it.
 _KEEPING = ("gaussian", "eva", "orthogonal", "mica", "default")
 
+_MOST_TERMS = 64  # of a series that PEFT cuts off after 5
 _PEFT_ALPHA = 8  # where a configuration does not say it
 
 # Keys that stand alone in a file's metadata: "lora_alpha", "transformer.r".
@@ -115,18 +117,22 @@ class Configuration:
             whole = config.get("lora_alpha", config.get("alpha"))
             alpha = self._by_pattern(config, "alpha_pattern", name, whole)
             rank = self._by_pattern(config, "rank_pattern", name, config.get("r"))
-        terms = 0
-        if config.get("use_cayley_neumann", False):
-            terms = int(config.get("num_cayley_neumann_terms", 5))
+        by_series = config.get("use_cayley_neumann", False)
+        terms = config.get("num_cayley_neumann_terms", 5) if by_series else 0
         try:
-            return Scaling(
+            found = Scaling(
                 None if alpha is None else float(alpha),
                 None if rank is None else int(rank),
                 bool(config.get("use_rslora", False)),
-                terms,
+                int(terms),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{self.label}: alpha or rank of {stem!r} is no number") from error
+        if not 0 <= found.terms <= _MOST_TERMS or not math.isfinite(found.alpha or 0):
+            raise FormatError(
+                f"{self.label}: alpha or the terms of the series of {stem!r} are no sensible number"
+            )
+        return found
 
     def check_agrees(self, stem: str, parts: Collection[str]) -> None:
         """FormatError where the configuration says something else of a target than its tensors."""
@@ -316,8 +322,10 @@ def _compile(pattern: str, key: str, label: str, within: str = "{}") -> re.Patte
     """
     try:
         return re.compile(within.replace("{}", pattern))
-    except re.error as error:
-        raise FormatError(f"{label}: {pattern!r} in its {key} is no pattern ({error})") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(
+            f"{label}: {pattern!r:.80} in its {key} is no pattern ({error})"
+        ) from error
 
 
 def _check(config: Mapping[str, Any], label: str) -> None:

@@ -125,6 +125,8 @@ def resolve(file: LoraFile, targets: Targets) -> ResolvedLora:
     misfits = [patch for patch in patches if not _fits(patch, shapes)]
     half = {patch.stem for patch in misfits}  # a target is patched as a whole, or not at all
     fitting = [patch for patch in patches if patch.stem not in half]
+    for patch in fitting:
+        _check_parts(patch, shapes)
     return ResolvedLora(
         file.label,
         without_repeats(fitting, shapes),
@@ -206,12 +208,41 @@ def _drop_other_encoders(
 
 def _fits(patch: Patch, shapes: Shapes) -> bool:
     """Whether the weight has the rows that a patch is for, and they have its shape."""
+    rows = patch.kind.rows()
+    height = shapes[patch.weight][0] if patch.part else 0
+    if patch.part and rows is not None and not 0 <= patch.first_row <= height - rows:
+        return False
+    return patch.kind.fits(_shape_of(patch, shapes))
+
+
+def _shape_of(patch: Patch, shapes: Shapes) -> tuple[int, ...]:
+    """The shape of what a patch is for: a weight, or some of its rows."""
     shape, rows = shapes[patch.weight], patch.kind.rows()
-    if patch.part and rows is not None:
-        if patch.first_row < 0 or patch.first_row + rows > shape[0]:
-            return False
-        shape = (rows, *shape[1:])
-    return patch.kind.fits(shape)
+    return (rows, *shape[1:]) if patch.part and rows is not None else shape
+
+
+def _check_parts(patch: Patch, shapes: Shapes) -> None:
+    """FormatError if the parts of a patch do not fit each other.
+
+    It is computed once with shapes alone (on the meta device), which takes no memory. So every kind
+    is checked in the same way, and a bad one is found before a weight is touched.
+    """
+    kind = patch.kind
+    if isinstance(kind, LowRankKind | DifferenceKind | ReplacementKind | RowsKind):
+        return  # `fits` has compared all that they have
+    shape = _shape_of(patch, shapes)
+    try:
+        found = kind.delta(torch.empty(shape, device="meta"))
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise FormatError(
+            f"{patch.label}: {patch.stem!r}: the parts of this {kind.name} do not fit each other "
+            f"({str(error).splitlines()[0]:.160})"
+        ) from error
+    if tuple(found.shape) != shape:
+        raise FormatError(
+            f"{patch.label}: {patch.stem!r}: the parts of this {kind.name} make a matrix of "
+            f"{list(found.shape)}, and its weight is {list(shape)}"
+        )
 
 
 def _on_parameter(file: LoraFile, stem: str, group: Group, stack: Stack, targets: Targets) -> Patch:

@@ -45,8 +45,7 @@ class RotationKind(Kind):
         skew = raw - raw.transpose(-2, -1)
         if self.constraint > 0:
             norm, bound = torch.linalg.vector_norm(skew) + 1e-8, self.constraint * self.rows()
-            if norm > bound:
-                skew = skew * (bound / norm)
+            skew = skew * (bound / norm).clamp(max=1)
         rotation = _cayley(skew)
         flat = weight.flatten(1)
         if rotation.dim() == 3:
@@ -107,6 +106,8 @@ class InputRotationKind(Kind):
     def fits(self, shape: tuple[int, ...]) -> bool:
         size = self._block()
         if len(shape) < 2 or size < 1 or columns_of(shape) % size:
+            return False
+        if self.vectors.shape[1] != size * (size - 1) // 2:  # no triangle
             return False
         return self.vectors.shape[0] in (1, columns_of(shape) // size)
 

@@ -123,6 +123,8 @@ def group_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Group], list[st
         if part == "peft_magnitude":
             group.put("magnitude", _with_axis(tensor, stem in embeddings), key)
         elif part in ("embedding_a", "embedding_b"):
+            if tensor.dim() != 2:
+                raise FormatError(f"{key!r} has the shape {list(tensor.shape)}; expected a matrix")
             # They are kept as [rank, rows] and [columns, rank]: the weight is (B @ A) turned over.
             group.put("up" if part == "embedding_a" else "down", tensor.t(), key)
         else:

@@ -201,6 +201,15 @@ class Plan:
         for name in ("placement", "sizes", "options"):
             if not isinstance(data[name], dict):
                 raise FormatError(f"plan {path!r}: {name} should be an object")
+        wrong = [
+            *(name for name, size in data["sizes"].items() if not _is_count(size)),
+            *(name for name, place in data["placement"].items() if not isinstance(place, str)),
+            *(name for name in ("compute", "spec", "order") if not isinstance(data[name], str)),
+            *(["floor"] if not _is_count(data["floor"]) else []),
+            *(["budget"] if data["budget"] is not None and not _is_count(data["budget"]) else []),
+        ]
+        if wrong:
+            raise FormatError(f"plan {path!r}: {wrong[0]!r} has a value that it cannot have")
         if absent := [name for name in data["sizes"] if name not in data["placement"]]:
             raise FormatError(f"plan {path!r}: no placement for {absent[0]!r}")
         return cls(**{name: data[name] for name in names})
@@ -253,6 +262,10 @@ class Plan:
         title = f"{self.spec}   (plan, {self.order})"
         made = placement_strip(title, weights, self.bytes, {self.compute}, notes)
         return made if path is None else made.saved(path)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _canonical(content: Mapping[str, Any]) -> str:
