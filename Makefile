@@ -13,7 +13,7 @@ MAX_JOBS ?= 2
 export MAX_JOBS
 
 .DEFAULT_GOAL := help
-.PHONY: help build dev wheel demo docs docs-links tour test test-all test-long sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
+.PHONY: help build dev wheel demo docs docs-links tour test test-all test-long fuzz sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -69,6 +69,11 @@ docs-links: dev ## whether the addresses of others that the pages name answer
 PROGRAMS ?= 10000
 test-long: dev ## PROGRAMS (10000) random programs of each kind on the simulated accelerator: two hours
 	DISTORCH_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -n 2 tests/sim/test_engine.py -k test_random_programs
+
+FUZZ_MINUTES ?= 10
+fuzz: dev ## all readers of files and strings under Atheris, for FUZZ_MINUTES (10); what it finds is in out/fuzz
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) atheris
+	$(BIN)/python -W ignore -m tests.fuzz --minutes $(FUZZ_MINUTES)
 
 sweep: dev ## every operator and module of PyTorch's own databases, with sharded tensors: about half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.operators

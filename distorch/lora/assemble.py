@@ -99,7 +99,7 @@ def _hadamard(parts: Mapping[str, Tensor], scaling: Scaling) -> HadamardKind:
 
 def _low_rank(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind:
     up, down = parts["up"], parts["down"]
-    if up.dim() < 2 or down.dim() < 2 or up.shape[1] != down.shape[0]:
+    if up.dim() < 2 or down.dim() < 2 or math.prod(up.shape[1:]) != down.shape[0]:
         raise FormatError(
             f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a product"
         )

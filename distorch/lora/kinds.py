@@ -8,7 +8,8 @@ the arithmetic (float64 where the device has it), same shape.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +76,17 @@ class Kind:
 def columns_of(shape: tuple[int, ...]) -> int:
     """Columns of a weight as a matrix: all dimensions but the first."""
     return math.prod(shape[1:])
+
+
+def shapes_in(value: object) -> Hashable:
+    """What tells a kind from another one, but for the numbers in its tensors."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, tuple | list):
+        return tuple(map(shapes_in, value))
+    if isinstance(value, Kind) and is_dataclass(value):
+        return type(value), *(shapes_in(getattr(value, field.name)) for field in fields(value))
+    return value if isinstance(value, Hashable) else id(value)
 
 
 @dataclass(eq=False)
