@@ -13,7 +13,7 @@ from distorch.display.progress import Progress, check_progress
 from distorch.errors import warn_at_caller
 from distorch.planner import Plan
 from distorch.runtime import distribution, placing, planning
-from distorch.runtime.groups import group_members, inventory_of
+from distorch.runtime.groups import group_members
 from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -84,7 +84,7 @@ def distribute(
     before = distribution.distribution_of(module) if distributed else None
     opts = Options.of(options, _ARGUMENTS, before.lasting_options() if before else None)
     groups = group_members(module)
-    inventory = inventory_of(module, groups)
+    inventory = distribution.inventory_now(module, groups)
     if plan is not None:
         planning.check_plan_fits(plan, inventory)
         opts = opts.as_planned(plan, options)

@@ -94,6 +94,7 @@ def weight_info(tensor: StoredTensor, name: str, aliases: tuple[str, ...] = ()) 
         dtype=dtype_name(tensor),
         floating=tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1,
         aliases=aliases,
+        in_file=tensor.in_one_range,
     )
 
 

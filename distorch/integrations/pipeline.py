@@ -30,7 +30,7 @@ from distorch.patching import LoraMode, set_loras
 from distorch.planner import DeviceInfo, Inventory, Plan
 from distorch.reporting import bytes_of
 from distorch.runtime import distribution, placing, planning
-from distorch.runtime.groups import group_members, inventory_of
+from distorch.runtime.groups import group_members
 from distorch.runtime.options import Options, PlacementOptions, check_one_placement
 
 _LOG = logging.getLogger("distorch")
@@ -238,7 +238,7 @@ def _all_or_nothing(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
 
 
 def _inventory_of(module: nn.Module) -> Inventory:
-    return inventory_of(module, group_members(module))
+    return distribution.inventory_now(module, group_members(module))
 
 
 def distribute_pipeline(

@@ -13,7 +13,7 @@ from distorch.formats.checkpoint import open_checkpoint
 from distorch.loading.prepare import OF_LOAD, LoadOptions, Request, prepare, ties_kept
 from distorch.planner import Plan
 from distorch.runtime import distribution, planning
-from distorch.runtime.groups import group_members, inventory_of
+from distorch.runtime.groups import group_members
 from distorch.runtime.options import check_module
 
 _ARGUMENTS = ("spec", "module", "virtual_vram", "donor", *OF_LOAD)
@@ -66,7 +66,7 @@ def plan(
     before = None
     if isinstance(source, nn.Module):
         groups = group_members(source)
-        inventory = inventory_of(source, groups)
+        inventory = distribution.inventory_now(source, groups)
         devices = planning.devices_for(groups, source)
         if distribution.is_distributed(source):
             before = distribution.distribution_of(source).lasting_options()

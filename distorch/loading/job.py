@@ -73,6 +73,6 @@ class Job:
 
     def info(self) -> WeightInfo:
         """The tensor as the planner sees it."""
-        return replace(
-            weight_info(self.stored, self.name, tuple(self.names[1:])), nbytes=self.nbytes
-        )
+        info = weight_info(self.stored, self.name, tuple(self.names[1:]))
+        in_file = info.in_file and self.is_stored_form
+        return replace(info, nbytes=self.nbytes, in_file=in_file)

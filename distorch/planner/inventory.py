@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -14,7 +14,8 @@ class WeightInfo:
 
     `nbytes` in bytes, `shape` in elements, `dtype` a torch dtype's name. `floating` is true for
     floating and quantised dtypes, the ones that may leave the compute device. `aliases` are the
-    other names of tied weights.
+    other names of tied weights. `in_file`: its bytes lie in the model's own file, so that
+    on a disk it takes no more room.
     """
 
     name: str
@@ -24,6 +25,7 @@ class WeightInfo:
     kind: Literal["parameter", "buffer"] = "parameter"
     floating: bool = True
     aliases: tuple[str, ...] = ()
+    in_file: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,6 +43,10 @@ class Inventory:
     def total_bytes(self) -> int:
         """Bytes of all weights, tied ones once."""
         return sum(weight.nbytes for weight in self.weights)
+
+    def in_files(self, names: Collection[str]) -> Inventory:
+        """The same, where the bytes of these weights lie in the model's own files."""
+        return Inventory(tuple(replace(w, in_file=w.name in names) for w in self.weights))
 
 
 @dataclass(frozen=True)

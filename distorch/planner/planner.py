@@ -114,7 +114,7 @@ def make_plan(
         options={"min_bytes": least, "keep": list(keep), "offload": list(offload),
                  "rules": [list(rule) for rule in rules]},
     )  # fmt: skip
-    _check_capacity(plan, devices)
+    _check_capacity(plan, devices, inventory)
     return plan
 
 
@@ -459,8 +459,12 @@ def _diffuse(weights: Sequence[WeightInfo], goal: int, budget: int, total: int) 
     return chosen
 
 
-def _check_capacity(plan: Plan, devices: Mapping[str, DeviceInfo]) -> None:
-    for device, nbytes in plan.bytes.items():
+def _check_capacity(plan: Plan, devices: Mapping[str, DeviceInfo], inventory: Inventory) -> None:
+    needed = plan.bytes
+    for weight in inventory.weights:
+        if weight.in_file and plan.placement[weight.name] == "disk":
+            needed["disk"] -= weight.nbytes  # it stays where it is
+    for device, nbytes in needed.items():
         if device not in devices and "+" not in device:
             raise PlacementError(f"{_missing(device, devices)}; the rest would go there")
         free = _joined(device, devices).free_bytes

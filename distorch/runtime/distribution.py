@@ -15,7 +15,8 @@ from torch import nn
 from distorch import _native
 from distorch.display.progress import Progress
 from distorch.errors import PlacementError
-from distorch.planner import Plan
+from distorch.planner import Inventory, Plan
+from distorch.runtime.groups import Group, inventory_of
 from distorch.runtime.options import Options, check_module
 from distorch.runtime.staging import Origin
 
@@ -111,6 +112,12 @@ def distribution_of(module: nn.Module) -> Distribution:
 def is_distributed(module: nn.Module) -> bool:
     """Whether `distribute` or `load` has placed this module."""
     return known_distribution(module) is not None
+
+
+def inventory_now(module: nn.Module, groups: list[Group]) -> Inventory:
+    """The weights of a module as they are. Those that came from a file may go back to it."""
+    known = known_distribution(module)
+    return inventory_of(module, groups).in_files(known.origins if known is not None else ())
 
 
 @contextmanager

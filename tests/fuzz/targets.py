@@ -4,8 +4,10 @@
 A target asserts what must hold of good and bad input. `seeds` are inputs that come far.
 """
 
+import atexit
 import json
 import os
+import shutil
 import struct
 import tempfile
 import warnings
@@ -63,7 +65,9 @@ def _target(name: str, seeds: Callable[[], Iterable[bytes]], words: Iterable[str
 def _folder() -> Path:
     """A folder of this process, in memory where there is one."""
     parent = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
-    return Path(tempfile.mkdtemp(prefix=f"fuzz-{os.getpid()}-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{os.getpid()}-", dir=parent))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _file(name: str, data: bytes) -> Path:

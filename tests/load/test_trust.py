@@ -240,3 +240,9 @@ def test_a_checkpoint_that_is_larger_than_the_memory(tmp_path):
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     distorch.load(module, tmp_path / "m.safetensors", "disk,*", min_bytes=0, strict=False)
     assert torch.equal(module(X), net()(X))
+    whole = nn.Module()
+    whole.z = nn.Parameter(torch.empty(1 << 38, device="meta"))
+    # Nor does it take room on a disk: it stays in its file.
+    distorch.load(whole, tmp_path / "m.safetensors", "disk,*", strict=False, min_bytes=0)
+    assert distorch.is_sharded(whole.z) and whole.z.numel() == 1 << 38
+    assert distorch.plan(whole, "cpu,1kb;disk,*", min_bytes=0).bytes["disk"] == 1 << 40

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: exact, never over budget, deterministic, evenly spread."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +34,16 @@ def weights(*sizes, shape=(2, 2)):
 def make(sizes, spec, compute="cuda:0", **options):
     inventory = Inventory(weights(*sizes))
     return make_plan(inventory, spec, compute=compute, devices=DEVICES, **options)
+
+
+def test_weights_in_their_own_file_take_no_room_on_a_disk():
+    own = Inventory(tuple(replace(w, in_file=True) for w in weights(*[300 * G] * 3)))
+    made = make_plan(own, "cuda:0,0b;disk,*", compute="cuda:0", devices=DEVICES)
+    assert made.bytes == {"cuda:0": 0, "disk": 900 * G}
+    with pytest.raises(PlacementError, match=r"600.00 GiB\) on disk, which has"):
+        make_plan(own.in_files(["w0"]), "cuda:0,0b;disk,*", compute="cuda:0", devices=DEVICES)
+    with pytest.raises(PlacementError, match="on cpu, which has"):
+        make_plan(own, "cuda:0,0b;cpu,*", compute="cuda:0", devices=DEVICES)
 
 
 def test_bytes_are_exact():
