@@ -78,12 +78,9 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
     temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         if private or real.exists():
-            # Never wider than this, not even for a moment.
-            mode = 0o600 if private else stat.S_IMODE(real.stat().st_mode)
-            _write_new(temporary, data, mode)
-            temporary.chmod(mode)
+            _write_new(temporary, data, 0o600 if private else stat.S_IMODE(real.stat().st_mode))
         else:
-            _write_new(temporary, data, 0o666)
+            _write_new(temporary, data, None)
         temporary.replace(real)
     except OSError as error:  # it names the temporary file
         raise OSError(error.errno, error.strerror, str(target)) from error
@@ -91,10 +88,24 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
         temporary.unlink(missing_ok=True)
 
 
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Writes a file that is not there yet, so it cannot be somebody else's link."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+def _write_new(path: Path, data: bytes, mode: int | None) -> None:
+    """Writes a file that is not there yet, with these permissions or with the usual ones.
+
+    It gets its name when it is complete: a process that is killed meanwhile leaves nothing behind.
+    """
+    flags, first_mode = os.O_WRONLY | os.O_CLOEXEC, 0o666 if mode is None else mode
+    try:
+        descriptor = os.open(path.parent, flags | os.O_TMPFILE, first_mode)
+        has_name = False
+    except OSError:  # not on this file system; or there is no such folder, which is said below
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, first_mode)
+        has_name = True
     with os.fdopen(descriptor, "wb") as file:
+        if mode is not None:
+            os.fchmod(descriptor, mode)  # whatever the user's mask has taken away
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
+        os.fsync(descriptor)  # else a power cut may leave an empty file under the new name
+        if not has_name:
+            # Any directory: it makes Python follow the link in /proc, and the path is absolute.
+            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)

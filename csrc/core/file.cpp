@@ -122,6 +122,10 @@ std::shared_ptr<File> File::open(const std::string& path) {
 }
 
 std::shared_ptr<File> File::scratch(const std::string& directory) {
+  // Without a name from the beginning, where the file system can: a process that is killed between
+  // two calls leaves nothing behind.
+  const int nameless = ::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (nameless >= 0) return std::shared_ptr<File>(new File(directory, nameless, true));
   std::string path = directory + "/distorch-XXXXXX";
   std::vector<char> name(path.begin(), path.end());
   name.push_back('\0');

@@ -4,9 +4,12 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <new>
+#include <cerrno>
+#include <cstring>
+#include <string>
 
 #include "core/decode.h"
+#include "core/error.h"
 #include "core/host_memory.h"
 #include "device/storages.h"
 #include "device/threads.h"
@@ -15,7 +18,11 @@ namespace distorch {
 
 std::shared_ptr<std::byte> HostDevice::allocate(uint64_t bytes) {
   void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
+  if (memory == MAP_FAILED) {
+    throw Error(ErrorKind::kFetch, "there is no memory for a weight of " + std::to_string(bytes) +
+                                       " bytes: " + std::strerror(errno) +
+                                       "; it does not fit into the RAM of this machine");
+  }
   prefer_huge_pages(memory, bytes);
   return {static_cast<std::byte*>(memory), [bytes](std::byte* at) { ::munmap(at, bytes); }};
 }

@@ -110,3 +110,19 @@ def test_what_lies_under_a_path(tmp_path):
         with pytest.raises(OSError, match=r"no ordinary file|No such file|symbolic links"):
             open_regular(tmp_path / name)
     assert read_json(tmp_path / "file") == {}
+
+
+@pytest.mark.parametrize("nameless", [True, False], ids=["nameless", "named"])
+def test_a_killed_process_leaves_no_temporary_file(tmp_path, monkeypatch, nameless):
+    """A file has no name before it is complete, where the file system can do that."""
+    if not nameless:
+        monkeypatch.setattr("os.O_TMPFILE", os.O_DIRECTORY)  # as file systems that cannot answer
+    seen = []
+    real = os.fsync
+    monkeypatch.setattr(
+        "os.fsync", lambda fd: (seen.append(len(list(tmp_path.iterdir()))), real(fd))
+    )
+    write_atomically(tmp_path / "x", "new")
+    write_atomically(tmp_path / "x", "newer")
+    assert (tmp_path / "x").read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
+    assert seen == ([0, 1] if nameless else [1, 2])

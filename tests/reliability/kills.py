@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m tests.reliability.kills [COUNT]: kill -9 at random moments of what users do.
+
+After each: no half-written file where a good one was, no scratch file left, and the next process
+starts clean, with the right numbers.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.reliability.victim import check_folder
+
+LONGEST = 1.5  # seconds from "ready" to the kill
+
+
+def run(count: int, seed: int = 0, progress=print) -> None:
+    """AssertionError at the first promise that is broken."""
+    dice = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder, scratch = Path(name, "model"), Path(name, "scratch")
+        folder.mkdir()
+        scratch.mkdir()
+        environment = {**os.environ, "DISTORCH_DISK": str(scratch), "OMP_NUM_THREADS": "1"}
+        for number in range(count):
+            victim = subprocess.Popen(
+                [sys.executable, "-m", "tests.reliability.victim", str(folder), str(seed + number)],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            said = victim.stdout.readline()
+            assert said == "ready\n", f"it does not start again: {victim.communicate()[1][-2000:]}"
+            time.sleep(dice.uniform(0, LONGEST))
+            assert victim.poll() is None, f"it ended by itself: {victim.communicate()[1][-2000:]}"
+            victim.kill()
+            victim.communicate()
+            check_folder(folder, scratch)
+            if number % 20 == 19:
+                progress(f"{number + 1} kills")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", nargs="?", type=int, default=200, help="kills (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args()
+    run(parsed.count, parsed.seed)
+    print(f"{parsed.count} kills: nothing lost, nothing left")

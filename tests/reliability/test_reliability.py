@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short forms of the programs in this folder, and loads of unusual size."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import distorch
+from tests.amount import ALL
+from tests.reliability import kills
+
+X = torch.ones(1, 64)
+
+
+def test_kills():
+    kills.run(60 if ALL else 4, seed=1)
+
+
+def test_interrupts(tmp_path):
+    """In a process of its own: a test runner does not like signals."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.reliability.interrupts", "200" if ALL else "12"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "nothing lost, nothing left" in done.stdout
+
+
+def chain(count, width=64):
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count))).eval()
+
+
+def test_many_threads_on_many_models_of_one_ring():
+    """32 threads, 8 models whose ring holds a few weights: every output is the resident one."""
+    check_many_threads("cpu", "cpu,0b;disk,*")
+
+
+def check_many_threads(device, spec):
+    models = [chain(6) for _ in range(8)]
+    with torch.no_grad():
+        wanted = [copy.deepcopy(model).to(device)(X.to(device)).cpu() for model in models]
+    for model in models:
+        distorch.distribute(model, spec, min_bytes=0, prefetch="64kb")
+    wrong, x = [], X.to(device)
+
+    def use(number):
+        try:
+            with torch.no_grad():
+                for i in range(20):
+                    which = (number + i) % len(models)
+                    if not torch.equal(models[which](x).cpu(), wanted[which]):
+                        wrong.append(which)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_thousands_of_parameters():
+    count = 5000 if ALL else 1000
+    model = nn.ModuleList([nn.Linear(8, 8) for _ in range(count)]).eval()
+    x = torch.ones(1, 8)
+    wanted = [layer(x) for layer in model]
+    distorch.distribute(model, "cpu,50%;disk,*", min_bytes=0)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(model, wanted, strict=True))
+    distorch.redistribute(model, "disk,*")
+    assert len(model.state_dict()) == 2 * count and distorch.report(model).ok
+    distorch.undistribute(model)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(model, wanted, strict=True))
+
+
+def test_names_of_ten_kilobytes(tmp_path):
+    model = nn.Sequential()
+    for i in range(4):
+        model.add_module("n" * 10_000 + str(i), nn.Linear(64, 64))
+    wanted = model(X)
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    distorch.load(model, tmp_path / "m.safetensors", "disk,*", min_bytes=0)
+    assert torch.equal(model(X), wanted)
+    report = distorch.report(model)
+    with distorch.trace(model, tmp_path / "t.json") as timeline:
+        model(X)
+    assert str(report) and report.plot().svg() and str(timeline) and timeline.plot().svg()
+
+
+def test_hundreds_of_loras(tmp_path):
+    model, count = chain(4), 2000 if ALL else 300
+    for i in range(count):
+        state = {f"{i % 4}.lora_A.weight": torch.randn(2, 64),
+                 f"{i % 4}.lora_B.weight": torch.randn(64, 2)}  # fmt: skip
+        save_file(state, tmp_path / f"{i}.safetensors")
+    loras = [(tmp_path / f"{i}.safetensors", 0.01) for i in range(count)]
+    wanted = model(X)
+    distorch.distribute(model, "disk,*", min_bytes=0)
+    for mode in ("merge", "fetch", "background"):
+        distorch.set_loras(model, loras, lora_mode=mode)
+        distorch.finish_merging(model)
+        assert not torch.equal(model(X), wanted)
+        distorch.set_loras(model, [])
+        assert torch.equal(model(X), wanted)
+
+
+def test_a_weight_that_is_larger_than_the_memory(tmp_path):
+    """A named error, and the rest of the model goes on."""
+    size = 1 << 42
+    header = {"z": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]},
+              "a": {"dtype": "F32", "shape": [8], "data_offsets": [size, size + 32]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    with (tmp_path / "m.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size + 32)  # a hole: it takes no room on the disk
+    module = nn.Module()
+    module.z = nn.Parameter(torch.empty(size // 4, device="meta"))
+    module.a = nn.Parameter(torch.ones(8))
+    distorch.load(module, tmp_path / "m.safetensors", "cpu,0b;disk,*", min_bytes=0)
+    with pytest.raises(distorch.FetchError, match=f"no memory for a weight of {size} bytes"):
+        module.z + 1
+    with pytest.raises(distorch.PlacementError, match=r"4.00 TiB\) on cpu, which has"):
+        distorch.redistribute(module, "cpu,*")
+    assert torch.equal(module.a + 1, torch.ones(8))
