@@ -2,6 +2,8 @@
 // Where the errors of the engine leave C++.
 #pragma once
 
+#include <new>
+
 #include "core/error.h"
 
 namespace distorch {
@@ -18,6 +20,8 @@ decltype(auto) at_border(Body&& body) {
     return body();
   } catch (const Error& error) {
     throw_to_host(error);
+  } catch (const std::bad_alloc&) {
+    throw_to_host(Error(ErrorKind::kFetch, "there is no memory left for what a weight needs"));
   }
 }
 
