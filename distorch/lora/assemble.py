@@ -56,8 +56,8 @@ def make_kind(parts: Mapping[str, Tensor], scaling: Scaling) -> Kind:
     for part, (least, most) in _DIMENSIONS.items():
         if part in parts and not least <= parts[part].dim() <= most:
             raise FormatError(
-                f"its {part} has the shape {list(parts[part].shape)}; expected {least}"
-                + (f" to {most} dimensions" if most > least else " dimensions")
+                f"the shape of its factor {part} is {list(parts[part].shape)}; expected {least} to "
+                f"{most} dimensions"
             )
     kind = _additive(parts, scaling)
     if kind is None and ("up" in parts) != ("down" in parts):

@@ -248,8 +248,8 @@ def _check_one(patch: Patch, shape: tuple[int, ...]) -> None:
         ) from error
     if tuple(found.shape) != shape:
         raise FormatError(
-            f"{patch.label}: {patch.stem!r}: the parts of this {kind.name} make a matrix of "
-            f"{list(found.shape)}, and its weight is {list(shape)}"
+            f"{patch.label}: {patch.stem!r}: the parts of this {kind.name} make up {found.shape}, "
+            f"and its weight is {shape}"
         )
 
 
