@@ -139,8 +139,8 @@ SlotPtr Ring::load(Weight& weight, const Forecast::Window* ahead) {
   const SlotPtr slot = transfer_->make_slot(weight.name(), source, cache_.large());
   if (!cache_.place(*slot, ahead, weight.counters())) return nullptr;
   cache_.enter(slot, weight);
-  count_bytes(weight.counters(), *slot->source.donor);
   try {
+    count_bytes(weight.counters(), *slot->source.donor);
     if (slot->whole()) {  // at once, or it needs no room of the ring
       transfer_->grew(slot, {0, slot->room_bytes});
     } else {

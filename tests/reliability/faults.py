@@ -10,6 +10,7 @@ no open file is left.
 import argparse
 import ctypes
 import errno
+import faulthandler
 import gc
 import os
 import subprocess
@@ -35,6 +36,7 @@ OPERATIONS = (
     "background", "off", "step", "undistribute", "save",
 )  # fmt: skip
 CRASH = "CRASH"
+HANG = 60  # seconds after which an operation counts as one that hangs
 
 
 def build(folder: Path) -> Path:
@@ -164,6 +166,7 @@ def _one(faults: _Faults, operation: _Operation, victim, number: int, error: int
 
     import distorch
 
+    faulthandler.dump_traceback_later(HANG, exit=True)
     operation.prepare()
     result = "fine"
     faults.arm(number, which, error)
@@ -230,6 +233,7 @@ def _child(parsed) -> None:
                 continue
             print(f"{kind}\t{which}\tbegin", flush=True)
             result = _one(faults, operation, victim, number, error, which, must_pass)
+            faulthandler.cancel_dump_traceback_later()
             victim.module = None
             gc.collect()
             try:
