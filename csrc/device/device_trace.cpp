@@ -71,17 +71,15 @@ void DeviceSpan::open(const c10::Stream& stream, SpanText text) {
 
 DeviceSpan::~DeviceSpan() {
   if (open_ == nullptr) return;
-  EventPtr end;
   try {
-    end = now_on(open_->stream);
-  } catch (const c10::Error&) {
-    return;  // the device is gone, and its time with it
+    TraceLog::instance().add_later([open = open_, end = now_on(open_->stream)]() -> TraceSpan {
+      const SpanText& text = open->text;
+      return {text.track, text.name, seconds_since(open->begin, open->start),
+              seconds_since(open->begin, end), text.bytes};
+    });
+  } catch (const std::exception&) {
+    // The device is gone, and its time with it; or there is no memory for one span more.
   }
-  TraceLog::instance().add_later([open = open_, end]() -> TraceSpan {
-    const SpanText& text = open->text;
-    return {text.track, text.name, seconds_since(open->begin, open->start),
-            seconds_since(open->begin, end), text.bytes};
-  });
 }
 
 void start_trace(const std::string& name) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -54,7 +55,13 @@ class HostSpan {
     start_ = TraceLog::instance().now();
   }
   ~HostSpan() {
-    if (on_) TraceLog::instance().add({track_, name_, start_, TraceLog::instance().now(), bytes_});
+    if (!on_) return;
+    try {
+      TraceLog& log = TraceLog::instance();
+      log.add({track_, std::move(name_), start_, log.now(), bytes_});
+    } catch (const std::bad_alloc&) {
+      // There is no memory. The trace has one span less, and the work goes on.
+    }
   }
   HostSpan(const HostSpan&) = delete;
   HostSpan& operator=(const HostSpan&) = delete;

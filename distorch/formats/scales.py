@@ -146,7 +146,7 @@ def _grid(stored: StoredTensor, key: str, values: torch.Tensor) -> Scales:
         return Scales(values.reshape(1, 1), (rows, columns))
     if values.numel() == rows and (values.dim() == 1 or values.shape[0] == rows):
         return Scales(values.reshape(rows, 1).contiguous(), (1, columns))
-    if values.dim() == 2 and len(stored.shape) == 2:
+    if values.dim() == 2 and len(stored.shape) == 2 and values.numel() > 0:
         if values.shape == (-(-rows // BLOCK), -(-columns // BLOCK)):
             return Scales(values.contiguous(), (BLOCK, BLOCK))
         if rows % values.shape[0] == 0 == columns % values.shape[1]:

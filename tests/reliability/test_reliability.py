@@ -12,7 +12,7 @@ from torch import nn
 
 import distorch
 from tests.amount import ALL
-from tests.reliability import kills
+from tests.reliability import faults, kills
 
 X = torch.ones(1, 64)
 
@@ -32,6 +32,12 @@ def test_interrupts(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing lost, nothing left" in done.stdout
+
+
+def test_faults():
+    """Every call of the library fails once. Here: two of each kind, in a few operations."""
+    most, operations = (25, faults.OPERATIONS) if ALL else (2, ("load", "merge", "to disk", "step"))
+    assert faults.run(most, operations) == []
 
 
 def chain(count, width=64):
