@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 MOST_JSON = 32 << 20  # bytes: an index of 300,000 tensors; parsed, it takes less than 1 GB
+MOST_TRACE = 256 << 20  # bytes: more than a million spans
 
 
 def kind_of(path: str | os.PathLike[str]) -> Literal["file", "folder", "other", ""]:
@@ -42,15 +43,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], most: int = MOST_JSON) -> Any:
     """What a JSON file says.
 
     OSError if it cannot be read; ValueError if it is too large or not JSON. Both say why.
     """
     with open_regular(path) as file:
-        data = file.read(MOST_JSON + 1)
-    if len(data) > MOST_JSON:
-        raise ValueError(f"it has more than {MOST_JSON >> 20} MiB, so it is none that is meant")
+        if os.fstat(file.fileno()).st_size > most:
+            raise ValueError(f"it has more than {most >> 20} MiB, so it is none that is meant")
+        data = file.read(most) or b""  # None: some files in /proc want to be waited for
     return parse_json(data.decode())
 
 

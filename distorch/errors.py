@@ -5,8 +5,30 @@ import inspect
 import warnings
 
 
+def printable(text: str) -> str:
+    """Replaces control characters, line breaks and marks of direction.
+
+    Names come from files of strangers. In a terminal such characters could hide or forge lines, and
+    in a picture they would break the layout or the XML.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
 class DistorchError(Exception):
-    """Base of every error that distorch raises on purpose."""
+    """Base of every error that distorch raises on purpose.
+
+    Messages quote names from files. What such a name could do to a terminal is taken out.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(
+            *(
+                "\n".join(map(printable, a.split("\n"))) if isinstance(a, str) else a
+                for a in arguments
+            )
+        )
 
 
 class SpecError(DistorchError, ValueError):

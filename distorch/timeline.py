@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distorch._small_files import open_regular, parse_json, write_atomically
+from distorch._small_files import MOST_TRACE, read_json, write_atomically
 from distorch.display.picture import Picture
 from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.display.timelines import (
@@ -112,8 +112,7 @@ class Timeline:
             FormatError: The file is not there, damaged, or of another program.
         """
         try:
-            with open_regular(path) as file:  # of any size: it is the user's own trace
-                content = parse_json(file.read().decode())
+            content = read_json(path, MOST_TRACE)
         except OSError as error:
             raise FormatError(f"cannot read the trace {str(path)!r}: {error.strerror}") from error
         except ValueError as error:

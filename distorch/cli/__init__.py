@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distorch import __version__
-from distorch.display.tables import printable
-from distorch.errors import DistorchError, SpecError
+from distorch.errors import DistorchError, SpecError, printable
 
 if TYPE_CHECKING:
     from distorch.planner import Plan

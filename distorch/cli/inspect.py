@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distorch.display.tables import human_bytes, printable, text_table
+from distorch.display.tables import human_bytes, text_table
+from distorch.errors import printable
 from distorch.formats.checkpoint import (
     Checkpoint,
     dtype_name,

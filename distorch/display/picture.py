@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distorch._small_files import write_atomically
-from distorch.display.tables import printable
-from distorch.errors import SpecError
+from distorch.errors import SpecError, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

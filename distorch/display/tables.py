@@ -6,6 +6,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from distorch.errors import printable
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -21,17 +23,6 @@ def human_bytes(nbytes: float) -> str:
     """ "2.50 GiB": powers of 1024, two decimals."""
     unit, size = unit_of(nbytes)
     return f"{int(nbytes)} B" if unit == "B" else f"{nbytes / size:.2f} {unit}"
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, line breaks and marks of direction.
-
-    Names come from files of strangers. In a terminal such characters could hide or forge lines, and
-    in a picture they would break the layout or the XML.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def _is_number(cell: str) -> bool:

@@ -116,7 +116,10 @@ def _beside(named: Path, name: str) -> Path:
     """
     path = named.parent / name
     plain = PurePosixPath(name)
-    real = Path(os.path.realpath(path)) if "\0" not in name else path
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # no file can have such a name
+        real = path
     homes = Path(os.path.realpath(named.parent)), Path(os.path.realpath(named)).parent
     inside = any(home in real.parents for home in homes)
     if not inside or plain.is_absolute() or ".." in plain.parts:

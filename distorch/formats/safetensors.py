@@ -24,6 +24,8 @@ DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
+_SMALLEST = 8  # bytes: the length of the header
+
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a file, in file order, and its metadata. FormatError when it is damaged.
@@ -31,6 +33,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     The safetensors library judges the file first: what it refuses is refused here.
     """
     try:
+        if path.stat().st_size < _SMALLEST:  # as files in /proc say, some of which never end
+            raise ValueError("it is too short for a header")
         # For torch it would map the file to write to, which fails if that is larger than the RAM.
         with safe_open(path, framework="numpy"):
             pass
@@ -55,6 +59,8 @@ def _stored(name: str, entry: dict[str, Any], start: int, path: Path) -> StoredT
     if dtype is None:  # refused where somebody wants it
         known = start + begin, end - begin, torch.uint8, shape
         return StoredTensor(name, str(path), *known, block_type=str(entry["dtype"]))
+    if prod(size for size in shape if size) >= 1 << 63:  # with a 0 it has no bytes
+        raise FormatError(f"tensor {name!r} in {str(path)!r}: no memory has the shape {shape}")
     if end - begin != prod(shape) * dtype.itemsize:
         raise FormatError(
             f"tensor {name!r} in {str(path)!r}: {end - begin} bytes do not make the shape {shape}; "

@@ -37,7 +37,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         raise FormatError(
             f"{str(path)!r} is no file of tensors that torch.load(weights_only=True) reads "
             f"({said}); convert it to .safetensors where you trust it"
-        ) from error
+        ) from None  # torch's text quotes names from the file as they are
     loaded = _unwrapped(loaded)
     tensors = (
         {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
@@ -61,9 +61,13 @@ def _check_unpacked(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            orders = [e for e in entries if e.filename.endswith("/byteorder") and e.file_size < 16]
+            big_endian = any(archive.read(entry).strip() == b"big" for entry in orders)
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # no archive, or one that torch refuses, too
     packed = [e.filename for e in entries if e.compress_type and "/code/" not in e.filename]
+    if big_endian:
+        raise FormatError(f"{str(path)!r} was written by a big-endian machine, which is not read")
     if packed:
         raise FormatError(
             f"{str(path)!r} is an archive with packed entries ({packed[0]!r:.80}); expected one as "
@@ -101,12 +105,17 @@ def stored_in_torch_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _mapped(name: str, tensor: Tensor, path: Path) -> StoredTensor:
-    shape = tuple(tensor.shape)
-    if tensor.layout is not torch.strided or tensor.is_quantized:  # refused where it is wanted
+    shape = () if tensor.is_nested else tuple(tensor.shape)
+    if not _is_plain(tensor):  # refused where it is wanted
         kind = "a quantised tensor" if tensor.is_quantized else str(tensor.layout)
+        kind = "a nested tensor" if tensor.is_nested else kind
         return StoredTensor(name, str(path), 0, 0, torch.uint8, shape, block_type=kind)
     nbytes = tensor.numel() * tensor.element_size()
     return StoredTensor(name, str(path), 0, nbytes, tensor.dtype, shape, tensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def _ranges(path: Path) -> dict[str, StoredTensor | None]:
@@ -131,7 +140,7 @@ def _ranges(path: Path) -> dict[str, StoredTensor | None]:
 
 
 def _range(name: str, tensor: Tensor, path: Path, size: int) -> StoredTensor | None:
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    if not _is_plain(tensor):
         return None
     storage = tensor.untyped_storage()
     begin = getattr(storage, "_checkpoint_offset", None)

@@ -27,6 +27,7 @@ from distorch.integrations.empty_models import (
     give_initial_values,
 )
 from distorch.integrations.hub import check_model, check_no_other_file, folder_of
+from distorch.integrations.trust import check_json, naming
 from distorch.integrations.weights import floating_dtype, lacking, weights_file
 from distorch.loading.loader import fill
 from distorch.loading.prepare import FillOptions, Request, open_for, prepare
@@ -145,9 +146,10 @@ class Found:
                 raise FormatError(f"{str(self.folder)!r} has no config.json")
             open_checkpoint(self.weights)  # says what is wrong with a damaged file
             where["gguf_file"] = self.weights.name
+        check_json(self.folder, "config.json")
         try:
             return reader.from_pretrained(self.folder, **where)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # on values that make no sense it raises anything
             file = self.folder / "config.json"
             of_diffusers = file.is_file() and "_diffusers_version" in file.read_text()
             hint = ". It is of a model of diffusers: load_pipeline, or distorch.load" * of_diffusers
@@ -299,7 +301,8 @@ def empty_pretrained(
     """A model without weights, but for those that no checkpoint of its class has; and the
     checkpoint, under its names. FormatError.
     """
-    module = empty_transformers_model(cls, config, dtype, **remote)
+    with naming(weights.parent, "transformers"):
+        module = empty_transformers_model(cls, config, dtype, **remote)
     checkpoint = open_for(module, weights)
     stored = checkpoint.tensors
     _untie_what_differs(module, stored)
@@ -343,7 +346,9 @@ def _read_generation_config(module: Any, found: Found) -> None:
 
     can = getattr(module, "can_generate", None)
     if can is not None and can() and (found.folder / "generation_config.json").is_file():
-        module.generation_config = GenerationConfig.from_pretrained(found.folder)
+        check_json(found.folder, "generation_config.json")
+        with naming(found.folder, "transformers"):
+            module.generation_config = GenerationConfig.from_pretrained(found.folder)
 
 
 def _distributed(module: nn.Module, wish: Request, progress: Progress) -> nn.Module:

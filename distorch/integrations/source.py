@@ -22,7 +22,7 @@ from distorch.formats.naming import ConversionError
 from distorch.integrations.empty_models import empty_diffusers_model
 from distorch.integrations.hub import check_no_other_file, folder_of
 from distorch.integrations.pretrained import Found, empty_pretrained
-from distorch.integrations.trust import check_no_code
+from distorch.integrations.trust import check_json, check_no_code, naming
 from distorch.integrations.weights import lacking, weights_file
 from distorch.loading.prepare import open_for
 
@@ -65,7 +65,9 @@ class Part:
     def empty(self, dtype: torch.dtype) -> tuple[nn.Module, Checkpoint]:
         """The model without weights, and its checkpoint under its names. FormatError."""
         if not self._is_of_transformers:
-            module = empty_diffusers_model(self.cls, self.folder, dtype)
+            check_json(self.folder, "config.json")
+            with naming(self.folder, "diffusers"):
+                module = empty_diffusers_model(self.cls, self.folder, dtype)
             return module, open_for(module, self.weights)
         config = Found(self.folder, self.weights, self.weights.suffix == ".gguf").config(self.cls)
         return empty_pretrained(self.cls, config, dtype, self.weights)
@@ -209,7 +211,7 @@ class Source:
         try:
             with _without_bars():  # its parts are there already
                 return self.cls.from_pretrained(self.folder, **given)
-        except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        except Exception as error:  # on values that make no sense it raises anything
             raise FormatError(
                 f"diffusers cannot make a {self.cls.__name__} of {str(self.folder)!r}: {error}"
             ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code of strangers is not run: what the index of a pipeline may name.
+"""What a stranger's folder may say: no code is run, and each error names the folder.
 
 Newer versions of diffusers ask for `trust_remote_code`. Older ones run what they find, so it is
 looked for here, before diffusers sees the folder.
@@ -8,13 +8,43 @@ looked for here, before diffusers sees the folder.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distorch.errors import FormatError, SpecError
+from distorch._small_files import kind_of, read_json
+from distorch.errors import DistorchError, FormatError, SpecError
 
 _LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
+
+
+@contextmanager
+def naming(folder: Path, library: str) -> Iterator[None]:
+    """Whatever a library raises on a configuration that makes no sense becomes a FormatError."""
+    try:
+        yield
+    except DistorchError:
+        raise
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise FormatError(
+            f"{library} cannot make what the configuration in {str(folder)!r} says "
+            f"({type(error).__name__}: {said:.300})"
+        ) from error
+
+
+def check_json(folder: Path, *names: str) -> None:
+    """FormatError if one of these files is there and is no table in JSON, or is too large."""
+    for path in (folder / name for name in names):
+        if kind_of(path) == "":
+            continue
+        try:
+            read = read_json(path)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{str(path)!r} is not JSON: {error}") from error
+        if not isinstance(read, dict):
+            raise FormatError(f"{str(path)!r}: expected a table of keys, found {read!r:.80}")
 
 
 def check_no_code(folder: Path, index: Mapping[str, Any], given: Collection[str]) -> None:

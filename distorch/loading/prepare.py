@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distorch import _ops
-from distorch.errors import SpecError, warn_at_caller
+from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.formats.checkpoint import Checkpoint, Stamp, open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.formats.plain_names import base_name
@@ -250,6 +250,17 @@ def _prepared(module: nn.Module, file: Source, request: Request) -> Ready:
     return ready
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors about what is in a file name the file, too."""
+    try:
+        yield
+    except FormatError as error:
+        if path in str(error):
+            raise
+        raise FormatError(f"{path!r}: {error}") from error.__cause__
+
+
 def match_up(module: nn.Module, file: Source, request: Request) -> Matched:
     """Which stored tensor goes where, and what is to be done to it. Reads no weights.
 
@@ -259,7 +270,8 @@ def match_up(module: nn.Module, file: Source, request: Request) -> Matched:
     patch_options = PatchOptions.checked(request.lora_mode, request.patched_dtype)
     checkpoint = file if isinstance(file, Checkpoint) else open_for(module, file)
     tie_again(module, checkpoint)
-    jobs = match(module, checkpoint, request.strict, dtype)
+    with _naming(checkpoint.path):
+        jobs = match(module, checkpoint, request.strict, dtype)
     check_no_meta_left(module, jobs)
     reader = new_reader(module, widened_in(module))
     patches, found = reader.read(request.loras, request.strict_loras)

@@ -58,6 +58,12 @@ _REASONS = {
 # Initialisations that leave the base as it was. Others take their first factors out of it.
 _KEEPING = ("gaussian", "eva", "orthogonal", "mica", "default")
 
+_TYPES = {
+    "target_modules": (str, list), "exclude_modules": (str, list), "target_parameters": (str, list),
+    "layers_pattern": (str, list), "layers_to_transform": (int, list), "modules_to_save": (list,),
+    "peft_type": (str,),
+}  # fmt: skip
+_IN_WORDS = {str: "text", list: "list", int: "number"}
 _MOST_TERMS = 64  # of a series that PEFT cuts off after 5
 _PEFT_ALPHA = 8  # where a configuration does not say it
 
@@ -335,6 +341,13 @@ def _check(config: Mapping[str, Any], label: str) -> None:
             f"{label}: it is an adapter of peft_type {kind!r}, which is not read; expected "
             f"{', '.join(KNOWN_TYPES)}. Merge it with PEFT (merge_and_unload), and load the result"
         )
+    for key, types in _TYPES.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            names = " or a ".join(_IN_WORDS[t] for t in types)
+            raise FormatError(
+                f"{label}: its configuration says {key}={value!r:.80}; expected a {names}"
+            )
     _check_start(config.get("init_lora_weights"), label)
     for key, value in config.items():
         if key in _USED or key in _HARMLESS or not value:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distorch._memory import host_memory
@@ -28,6 +29,8 @@ from distorch.lora.targets import component_of
 _PEFT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_NAMES = (*_PEFT_NAMES, "pytorch_lora_weights.safetensors")
 _CONFIG_NAME = "adapter_config.json"
+_LONGEST_KEY = 1 << 16  # characters
+_LARGE = 64 << 20  # bytes that a tensor may seem to have more than it has
 
 
 @dataclass(eq=False)
@@ -76,6 +79,7 @@ def read_lora(source: LoraSource) -> LoraFile:
                 f"a LoRA state dict: {bad[0]!r} is a {type(source[bad[0]]).__name__}, no tensor"
             )
         label = "a LoRA state dict"
+        _check_tensors(label, source)
         if _is_of_peft(source):
             _warn_without_strength(label, source, {})
         return LoraFile(label, source, Configuration(label))
@@ -83,14 +87,34 @@ def read_lora(source: LoraSource) -> LoraFile:
     metadata: dict[str, str] = {}
     if path.suffix in TORCH_SUFFIXES:
         tensors = read_torch_file(path)
+        _check_tensors(f"LoRA {str(path)!r}", tensors)
+        _check_fits(path, sum(t.numel() * t.element_size() for t in tensors.values()))
     else:
         stored, metadata = read_header(path.resolve())
         _check_fits(path, sum(tensor.nbytes for tensor in stored.values()))
         tensors = {name: tensor.read() for name, tensor in stored.items()}
+        _check_tensors(f"LoRA {str(path)!r}", tensors)
     configuration = read_configuration(
         repr(str(path)), metadata, _config_beside(path, tensors, metadata)
     )
     return LoraFile(configuration.label, tensors, configuration)
+
+
+def _check_tensors(label: str, tensors: Mapping[str, Tensor]) -> None:
+    """FormatError on what is no key of a LoRA, or no plain tensor of real numbers."""
+    for key, tensor in tensors.items():
+        if len(key) > _LONGEST_KEY:
+            raise FormatError(f"{label}: a key has {len(key)} characters ({key[:40]!r}...)")
+        plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+        if not plain or tensor.is_quantized or tensor.is_complex():
+            raise FormatError(
+                f"{label}: {key!r} is no plain tensor of real numbers, but {tensor.layout}, "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+        if tensor.numel() * tensor.element_size() > max(_LARGE, tensor.untyped_storage().nbytes()):
+            raise FormatError(
+                f"{label}: {key!r} shows the numbers that it has again and again, as expand() does"
+            )
 
 
 def _check_fits(path: Path, nbytes: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import distorch
 from distorch.display.picture import Picture, Rect, Text, shortened, text_width
-from distorch.display.tables import printable
+from distorch.errors import printable
 
 SVG = "{http://www.w3.org/2000/svg}"
 BLUE = "#0000ff"
