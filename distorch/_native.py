@@ -12,6 +12,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from distorch import _library
+from distorch._small_files import check_not_strangers
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
 
 if sys.platform != "linux":
@@ -79,6 +80,7 @@ def made_cache_folder() -> Path:
     """The same folder, made if it is not there, and closed to other users. OSError."""
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_not_strangers(folder)
     if folder.stat().st_uid != os.geteuid():  # what is in it may be another user's
         raise OSError(errno.EPERM, "it belongs to another user", str(folder))
     folder.chmod(0o700)
@@ -89,11 +91,16 @@ def scratch_folder() -> Path:
     """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
     chosen = os.environ.get("DISTORCH_DISK")
     if chosen:
+        if any("\ud800" <= char <= "\udfff" for char in chosen):
+            raise SpecError(f"DISTORCH_DISK={chosen!r}: expected a path in UTF-8")
         try:
             return Path(chosen).expanduser()
         except RuntimeError:  # it begins with ~, and there is no home folder
             return Path(chosen)
-    temporary = Path(tempfile.gettempdir())
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # none can be written to; a donor on disk says what to do
+        return Path("/tmp")  # noqa: S108 - files in it have no name
     if not in_memory(temporary):
         return temporary
     try:
@@ -104,7 +111,7 @@ def scratch_folder() -> Path:
 
 def _io_threads() -> int:
     chosen = os.environ.get("DISTORCH_IO_THREADS", str(_IO_THREADS))
-    if not chosen.isdecimal() or not 1 <= int(chosen) <= _MOST_IO_THREADS:
+    if not chosen.isdecimal() or len(chosen) > 4 or not 1 <= int(chosen) <= _MOST_IO_THREADS:
         raise SpecError(
             f"DISTORCH_IO_THREADS={chosen!r}: expected a number of threads, 1 to {_MOST_IO_THREADS}"
         )

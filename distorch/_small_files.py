@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -73,6 +74,8 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
     """
     data = content.encode() if isinstance(content, str) else content
     real = target if private else Path(os.path.realpath(target))
+    if not private:
+        check_not_strangers(target)
     if not private and real.exists() and not real.is_file():
         real.write_bytes(data)
         return
@@ -86,7 +89,23 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
     except OSError as error:  # it names the temporary file
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk can be read only; the error above is the one to tell
+            temporary.unlink(missing_ok=True)
+
+
+def check_not_strangers(path: Path) -> None:
+    """PermissionError if another user put a link, a pipe or a device there.
+
+    In a folder in which everybody may write, such as /tmp, a link could lead to the user's own
+    files. Links of the user, of root and of the folder's owner are meant.
+    """
+    try:
+        status, folder = path.lstat(), path.parent.stat()
+    except OSError:
+        return  # nothing is there, or writing will say why not
+    known = status.st_uid in (os.geteuid(), 0, folder.st_uid)
+    if not known and not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(errno.EPERM, "another user put a link or a pipe there", str(path))
 
 
 def _write_new(path: Path, data: bytes, mode: int | None) -> None:

@@ -4,6 +4,8 @@
 import inspect
 import warnings
 
+_LONGEST = 16_000  # characters of a message
+
 
 def printable(text: str) -> str:
     """Replaces control characters, line breaks and marks of direction.
@@ -16,19 +18,22 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
+def _one_line(text: str) -> str:
+    line = printable(text.replace("\n", " "))
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+
+
 class DistorchError(Exception):
     """Base of every error that distorch raises on purpose.
 
-    Messages quote names from files. What such a name could do to a terminal is taken out.
+    A message is one line of bounded length. It quotes names from files: what such a name could do
+    to a terminal is taken out.
     """
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(
-            *(
-                "\n".join(map(printable, a.split("\n"))) if isinstance(a, str) else a
-                for a in arguments
-            )
-        )
+        super().__init__(*(_one_line(a) if isinstance(a, str) else a for a in arguments))
 
 
 class SpecError(DistorchError, ValueError):

@@ -211,6 +211,8 @@ def _spans(events: list[dict[str, Any]]) -> Iterable[Span]:
         if not (math.isfinite(start) and 0 <= took < math.inf):
             raise ValueError(f"a span from {start} that takes {took} seconds")
         nbytes = int(event["args"].get("bytes", 0))
+        if not 0 <= nbytes < 1 << 63:
+            raise ValueError("a span of a number of bytes that there cannot be")
         yield Span(rows[event["tid"]], str(event["name"]), start, start + took, nbytes)
 
 

@@ -53,7 +53,8 @@ class Contents:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: {self.kind}, {self.tensors} tensors, {human_bytes(self.total_bytes)}",
+            printable(f"{self.path}: {self.kind}, {self.tensors} tensors, ")
+            + human_bytes(self.total_bytes),
             "",
             text_table(
                 ("dtype", "bytes", "size", "share"),

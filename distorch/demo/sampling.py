@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distorch._small_files import write_atomically
 from distorch.demo.model import DigitTransformer
 
 Bytes2D = NDArray[np.uint8]
@@ -78,4 +79,4 @@ def save_png(path: str | Path, picture: Bytes2D) -> None:
     lines = b"".join(b"\0" + picture[row].tobytes() for row in range(height))
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    write_atomically(Path(path), b"\x89PNG\r\n\x1a\n" + body)

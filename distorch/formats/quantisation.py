@@ -29,6 +29,7 @@ _HARMLESS = frozenset({
     "orig_dtype",
 })  # fmt: skip
 _ROTATION, _ROTATION_SIZE = "convrot", "convrot_groupsize"
+_MOST_TOLD = 1 << 20  # bytes of one declaration
 _MOST_ROTATION = 4096  # columns, as in csrc/core/rotation.h
 
 
@@ -254,6 +255,8 @@ def with_declarations(
     beside: dict[str, Any] = {}
     for key, stored in tensors.items():
         if key.endswith(BESIDE):
+            if stored.nbytes > _MOST_TOLD:
+                raise FormatError(f"{label!r}: {key!r} has {stored.nbytes} bytes; expected JSON")
             text = bytes(stored.read().reshape(-1).view(torch.uint8).tolist())
             beside[key.removesuffix(BESIDE)] = _parsed(text, key, label)
     in_header: dict[str, Any] = {}

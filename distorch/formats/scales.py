@@ -115,6 +115,11 @@ def _check_layout(layout: StoredTensor | None) -> None:
 
 def _numbers(scale: StoredTensor, weight: StoredTensor) -> torch.Tensor:
     """Scales as float32. Bytes beside fp8 numbers are powers of two (E8M0)."""
+    if prod(scale.shape) > prod(weight.shape):
+        raise FormatError(
+            f"{scale.name!r} has the shape {scale.shape}; expected no more scales than numbers of "
+            f"{weight.name!r}, {weight.shape}"
+        )
     values = scale.read()
     if scale.dtype == torch.uint8 and weight.dtype.is_floating_point and not scale.block_type:
         values = values.view(torch.float8_e8m0fnu)

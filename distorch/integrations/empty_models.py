@@ -134,7 +134,8 @@ def auto_class(config: Any, *, trust_remote_code: bool, gguf: bool) -> Any:
     """The class that a configuration names, else one that fits. SpecError if none is known."""
     import transformers
 
-    named = list(getattr(config, "architectures", None) or ())
+    told = getattr(config, "architectures", None) or ()
+    named = [name for name in told if isinstance(name, str)]
     coded = getattr(config, "auto_map", None) or {}
     if coded and trust_remote_code:
         for auto, target in coded.items():

@@ -126,3 +126,30 @@ def test_a_killed_process_leaves_no_temporary_file(tmp_path, monkeypatch, namele
     write_atomically(tmp_path / "x", "newer")
     assert (tmp_path / "x").read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
     assert seen == ([0, 1] if nameless else [1, 2])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
+def test_what_a_stranger_put_into_a_shared_folder_is_not_followed(tmp_path, kind):
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    path = shared / "plan.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(victim)
+    if kind == "link":
+        victim.write_text("mine")
+    os.chown(path, 12345, -1, follow_symlinks=False)
+    os.chown(shared, 0, -1)
+    with pytest.raises(
+        PermissionError, match=r"another user put a link or a pipe there.*plan\.json"
+    ):
+        write_atomically(path, "new")
+    assert victim.exists() == (kind == "link")
+    if kind == "link":
+        assert victim.read_text() == "mine"
+        os.chown(path, 0, -1, follow_symlinks=False)  # the user's own link is meant
+        write_atomically(path, "new")
+        assert victim.read_text() == "new"
