@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -209,16 +209,33 @@ class Patching:
 
     @contextmanager
     def moving(self, module: nn.Module) -> Iterator[None]:
-        """The module's weights go elsewhere meanwhile, and are the same afterwards."""
+        """The module's weights go elsewhere meanwhile, and are the same afterwards.
+
+        Ctrl-C may come when they are there already. So it is always looked up where they are, and
+        done anew if Ctrl-C comes right then.
+        """
         here = {base_name(m.name): m.parameter for m in named_members(module)}
         same = [
             name
             for name, original in self.originals.items()
             if name in here and original.is_of(here[name])
         ]
-        yield
+        try:
+            yield
+        finally:
+            stopped = None
+            while True:
+                try:
+                    self._put_all(module, same)
+                    break
+                except KeyboardInterrupt as error:
+                    stopped = error
+            if stopped is not None:
+                raise stopped
+
+    def _put_all(self, module: nn.Module, names: Iterable[str]) -> None:
         there = {base_name(m.name): m.parameter for m in named_members(module)}
-        for name in same:
+        for name in names:
             self.originals[name].put(there[name])
 
     def sources(self) -> list[tuple[LoraSource, float]]:

@@ -161,6 +161,49 @@ def test_at_fetch_nothing_but_factors_is_added(path):
     assert_same(load(path, "cpu,*", [(lora(), 0.5)]), state)
 
 
+def test_loras_can_be_changed_after_an_interrupt_at_the_end_of_a_move(path, monkeypatch):
+    """Ctrl-C may come when the weights are moved already, and again while that is noted down."""
+    from distorch.patching.state import Patching
+    from distorch.runtime import placing
+
+    one = lora(0, (0, 1, 2, 3))
+    model = load(path, "cpu,*", [(one, 0.5)])
+    before, calls = values(model), []
+    real, noted = placing._install, Patching._put_all
+
+    def installed(*args):
+        real(*args)
+        calls.append("moved")
+        raise KeyboardInterrupt
+
+    def put_all(self, module, names):
+        if calls == ["moved"]:
+            calls.append("noted")
+            raise KeyboardInterrupt
+        noted(self, module, names)
+
+    monkeypatch.setattr(Patching, "_put_all", put_all)
+    with monkeypatch.context() as patched:
+        patched.setattr(placing, "_install", installed)
+        with pytest.raises(KeyboardInterrupt):
+            distorch.redistribute(model, "cpu,0b;disk,*")
+    assert calls == ["moved", "noted"]
+    assert_same(model, before)
+    distorch.set_loras(model, [(one, 0.25)])
+    calls.clear()
+    real_place = placing._place
+
+    def placed(*args):
+        real_place(*args)
+        raise KeyboardInterrupt  # all is done, and this is on the way out
+
+    monkeypatch.setattr(placing, "_place", placed)
+    with pytest.raises(KeyboardInterrupt):
+        distorch.redistribute(model, "cpu,0b;disk,*")
+    distorch.set_loras(model, [(one, 0.5)])
+    assert_same(model, before)
+
+
 def test_an_interrupt_leaves_the_loras_that_were_there(path, monkeypatch):
     one = lora(0, (0, 1, 2, 3))
     model = load(path, "cpu,6kb;disk,*", [(one, 0.5)])
