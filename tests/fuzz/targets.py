@@ -22,7 +22,6 @@ from safetensors.torch import save
 from torch import nn
 
 import distorch
-from distorch._ops import read_file  # noqa: F401 - loaded before a fuzzer counts
 from distorch.errors import DistorchError, FormatError
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.lora.files import read_lora

@@ -20,6 +20,8 @@ LONGEST = 0.08  # seconds into an operation; most take 5 to 100 ms
 
 def run(count: int, seed: int = 0, progress=print) -> Counter:
     """How many interrupts struck, by operation. AssertionError at the first broken promise."""
+    # A shell starts what it runs in the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as name:
         folder, scratch = Path(name, "model"), Path(name, "scratch")
         folder.mkdir()
