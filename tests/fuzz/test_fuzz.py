@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fuzzing has found stays mended, and a few hundred mutations of each seed do no harm."""
 
+import gc
 import random
 from pathlib import Path
 
 import pytest
 
 from tests.amount import ALL
+from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
 
 FOUND = Path(__file__).parent / "found"
 MUTATIONS = 3000 if ALL else 100
 SHORT = 512
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_kept():
+    """The model that LoRAs are put on has a scratch file, which other tests would find."""
+    yield
+    targets._patched_net.cache_clear()
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", TARGETS)
