@@ -45,6 +45,13 @@ def check_json(folder: Path, *names: str) -> None:
             raise FormatError(f"{str(path)!r} is not JSON: {error}") from error
         if not isinstance(read, dict):
             raise FormatError(f"{str(path)!r}: expected a table of keys, found {read!r:.80}")
+        for table in (read, *(value for value in read.values() if isinstance(value, dict))):
+            for key, value in table.items():
+                if key.endswith("_implementation") and "/" in str(value):
+                    raise SpecError(
+                        f"{str(path)!r} names code of the hub ({key}={value!r:.80}), which is not "
+                        "fetched because a file says so; take that out of the file"
+                    )
 
 
 def check_no_code(folder: Path, index: Mapping[str, Any], given: Collection[str]) -> None:
