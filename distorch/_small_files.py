@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from distorch.errors import FormatError
+
 MOST_JSON = 32 << 20  # bytes: an index of 300,000 tensors; parsed, it takes less than 1 GB
 MOST_TRACE = 256 << 20  # bytes: more than a million spans
 
@@ -54,6 +56,17 @@ def read_json(path: str | os.PathLike[str], most: int = MOST_JSON) -> Any:
             raise ValueError(f"it has more than {most >> 20} MiB, so it is none that is meant")
         data = file.read(most) or b""  # None: some files in /proc want to be waited for
     return parse_json(data.decode())
+
+
+def read_table(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON file that has to be a table of keys. FormatError if it is none, or cannot be read."""
+    try:
+        read = read_json(path)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(read, dict):
+        raise FormatError(f"{str(path)!r}: expected a table of keys, found {read!r:.80}")
+    return read
 
 
 def parse_json(text: str) -> Any:

@@ -53,7 +53,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_unpacked(path: Path) -> None:
-    """FormatError if the archive has packed entries: a small file could fill all of the memory.
+    """FormatError if the archive has packed entries: a small file could fill all of the memory. Or
+    if it is of a big-endian machine: torch crashes when it maps such a file.
 
     torch.save never packs. What is not packed takes no more than the file has. (Compiled modules
     have packed code, and torch refuses them.)
@@ -61,11 +62,11 @@ def _check_unpacked(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            packed = [e.filename for e in entries if e.compress_type and "/code/" not in e.filename]
             orders = [e for e in entries if e.filename.endswith("/byteorder") and e.file_size < 16]
-            big_endian = any(archive.read(entry).strip() == b"big" for entry in orders)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # no archive, or one that torch refuses, too
-    packed = [e.filename for e in entries if e.compress_type and "/code/" not in e.filename]
+            big_endian = not packed and any(archive.read(e).strip() == b"big" for e in orders)
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, EOFError):
+        return  # no archive, or one that torch refuses, too: an encrypted one, for example
     if big_endian:
         raise FormatError(f"{str(path)!r} was written by a big-endian machine, which is not read")
     if packed:

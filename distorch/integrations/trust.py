@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distorch._small_files import kind_of, read_json
+from distorch._small_files import kind_of, read_table
 from distorch.errors import DistorchError, FormatError, SpecError
 
 _LIBRARIES = ("diffusers", "transformers", "onnxruntime.training")
@@ -35,16 +35,14 @@ def naming(folder: Path, library: str) -> Iterator[None]:
 
 
 def check_json(folder: Path, *names: str) -> None:
-    """FormatError if one of these files is there and is no table in JSON, or is too large."""
+    """FormatError if one of these files is there and is no table in JSON, or is too large.
+
+    SpecError if it names code of the hub: transformers would fetch it without being asked.
+    """
     for path in (folder / name for name in names):
         if kind_of(path) == "":
             continue
-        try:
-            read = read_json(path)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{str(path)!r} is not JSON: {error}") from error
-        if not isinstance(read, dict):
-            raise FormatError(f"{str(path)!r}: expected a table of keys, found {read!r:.80}")
+        read = read_table(path)
         for table in (read, *(value for value in read.values() if isinstance(value, dict))):
             for key, value in table.items():
                 if key.endswith("_implementation") and "/" in str(value):

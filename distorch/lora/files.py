@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distorch._memory import host_memory
-from distorch._small_files import kind_of, read_json
+from distorch._small_files import kind_of, read_table
 from distorch.display.tables import human_bytes
 from distorch.errors import FormatError, SpecError, warn_at_caller
 from distorch.formats.safetensors import read_header
@@ -201,10 +201,4 @@ def _config_beside(
             )
         _warn_without_strength(f"LoRA {str(path)!r}", tensors, metadata)
         return {}
-    try:
-        read = read_json(config)
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{str(config)!r} cannot be read: {error}") from error
-    if not isinstance(read, dict):
-        raise FormatError(f"{str(config)!r}: expected a table of keys, found {read!r:.80}")
-    return read
+    return read_table(config)
