@@ -242,7 +242,7 @@ def shard_striped(
 def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """`tensor.data = data`, also between devices where PyTorch refuses.
 
-    Operators of other threads must not run on `tensor` meanwhile: see `runtime.at_rest`.
+    Operators of other threads must not run on `tensor` meanwhile: see `runtime.changes`.
     """
     _native.set_data(tensor, data)
 

@@ -80,24 +80,25 @@ def distribute(
     check_module(module)
     check_progress(progress)
     check_one_placement(spec, plan, virtual_vram, donor)
-    distributed = distribution.is_distributed(module)
-    before = distribution.distribution_of(module) if distributed else None
-    opts = Options.of(options, _ARGUMENTS, before.lasting_options() if before else None)
-    groups = group_members(module)
-    inventory = distribution.inventory_now(module, groups)
-    if plan is not None:
-        planning.check_plan_fits(plan, inventory)
-        opts = opts.as_planned(plan, options)
-    else:
-        devices = planning.devices_for(groups, module)
-        plan = planning.plan_inventory(
-            inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
-        )
-    placing.check_has_values(module, plan.compute)
-    if problem := plan.over_budget():
-        warn_at_caller(problem)
-    origins = before.origins if before else {}
-    return placing.place(module, plan, opts, groups, origins, progress=progress)
+    with distribution.changing(module):
+        distributed = distribution.is_distributed(module)
+        before = distribution.distribution_of(module) if distributed else None
+        opts = Options.of(options, _ARGUMENTS, before.lasting_options() if before else None)
+        groups = group_members(module)
+        inventory = distribution.inventory_now(module, groups)
+        if plan is not None:
+            planning.check_plan_fits(plan, inventory)
+            opts = opts.as_planned(plan, options)
+        else:
+            devices = planning.devices_for(groups, module)
+            plan = planning.plan_inventory(
+                inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
+            )
+        placing.check_has_values(module, plan.compute)
+        if problem := plan.over_budget():
+            warn_at_caller(problem)
+        origins = before.origins if before else {}
+        return placing.place(module, plan, opts, groups, origins, progress=progress)
 
 
 def redistribute(

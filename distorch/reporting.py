@@ -14,6 +14,7 @@ from torch import nn
 from distorch.display.picture import Picture
 from distorch.display.placements import part_bars, part_of
 from distorch.display.tables import html_table, human_bytes, paragraphs, text_table
+from distorch.runtime.changes import alone
 from distorch.runtime.distribution import distribution_of
 from distorch.runtime.groups import byte_extent, group_members, parts_of, unique_buffers
 from distorch.runtime.staging import current_place
@@ -192,12 +193,20 @@ _HEADER = ("device", "bytes", "planned", "size", "share")
 def report(module: nn.Module) -> Report:
     """Walks a module's tensors and says where their bytes are now.
 
+    While another thread changes the module, this waits. (`stats` does not.)
+
     Returns:
         A `Report`.
 
     Raises:
         PlacementError: The module is not distributed.
     """
+    distribution_of(module)  # the usual mistake, before it waits for anything
+    with alone(module):
+        return _report(module)
+
+
+def _report(module: nn.Module) -> Report:
     state = distribution_of(module)
     plan = state.plan
     measured: dict[str, int] = {plan.compute: 0}

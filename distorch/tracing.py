@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from distorch.errors import PlacementError, SpecError
 from distorch.runtime.distribution import distribution_of
 from distorch.timeline import Span, Timeline
 
-_tracing = False
+_tracing = threading.Lock()  # held while a trace is running
 
 
 @contextmanager
@@ -45,24 +46,24 @@ def trace(module: nn.Module, path: str | os.PathLike[str] | None = None) -> Iter
         SpecError: `path` is no path.
         FileNotFoundError: Its folder is not there.
     """
-    global _tracing  # noqa: PLW0603
     compute = distribution_of(module).plan.compute
     if path is not None and not isinstance(path, str | os.PathLike):
         raise SpecError(f"trace: expected the path of a JSON file, got {path!r:.80}")
     if path is not None and not (folder := Path(path).parent).is_dir():
         raise FileNotFoundError(f"trace: the folder {str(folder)!r} is not there; make it")
-    if _tracing:
+    if not _tracing.acquire(blocking=False):
         raise PlacementError("a trace is running already: end it before the next one")
-    _tracing = True
-    _native.start_trace(compute)
-    timeline = Timeline()
     try:
-        yield timeline
+        _native.start_trace(compute)
+        timeline = Timeline()
+        try:
+            yield timeline
+        finally:
+            timeline.spans += (Span(*span) for span in _native.stop_trace())
+            if path is not None:
+                timeline.save(path)
     finally:
-        _tracing = False
-        timeline.spans += (Span(*span) for span in _native.stop_trace())
-        if path is not None:
-            timeline.save(path)
+        _tracing.release()
 
 
 @contextmanager

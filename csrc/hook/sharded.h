@@ -30,7 +30,7 @@ inline constexpr c10::DispatchKey kHookKey = c10::DispatchKey::CustomRNGKeyId;
 //   that it began with: the slot keeps it. Then the ring lets go of that slot (Ring::written).
 // * Plain before or after: the tensor's storage and dispatch keys change together. An operator
 //   reads the keys first and the storage later, so none may run on the tensor at that moment:
-//   distorch/runtime/at_rest.py sees to that.
+//   distorch/runtime/changes.py sees to that.
 
 // A donor's own memory, where operators may use it. It may come, change and go while operators run
 // in other threads (see adopt in ops/ops.cpp). An operator keeps the memory that it has got.

@@ -163,7 +163,7 @@ bool Machine::query_stream(int id) {
 
 void Machine::synchronize(const MarkPtr& mark) {
   Lock lock(mutex_);
-  run_until(kNever, [&] { return mark->done; });
+  run_until(kNever, [&] { return mark->done.load(); });
   if (mark->epoch == epoch_) host_ = std::max(host_, mark->time);
   merge(host_clock_, mark->clock);
   throw_pending();
@@ -200,7 +200,7 @@ bool Machine::reached(const MarkPtr& mark) {
 
 void Machine::await(const MarkPtr& mark) {
   Lock lock(mutex_);
-  run_until(kNever, [&] { return mark->done; });
+  run_until(kNever, [&] { return mark->done.load(); });
   if (mark->epoch == epoch_) host_ = std::max(host_, mark->time);
 }
 

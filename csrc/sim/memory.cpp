@@ -104,6 +104,21 @@ uint64_t DeviceMemory::used() const {
   return arena_.used();
 }
 
+uint64_t DeviceMemory::peak() const {
+  std::lock_guard lock(mutex_);
+  return peak_;
+}
+
+void DeviceMemory::reset_peak() {
+  std::lock_guard lock(mutex_);
+  peak_ = arena_.used();
+}
+
+void DeviceMemory::set_limit(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  limit_ = bytes;
+}
+
 std::shared_ptr<DeviceMemory> device_memory(int device) {
   Memories& all = memories();
   std::lock_guard lock(all.mutex);
@@ -191,7 +206,7 @@ void keep_pinned_until(const void* address, const MarkPtr& ended) {
   const auto found = all.pinned.find(static_cast<std::byte*>(const_cast<void*>(address)));
   if (found == all.pinned.end()) return;
   std::vector<MarkPtr>& used = found->second.used;
-  std::erase_if(used, [](const MarkPtr& mark) { return mark->done; });
+  std::erase_if(used, [](const MarkPtr& mark) { return mark->done.load(); });
   used.push_back(ended);
 }
 

@@ -41,10 +41,10 @@ class DeviceMemory {
 
   uint64_t capacity() const { return capacity_; }
   uint64_t used() const;
-  uint64_t peak() const { return peak_; }
-  void reset_peak() { peak_ = used(); }
+  uint64_t peak() const;
+  void reset_peak();
   // Bytes in use, beyond which allocations fail.
-  void set_limit(uint64_t bytes) { limit_ = bytes; }
+  void set_limit(uint64_t bytes);
 
  private:
   struct Freed {
@@ -60,8 +60,8 @@ class DeviceMemory {
   mutable std::mutex mutex_;
   Arena arena_;                      // guarded by mutex_
   std::map<uint64_t, Freed> freed_;  // by offset; guarded by mutex_
-  uint64_t peak_ = 0;
-  uint64_t limit_ = capacity_;
+  uint64_t peak_ = 0;                // guarded by mutex_
+  uint64_t limit_ = capacity_;       // guarded by mutex_
 };
 
 // The memory of a device of the present configuration.

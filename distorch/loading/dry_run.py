@@ -13,6 +13,7 @@ from distorch.formats.checkpoint import open_checkpoint
 from distorch.loading.prepare import OF_LOAD, LoadOptions, Request, prepare, ties_kept
 from distorch.planner import Plan
 from distorch.runtime import distribution, planning
+from distorch.runtime.changes import alone
 from distorch.runtime.groups import group_members
 from distorch.runtime.options import check_module
 
@@ -65,11 +66,12 @@ def plan(
         )
     before = None
     if isinstance(source, nn.Module):
-        groups = group_members(source)
-        inventory = distribution.inventory_now(source, groups)
-        devices = planning.devices_for(groups, source)
-        if distribution.is_distributed(source):
-            before = distribution.distribution_of(source).lasting_options()
+        with alone(source):  # not in the middle of a change
+            groups = group_members(source)
+            inventory = distribution.inventory_now(source, groups)
+            devices = planning.devices_for(groups, source)
+            if distribution.is_distributed(source):
+                before = distribution.distribution_of(source).lasting_options()
     else:
         if not isinstance(source, str | os.PathLike):
             kind = source.__name__ if isinstance(source, type) else type(source).__name__

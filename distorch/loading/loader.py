@@ -29,7 +29,8 @@ from distorch.patching import (
 )
 from distorch.planner import Plan
 from distorch.runtime import distribution, groups, placing
-from distorch.runtime.options import PlacementOptions
+from distorch.runtime.changes import at_rest
+from distorch.runtime.options import PlacementOptions, check_module
 from distorch.runtime.staging import Origin
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -109,17 +110,19 @@ def load(
         strict_loras=strict_loras, lora_mode=lora_mode, patched_dtype=patched_dtype, dtype=dtype,
         resident=resident, known=("spec", "plan", "virtual_vram", "donor", "progress", *OF_LOAD),
     )  # fmt: skip
-    return fill(module, prepare(module, file, request), progress=progress)
+    check_module(module)
+    with distribution.changing(module):
+        return fill(module, prepare(module, file, request), progress=progress)
 
 
 def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
     """A load that is decided, done. All or nothing: an error leaves the module as it was."""
     # What merges LoRAs into the weights that were there goes on with those that come.
-    with distribution.nothing_merging(module):
+    with distribution.changing(module):
         _fill(module, ready, progress=progress)
         _remember(module, ready)
-    if ready.patching.options.mode == "background":
-        merge_in_background(module)
+        if ready.patching.options.mode == "background":
+            merge_in_background(module)
     return module
 
 
@@ -148,7 +151,7 @@ def _fill(module: Module, ready: Ready, *, progress: Progress) -> Module:
         for job in jobs
         if job.is_stored_form and job.stored.in_one_range and job.stored.nbytes
     }
-    with ExitStack() as undo:
+    with at_rest(module, whole_passes=True), ExitStack() as undo:
         undo.callback(follow_widths, module, wide)
         _swap_in(jobs, values, torch.device(plan.compute), undo)
         follow_widths(module, wide)

@@ -7,7 +7,7 @@ each (a step that runs meanwhile shares these fetches), brings a copy to where t
 and lets the weight adopt it: operators see the one source or the other, whose bits are the same. A
 weight that was written to or patched anew meanwhile does not. Which weights are pending is seen on
 the weights themselves. Who changes a module as a whole holds the thread meanwhile
-(`distribution.nothing_merging`).
+(`distribution.changing`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from distorch.formats.plain_names import base_name
 from distorch.patching.state import Patching
 from distorch.planner import Plan
 from distorch.runtime import distribution, placing
+from distorch.runtime.changes import alone
 from distorch.runtime.groups import Group, group_members
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,7 +42,7 @@ class Merging:
         self._module = weakref.ref(module)
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
-        self._holders = 0  # blocks of `held` that have not ended; one thread changes a module
+        self._holders = 0  # blocks of `held` that have not ended, of the one thread in `alone`
         self.left: dict[str, int] = {}  # weight -> bytes
         self.error: BaseException | None = None
 
@@ -85,16 +86,30 @@ class Merging:
 
     def finish(self, progress: Progress = None) -> None:
         """Waits for the last weight. Raises what merging raised."""
-        if self.error is None and (self._thread is None or not self._thread.is_alive()):
-            self.start()  # an interrupt may have ended it
+        module = self._module()
+        if module is None:
+            return
+        with alone(module):
+            if self.error is None and not self._is_running():
+                self.start()  # an interrupt may have ended it
         left = total = sum(self.left.values())
         with progress_of(progress, total, "merging") as done:
-            while self._thread is not None and self._thread.is_alive():
-                self._thread.join(_POLL_SECONDS)
+            while (thread := self._running(module)) is not None:
+                thread.join(_POLL_SECONDS)
                 before, left = left, sum(list(self.left.values()))
-                done(before - left)
+                done(max(0, before - left))  # another thread may have put on more LoRAs
         if self.error is not None:
             raise self.error
+
+    def _running(self, module: nn.Module) -> threading.Thread | None:
+        """The thread that merges, while there is one. Changes stop it and start it again, so this
+        waits for those first.
+        """
+        with alone(module):
+            return self._thread if self._is_running() else None
+
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def _wanted(self) -> bool:
         """Whether to go on: a program that ends, or lets go of the module, does not wait."""
@@ -139,11 +154,12 @@ def _merge(group: Group, plan: Plan) -> None:
 
 def merge_in_background(module: nn.Module) -> None:
     """Begins to merge what is pending on a distributed module, unless that has begun."""
-    state = distribution.distribution_of(module)
-    if state.merging is None or not state.merging.is_of(module):  # a copy of a module
-        merging = Merging(module)
-        state.merging = merging
-        merging.start()
+    with alone(module):
+        state = distribution.distribution_of(module)
+        if state.merging is None or not state.merging.is_of(module):  # a copy of a module
+            merging = Merging(module)
+            state.merging = merging
+            merging.start()
 
 
 def finish_merging(module: Module, *, progress: Progress = None) -> Module:

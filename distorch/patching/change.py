@@ -31,7 +31,7 @@ from distorch.patching.state import (
 from distorch.patching.widths import follow, input_layers
 from distorch.planner import Plan
 from distorch.runtime import distribution, machine, placing
-from distorch.runtime.at_rest import at_rest
+from distorch.runtime.changes import at_rest
 from distorch.runtime.groups import Group, group_members, has_bytes
 from distorch.runtime.staging import current_place
 
@@ -83,27 +83,28 @@ def set_loras(
     After any of them the module has the LoRAs that it had. After an interrupt it has those, or the
     new ones if it came at the very end.
     """
-    state = distribution.distribution_of(module)
+    distribution.distribution_of(module)  # the usual mistake, before it waits for anything
     check_progress(progress)
-    known = state.patching
-    if known is None:
-        known = Patching(new_reader(module), PatchOptions())
-    before = known.options
-    options = PatchOptions.checked(
-        before.mode if lora_mode is None else lora_mode,
-        before.dtype if patched_dtype is None else patched_dtype,
-    )
-    if known.reader.shapes != shapes_of(module, known.widened):  # adapters came, a vocabulary grew
-        known.reader = new_reader(module, known.widened)
-    patches, found = known.reader.read(loras, strict_loras)
-    _warn_of_adapters(module)
-    groups = group_members(module)
-    with distribution.nothing_merging(module):
-        changes = _changes(groups, patches, known, options)
+    with distribution.changing(module):
+        state = distribution.distribution_of(module)
+        known = state.patching
+        if known is None:
+            known = Patching(new_reader(module), PatchOptions())
+        before = known.options
+        options = PatchOptions.checked(
+            before.mode if lora_mode is None else lora_mode,
+            before.dtype if patched_dtype is None else patched_dtype,
+        )
+        if known.reader.shapes != shapes_of(module, known.widened):
+            # Adapters came, or a vocabulary grew.
+            known.reader = new_reader(module, known.widened)
+        patches, found = known.reader.read(loras, strict_loras)
+        _warn_of_adapters(module)
+        changes = _changes(group_members(module), patches, known, options)
         _check_unchanged(changes, known, options)
         _check_widths(changes, module)
         state.patching = known
-        with torch.no_grad(), at_rest(module):
+        with torch.no_grad(), at_rest(module, whole_passes=True):
             machine.synchronize_all(_places(changes))
             try:
                 _apply(changes, known, Work(options, state.plan), module, progress)
@@ -111,8 +112,8 @@ def set_loras(
             finally:
                 machine.synchronize_all(_places(changes))
         placing.refresh(module)
-    if options.mode == "background":
-        merge_in_background(module)
+        if options.mode == "background":
+            merge_in_background(module)
     return module
 
 

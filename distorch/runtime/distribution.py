@@ -16,6 +16,7 @@ from distorch import _native
 from distorch.display.progress import Progress
 from distorch.errors import PlacementError
 from distorch.planner import Inventory, Plan
+from distorch.runtime.changes import alone
 from distorch.runtime.groups import Group, inventory_of
 from distorch.runtime.options import Options, check_module
 from distorch.runtime.staging import Origin
@@ -121,11 +122,12 @@ def inventory_now(module: nn.Module, groups: list[Group]) -> Inventory:
 
 
 @contextmanager
-def nothing_merging(module: nn.Module) -> Iterator[None]:
-    """No thread merges LoRAs into the weights of the module meanwhile, or of a part of it that was
-    distributed by itself. It may be nested: the threads go on when the outermost one ends.
+def changing(module: nn.Module) -> Iterator[None]:
+    """This thread alone changes the module, and no thread merges LoRAs into its weights meanwhile,
+    or into those of a part that was distributed by itself. It may be nested: merging goes on when
+    the outermost block ends. See Note [Changes by threads].
     """
-    with ExitStack() as held:
+    with alone(module), ExitStack() as held:
         for part in module.modules():
             state = known_distribution(part)
             if state is not None and state.merging is not None:

@@ -14,13 +14,13 @@ from distorch.display.progress import Progress, progress_of
 from distorch.errors import PlacementError
 from distorch.planner import Plan, can_leave
 from distorch.runtime import compiled, machine, wrapped
-from distorch.runtime.at_rest import at_rest
+from distorch.runtime.changes import at_rest
 from distorch.runtime.distribution import (
     Distribution,
+    changing,
     distribution_of,
     forget,
     known_distribution,
-    nothing_merging,
     remember,
 )
 from distorch.runtime.groups import Group, group_members, has_bytes, inventory_of, unique_buffers
@@ -58,7 +58,7 @@ def place(
     state = Distribution(plan, options, origins)
     known = known_distribution(module)
     patching = known.patching if known is not None else None
-    with nothing_merging(module), patching.moving(module) if patching else nullcontext():
+    with changing(module), patching.moving(module) if patching else nullcontext():
         return _place(module, state, groups, progress)
 
 
@@ -211,7 +211,7 @@ def _plain(group: Group, target: torch.device) -> torch.Tensor:
 @torch.inference_mode(False)
 def unplace(module: Module, device: str | torch.device | None) -> Module:
     """A plain module on `device` (default: where it computed). All or nothing."""
-    with nothing_merging(module):
+    with changing(module):
         return _unplace(module, device)
 
 

@@ -232,7 +232,7 @@ def test_fork_after_use(prefetch):
 
 
 class Kept(nn.Module):
-    """A weight that is read by calls: a change of placement waits for those (runtime/at_rest.py)."""
+    """A weight that is read by calls: a change of placement waits for those (runtime/changes.py)."""
 
     def __init__(self):
         super().__init__()

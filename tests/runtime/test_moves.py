@@ -14,7 +14,7 @@ from torch import nn
 
 import distorch
 from distorch import _native
-from distorch.runtime import at_rest
+from distorch.runtime import changes
 
 PLACES = ["cpu,0b;disk,*", "cpu,50%;disk,50%", "cpu,*", "cpu,10%;disk,90%"]
 
@@ -178,7 +178,7 @@ def test_weights_whose_methods_run():
 @pytest.mark.parametrize("change", ["redistribute", "set_loras", "undistribute"])
 def test_a_change_beside_a_forward_that_waits_for_it_is_refused(path, monkeypatch, change):
     """They would wait for each other. Nothing is changed then, and the forward goes on."""
-    monkeypatch.setattr(at_rest, "_PATIENCE", 0.2)
+    monkeypatch.setattr(changes, "_PATIENCE", 0.2)
     model = distorch.load(net(), path, "cpu,50%;disk,50%", compute="cpu", min_bytes=0)
     places, inside, changed = distorch.report(model).bytes, threading.Event(), threading.Event()
 
@@ -243,7 +243,7 @@ def test_other_modules_run_while_one_is_changed(path):
 
     worker = threading.Thread(target=forward)
     worker.start()
-    with at_rest.at_rest(model):
+    with changes.at_rest(model):
         ran.clear()
         assert ran.wait(60)
     ended.set()
