@@ -124,11 +124,14 @@ _C.set_io_threads(_io_threads())
 CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
 _C.set_cuda_library(str(CUDA_LIBRARY))
 
-Counters = _C.Counters
-Reservation = _C.Reservation
+counters_id = _C.counters_id
 decode_kernel = _C.decode_kernel
 fetch_count = _C.fetch_count
 has_cuda_kernels = _C.has_cuda_kernels
+new_counters = _C.new_counters
+read_counters = _C.read_counters
+reserve = _C.reserve
+reset_counters = _C.reset_counters
 scratch_directory = _C.scratch_directory
 set_data = _C.set_data
 set_peer_access = _C.set_peer_access

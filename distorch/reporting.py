@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distorch import _native
 from distorch.display.picture import Picture
 from distorch.display.placements import part_bars, part_of
 from distorch.display.tables import html_table, human_bytes, paragraphs, text_table
@@ -334,14 +335,9 @@ def stats(module: nn.Module) -> Stats:
         PlacementError: The module is not distributed.
     """
     state = distribution_of(module)
-    counters, compute = state.counters, state.plan.compute
-    return Stats(
-        counters.fetches,
-        counters.hits,
-        counters.stall_ns() / 1e9,
-        counters.overflows,
-        {f"{tier}->{compute}": nbytes for tier, nbytes in counters.bytes.items()},
-    )
+    fetches, hits, stall, overflows, travelled = _native.read_counters(state.counters)
+    links = {f"{tier}->{state.plan.compute}": nbytes for tier, nbytes in travelled.items()}
+    return Stats(fetches, hits, stall, overflows, links)
 
 
 def reset_stats(module: nn.Module) -> None:
@@ -350,4 +346,4 @@ def reset_stats(module: nn.Module) -> None:
     Raises:
         PlacementError: The module is not distributed.
     """
-    distribution_of(module).counters.reset()
+    _native.reset_counters(distribution_of(module).counters)

@@ -52,6 +52,29 @@ void set_data(const py::handle& tensor, const py::handle& data) {
   }
 }
 
+// An object of C++ that lives as long as the capsule does. Objects of pybind11's classes are not
+// used: where there is no memory to register one, pybind11 ends the process or frees it twice.
+template <typename T>
+py::capsule capsule_of(std::unique_ptr<T> object) {
+  py::capsule made(object.get(), [](void* held) { delete static_cast<T*>(held); });
+  static_cast<void>(object.release());
+  return made;
+}
+
+Counters& counters_in(const py::capsule& capsule) {
+  return **capsule.get_pointer<std::shared_ptr<Counters>>();
+}
+
+// (fetches, hits, stall in seconds, overflows, bytes by tier) since the last reset.
+std::tuple<uint64_t, uint64_t, double, uint64_t, std::map<std::string, uint64_t>> read_counters(
+    const py::capsule& capsule) {
+  Counters& counters = counters_in(capsule);
+  const py::gil_scoped_release released;  // it waits for the devices
+  const double stall = 1e-9 * static_cast<double>(counters.all_stall_ns());
+  const uint64_t hits = counters.hits.load();
+  return {hits + counters.misses.load(), hits, stall, counters.overflows.load(), counters.bytes()};
+}
+
 void wait_without_interpreter(const std::function<void()>& wait) {
   if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) return wait();
   const py::gil_scoped_release released;
@@ -63,22 +86,22 @@ void wait_without_interpreter(const std::function<void()>& wait) {
 PYBIND11_MODULE(_C, module) {
   // For whatever takes a mutex. Its holder may be in an allocator that waits for the GIL.
   const py::call_guard<py::gil_scoped_release> without_gil;
-  py::class_<Counters, std::shared_ptr<Counters>>(module, "Counters")
-      .def(py::init(&Counters::make))
-      .def_readonly("id", &Counters::id)
-      .def_property_readonly("fetches",
-                             [](const Counters& c) { return c.hits.load() + c.misses.load(); })
-      .def_property_readonly("hits", [](const Counters& c) { return c.hits.load(); })
-      .def("stall_ns", &Counters::all_stall_ns, without_gil)
-      .def_property_readonly("overflows", [](const Counters& c) { return c.overflows.load(); })
-      .def_property_readonly("bytes", py::cpp_function(&Counters::bytes, without_gil))
-      .def("reset", &Counters::reset, without_gil);
-
-  py::class_<Reservation>(module, "Reservation")
-      .def(py::init<const std::string&, uint64_t>(), py::arg("device"), py::arg("nbytes"),
-           without_gil)
-      .def_property_readonly("capacity", py::cpp_function(&Reservation::capacity, without_gil))
-      .def_property_readonly("used", py::cpp_function(&Reservation::used, without_gil));
+  module.def("new_counters", [] {
+    return capsule_of(std::make_unique<std::shared_ptr<Counters>>(Counters::make()));
+  });
+  module.def("counters_id", [](const py::capsule& counters) { return counters_in(counters).id; });
+  module.def("read_counters", &read_counters);
+  module.def("reset_counters", [](const py::capsule& counters) {
+    Counters& found = counters_in(counters);
+    const py::gil_scoped_release released;
+    found.reset();
+  });
+  module.def("reserve", [](const std::string& device, uint64_t nbytes) {
+    return capsule_of([&] {
+      const py::gil_scoped_release released;
+      return std::make_unique<Reservation>(device, nbytes);
+    }());
+  });
 
   module.def("set_data", &set_data, py::arg("tensor"), py::arg("data"));
   module.def("fetch_count", [] { return distorch::process_fetches.load(); });

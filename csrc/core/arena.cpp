@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <iterator>
+#include <new>
+#include <utility>
 
 #include "core/alignment.h"
 
@@ -18,12 +20,23 @@ std::optional<uint64_t> Arena::allocate(uint64_t bytes) {
   for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
     const auto [offset, room] = *hole;
     if (room < need) continue;
-    holes_.erase(hole);
-    if (room > need) holes_.emplace(offset + need, room - need);
+    if (room > need) {
+      move_begin(hole, offset + need);
+    } else {
+      holes_.erase(hole);
+    }
     used_ += need;
     return offset;
   }
   return std::nullopt;
+}
+
+// The hole ends where it did. This takes no memory: the entry is used again.
+void Arena::move_begin(std::map<uint64_t, uint64_t>::iterator hole, uint64_t begin) noexcept {
+  auto entry = holes_.extract(hole);
+  entry.mapped() = entry.key() + entry.mapped() - begin;
+  entry.key() = begin;
+  holes_.insert(std::move(entry));
 }
 
 std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
@@ -47,22 +60,27 @@ std::optional<uint64_t> Arena::allocate_last(uint64_t bytes, uint64_t spare) {
   return std::nullopt;
 }
 
-void Arena::free(uint64_t offset, uint64_t bytes) {
-  uint64_t room = round_up_room(bytes, granule_);
-  used_ -= room;
-  auto next = holes_.lower_bound(offset);
-  if (next != holes_.end() && offset + room == next->first) {
-    room += next->second;
-    next = holes_.erase(next);
-  }
-  if (next != holes_.begin()) {
-    auto previous = std::prev(next);
-    if (previous->first + previous->second == offset) {
-      previous->second += room;
-      return;
+void Arena::free(uint64_t offset, uint64_t bytes) noexcept {
+  const uint64_t room = round_up_room(bytes, granule_);
+  const auto next = holes_.lower_bound(offset);
+  const bool joins_next = next != holes_.end() && offset + room == next->first;
+  const auto previous = next == holes_.begin() ? holes_.end() : std::prev(next);
+  if (previous != holes_.end() && previous->first + previous->second == offset) {
+    previous->second += room;
+    if (joins_next) {
+      previous->second += next->second;
+      holes_.erase(next);
+    }
+  } else if (joins_next) {
+    move_begin(next, offset);
+  } else {
+    try {
+      holes_.emplace_hint(next, offset, room);
+    } catch (const std::bad_alloc&) {
+      return;  // it stays in use
     }
   }
-  holes_.emplace(offset, room);
+  used_ -= room;
 }
 
 std::vector<Range> Arena::take(Range wanted) {
@@ -76,11 +94,15 @@ std::vector<Range> Arena::take(Range wanted) {
       ++hole;
       continue;
     }
-    hole = holes_.erase(hole);
-    if (whole.begin < part.begin) holes_.emplace(whole.begin, part.begin - whole.begin);
-    if (part.end < whole.end) hole = holes_.emplace(part.end, whole.end - part.end).first;
+    taken.push_back(part);  // what may find no memory comes first
+    if (part.end < whole.end) holes_.emplace_hint(std::next(hole), part.end, whole.end - part.end);
+    if (whole.begin < part.begin) {
+      hole->second = part.begin - whole.begin;
+      ++hole;
+    } else {
+      hole = holes_.erase(hole);
+    }
     used_ += part.end - part.begin;
-    taken.push_back(part);
   }
   return taken;
 }

@@ -26,7 +26,9 @@ class Arena {
   // nothing.
   std::optional<uint64_t> allocate_last(uint64_t bytes, uint64_t spare);
   // REQUIRES: `offset` came from an allocation of `bytes` and was not freed since.
-  void free(uint64_t offset, uint64_t bytes);
+  // Destructors call this, so it does not throw. If the process has no memory for one more hole,
+  // the room counts as used as long as the arena lives.
+  void free(uint64_t offset, uint64_t bytes) noexcept;
 
   // Takes whatever is free inside `wanted`, piece by piece, in order; each piece
   // is given back by itself. REQUIRES: `wanted` ends at multiples of the granule.
@@ -38,6 +40,8 @@ class Arena {
   uint64_t used() const { return used_; }
 
  private:
+  void move_begin(std::map<uint64_t, uint64_t>::iterator hole, uint64_t begin) noexcept;
+
   const uint64_t granule_;
   const uint64_t capacity_;
   std::map<uint64_t, uint64_t> holes_;  // offset -> bytes, never adjacent

@@ -21,9 +21,6 @@ class Reservation {
   Reservation(const Reservation&) = delete;
   Reservation& operator=(const Reservation&) = delete;
 
-  uint64_t capacity() const { return ring_->capacity(); }
-  uint64_t used() const { return ring_->used(); }
-
  private:
   const std::shared_ptr<Ring> ring_;
   const uint64_t ticket_;

@@ -115,11 +115,13 @@ std::shared_ptr<PinnedBuffers> PinnedBuffers::known(c10::Device device) {
 }
 
 PinnedBuffers::Buffer::~Buffer() {
+  Busy& mine = place_.front();
   const MutexLock lock(from_->mutex_);
   if (copied == nullptr) {
-    slab_->arena.free(range_.begin, range_.end - range_.begin);
+    mine.slab->arena.free(mine.range.begin, mine.range.end - mine.range.begin);
   } else {
-    from_->busy_.push_back({slab_, range_, std::move(copied)});
+    mine.copied = std::move(copied);
+    from_->busy_.splice(from_->busy_.end(), place_);
   }
 }
 
@@ -152,10 +154,17 @@ std::shared_ptr<PinnedBuffers::Buffer> PinnedBuffers::carve(uint64_t bytes) {
   for (const auto& slab : slabs_) {
     const auto begin = slab->arena.allocate(bytes);
     if (!begin) continue;
-    auto buffer = std::make_shared<Buffer>();
+    std::list<Busy> place;
+    std::shared_ptr<Buffer> buffer;
+    try {
+      place.push_back({slab, {*begin, *begin + bytes}, nullptr});
+      buffer = std::make_shared<Buffer>();
+    } catch (...) {
+      slab->arena.free(*begin, bytes);
+      throw;
+    }
     buffer->from_ = shared_from_this();
-    buffer->slab_ = slab;
-    buffer->range_ = {*begin, *begin + bytes};
+    buffer->place_ = std::move(place);
     buffer->data = static_cast<std::byte*>(slab->memory.mutable_data_ptr()) + *begin;
     return buffer;
   }

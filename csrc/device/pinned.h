@@ -5,7 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
-#include <deque>
+#include <list>
 #include <memory>
 #include <vector>
 
@@ -39,6 +39,12 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
     Arena arena;
   };
 
+  struct Busy {
+    std::shared_ptr<Slab> slab;
+    Range range;
+    EventPtr copied;
+  };
+
  public:
   // Memory of one slab. `copied` is set by whoever has a device copy from it.
   class Buffer : public HostBuffer {
@@ -49,8 +55,7 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
    private:
     friend class PinnedBuffers;
     std::shared_ptr<PinnedBuffers> from_;
-    std::shared_ptr<Slab> slab_;
-    Range range_{};
+    std::list<Busy> place_;  // one: its entry in `busy_`, made here because ~Buffer must not throw
   };
 
   // The buffers of a device. Every ring of that device holds the same object.
@@ -67,12 +72,6 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
   std::shared_ptr<Buffer> take(uint64_t bytes);
 
  private:
-  struct Busy {
-    std::shared_ptr<Slab> slab;
-    Range range;
-    EventPtr copied;
-  };
-
   std::shared_ptr<Buffer> carve(uint64_t bytes) REQUIRES(mutex_);
   void add_slab(uint64_t bytes) REQUIRES(mutex_);
   void drop_idle_slabs() REQUIRES(mutex_);
@@ -84,7 +83,7 @@ class PinnedBuffers : public std::enable_shared_from_this<PinnedBuffers> {
   std::vector<std::shared_ptr<Slab>> slabs_ GUARDED_BY(mutex_);
   uint64_t slab_bytes_ GUARDED_BY(mutex_) = 0;
   // Given back before their copies had ended; the oldest first.
-  std::deque<Busy> busy_ GUARDED_BY(mutex_);
+  std::list<Busy> busy_ GUARDED_BY(mutex_);
 };
 
 // Host memory for bytes that come from a device: a pinned buffer where a ring has some for that

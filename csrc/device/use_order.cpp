@@ -4,15 +4,16 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <exception>
 
 namespace distorch {
 namespace {
 
-// A stream is gone; what it was given may still run.
+// A stream is gone, or there is no memory for an event. What the stream was given may still run.
 void wait_instead(c10::Device device) {
   try {
     wait_for_device(device);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {
     // The device is out of order, and says so at the next fetch.
   }
 }
@@ -35,7 +36,7 @@ Lease::~Lease() {
   for (const c10::Stream& stream : streams_) {
     try {
       order_->add(stream);
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {
       wait_instead(stream.device());
     }
   }

@@ -55,8 +55,8 @@ class CAPABILITY("mutex") RingMutex : Mutex {
 
   // For functions of which clang does not know that their caller holds this mutex.
   void assert_held() const ASSERT_HELD(this) { check_mutex_held(true); }
-  // Ends after the mutex was given up.
-  void let_go(Source source) REQUIRES(this) { let_go_.push_back(std::move(source)); }
+  // Ends after the mutex was given up. Destructors call this, so it does not throw.
+  void let_go(Source source) noexcept REQUIRES(this);
   // Gives the mutex up until somebody calls notify(). May return earlier.
   void wait() REQUIRES(this);
   // The state of a slot has changed: whoever waits looks again.

@@ -13,12 +13,15 @@ std::shared_ptr<Room> Room::taken(std::shared_ptr<Region> region, Range range) {
 
 // Free is what lies between the missing pieces.
 Room::~Room() {
+  const auto free = [this](uint64_t begin, uint64_t end) {
+    if (end > begin) region_->arena()->free(begin, end - begin);
+  };
   uint64_t begin = range_.begin;
-  missing_.push_back({range_.end, range_.end});
   for (const Range& piece : missing_) {
-    if (piece.begin > begin) region_->arena()->free(begin, piece.begin - begin);
+    free(begin, piece.begin);
     begin = piece.end;
   }
+  free(begin, range_.end);
 }
 
 std::vector<Range> Room::take() {

@@ -205,7 +205,12 @@ std::shared_ptr<Room> SlotCache::carve(uint64_t bytes, std::optional<uint64_t> s
   const auto arena = region()->arena();
   const auto offset = spare ? arena->allocate_last(bytes, *spare) : arena->allocate(bytes);
   if (!offset) return nullptr;
-  return Room::taken(region_, {*offset, *offset + bytes});
+  try {
+    return Room::taken(region_, {*offset, *offset + bytes});
+  } catch (...) {  // nobody else knows of it
+    arena->free(*offset, bytes);
+    throw;
+  }
 }
 
 // Chooses a range and takes nothing yet. grow() evicts what lies there, and takes each part as it

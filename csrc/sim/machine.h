@@ -61,7 +61,7 @@ inline constexpr Time kQueryCost = 0.2e-6;
 
 // A point in a stream's work: reached or not, and when.
 struct Mark {
-  uint64_t epoch = 0;  // of the machine's clock
+  uint64_t epoch = 0;             // of the machine's clock
   std::atomic<bool> done{false};  // under the machine's mutex, but for a look from outside of it
   Time time = 0;
   VectorClock clock;

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // An Arena against a list of what was handed out.
 #include <algorithm>
+#include <cstdlib>
 #include <map>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -10,7 +12,37 @@
 
 using distorch::Arena;
 
+// While it is set, the process has no memory.
+static bool starved = false;
+
+void* operator new(std::size_t bytes) {
+  if (starved) throw std::bad_alloc();
+  if (void* memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
 namespace {
+
+// Ten rooms of 64 bytes are given back in any order. Only room between two others needs a new
+// entry, and that room is lost.
+void rooms_are_given_back_without_memory() {
+  Arena arena(640, 64);
+  for (int i = 0; i < 10; ++i) CHECK(*arena.allocate(64) == static_cast<uint64_t>(i) * 64);
+  arena.free(3 * 64, 64);
+  starved = true;
+  arena.free(4 * 64, 64);  // behind a hole
+  arena.free(2 * 64, 64);  // before one
+  arena.free(7 * 64, 64);  // between rooms
+  CHECK(arena.allocate(64) == 2 * 64);
+  starved = false;
+  CHECK(arena.used() == 8 * 64);
+  for (const int i : {0, 1, 2, 5, 6, 8, 9}) arena.free(static_cast<uint64_t>(i) * 64, 64);
+  CHECK(arena.used() == 64);
+  const auto holes = arena.holes();
+  CHECK(holes.size() == 2 && holes[0].end == 7 * 64 && holes[1].begin == 8 * 64);
+}
 
 void whole_and_back() {
   Arena arena(1000, 64);  // 15 granules and a rest that is of no use
@@ -89,5 +121,6 @@ void random_requests() {
 int main() {
   whole_and_back();
   holes_are_joined();
+  rooms_are_given_back_without_memory();
   random_requests();
 }

@@ -25,7 +25,7 @@ _KEY = "_distorch"
 
 
 def _new_counters() -> Any:
-    return _native.Counters()
+    return _native.new_counters()
 
 
 class Merger(Protocol):
@@ -80,7 +80,7 @@ class Distribution:
         """Makes the ring of the compute device at least so large while this object lives."""
         # The old room goes first only when the new one is there.
         self.ring_bytes = nbytes
-        self.reservation = _native.Reservation(str(torch.device(self.plan.compute)), nbytes)
+        self.reservation = _native.reserve(str(torch.device(self.plan.compute)), nbytes)
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from distorch import _donors, _ops
+from distorch import _donors, _native, _ops
 from distorch.display.progress import Progress, progress_of
 from distorch.errors import PlacementError
 from distorch.planner import Plan, can_leave
@@ -182,7 +182,7 @@ def _count_and_order(groups: list[Group], state: Distribution) -> None:
     """Counters on what is fetched, and the order in which it is likely to be."""
     streamed = [tensor for group in groups for tensor in wrapped.sharded_parts(group.first)]
     for tensor in streamed:
-        _ops.count_in(tensor, state.counters.id)
+        _ops.count_in(tensor, _native.counters_id(state.counters))
     _ops.suggest_order(streamed)
 
 
