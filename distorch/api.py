@@ -13,6 +13,7 @@ from distorch.display.progress import Progress, check_progress
 from distorch.errors import warn_at_caller
 from distorch.planner import Plan
 from distorch.runtime import distribution, placing, planning
+from distorch.runtime.changes import alone
 from distorch.runtime.groups import group_members
 from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
 
@@ -80,7 +81,7 @@ def distribute(
     check_module(module)
     check_progress(progress)
     check_one_placement(spec, plan, virtual_vram, donor)
-    with distribution.changing(module):
+    with alone(module), distribution.nothing_merging(module):
         distributed = distribution.is_distributed(module)
         before = distribution.distribution_of(module) if distributed else None
         opts = Options.of(options, _ARGUMENTS, before.lasting_options() if before else None)

@@ -203,7 +203,7 @@ def report(module: nn.Module) -> Report:
         PlacementError: The module is not distributed.
     """
     distribution_of(module)  # the usual mistake, before it waits for anything
-    with alone(module):
+    with alone(module, nested=True):
         return _report(module)
 
 

@@ -6,6 +6,8 @@
 #include <torch/version.h>
 
 #include "bindings/errors.h"
+#include "bindings/frames.h"
+#include "bindings/turns.h"
 #include "core/host_access.h"
 #include "core/virtual_reads.h"
 #include "device/cuda.h"
@@ -129,4 +131,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("stop_trace", &stopped_trace, without_gil);
   distorch::set_wait_wrapper(&wait_without_interpreter);
   distorch::install_error_thrower(module);
+  distorch::install_frame_walkers(module);
+  distorch::install_turns(module);
 }

@@ -66,7 +66,7 @@ def plan(
         )
     before = None
     if isinstance(source, nn.Module):
-        with alone(source):  # not in the middle of a change
+        with alone(source, nested=True):  # not in the middle of a change
             groups = group_members(source)
             inventory = distribution.inventory_now(source, groups)
             devices = planning.devices_for(groups, source)

@@ -26,23 +26,32 @@ def init_empty_weights() -> Iterator[None]:
     a checkpoint often lacks them. Parameters that are no plain `nn.Parameter` (lazy ones, those of
     quantised layers) stay as they are.
     """
-    thread = threading.get_ident()
-    # A parameter that is registered twice is tied, and must stay one.
-    known = WeakIdKeyDictionary()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if threading.get_ident() != thread or type(parameter) is not nn.Parameter:
-            return None
-        if parameter.is_meta:
-            return None
-        if parameter not in known:
-            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            empty.__dict__.update(parameter.__dict__)
-            known[parameter] = empty
-        return known[parameter]  # type: ignore[no-any-return]
-
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    if hasattr(_here, "known"):  # inside of another one
+        yield
+        return
+    _here.known = WeakIdKeyDictionary()
     try:
         yield
     finally:
-        hook.remove()
+        del _here.known
+
+
+# .known: parameters that were registered inside of a block of this thread, and what has taken their
+# places. A parameter that is registered twice is tied, and must stay one.
+_here = threading.local()
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    known = getattr(_here, "known", None)
+    if known is None or type(parameter) is not nn.Parameter or parameter.is_meta:
+        return None
+    if parameter not in known:
+        empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        empty.__dict__.update(parameter.__dict__)
+        known[parameter] = empty
+    return known[parameter]  # type: ignore[no-any-return]
+
+
+# Once, and for good: PyTorch walks its hooks for every parameter of every thread, and raises an
+# error if one comes or goes meanwhile.
+register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]

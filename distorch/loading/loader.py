@@ -29,7 +29,7 @@ from distorch.patching import (
 )
 from distorch.planner import Plan
 from distorch.runtime import distribution, groups, placing
-from distorch.runtime.changes import at_rest
+from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.options import PlacementOptions, check_module
 from distorch.runtime.staging import Origin
 
@@ -111,14 +111,14 @@ def load(
         resident=resident, known=("spec", "plan", "virtual_vram", "donor", "progress", *OF_LOAD),
     )  # fmt: skip
     check_module(module)
-    with distribution.changing(module):
+    with alone(module), distribution.nothing_merging(module):
         return fill(module, prepare(module, file, request), progress=progress)
 
 
 def fill(module: Module, ready: Ready, *, progress: Progress = None) -> Module:
     """A load that is decided, done. All or nothing: an error leaves the module as it was."""
     # What merges LoRAs into the weights that were there goes on with those that come.
-    with distribution.changing(module):
+    with alone(module, nested=True), distribution.nothing_merging(module):
         _fill(module, ready, progress=progress)
         _remember(module, ready)
         if ready.patching.options.mode == "background":
@@ -156,7 +156,7 @@ def _fill(module: Module, ready: Ready, *, progress: Progress) -> Module:
         _swap_in(jobs, values, torch.device(plan.compute), undo)
         follow_widths(module, wide)
         found = groups.group_members(module)
-        placing.place(module, plan, ready.options, found, origins, progress=False)
+        placing.place(module, plan, ready.options, found, origins, resting=True, progress=False)
         undo.pop_all()
     return module
 

@@ -47,7 +47,10 @@ LoraSource = str | os.PathLike[str] | Mapping[str, Tensor] | LoraFile
 
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 of those made in inference mode, which do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # also of a tensor that only has the memory of such a one
+        return 0
 
 
 def identity_of(source: LoraSource) -> object:

@@ -31,7 +31,7 @@ from distorch.patching.state import (
 from distorch.patching.widths import follow, input_layers
 from distorch.planner import Plan
 from distorch.runtime import distribution, machine, placing
-from distorch.runtime.changes import at_rest
+from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.groups import Group, group_members, has_bytes
 from distorch.runtime.staging import current_place
 
@@ -85,7 +85,7 @@ def set_loras(
     """
     distribution.distribution_of(module)  # the usual mistake, before it waits for anything
     check_progress(progress)
-    with distribution.changing(module):
+    with alone(module), distribution.nothing_merging(module):
         state = distribution.distribution_of(module)
         known = state.patching
         if known is None:
@@ -104,7 +104,8 @@ def set_loras(
         _check_unchanged(changes, known, options)
         _check_widths(changes, module)
         state.patching = known
-        with torch.no_grad(), at_rest(module, whole_passes=True):
+        # What becomes resident may be trained later, in any thread: no tensors of inference mode.
+        with torch.inference_mode(False), torch.no_grad(), at_rest(module, whole_passes=True):
             machine.synchronize_all(_places(changes))
             try:
                 _apply(changes, known, Work(options, state.plan), module, progress)

@@ -16,7 +16,6 @@ from distorch import _native
 from distorch.display.progress import Progress
 from distorch.errors import PlacementError
 from distorch.planner import Inventory, Plan
-from distorch.runtime.changes import alone
 from distorch.runtime.groups import Group, inventory_of
 from distorch.runtime.options import Options, check_module
 from distorch.runtime.staging import Origin
@@ -122,12 +121,12 @@ def inventory_now(module: nn.Module, groups: list[Group]) -> Inventory:
 
 
 @contextmanager
-def changing(module: nn.Module) -> Iterator[None]:
-    """This thread alone changes the module, and no thread merges LoRAs into its weights meanwhile,
-    or into those of a part that was distributed by itself. It may be nested: merging goes on when
-    the outermost block ends. See Note [Changes by threads].
+def nothing_merging(module: nn.Module) -> Iterator[None]:
+    """No thread merges LoRAs into the weights of the module meanwhile, or of a part of it that was
+    distributed by itself. The threads go on when the outermost block ends. REQUIRES: a block of
+    `changes.alone` around it.
     """
-    with alone(module), ExitStack() as held:
+    with ExitStack() as held:
         for part in module.modules():
             state = known_distribution(part)
             if state is not None and state.merging is not None:

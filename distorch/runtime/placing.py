@@ -14,13 +14,13 @@ from distorch.display.progress import Progress, progress_of
 from distorch.errors import PlacementError
 from distorch.planner import Plan, can_leave
 from distorch.runtime import compiled, machine, wrapped
-from distorch.runtime.changes import at_rest
+from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.distribution import (
     Distribution,
-    changing,
     distribution_of,
     forget,
     known_distribution,
+    nothing_merging,
     remember,
 )
 from distorch.runtime.groups import Group, group_members, has_bytes, inventory_of, unique_buffers
@@ -49,20 +49,25 @@ def place(
     groups: list[Group],
     origins: dict[str, Origin],
     *,
+    resting: bool = False,
     progress: Progress = None,
 ) -> Module:
     """Makes the plan true. All or nothing: any exception leaves the module as it was.
 
-    `progress` is told the bytes of each weight as it is staged (see `progress_of`).
+    `resting`: forward passes in other threads are at rest already. `progress` is told the bytes of
+    each weight as it is staged (see `progress_of`).
     """
     state = Distribution(plan, options, origins)
     known = known_distribution(module)
     patching = known.patching if known is not None else None
-    with changing(module), patching.moving(module) if patching else nullcontext():
-        return _place(module, state, groups, progress)
+    moving = patching.moving(module) if patching else nullcontext()
+    with alone(module, nested=True), nothing_merging(module), moving:
+        return _place(module, state, groups, resting, progress)
 
 
-def _place(module: Module, state: Distribution, groups: list[Group], progress: Progress) -> Module:
+def _place(
+    module: Module, state: Distribution, groups: list[Group], resting: bool, progress: Progress
+) -> Module:
     """`state` is the new one; what goes on from the old one is taken over."""
     plan, compute = state.plan, torch.device(state.plan.compute)
     known = known_distribution(module)
@@ -78,7 +83,7 @@ def _place(module: Module, state: Distribution, groups: list[Group], progress: P
         if not buffer.tensor.is_meta or not machine.needs_values(compute)
     }
     state.reserve(ring_bytes(groups, plan, state.options))
-    with at_rest(module), ExitStack() as undo:
+    with nullcontext() if resting else at_rest(module), ExitStack() as undo:
         swap_in(module, groups, staged, buffers, undo)
         _install(module, state, groups, undo)
         undo.pop_all()
@@ -211,7 +216,7 @@ def _plain(group: Group, target: torch.device) -> torch.Tensor:
 @torch.inference_mode(False)
 def unplace(module: Module, device: str | torch.device | None) -> Module:
     """A plain module on `device` (default: where it computed). All or nothing."""
-    with changing(module):
+    with alone(module), nothing_merging(module):
         return _unplace(module, device)
 
 

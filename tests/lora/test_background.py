@@ -289,9 +289,9 @@ def test_a_wait_goes_on_with_what_an_interrupt_left(path, gate):
     model = load(path, loras=[(lora(), 0.5)])
     gate.reached.wait()
     merging = distorch.runtime.distribution.distribution_of(model).merging
-    merging._stopped.set()  # as an interrupt of set_loras while it waits for the thread
+    merging._work.stop = True  # as an interrupt of set_loras while it waits for the thread
     gate.open()
-    merging._thread.join()
+    merging._end()
     assert pending(model) == 3
     distorch.finish_merging(model)
     assert pending(model) == 0

@@ -243,7 +243,7 @@ def test_other_modules_run_while_one_is_changed(path):
 
     worker = threading.Thread(target=forward)
     worker.start()
-    with changes.at_rest(model):
+    with changes.alone(model), changes.at_rest(model):
         ran.clear()
         assert ran.wait(60)
     ended.set()
