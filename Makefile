@@ -124,6 +124,10 @@ gpu-kit: ## a build to carry to a machine with a GPU and without a registry (doc
 test-cpp: dev ## the torch-free C++ under sanitizers
 	$(BIN)/python -m pytest tests/core
 
+THREAD_PROGRAMS ?= 300
+test-threads: dev ## random programs of threads, the library under the thread sanitizer (THREAD_PROGRAMS=300)
+	$(BIN)/python -m tests.reliability.sanitized $(THREAD_PROGRAMS)
+
 JOBS ?= 2
 sweep-models: dev ## every architecture, every check, beside accelerate and diffusers: an hour or two
 	$(BIN)/python -m tests.conformance.models --system all -j $(JOBS) --json tests/conformance/results/models.json

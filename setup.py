@@ -76,6 +76,17 @@ def find_torch():
     return torch
 
 
+def choice(name, default, known):
+    """What an environment variable says. SystemExit on what it cannot mean."""
+    value = os.environ.get(name, default).lower()
+    if value not in known:
+        raise SystemExit(f"{name}={value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
+    return value
+
+
+SANITIZER = choice("DISTORCH_SANITIZE", "none", ("none", "address", "thread"))
+SANITIZED = [] if SANITIZER == "none" else [f"-fsanitize={SANITIZER}"]
+
 TORCH = find_torch()
 if TORCH is None:  # a source distribution can be made, and metadata read
     BuildExtension, OBJECTS = build_ext, ROOT / "build" / "without-torch"
@@ -86,6 +97,8 @@ else:
     # installed today may be older than what was compiled yesterday. In one folder for all, a build
     # after an upgrade of torch would find nothing to do.
     OBJECTS = ROOT / "build" / f"torch-{TORCH.__version__}-{sys.implementation.cache_tag}"
+    if SANITIZED:
+        OBJECTS = OBJECTS.with_name(f"{OBJECTS.name}{SANITIZED[0]}")
 
 
 def check_system():
@@ -132,14 +145,6 @@ def check_toolkit(compiler):
             f"is of {release[0]}.{release[1]}: name a newer one by CUDA_HOME, or leave the kernels "
             "out with DISTORCH_CUDA=0"
         )
-
-
-def choice(name, default, known):
-    """What an environment variable says. SystemExit on what it cannot mean."""
-    value = os.environ.get(name, default).lower()
-    if value not in known:
-        raise SystemExit(f"{name}={value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
-    return value
 
 
 def cuda_choice():
@@ -229,12 +234,13 @@ def extension(name, rooms, more=()):
         [*(unit for room in rooms for unit in units(room)), *more],
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(p.relative_to(ROOT)) for p in (*(ROOT / "csrc").rglob("*.h"), *whole)],
+        extra_link_args=SANITIZED,
         extra_compile_args=[
             "-std=c++20",
             "-O2",
             # GCC inlines less in what it takes for a large unit: 50 ns for each operator.
             "--param=large-unit-insns=1000000",
-            "-g0",
+            *(["-g1", "-O1", *SANITIZED] if SANITIZED else ["-g0"]),
             "-fvisibility=hidden",
             "-Wall",
             "-Wextra",

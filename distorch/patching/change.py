@@ -51,8 +51,8 @@ def set_loras(
     """Puts these LoRAs, and no others, on a distributed module.
 
     A patched weight is `round_once(float32(W) + sum of strength * delta)`, the same bits in every
-    mode. Only weights for which something changes are computed, from their original bytes. Other
-    threads that call the module wait meanwhile, at their next call of a part of it.
+    mode. Only weights for which something changes are computed, from their original bytes. Forward
+    passes that other threads have begun end first, and new ones wait.
 
     Args:
         module: A distributed module.

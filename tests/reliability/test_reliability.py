@@ -12,7 +12,7 @@ from torch import nn
 
 import distorch
 from tests.amount import ALL
-from tests.reliability import faults, kills
+from tests.reliability import faults, kills, sanitized, watchdog
 
 X = torch.ones(1, 64)
 
@@ -38,6 +38,61 @@ def test_faults():
     """Every call of the library fails once. Here: two of each kind, in a few operations."""
     most, operations = (25, faults.OPERATIONS) if ALL else (2, ("load", "merge", "to disk", "step"))
     assert faults.run(most, operations) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim:0"])
+def test_programs_of_threads(device):
+    count = "100" if ALL else "12"
+    said = watchdog.run(
+        ["-m", "tests.reliability.threads", "--here", count, "--device", device],
+        env={"OMP_NUM_THREADS": "1", "DISTORCH_CHECK_LOCKS": "1"},
+    )
+    assert f"{count} programs" in said
+
+
+def test_the_watchdog_says_where_a_program_stands():
+    """Two threads that wait for each other, without the GIL and for ever."""
+    program = """
+import threading
+one, two = threading.Lock(), threading.Lock()
+def work(mine, other, both=threading.Barrier(2)):
+    with mine:
+        both.wait()
+        the_line_where_it_stands(other)
+def the_line_where_it_stands(lock):
+    lock.acquire()
+print("it begins", flush=True)
+for locks in ((one, two), (two, one)):
+    threading.Thread(target=work, args=locks).start()
+"""
+    with pytest.raises(watchdog.StoppedError) as stopped:
+        watchdog.run(["-c", program], patience=2)
+    text = str(stopped.value)
+    assert "nothing was printed for 2 s" in text and "it begins" in text
+    assert text.count("in the_line_where_it_stands") == 2
+
+
+def test_the_watchdog_tells_of_a_crash():
+    with pytest.raises(watchdog.StoppedError, match="it ended with -11") as stopped:
+        watchdog.run(["-c", "import ctypes; ctypes.string_at(0)"])
+    assert "Segmentation fault" in str(stopped.value)
+    assert "by itself" in watchdog.run(["-c", "print('by itself')"])
+
+
+def test_reports_of_the_sanitizer_that_are_torch_s_own():
+    access = """WARNING: ThreadSanitizer: data race (pid=1)
+  Write of size 8 at 0x7b by thread T1:
+    #0 operator delete(void*, unsigned long) ../tsan_new_delete.cpp:150 (libtsan.so.2+0x86c3d)
+    #1 {} <null> (libtorch_cpu.so+0x5)
+
+  Previous atomic read of size 1 at 0x7b by thread T2:
+    #0 distorch::Ring::load() /x/ring.cpp:1 (_C.so+0x1)
+    #1 torch::autograd::Engine::thread_main() <null> (libtorch_cpu.so+0x6)
+
+SUMMARY: ThreadSanitizer: data race
+"""
+    assert sanitized.is_ours(access.format("distorch::Slot::~Slot()"))
+    assert not sanitized.is_ours(access.format("torch::autograd::Engine::execute()"))
 
 
 def chain(count, width=64):

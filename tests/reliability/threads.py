@@ -463,7 +463,7 @@ def main() -> None:
         return
     text = watchdog.run(
         ["-m", "tests.reliability.threads", "--here", *sys.argv[1:]],
-        env={"OMP_NUM_THREADS": "1"}, told=lambda text: print(text, end="", flush=True),
+        env={"OMP_NUM_THREADS": "1", "DISTORCH_CHECK_LOCKS": "1"}, told=lambda text: print(text, end="", flush=True),
     )  # fmt: skip
     assert re.search(r"\d+ programs", text), "it ended too early"
 

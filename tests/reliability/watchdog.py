@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 PATIENCE = 180.0  # seconds without output; distorch itself waits a minute for other threads
 _GDB_SECONDS = 120
@@ -24,12 +25,16 @@ def run(
     *,
     patience: float = PATIENCE,
     env: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    before: Sequence[str] = (),
     told: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Runs `python *arguments` and returns all its output. It has to print something now and then.
 
     Args:
         arguments: What follows the name of the interpreter.
+        before: A command that starts the interpreter, such as ["setarch", "-R"].
+        folder: Where it runs.
         patience: Seconds without output after which it is asked for its stacks and ended.
         env: Variables for its environment, besides those of this process.
         told: Is called with output as it comes.
@@ -40,7 +45,7 @@ def run(
     """
     # With faulthandler, a crash and SIGABRT print the stack of every thread of Python.
     child = subprocess.Popen(
-        [sys.executable, "-X", "faulthandler", *arguments],
+        [*before, sys.executable, "-X", "faulthandler", *arguments], cwd=folder,
         env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     said: list[str] = []
