@@ -28,10 +28,10 @@ from distorch.patching import (
     widened_in,
 )
 from distorch.planner import Plan
-from distorch.runtime import distribution, groups, placing
+from distorch.runtime import distribution, groups, machine, placing
 from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.options import PlacementOptions, check_module
-from distorch.runtime.staging import Origin
+from distorch.runtime.staging import Origin, current_place
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -66,6 +66,9 @@ def load(
     merged LoRAs, nvfp4, mxfp8, asym_w4a8_int8).
 
     Exactly one of `spec`, `plan` and `virtual_vram` says where the weights go.
+
+    The module may be in use: forward passes that other threads have begun end first, and new ones
+    wait.
 
     In RAM there are at most: what stays there, the ring, two of the largest tensors, and factors of
     LoRAs.
@@ -153,6 +156,9 @@ def _fill(module: Module, ready: Ready, *, progress: Progress) -> Module:
     }
     with at_rest(module, whole_passes=True), ExitStack() as undo:
         undo.callback(follow_widths, module, wide)
+        # Passes may have been issued that still read what is there now.
+        owners = [job.members[0].parameter for job in jobs if job.members]
+        machine.synchronize_all(current_place(old) for old in owners if not old.is_meta)
         _swap_in(jobs, values, torch.device(plan.compute), undo)
         follow_widths(module, wide)
         found = groups.group_members(module)

@@ -26,9 +26,9 @@ race:c10::TensorImpl::~TensorImpl
 # The C library uses the memory of a thread that has ended for the next one.
 race:_dl_deallocate_tls
 """
-# PyTorch's engine for backward, at its own queues and tasks: one of the two accesses is its own.
+# PyTorch's engine for backward, at its own queues, tasks and nodes: one of the accesses is its own.
 # (A suppression would also leave out whatever runs inside of a backward pass.)
-OF_TORCH = re.compile(r"torch::autograd::(Engine|GraphTask|ReadyQueue)")
+OF_TORCH = re.compile(r"torch::autograd::(Engine|GraphTask|Node|ReadyQueue)")
 _ACCESS = re.compile(
     r"^  (?:Previous )?(?:atomic )?(?:read|write) of size.*\n((?:    #.*\n)+)", re.MULTILINE | re.I
 )

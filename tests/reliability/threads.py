@@ -50,12 +50,13 @@ FIRST: State = ("first", "")
 # What may not run at the same time on one model. What changes a model may run beside its forward
 # passes, and beside other changes. The rest is in docs/modules.md.
 CHANGES = ("redistribute", "set_loras")
-ALL = (*CHANGES, "forward", "backward", "copy", "save", "fork", "trace", "whole", "write")
+ALL = (*CHANGES, "forward", "backward", "copy", "save", "fork", "trace", "whole", "reload", "write")
 APART = {
     *(("backward", change) for change in CHANGES),
     *(("copy", change) for change in CHANGES),
     *(("fork", change) for change in CHANGES),
     ("save", "set_loras"),
+    *(("reload", other) for other in (*CHANGES, "backward", "copy", "save", "fork")),
     *(("whole", other) for other in ALL if other != "forward"),
     *(("write", other) for other in ALL),
 }
@@ -199,7 +200,7 @@ class Program:
     OPERATIONS = {
         "forward": 8, "backward": 2, "redistribute": 3, "set_loras": 4, "finish_merging": 1,
         "copy": 1, "save": 1, "fork": 1, "trace": 1, "look": 2, "whole": 1, "write": 1,
-        "load": 2, "wrong": 1,
+        "reload": 1, "load": 2, "wrong": 1,
     }  # fmt: skip
 
     def __init__(self, setting: Setting, seed: int, steps: int, operations: Sequence[str]) -> None:
@@ -365,16 +366,20 @@ class Program:
             self.setting.load(state, spec, dice.choice(MODES), model.module)
 
     def write(self, model: Model, dice: random.Random) -> None:
-        """Other weights, or those of the file again."""
-        if self.setting.kind == "float8" or dice.random() < 0.5:
-            state, spec = FIRST, dice.choice(SPECS[self.setting.device])
-            self.setting.load(state, spec, dice.choice(MODES), model.module)
-        else:
-            distorch.set_loras(model.module, [])
-            self.setting.write(model.module)
-            state = ("second", "")
-        model.possible.append({state})
+        """Other weights, by the means of PyTorch, which has no blocks of float8 to write."""
+        if self.setting.kind == "float8":
+            return
+        distorch.set_loras(model.module, [])
+        self.setting.write(model.module)
+        model.possible.append({("second", "")})
         self.forward(model, dice)
+
+    def reload(self, model: Model, dice: random.Random) -> None:
+        """The weights of the file again, over those that are there."""
+        state: State = ("first", dice.choice(["", "a", "b"]))
+        with model.becoming(state):
+            spec = dice.choice(SPECS[self.setting.device])
+            self.setting.load(state, spec, dice.choice(MODES), model.module)
 
     def load(self, model: Model, dice: random.Random) -> None:
         """A new model in its place. The old one is let go of, while others may still use it."""
