@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 #include "core/mutex.h"
 #include "engine/ring.h"
@@ -146,11 +147,27 @@ bool Weight::move_to(Source source, std::optional<uint64_t> expected) {
   return true;
 }
 
+Source Weight::begin_write() {
+  const MutexLock lock(mutex_);
+  ++moves_;
+  return source_;
+}
+
+bool Weight::end_write(const Source& written) {
+  const MutexLock lock(mutex_);
+  ++moves_;
+  return source_.donor == written.donor && source_.decoder == nullptr;
+}
+
+// Another thread may have copied the weight, and may be about to have it adopt the copy. If it was
+// copied before the write, or in the middle of it, the copy has old bytes. Both counts refuse that.
+// A copy that was adopted between them gets the new bytes, too.
 void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes) {
-  const Source now = source();
-  if (now.decoder == nullptr && now.donor->writable() && total == now.donor->size()) {
+  Source now = begin_write();
+  while (now.decoder == nullptr && now.donor->writable() && total == now.donor->size()) {
     now.donor->write(begin, bytes, whole + begin);
-    return;
+    if (end_write(now)) return;
+    let_go(std::exchange(now, begin_write()));
   }
   const bool in_memory = now.donor->host() != nullptr;
   std::shared_ptr<Donor> target;

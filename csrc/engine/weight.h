@@ -79,10 +79,10 @@ class Weight {
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
   // From now on. A fetch that is under way goes on counting in the old ones.
   void count_in(std::shared_ptr<Counters> counters);
-  // How often the weight has moved.
+  // How often the weight has moved, or was written to by store().
   uint64_t moves() const;
-  // From now on made of something else, unless it has moved since moves() was `expected`. False: it
-  // has. What the ring holds is not touched: see Ring::written().
+  // From now on made of something else, unless moves() is not what was `expected`. False: it is
+  // not. What the ring holds is not touched: see Ring::written().
   bool move_to(Source source, std::optional<uint64_t> expected = std::nullopt);
 
   // Brings [begin, begin + bytes) of `whole`, which has all bytes of the weight, to the donor. A
@@ -99,6 +99,11 @@ class Weight {
   InRing in_ring;
 
  private:
+  // Around a write to the donor of the source that the first gives. False: the weight is made of
+  // something else now.
+  Source begin_write();
+  bool end_write(const Source& written);
+
   const uint64_t id_;
   const std::string name_;
   const std::shared_ptr<Ring> ring_;

@@ -202,11 +202,12 @@ void Call::commit(Swapped& argument) {
     const auto* bytes = brought ? brought->data : static_cast<const std::byte*>(memory.data());
     const auto [begin, length] = extent(argument.real);
     handle.weight->store(bytes, total, begin, length);
+    moved(handle);
     handle.weight->ring().written(*handle.weight, bytes);
   } else if (memory.device().is_cpu() && memory.data() != handle.weight->donor()->host()) {
     // An out= argument grew: its new memory is the donor now.
     handle.weight->move_to({std::make_shared<StorageDonor>(memory), nullptr});
-    handle.in_place.set(memory);
+    moved(handle);
   }
   argument.sharded.storage().set_nbytes(static_cast<int64_t>(total));
   if (!same_geometry(argument.sharded, argument.real)) {

@@ -5,6 +5,7 @@
 #include <c10/core/AutogradState.h>
 #include <c10/core/InferenceMode.h>
 
+#include "device/device_donor.h"
 #include "engine/ring.h"
 
 namespace distorch {
@@ -112,6 +113,23 @@ at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory, Likeness li
   auto real = make_view(std::move(memory), keys, sharded);
   if (sharded.requires_grad()) real.set_requires_grad(true);
   return real;
+}
+
+c10::Storage in_place_memory(const Source& source, c10::Device compute) {
+  if (source.decoder != nullptr) return {};
+  if (const auto* device = dynamic_cast<const DeviceDonor*>(source.donor.get())) {
+    return device->storage().device() == compute ? device->storage() : c10::Storage();
+  }
+  const auto* host = dynamic_cast<const StorageDonor*>(source.donor.get());
+  return host != nullptr && compute.is_cpu() ? host->storage() : c10::Storage();
+}
+
+void moved(Handle& handle) {
+  Source now;  // ends after the mutex was given up
+  handle.in_place.renew([&] {
+    now = handle.weight->source();
+    return in_place_memory(now, handle.compute);
+  });
 }
 
 c10::Storage fetch(Handle& handle) {

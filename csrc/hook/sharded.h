@@ -49,15 +49,15 @@ class InPlace {
     const MutexLock lock(mutex_);
     return memory_;
   }
-  // Null: none from now on.
-  void set(c10::Storage memory) {
-    const bool there = bool(memory);
-    {
-      const MutexLock lock(mutex_);
-      std::swap(memory_, memory);
-      there_.store(there, std::memory_order_release);
-    }
-    // The old memory, if nobody else has it, goes here: without the mutex.
+  // From now on it is what `look` finds, or none. Of threads that do so at once, the one that looks
+  // last also sets last. The old memory, if nobody else has it, ends without the mutex.
+  template <typename Look>
+  void renew(const Look& look) {
+    c10::Storage memory;
+    const MutexLock lock(mutex_);
+    memory = look();
+    std::swap(memory_, memory);
+    there_.store(bool(memory_), std::memory_order_release);
   }
 
  private:
@@ -72,6 +72,14 @@ struct Handle {
   c10::Device compute;
   InPlace in_place;
 };
+
+// The memory of a source that operators on `compute` can use where it is, or null.
+c10::Storage in_place_memory(const Source& source, c10::Device compute);
+
+// To be called after Weight::move_to() and Weight::store(). What operators use in place is from now
+// on that of the weight's source. Another thread may give the weight another source meanwhile, and
+// calls this after that: then the later source counts.
+void moved(Handle& handle);
 
 inline bool is_sharded(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->key_set().has(kHookKey);

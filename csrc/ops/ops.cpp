@@ -238,16 +238,6 @@ std::shared_ptr<const RowDecoder> patched_decoder(const at::Tensor& weight, cons
                                       handle_of(weight).compute, RowDecoder::of(source));
 }
 
-// The memory of a donor that operators may use in place, else nothing.
-c10::Storage in_place_memory(const Source& source, at::Device compute) {
-  if (source.decoder != nullptr) return {};
-  if (const auto* device = dynamic_cast<const DeviceDonor*>(source.donor.get())) {
-    return device->storage().device() == compute ? device->storage() : c10::Storage();
-  }
-  const auto* host = dynamic_cast<const StorageDonor*>(source.donor.get());
-  return host != nullptr && compute.is_cpu() ? host->storage() : c10::Storage();
-}
-
 // A weight on the donor of `weight` with these patches, and no others, added
 // when it is fetched. Without any it is as it was before the first.
 at::Tensor patched(const at::Tensor& weight, at::TensorList ups, at::TensorList downs,
@@ -292,7 +282,7 @@ bool adopt(const at::Tensor& weight, const at::Tensor& same, int64_t moves) {
     TORCH_CHECK_VALUE(source.size() == weight.storage().nbytes() && handle.compute == other.compute,
                       "adopt takes a weight of as many bytes for the same device");
     if (!handle.weight->move_to(std::move(source), static_cast<uint64_t>(moves))) return false;
-    handle.in_place.set(other.in_place.memory());
+    moved(handle);
     handle.weight->ring().written(*handle.weight, nullptr);  // what it was read from may go
     return true;
   });

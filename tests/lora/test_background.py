@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distorch
-from distorch import FetchError, _ops
+from distorch import FetchError, _donors, _ops
 from distorch.patching import background
 from distorch.testing import sim
 
@@ -276,6 +276,48 @@ def test_on_a_simulated_accelerator(path):
         assert report.ok
         assert report.bytes == report.planned
     assert sim.races() == []
+
+
+@pytest.mark.parametrize("donor", ["a checkpoint", "scratch"])
+def test_a_write_is_not_undone_by_a_copy_from_before(donor, path):
+    if donor == "scratch":
+        model = distorch.distribute(Net(), "disk,*", min_bytes=0, compute="cpu")
+    else:
+        model = distorch.load(Net(), path, "disk,*", min_bytes=0)
+    weight = model.layers[0].weight.detach()
+    moves = _ops.moves(weight)
+    same = _donors.shard_on("cpu", weight.clone(), torch.device("cpu"), "weight")
+    with torch.no_grad():
+        weight.fill_(3.0)
+    assert not _ops.adopt(weight, same, moves)
+    assert (distorch.materialize(weight) == 3).all()
+
+
+def test_writes_beside_adoptions():
+    """Whichever comes last to the weight, the values that were written stay."""
+    size = 512
+    model = nn.ParameterList([nn.Parameter(torch.zeros(size, size))])
+    distorch.distribute(model, "disk,*", min_bytes=0, compute="cpu", progress=False)
+    for round_ in range(40):
+        weight = copy.deepcopy(model)[0].detach()
+        over = threading.Event()
+
+        def adopt(weight=weight, over=over):
+            while not over.is_set():
+                moves = _ops.moves(weight)
+                same = _donors.shard_on("cpu", weight.clone(), torch.device("cpu"), "weight")
+                if _ops.adopt(weight, same, moves):
+                    return
+
+        thread = threading.Thread(target=adopt)
+        thread.start()
+        for value in range(3):
+            with torch.no_grad():
+                weight.copy_(torch.full((size, size), float(value)))
+            assert (distorch.materialize(weight) == value).all(), f"round {round_}"
+        over.set()
+        thread.join()
+        assert (distorch.materialize(weight) == 2).all(), f"round {round_}"
 
 
 def test_there_may_be_nothing_to_wait_for(path):

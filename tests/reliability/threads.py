@@ -52,10 +52,7 @@ FIRST: State = ("first", "")
 CHANGES = ("redistribute", "set_loras")
 ALL = (*CHANGES, "forward", "backward", "copy", "save", "fork", "trace", "whole", "reload", "write")
 APART = {
-    *(("backward", change) for change in CHANGES),
-    *(("copy", change) for change in CHANGES),
-    *(("fork", change) for change in CHANGES),
-    ("save", "set_loras"),
+    *((one, change) for one in ("backward", "copy", "save", "fork") for change in CHANGES),
     *(("reload", other) for other in (*CHANGES, "backward", "copy", "save", "fork")),
     *(("whole", other) for other in ALL if other != "forward"),
     *(("write", other) for other in ALL),
