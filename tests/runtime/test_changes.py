@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
@@ -220,38 +221,35 @@ def pass_in_the_middle(model, after):
     return thread, outputs
 
 
-def test_a_pass_that_has_begun_keeps_its_loras():
-    model, go_on = placed(), threading.Event()
+def changed_in_the_middle_of_a_pass(model, change):
+    """The output of that pass."""
+    go_on = threading.Event()
     thread, outputs = pass_in_the_middle(model, go_on)
-    change = threading.Thread(target=lambda: distorch.set_loras(model, [(lora(), 1.0)]))
-    change.start()
-    while not has_turn(change.ident, changes.parts_of(model)):
+    changer = threading.Thread(target=change)
+    changer.start()
+    while not torch_modules._global_forward_pre_hooks:  # it waits for passes
         pass
     go_on.set()
     thread.join()
-    change.join()
-    assert torch.equal(outputs[0], output(net())), "some layers had the new LoRAs"
+    changer.join()
+    return outputs[0]
+
+
+def test_a_pass_that_has_begun_keeps_its_loras():
+    model = placed()
+    got = changed_in_the_middle_of_a_pass(model, lambda: distorch.set_loras(model, [(lora(), 1.0)]))
+    assert torch.equal(got, output(net())), "some layers had the new LoRAs"
     assert torch.equal(output(model), with_lora())
 
 
 def test_a_load_into_a_module_that_is_used(tmp_path):
-    from safetensors.torch import save_file
-
     changed = {name: value + 1 for name, value in net().state_dict().items()}
     save_file(changed, tmp_path / "m.safetensors")
-    model, go_on = placed(), threading.Event()
-    thread, outputs = pass_in_the_middle(model, go_on)
-    change = threading.Thread(
-        target=lambda: distorch.load(model, tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
+    model, wanted = placed(), net()
+    got = changed_in_the_middle_of_a_pass(
+        model, lambda: distorch.load(model, tmp_path / "m.safetensors", "cpu,*", min_bytes=0)
     )
-    change.start()
-    while not has_turn(change.ident, changes.parts_of(model)):
-        pass
-    go_on.set()
-    thread.join()
-    change.join()
-    wanted = net()
-    assert torch.equal(outputs[0], output(wanted))
+    assert torch.equal(got, output(wanted))
     wanted.load_state_dict(changed)
     assert torch.equal(output(model), output(wanted))
 
