@@ -119,8 +119,8 @@ PyObject* guarded(F&& work) {
     return work();
   } catch (py::error_already_set& error) {
     error.restore();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
+  } catch (const std::bad_alloc& error) {
+    PyErr_SetString(PyExc_MemoryError, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_TypeError, error.what());
   }
