@@ -37,10 +37,12 @@ _ACCESS = re.compile(
 def build() -> Path:
     """The folder with the instrumented library, made anew where sources have changed."""
     env = {**os.environ, "DISTORCH_SANITIZE": "thread", "DISTORCH_SIM": "1", "DISTORCH_CUDA": "0"}
-    subprocess.run(
+    made = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", str(FOLDER / "lib")],
-        cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
+    if made.returncode:
+        raise SystemExit(f"the library cannot be built for the sanitizer:\n{made.stdout[-5000:]}")
     library = next((FOLDER / "lib" / "distorch").glob("_C.*.so"))
     assert b"__tsan_init" in library.read_bytes(), f"{library} is not compiled for the sanitizer"
     return FOLDER / "lib"
