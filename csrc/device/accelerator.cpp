@@ -108,6 +108,11 @@ bool Accelerator::recording() const {
   }
 }
 
+bool Accelerator::brings_ahead(const Weight& weight) const {
+  return !weight.ask_source(
+      [this](const Source& source) { return bool(in_place_memory(source, device_)); });
+}
+
 // --- A slot's way until its bytes are asked for ---
 
 SlotPtr Accelerator::make_slot(const std::string& name, Source source, uint64_t) {

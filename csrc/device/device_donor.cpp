@@ -70,6 +70,15 @@ std::shared_ptr<std::byte> DeviceDonor::map() {
   return copy;
 }
 
+c10::Storage in_place_memory(const Source& source, c10::Device compute) {
+  if (source.decoder != nullptr) return {};
+  if (const auto* device = dynamic_cast<const DeviceDonor*>(source.donor.get())) {
+    return device->storage().device() == compute ? device->storage() : c10::Storage();
+  }
+  const auto* host = dynamic_cast<const StorageDonor*>(source.donor.get());
+  return host != nullptr && compute.is_cpu() ? host->storage() : c10::Storage();
+}
+
 void set_peer_access(const std::string& to, const std::string& from, bool possible) {
   const MutexLock lock(peers.mutex);
   peers.known[{to, from}] = possible;

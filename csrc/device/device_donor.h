@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/donor.h"
+#include "engine/source.h"
 
 namespace distorch {
 
@@ -50,6 +50,9 @@ class DeviceDonor : public Donor {
   const c10::Storage storage_;
   const PendingCopies pending_;  // last: it waits before the memory goes
 };
+
+// The memory of a source that operators on `compute` can use where it is, or null.
+c10::Storage in_place_memory(const Source& source, c10::Device compute);
 
 // Note [Peers]
 // at::copy_ between two devices runs on the source's, whose copy engine writes

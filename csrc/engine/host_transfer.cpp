@@ -25,7 +25,9 @@ HostSlot& host_slot(Slot& slot) { return static_cast<HostSlot&>(slot); }
 
 }  // namespace
 
-bool HostTransfer::brings_ahead(const Weight& weight) const { return !weight.decodes_memory(); }
+bool HostTransfer::brings_ahead(const Weight& weight) const {
+  return !weight.ask_source([](const Source& source) { return source.decodes_memory(); });
+}
 
 SlotPtr HostTransfer::make_slot(const std::string& name, Source source, uint64_t large) {
   const auto slot = std::make_shared<HostSlot>(name, std::move(source));

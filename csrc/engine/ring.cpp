@@ -180,6 +180,7 @@ bool Ring::bring_ahead(Weight& weight, const Forecast::Window& window) {
     if (held->state != Slot::State::kFailed) return cache_.may_stay(*held);
     cache_.drop(held);
   }
+  if (weight.in_ring.writers > 0) return false;
   if (!transfer_->brings_ahead(weight)) return window.queue.size() < kFarAhead;
   const SlotPtr slot = load(weight, &window);
   if (slot == nullptr) return false;
@@ -244,6 +245,20 @@ void Ring::written(Weight& weight, const std::byte* data) {
   if (slot != nullptr && (slot->data == nullptr || slot->data != data)) cache_.drop(slot);
 }
 
+Ring::Write::Write(Ring& ring, Weight& weight) : ring_(ring), weight_(weight) {
+  Lock lock(ring_.mutex_);
+  ++weight_.in_ring.writers;
+  // Looking ahead would ask for the rest of it.
+  if (const SlotPtr slot = weight_.in_ring.slot; slot != nullptr && !slot->whole()) {
+    ring_.cache_.drop(slot);
+  }
+}
+
+Ring::Write::~Write() {
+  Lock lock(ring_.mutex_);
+  --weight_.in_ring.writers;
+}
+
 void Ring::suggest(Weight& weight, uint64_t next) {
   Lock lock(mutex_);
   forecast_.suggest(weight.id(), next);
@@ -301,6 +316,7 @@ void Ring::start_afresh() {
   reads_.start_afresh();
   Lock lock(mutex_);
   cache_.drop_if([](const Slot& slot) { return slot.state == Slot::State::kLoading; });
+  for (const auto& [id, weight] : weights_) weight->in_ring.writers = 0;
 }
 
 }  // namespace distorch

@@ -66,6 +66,21 @@ class Ring {
   // An operator wrote to the fetched bytes of `weight` at `data`. Any other copy of it is stale.
   void written(Weight& weight, const std::byte* data);
 
+  // Around a write to the bytes of a weight on its donor. Until it ends, no copy of them is asked
+  // for ahead of its use: old and new bytes would come mixed. The donor knows the copies that were
+  // asked for before, and waits for them.
+  class Write {
+   public:
+    Write(Ring& ring, Weight& weight);
+    ~Write();
+    Write(const Write&) = delete;
+    Write& operator=(const Write&) = delete;
+
+   private:
+    Ring& ring_;
+    Weight& weight_;
+  };
+
   // While nothing was learned, `next` is taken to follow `weight`.
   void suggest(Weight& weight, uint64_t next);
 

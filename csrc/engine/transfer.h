@@ -48,7 +48,8 @@ class Transfer {
   // place for a fetch. Called without the mutex.
   virtual bool recording() const { return false; }
 
-  // Whether anything of the weight can be brought before somebody asks for it.
+  // Whether anything of the weight can be brought before somebody asks for it. Not if operators use
+  // the donor's own memory: a forecast that was made before the weight moved there may name it.
   virtual bool brings_ahead(const Weight&) const { return true; }
 
   // --- A slot's way ---

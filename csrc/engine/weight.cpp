@@ -120,11 +120,6 @@ Source Weight::source() const {
   return source_;
 }
 
-bool Weight::decodes_memory() const {
-  const MutexLock lock(mutex_);
-  return source_.decodes_memory();
-}
-
 void Weight::count_in(std::shared_ptr<Counters> counters) {
   const MutexLock lock(mutex_);
   counters_.store(counters.get(), std::memory_order_release);
@@ -163,6 +158,7 @@ bool Weight::end_write(const Source& written) {
 // copied before the write, or in the middle of it, the copy has old bytes. Both counts refuse that.
 // A copy that was adopted between them gets the new bytes, too.
 void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes) {
+  const Ring::Write writing(*ring_, *this);
   Source now = begin_write();
   while (now.decoder == nullptr && now.donor->writable() && total == now.donor->size()) {
     now.donor->write(begin, bytes, whole + begin);

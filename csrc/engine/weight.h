@@ -73,7 +73,13 @@ class Weight {
   const std::string& name() const { return name_; }
   uint64_t size() const { return source().size(); }
   Source source() const;
-  bool decodes_memory() const;  // as its source says
+  // What `look` says of the source. Meanwhile the weight keeps it, so this thread cannot become the
+  // last holder of a donor. The weight's mutex is held: `look` waits for nothing.
+  template <typename Look>
+  auto ask_source(const Look& look) const {
+    const MutexLock lock(mutex_);
+    return look(source_);
+  }
   std::shared_ptr<Donor> donor() const { return source().donor; }
   Ring& ring() const { return *ring_; }
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
@@ -95,6 +101,7 @@ class Weight {
   struct InRing {
     std::shared_ptr<Slot> slot;
     const Forecast::Outlook* outlook = nullptr;  // while the ring knows the weight
+    int writers = 0;                             // see Ring::Write
   };
   InRing in_ring;
 

@@ -115,15 +115,6 @@ at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory, Likeness li
   return real;
 }
 
-c10::Storage in_place_memory(const Source& source, c10::Device compute) {
-  if (source.decoder != nullptr) return {};
-  if (const auto* device = dynamic_cast<const DeviceDonor*>(source.donor.get())) {
-    return device->storage().device() == compute ? device->storage() : c10::Storage();
-  }
-  const auto* host = dynamic_cast<const StorageDonor*>(source.donor.get());
-  return host != nullptr && compute.is_cpu() ? host->storage() : c10::Storage();
-}
-
 void moved(Handle& handle) {
   Source now;  // ends after the mutex was given up
   handle.in_place.renew([&] {

@@ -73,9 +73,6 @@ struct Handle {
   InPlace in_place;
 };
 
-// The memory of a source that operators on `compute` can use where it is, or null.
-c10::Storage in_place_memory(const Source& source, c10::Device compute);
-
 // To be called after Weight::move_to() and Weight::store(). What operators use in place is from now
 // on that of the weight's source. Another thread may give the weight another source meanwhile, and
 // calls this after that: then the later source counts.

@@ -256,6 +256,41 @@ void a_weight_that_moves_while_it_is_read() {
   CHECK(model.donors[0]->reads == 1);
 }
 
+// While a weight is written to, its bytes are half old and half new. Looking ahead waits with it.
+void a_weight_that_is_written_to_is_not_brought_ahead() {
+  const auto [ring, late] = late_ring<CopyingMemory>(100'000);
+  Model model(ring, 3, 10'000);
+  ring->suggest(*model.weights[0], model.weights[1]->id());
+  ring->suggest(*model.weights[1], model.weights[2]->id());
+  {
+    const Ring::Write writing(*ring, *model.weights[1]);
+    model.use(*ring, 0);
+    ring->released();
+    CHECK(model.donors[1]->reads == 0);
+    CHECK(model.donors[2]->reads == 0);  // comes after it
+  }
+  ring->released();
+  CHECK(model.donors[1]->reads == 1);
+  CHECK(model.donors[2]->reads == 1);
+}
+
+// The ring has room for the first part of a weight. The rest is asked for when there is room, and
+// not while the weight is written to.
+void a_weight_that_is_written_to_does_not_grow() {
+  const auto [ring, late] = late_ring<CopyingMemory>(30 * kPage);
+  Model model(ring, 2, 20 * kPage);
+  ring->suggest(*model.weights[0], model.weights[1]->id());
+  auto held = ring->acquire(*model.weights[0]);
+  CHECK(model.donors[1]->reads == 1);
+  {
+    const Ring::Write writing(*ring, *model.weights[1]);
+    held.reset();
+    ring->released();
+    CHECK(model.donors[1]->reads == 1);
+  }
+  model.use(*ring, 1);
+}
+
 // Whatever goes wrong while bytes are brought is the error of the weight that they were for.
 void faults_of_every_kind() {
   const auto [ring, late] = late_ring<ScarceStaging>(100'000);
@@ -475,6 +510,8 @@ int main() {
   rooms_are_filled_part_by_part();
   what_is_waited_for_may_go();
   a_failed_fetch_leaves_nothing_behind();
+  a_weight_that_is_written_to_is_not_brought_ahead();
+  a_weight_that_is_written_to_does_not_grow();
   a_weight_that_moves_while_it_is_read();
   faults_of_every_kind();
   a_refused_copy_fails_its_own_weight();

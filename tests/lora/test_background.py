@@ -278,6 +278,27 @@ def test_on_a_simulated_accelerator(path):
     assert sim.races() == []
 
 
+# The ring has room for about two weights. On the host they take whole pages.
+@pytest.mark.parametrize(("compute", "prefetch"), [("cpu", "28kb"), ("sim:0", "16kb")])
+def test_what_operators_use_in_place_by_now_is_not_fetched_ahead(path, compute, prefetch):
+    """The passes before have taught the look-ahead that it comes next."""
+    sim.configure(devices=1)
+    model = load(path, f"{compute},0b;disk,*", prefetch=prefetch, compute=compute)
+    x = torch.randn(3, SIZE, device=compute).bfloat16()
+    for _ in range(4):
+        model(x)
+    weight = model.layers[2].weight.detach()
+    same = _donors.shard_on(compute, weight.clone(), torch.device(compute), "weight")
+    assert _ops.adopt(weight, same, _ops.moves(weight))
+    model(x).cpu()  # what had been asked for before comes now
+    with distorch.trace(model) as timeline:
+        for _ in range(3):
+            model(x)
+    brought = {s.name for s in timeline.spans if s.bytes}
+    assert {"layers.1.weight", "layers.3.weight"} <= brought
+    assert "layers.2.weight" not in brought
+
+
 @pytest.mark.parametrize("donor", ["a checkpoint", "scratch"])
 def test_a_write_is_not_undone_by_a_copy_from_before(donor, path):
     if donor == "scratch":
