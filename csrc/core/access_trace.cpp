@@ -4,7 +4,7 @@
 namespace distorch {
 namespace {
 
-constexpr size_t kCandidates = 16;    // places of one id worth comparing
+constexpr size_t kCandidates = 16;    // places of one id worth comparing, the present included
 constexpr size_t kLongEnough = 4096;  // accesses that agree: look no further
 
 }  // namespace
@@ -22,14 +22,12 @@ bool AccessTrace::record(Id id) {
 }
 
 void AccessTrace::append(Id id) {
-  std::deque<uint64_t>& places = positions_[id];
-  places.push_back(end());
-  if (places.size() > kCandidates) places.pop_front();
-  past_.push_back(id);
+  const auto newest = newest_.try_emplace(id, kNowhere).first;
+  past_.push_back({id, newest->second});
+  newest->second = end() - 1;
   if (past_.size() <= limit_) return;
-  auto oldest = positions_.find(past_.front());
-  if (!oldest->second.empty() && oldest->second.front() == first_) oldest->second.pop_front();
-  if (oldest->second.empty()) positions_.erase(oldest);
+  const auto oldest = newest_.find(past_.front().id);
+  if (oldest->second == first_) newest_.erase(oldest);
   past_.pop_front();
   ++first_;
   if (cursor_ < first_) following_ = false;
@@ -48,14 +46,15 @@ size_t AccessTrace::agreement(uint64_t position) const {
 void AccessTrace::resync() {
   following_ = false;
   size_t best = 0;
-  const std::deque<uint64_t>& places = positions_[past_.back()];
-  for (auto place = places.rbegin(); place != places.rend(); ++place) {
-    if (*place + 1 == end()) continue;  // the present itself
-    const size_t agreed = agreement(*place + 1);
-    if (agreed <= best) continue;
-    best = agreed;
-    cursor_ = *place + 1;
-    following_ = true;
+  uint64_t place = past_.back().before;
+  for (size_t i = 1; i < kCandidates && place != kNowhere && place >= first_; ++i) {
+    const size_t agreed = agreement(place + 1);
+    if (agreed > best) {
+      best = agreed;
+      cursor_ = place + 1;
+      following_ = true;
+    }
+    place = past_[place - first_].before;
   }
 }
 

@@ -35,22 +35,30 @@ class AccessTrace {
 
   // Accesses between the present and the replayed past; 0 = no prediction.
   size_t period() const { return following_ ? end() - cursor_ : 0; }
-  bool last_was(Id id) const { return !past_.empty() && past_.back() == id; }
+  bool last_was(Id id) const { return !past_.empty() && past_.back().id == id; }
 
  private:
+  static constexpr uint64_t kNowhere = ~uint64_t{0};
+
+  struct Access {
+    Id id;
+    uint64_t before;  // position of the access before to the same id, or kNowhere
+  };
+
   uint64_t end() const { return first_ + past_.size(); }
-  Id at(uint64_t position) const { return past_[position - first_]; }
+  Id at(uint64_t position) const { return past_[position - first_].id; }
   void append(Id id);
   void resync();
   size_t agreement(uint64_t position) const;
 
   size_t limit_;
-  std::deque<Id> past_;
+  std::deque<Access> past_;
   uint64_t first_ = 0;   // position of past_.front()
   uint64_t cursor_ = 0;  // position of the predicted next access
   bool following_ = false;
-  // The last positions of each id, a chain from the newest backwards.
-  std::unordered_map<Id, std::deque<uint64_t>> positions_;
+  // The newest position of each id. From there, `before` leads back to all others. A weight that is
+  // made anew at every load has an id of its own each time, so an id costs little here.
+  std::unordered_map<Id, uint64_t> newest_;
 };
 
 }  // namespace distorch

@@ -55,7 +55,10 @@ DeviceMemory::DeviceMemory(int device, uint64_t capacity)
       arena_(capacity, kGranule) {}
 
 DeviceMemory::~DeviceMemory() {
-  Machine::instance().synchronize_all();  // what is queued has addresses in here
+  Machine& machine = Machine::instance();
+  machine.synchronize_all();  // what is queued has addresses in here
+  const auto begin = reinterpret_cast<uintptr_t>(base_);
+  machine.forget(begin, begin + capacity_);
   ::munmap(base_, capacity_);
   ::munmap(shadow_, capacity_);
 }

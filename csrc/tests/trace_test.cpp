@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an AccessTrace predicts for the orders that models have.
+#include <malloc.h>
+
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "core/access_trace.h"
@@ -8,6 +12,26 @@
 
 using distorch::AccessTrace;
 using Order = std::vector<uint64_t>;
+
+namespace {
+
+size_t in_use = 0;  // bytes that this program has from operator new
+
+}  // namespace
+
+void* operator new(size_t bytes) {
+  void* at = std::malloc(bytes);
+  if (at == nullptr) throw std::bad_alloc();
+  in_use += ::malloc_usable_size(at);
+  return at;
+}
+
+void operator delete(void* at) noexcept {
+  if (at != nullptr) in_use -= ::malloc_usable_size(at);
+  std::free(at);
+}
+
+void operator delete(void* at, size_t) noexcept { operator delete(at); }
 
 namespace {
 
@@ -36,6 +60,17 @@ void knows_nothing_at_first() {
   CHECK(!trace.predict(0).has_value());
   trace.record(7);
   CHECK(!trace.predict(0).has_value());
+}
+
+// Models that are loaded anew have new weights each time, in a process that may run for weeks.
+void a_weight_that_is_seen_once_costs_little() {
+  AccessTrace trace;
+  const size_t before = in_use;
+  for (uint64_t id = 1; id <= 10'000; ++id) trace.record(id);
+  CHECK(in_use > before);
+  CHECK(in_use - before < 100 * 10'000);
+  for (uint64_t id = 10'001; id <= 100'000; ++id) trace.record(id);
+  CHECK(in_use - before < 5'000'000);  // and only so many are kept
 }
 
 void repeated_pass() {
@@ -106,6 +141,7 @@ void random_orders() {
 
 int main() {
   knows_nothing_at_first();
+  a_weight_that_is_seen_once_costs_little();
   repeated_pass();
   alternating_passes();
   weight_used_twice();

@@ -127,7 +127,8 @@ def _ranges(path: Path) -> dict[str, StoredTensor | None]:
 
     _check_unpacked(path)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode() as fake:
+            fake.cache_enabled = False  # it is the process's, and would keep entries of every file
             loaded = _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:  # read_torch_file says what is wrong with it
         return {}
