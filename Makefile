@@ -128,6 +128,10 @@ THREAD_PROGRAMS ?= 300
 test-threads: dev ## random programs of threads, the library under the thread sanitizer (THREAD_PROGRAMS=300)
 	$(BIN)/python -m tests.reliability.sanitized $(THREAD_PROGRAMS)
 
+HOURS ?= 6
+soak: dev ## what users do, for hours in one process: the same bits, and nothing grows (HOURS=6)
+	$(BIN)/python -m tests.reliability.soak --hours $(HOURS)
+
 JOBS ?= 2
 sweep-models: dev ## every architecture, every check, beside accelerate and diffusers: an hour or two
 	$(BIN)/python -m tests.conformance.models --system all -j $(JOBS) --json tests/conformance/results/models.json

@@ -142,10 +142,24 @@ def test_workflows_are_well_formed():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def _commands(workflow):
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / workflow).read_text())["jobs"].values()
+    return "\n".join(step.get("run", "") for job in jobs for step in job["steps"])
+
+
+def test_every_pull_request_runs_the_short_form_of_each_nightly_job():
+    def found(workflow):
+        return set(re.findall(r"^make ([a-z-]+)", _commands(workflow), re.M))
+
+    assert len(found("nightly.yml")) >= 4
+    assert {"test" if name == "test-all" else name for name in found("nightly.yml")} <= found(
+        "ci.yml"
+    )
+
+
 def test_workflows_call_what_there_is():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    jobs = [job for path in WORKFLOWS for job in yaml.safe_load(path.read_text())["jobs"].values()]
-    commands = "\n".join(step.get("run", "") for job in jobs for step in job["steps"])
+    commands = "\n".join(_commands(path.name) for path in WORKFLOWS)
     called = set(re.findall(r"^make ([a-z-]+)", commands, re.M))
     assert {"lint", "test", "test-all", "docs", "wheel"} <= called <= targets
     programs = re.findall(r"(\S+\.py)\b", commands)

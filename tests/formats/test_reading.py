@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import distorch
 from distorch.errors import FormatError
 from distorch.formats.safetensors import read_header
 
@@ -68,3 +69,15 @@ def test_a_file_cut_short(file):
     last = max(stored.values(), key=lambda entry: entry.offset + entry.nbytes)
     with pytest.raises(FormatError, match="cut short"):
         last.read()
+
+
+def test_torch_files_add_nothing_to_a_cache_of_the_process(tmp_path):
+    """A server may open thousands of them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for number in range(3):
+        path = tmp_path / f"{number}.pt"
+        torch.save({"weight": torch.ones(3, number + 2), "bias": torch.ones(3)}, path)
+        before = FakeTensorMode.cache_info().size
+        distorch.load(torch.nn.Linear(number + 2, 3), path, "disk,*", min_bytes=0)
+        assert FakeTensorMode.cache_info().size == before

@@ -2,24 +2,30 @@
 """python -m tests.reliability.kills [COUNT]: kill -9 at random moments of what users do.
 
 After each: no half-written file where a good one was, no scratch file left, and the next process
-starts clean, with the right numbers.
+starts clean, with the right numbers. With --stop SECONDS each process stands still for so long
+before, as behind Ctrl-Z: when it goes on, its numbers are still right.
 """
 
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.reliability.victim import check_folder
 
 LONGEST = 1.5  # seconds from "ready" to the kill
+AFTERWARDS = 2.0  # seconds that a process runs on after it stood still; a check takes a few ms
 
 
-def run(count: int, seed: int = 0, progress=print) -> None:
+def run(
+    count: int, seed: int = 0, stop: float = 0.0, progress: Callable[[str], None] = print
+) -> None:
     """AssertionError at the first promise that is broken."""
     dice = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
@@ -35,6 +41,11 @@ def run(count: int, seed: int = 0, progress=print) -> None:
             said = victim.stdout.readline()
             assert said == "ready\n", f"it does not start again: {victim.communicate()[1][-2000:]}"
             time.sleep(dice.uniform(0, LONGEST))
+            if stop:
+                victim.send_signal(signal.SIGSTOP)
+                time.sleep(stop)
+                victim.send_signal(signal.SIGCONT)
+                time.sleep(AFTERWARDS)
             assert victim.poll() is None, f"it ended by itself: {victim.communicate()[1][-2000:]}"
             victim.kill()
             victim.communicate()
@@ -47,6 +58,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", nargs="?", type=int, default=200, help="kills (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", type=float, default=0.0, help="seconds that it stands still")
     parsed = parser.parse_args()
-    run(parsed.count, parsed.seed)
+    run(parsed.count, parsed.seed, parsed.stop)
     print(f"{parsed.count} kills: nothing lost, nothing left")

@@ -4,6 +4,7 @@
 import copy
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from torch import nn
 
 import distorch
 from tests.amount import ALL
-from tests.reliability import faults, kills, sanitized, watchdog
+from tests.reliability import faults, kills, sanitized, soak, watchdog
 
 X = torch.ones(1, 64)
 
 
 def test_kills():
     kills.run(60 if ALL else 4, seed=1)
+
+
+def test_processes_that_stand_still_for_a_moment():
+    kills.run(10 if ALL else 1, seed=2, stop=1.0)
 
 
 def test_interrupts(tmp_path):
@@ -48,6 +53,26 @@ def test_programs_of_threads(device):
         env={"OMP_NUM_THREADS": "1", "DISTORCH_CHECK_LOCKS": "1"},
     )
     assert f"{count} programs" in said
+
+
+def test_soak():
+    said = watchdog.run(
+        ["-m", "tests.reliability.soak", "--here", "--hours", "0.2" if ALL else "0"],
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert "every output was right, and nothing grew" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("memory", 1 << 20), ("threads", 1), ("files", 1), ("pinned", 512)]
+)
+def test_a_soak_finds_what_grows(kind, more):
+    still = soak.Held(memory=1 << 28, threads=3, files=6, pinned=0, on_devices=0)
+    assert soak.grown([still] * 100) == ""
+    slowly = [replace(still, **{kind: getattr(still, kind) + i * more}) for i in range(100)]
+    assert soak.grown(slowly).startswith(kind)
+    # It may take a while until everything was there once.
+    assert soak.grown([*slowly[:25], *[slowly[25]] * 75]) == ""
 
 
 def test_the_watchdog_says_where_a_program_stands():

@@ -16,6 +16,7 @@ import io
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -42,6 +43,7 @@ SPECS = {
         "sim:0,0b;sim:1,30%;cpu,*", "sim:0,*",
     ),
 }  # fmt: skip
+FORK_SECONDS = 30  # a child takes some ms
 KINDS = ("float32", "float8", "bfloat16")
 
 State = tuple[str, str]  # the weights, "first" or "second", and the LoRA: "", "a" or "b"
@@ -332,9 +334,17 @@ class Program:
                 self.forward(model, dice)
                 status = 0
             os._exit(status)
-        end = time.monotonic() + 60
+        end = time.monotonic() + FORK_SECONDS
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            assert time.monotonic() < end, f"the forked child {child} stands still"
+            if time.monotonic() > end:
+                stacks = watchdog.native_stacks(child)
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                # PyTorch's mutex of a tensor, which another thread held at that moment. Children of
+                # plain PyTorch stand still there, too (docs/modules.md).
+                assert "AutogradMeta" in stacks, f"the forked child stands still:\n{stacks}"
+                self.done["fork, still in PyTorch"] += 1
+                return
             time.sleep(0.001)
         assert ended[1] == 0, "the forked child computed something else"
 

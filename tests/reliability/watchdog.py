@@ -55,7 +55,7 @@ def run(
             told(text)
         status = child.wait(patience)
     except (TimeoutError, subprocess.TimeoutExpired):
-        native = _native_stacks(child.pid)
+        native = native_stacks(child.pid)
         child.send_signal(signal.SIGABRT)
         said.append(child.communicate(timeout=_GDB_SECONDS)[0].decode(errors="replace"))
         text = f"nothing was printed for {patience:.0f} s"
@@ -77,7 +77,7 @@ def _output(child: subprocess.Popen[bytes], patience: float) -> str:
     return os.read(child.stdout.fileno(), 1 << 16).decode(errors="replace")
 
 
-def _native_stacks(process: int) -> str:
+def native_stacks(process: int) -> str:
     """The stacks of C++, of every thread."""
     if shutil.which("gdb") is None:
         return "(no stacks of C++: gdb is not installed)"
