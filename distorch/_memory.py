@@ -48,8 +48,8 @@ def host_memory() -> tuple[int, int]:
 def _groups() -> Iterator[tuple[Path, _Version]]:
     """The process's groups and all that they are in: each may have a limit of its own.
 
-    In a container the path that the process is told may be the host's. Then only the mount itself is
-    there, and it is the container's group.
+    In a container the path that the process is told may be the host's. Then only the mount itself
+    is there, and it is the container's group.
     """
     for line in _text(_OWN).splitlines():
         _, kinds, path = (*line.split(":", 2), "", "")[:3]

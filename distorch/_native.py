@@ -91,8 +91,7 @@ def scratch_folder() -> Path:
     """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
     chosen = os.environ.get("DISTORCH_DISK")
     if chosen:
-        if any("\ud800" <= char <= "\udfff" for char in chosen):
-            raise SpecError(f"DISTORCH_DISK={chosen!r}: expected a path in UTF-8")
+        _check_utf8("DISTORCH_DISK", chosen)
         try:
             return Path(chosen).expanduser()
         except RuntimeError:  # it begins with ~, and there is no home folder
@@ -101,12 +100,19 @@ def scratch_folder() -> Path:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError:  # none can be written to; a donor on disk says what to do
         return Path("/tmp")  # noqa: S108 - files in it have no name
+    _check_utf8("TMPDIR", str(temporary))
     if not in_memory(temporary):
         return temporary
     try:
         return made_cache_folder()
     except OSError:  # there is no home folder, or it cannot be written to
         return temporary
+
+
+def _check_utf8(variable: str, path: str) -> None:
+    """Text that C++ has no path for. SpecError."""
+    if any("\ud800" <= char <= "\udfff" for char in path):
+        raise SpecError(f"{variable}={path!r}: expected a path in UTF-8")
 
 
 def _io_threads() -> int:

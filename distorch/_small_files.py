@@ -80,30 +80,40 @@ def parse_json(text: str) -> Any:
 def write_atomically(target: Path, content: str | bytes, *, private: bool = False) -> None:
     """Writes a file (text as UTF-8). If that fails, an older file is unchanged.
 
-    As an ordinary write does, it follows links and keeps the permissions of an older file. What is
-    no ordinary file, such as /dev/null or a pipe, is written to as it is.
+    As an ordinary write does, it follows links and keeps the permissions of an older file of this
+    user. What is no ordinary file, such as /dev/null or a pipe, is written to as it is.
 
     `private`: nobody else may read the file, and an older file or link is replaced, not followed.
+
+    Raises OSError, which names the file.
     """
     data = content.encode() if isinstance(content, str) else content
     real = target if private else Path(os.path.realpath(target))
     if not private:
         check_not_strangers(target)
-    if not private and real.exists() and not real.is_file():
-        real.write_bytes(data)
-        return
     temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        if private or real.exists():
-            _write_new(temporary, data, 0o600 if private else stat.S_IMODE(real.stat().st_mode))
-        else:
-            _write_new(temporary, data, None)
+        if not private and kind_of(real) == "other":
+            real.write_bytes(data)
+            return
+        _write_new(temporary, data, 0o600 if private else _permissions(real))
         temporary.replace(real)
     except OSError as error:  # it names the temporary file
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         with suppress(OSError):  # the disk can be read only; the error above is the one to tell
             temporary.unlink(missing_ok=True)
+
+
+def _permissions(path: Path) -> int | None:
+    """Those of this user's file there. Another user's could make the new one run as that user, say;
+    such ones are not taken over. None: the usual ones.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(status.st_mode) if status.st_uid == os.geteuid() else None
 
 
 def check_not_strangers(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distorch.comfy import advanced, gguf_nodes, loaders, own_nodes, packs
+from distorch.comfy.inputs import checking
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
@@ -18,13 +19,14 @@ WEB_DIRECTORY = str(Path(__file__).with_name("web"))
 
 
 def _register() -> None:
-    for name, node in (
+    own = (
         *loaders.core_nodes(),
         *gguf_nodes.nodes(),
-        *packs.nodes(),
         *advanced.NODES.items(),
         *own_nodes.NODES.items(),
-    ):
+    )
+    # Nodes of other packs check their inputs as they like.
+    for name, node in (*((name, checking(node)) for name, node in own), *packs.nodes()):
         NODE_CLASS_MAPPINGS[name], NODE_DISPLAY_NAME_MAPPINGS[name] = node, node.TITLE
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from distorch.comfy import host, outputs, report
 from distorch.comfy.patcher import is_ours
 from distorch.comfy.placement import Placement, spec_problem
-from distorch.errors import PlacementError
-from distorch.runtime.options import compute_device
+from distorch.errors import PlacementError, SpecError
+from distorch.runtime.options import Options, compute_device
 
 
 class AnyType(str):
@@ -67,8 +67,13 @@ class DistributeModel:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, spec: Any = "auto") -> bool | str:
+    def VALIDATE_INPUTS(cls, spec: Any = "auto", prefetch: Any = "auto") -> bool | str:
         """Checked before anything runs."""
+        if isinstance(prefetch, str):
+            try:
+                Options(prefetch=prefetch)
+            except SpecError as error:
+                return str(error)
         if not isinstance(spec, str):
             return True
         return spec_problem(spec, host.devices()) or True

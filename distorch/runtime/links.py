@@ -25,6 +25,7 @@ from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
 
+_SLOWEST, _FASTEST = 1e3, 1e15  # bytes per second that a link may have: a modem, 1000 HBM stacks
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
 _REPEATS = 3
 _CACHE_VERSION = 1  # of what the cache file says; a file of another one is not believed
@@ -131,7 +132,7 @@ def _believed(stored: Any) -> Calibration:
     for link in links:
         rates = [link.rate, link.together, *([] if link.back is None else [link.back])]
         named = isinstance(link.donor, str) and isinstance(link.compute, str)
-        if not named or not all(_is_amount(rate) and rate > 0 for rate in rates):
+        if not named or not all(_is_amount(r) and _SLOWEST <= r <= _FASTEST for r in rates):
             raise ValueError("a link that nobody measured")
         if not _is_amount(link.latency):
             raise ValueError("a latency that nobody measured")

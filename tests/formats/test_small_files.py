@@ -4,6 +4,7 @@
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -47,12 +48,25 @@ def test_what_is_no_ordinary_file_stays_what_it_is(tmp_path):
     assert read == ["through"] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_permissions_of_another_users_file_are_not_taken_over(tmp_path):
+    path = tmp_path / "x"
+    path.touch()
+    os.chown(path, 65534, 65534)
+    path.chmod(0o4777)
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and path.stat().st_uid == 0
+    assert stat.S_IMODE(path.stat().st_mode) & 0o4022 == 0
+
+
 def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         write_atomically(tmp_path / "none" / "x", "")
     assert caught.value.filename == str(tmp_path / "none" / "x")
     with pytest.raises(IsADirectoryError):
         write_atomically(tmp_path, "")
+    with pytest.raises(OSError, match="No space left.*'/dev/full'"):
+        write_atomically(Path("/dev/full"), "x")
     (tmp_path / "x").write_text("old")
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:

@@ -74,6 +74,7 @@ WRONG = {
         for key, value in [
             ("rate", 0), ("rate", -1), ("rate", math.nan), ("rate", math.inf), ("rate", "1"),
             ("rate", True), ("rate", None), ("rate", 10**400), ("together", 0), ("back", -2.0),
+            ("rate", 1e308), ("rate", 1e-300), ("together", 1e300),
             ("latency", -1), ("latency", math.nan), ("donor", 3), ("compute", None),
         ]
     },

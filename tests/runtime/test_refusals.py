@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,17 @@ def test_wrong_thread_count(threads):
         check=False,
     )
     assert "SpecError: DISTORCH_IO_THREADS=" in run.stderr
+
+
+@pytest.mark.parametrize("variable", ["DISTORCH_DISK", "TMPDIR"])
+def test_a_folder_for_donors_whose_name_is_no_text(variable, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/latin\xff"
+    Path(os.fsdecode(folder)).mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", "import distorch"],
+        env=os.environb | {variable.encode(): folder}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"SpecError: {variable}=" in run.stderr and "expected a path in UTF-8" in run.stderr
 
 
 def test_a_folder_for_donors_that_is_not_there(tmp_path):
