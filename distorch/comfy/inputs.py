@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distorch.display.picture import shortened
@@ -61,19 +61,22 @@ def _wanted(kind: tuple[Any, ...], value: Any) -> str | None:
     if choices == "COMBO":  # without any, the host asks for them elsewhere
         choices = options.get("options")
     if isinstance(choices, list | tuple):
-        if value is None or options.get("multiselect"):
-            return None
-        if isinstance(value, str | int | float) and value in choices:
-            return None
-        if not choices:
-            return "one of its list, which is empty here"
-        more = ", ..." if len(choices) > _MOST_CHOICES else ""
-        return "one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more
+        free = value is None or options.get("multiselect")
+        return None if free or _is_one_of(value, choices) else _listed(choices)
     if choices in ("FLOAT", "INT"):
         return None if _is_finite(value) else "a number"
-    if choices == "STRING":
-        return None if isinstance(value, str) else "text"
-    return None
+    return "text" if choices == "STRING" and not isinstance(value, str) else None
+
+
+def _is_one_of(value: Any, choices: Sequence[Any]) -> bool:
+    return isinstance(value, str | int | float) and value in choices
+
+
+def _listed(choices: Sequence[Any]) -> str:
+    if not choices:
+        return "one of its list, which is empty here"
+    more = ", ..." if len(choices) > _MOST_CHOICES else ""
+    return "one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more
 
 
 def _is_finite(value: Any) -> bool:
