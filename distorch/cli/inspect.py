@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distorch.display.tables import human_bytes, text_table
+from distorch.display.tables import human_bytes, shortened, text_table
 from distorch.errors import printable
 from distorch.formats.checkpoint import (
     Checkpoint,
@@ -24,7 +24,7 @@ from distorch.lora.resolve import resolve, sizes_of
 from distorch.lora.spellings import kind_of, looks_like_patches, spelling_of, split_key
 from distorch.lora.targets import Targets, WeightKinds
 
-_SHOWN = 5
+_SHOWN, _LONGEST_NAME = 5, 160
 # Weights that a control LoRA may make wider: the layers that take the latents.
 _INPUTS = ("x_embedder.weight", "img_in.weight")
 _GATED, _DOWN = ("gate_proj", "up_proj", "w1", "w3"), ("down_proj", "w2")
@@ -72,7 +72,10 @@ class Contents:
             )
             lines.append(f"\ndeclared formats (comfy_quant): {told}")
         if self.passed_over:
-            lines.append(f"\nno weights, passed over: {printable(', '.join(self.passed_over))}")
+            named = [shortened(name, _LONGEST_NAME) for name in self.passed_over[:_SHOWN]]
+            if len(self.passed_over) > _SHOWN:
+                named.append(f"and {len(self.passed_over) - _SHOWN} more")
+            lines.append(f"\nno weights, passed over: {', '.join(named)}")
         if self.lora_ranks:
             ranks = ", ".join(
                 f"{rank} ({count} targets)" for rank, count in self.lora_ranks.items()
@@ -84,13 +87,17 @@ class Contents:
                 f"{self.fits['weights']} weights; for other models {self.fits['elsewhere']}, "
                 f"fit nothing {len(self.fits['unmatched'])}"
             )
-            lines += [f"  {printable(stem)}" for stem in self.fits["unmatched"][:_SHOWN]]
+            lines += [
+                f"  {shortened(stem, _LONGEST_NAME)}" for stem in self.fits["unmatched"][:_SHOWN]
+            ]
             if self.fits["sizes"]:
                 lines.append(f"  {self.fits['sizes']}")
         if self.metadata:
             lines.append(
                 "\nmetadata: "
-                + ", ".join(printable(f"{k}={v[:60]}") for k, v in self.metadata.items())
+                + ", ".join(
+                    shortened(f"{k}={v[:60]}", _LONGEST_NAME) for k, v in self.metadata.items()
+                )
             )
         return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distorch.display.picture import shortened
+from distorch.display.tables import shortened
 from distorch.errors import SpecError
 
 _MOST_CHOICES, _MOST_LETTERS = 20, 80

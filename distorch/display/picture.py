@@ -56,15 +56,6 @@ class Text:
     anchor: Anchor = "start"
 
 
-def shortened(text: str, most: int) -> str:
-    """The text in at most `most` printable characters. A longer one keeps its two ends."""
-    text = printable(text)
-    if len(text) <= most:
-        return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
-
-
 def text_width(text: str, size: int = 12) -> float:
     """Estimates the width of a line in pixels. Fonts differ, so the estimate is a large one."""
     return size * sum(map(_char_width, text))

@@ -12,10 +12,9 @@ from distorch.display.picture import (
     Picture,
     Rect,
     Text,
-    shortened,
     text_width,
 )
-from distorch.display.tables import human_bytes, unit_of
+from distorch.display.tables import human_bytes, shortened, unit_of
 
 Held = Mapping[str, int]  # device -> bytes
 _STRIP, _BAR = 44, 12  # pixels

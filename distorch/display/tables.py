@@ -8,7 +8,17 @@ from collections.abc import Sequence
 
 from distorch.errors import printable
 
+_MOST_LETTERS = 160  # of a cell; names of weights have up to about 100
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def shortened(text: str, most: int) -> str:
+    """The text in at most `most` printable characters. A longer one keeps its two ends."""
+    text = printable(text)
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def unit_of(nbytes: float) -> tuple[str, int]:
@@ -30,8 +40,8 @@ def _is_number(cell: str) -> bool:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
-    """Columns aligned by width, numbers to the right."""
-    table = [list(header), *([printable(cell) for cell in row] for row in rows)]
+    """Columns aligned by width, numbers to the right. Of long cells it has the two ends."""
+    table = [list(header), *([shortened(cell, _MOST_LETTERS) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     right = [
         bool(rows) and all(_is_number(row[i]) or not row[i] for row in rows)
@@ -64,4 +74,4 @@ def paragraphs(lines: Sequence[str]) -> str:
 
 def _html_cell(cell: str) -> str:
     side = "right" if _is_number(cell) else "left"
-    return f'<td style="text-align:{side}">{html.escape(cell)}</td>'
+    return f'<td style="text-align:{side}">{html.escape(shortened(cell, _MOST_LETTERS))}</td>'

@@ -13,9 +13,9 @@ from distorch.display.picture import (
     Picture,
     Rect,
     Text,
-    shortened,
     text_width,
 )
+from distorch.display.tables import shortened
 
 RESIDENT, FETCHED, COPY, READ = "#4477aa", "#ee7733", "#f3b48a", "#aa3377"
 STALL, OTHER = RED, "#ccbb44"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import distorch
-from distorch.display.picture import Picture, Rect, Text, shortened, text_width
+from distorch.display.picture import Picture, Rect, Text, text_width
 from distorch.errors import printable
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -46,12 +46,6 @@ def test_names_of_files_are_only_text(name):
 def test_letters_stay_and_what_moves_them_goes():
     assert printable("blocks.0 中文 😀") == "blocks.0 中文 😀"
     assert printable("a\nb\u202ec\u200d\ud800") == "a�b�c��"
-
-
-def test_long_texts_keep_their_ends():
-    assert shortened("abcdefgh", 8) == "abcdefgh"
-    assert shortened("abcdefgh", 5) == "ab…gh"
-    assert len(shortened("x" * 1000, 34)) == 34
 
 
 def test_a_png_has_two_pixels_for_one():
