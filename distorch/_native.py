@@ -91,7 +91,6 @@ def scratch_folder() -> Path:
     """Where donor files go: DISTORCH_DISK, else a temporary folder that is on a disk."""
     chosen = os.environ.get("DISTORCH_DISK")
     if chosen:
-        _check_utf8("DISTORCH_DISK", chosen)
         try:
             return Path(chosen).expanduser()
         except RuntimeError:  # it begins with ~, and there is no home folder
@@ -100,7 +99,6 @@ def scratch_folder() -> Path:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError:  # none can be written to; a donor on disk says what to do
         return Path("/tmp")  # noqa: S108 - files in it have no name
-    _check_utf8("TMPDIR", str(temporary))
     if not in_memory(temporary):
         return temporary
     try:
@@ -109,10 +107,14 @@ def scratch_folder() -> Path:
         return temporary
 
 
-def _check_utf8(variable: str, path: str) -> None:
-    """Text that C++ has no path for. SpecError."""
+def _in_utf8(folder: Path) -> str:
+    """As C++ takes it. SpecError."""
+    path = str(folder)
     if any("\ud800" <= char <= "\udfff" for char in path):
-        raise SpecError(f"{variable}={path!r}: expected a path in UTF-8")
+        raise SpecError(
+            f"the folder for donors on disk, {path!r}: expected a path in UTF-8; set DISTORCH_DISK"
+        )
+    return path
 
 
 def _io_threads() -> int:
@@ -125,7 +127,7 @@ def _io_threads() -> int:
 
 
 _C.set_error_classes(PlacementError, FormatError, FetchError)
-_C.set_scratch_directory(str(scratch_folder()))
+_C.set_scratch_directory(_in_utf8(scratch_folder()))
 _C.set_io_threads(_io_threads())
 CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
 _C.set_cuda_library(str(CUDA_LIBRARY))

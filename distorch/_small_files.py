@@ -80,8 +80,9 @@ def parse_json(text: str) -> Any:
 def write_atomically(target: Path, content: str | bytes, *, private: bool = False) -> None:
     """Writes a file (text as UTF-8). If that fails, an older file is unchanged.
 
-    As an ordinary write does, it follows links and keeps the permissions of an older file of this
-    user. What is no ordinary file, such as /dev/null or a pipe, is written to as it is.
+    As an ordinary write does, it follows links and keeps the permissions of an older file
+    (those to read, write and run). What is no ordinary file, such as /dev/null or a pipe, is
+    written to as it is.
 
     `private`: nobody else may read the file, and an older file or link is replaced, not followed.
 
@@ -106,14 +107,12 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
 
 
 def _permissions(path: Path) -> int | None:
-    """Those of this user's file there. Another user's could make the new one run as that user, say;
-    such ones are not taken over. None: the usual ones.
-    """
+    """Permissions of the older file; of another user's, none to write. None: there is no file."""
     try:
         status = path.stat()
     except FileNotFoundError:
         return None
-    return stat.S_IMODE(status.st_mode) if status.st_uid == os.geteuid() else None
+    return status.st_mode & (0o777 if status.st_uid == os.geteuid() else 0o755)
 
 
 def check_not_strangers(path: Path) -> None:

@@ -66,9 +66,9 @@ class Ring {
   // An operator wrote to the fetched bytes of `weight` at `data`. Any other copy of it is stale.
   void written(Weight& weight, const std::byte* data);
 
-  // Around a write to the bytes of a weight on its donor. Until it ends, no copy of them is asked
-  // for ahead of its use: old and new bytes would come mixed. The donor knows the copies that were
-  // asked for before, and waits for them.
+  // Around a write to the bytes of a weight on its donor. Until it ends, the weight is not brought
+  // ahead of its use: old and new bytes would come mixed. The donor knows the copies that were asked
+  // for before, and waits for them. (Another weight on the same donor does not know of the write.)
   class Write {
    public:
     Write(Ring& ring, Weight& weight);

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nodes are given, checked as the host checks what is typed into them.
+"""What nodes are given, checked against what they have declared to the host.
 
 Note [Linked inputs]
-The host checks the values that people choose and type. What another node gives it takes as it is: a
-float that is no number, a list, a file that the loader's own list does not have. Our nodes check
-every input once more against what they have declared to the host, whatever it comes from.
+The host checks what people choose and type. What another node gives it takes as it is: a float that
+is no number, a list, a file that the loader does not offer. So our nodes look at every input once
+more. They convert values as the host converts typed ones, and refuse what cannot be converted or
+chosen. Limits of numbers are not checked: some workflows go beyond them on purpose.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from distorch.display.tables import shortened
 from distorch.errors import SpecError
@@ -24,66 +28,110 @@ _MOST_CHOICES, _MOST_LETTERS = 20, 80
 def checking(node: type[Any]) -> type[Any]:
     """The same class. What the host calls now checks its inputs first: SpecError."""
     name = node.FUNCTION
-    run = getattr(node, name)
-    if hasattr(run, "__wrapped__"):  # a class under two names
+    if hasattr(vars(node).get(name), "__wrapped__"):  # a class under two names
         return node
+    run = getattr(node, name)
+    names = list(inspect.signature(run).parameters)[1:]
 
     @functools.wraps(run)
-    def checked_run(self: Any, **given: Any) -> Any:
-        check(node, given)
-        return run(self, **given)
+    def checked_run(self: Any, *first: Any, **given: Any) -> Any:
+        return run(self, **checked(type(self), {**dict(zip(names, first, strict=False)), **given}))
 
     setattr(node, name, checked_run)
     return node
 
 
-def check(node: type[Any], given: Mapping[str, Any]) -> None:
-    """Raises SpecError for an input that the host would not have let through."""
-    for inputs in node.INPUT_TYPES().values():
-        for name, kind in inputs.items():
-            wanted = _wanted(kind, given[name]) if name in given else None
-            if wanted is not None:
-                found = _shown(given[name])
-                raise SpecError(f"the node's input {name!r}: expected {wanted}, found {found}")
+def checked(node: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, converted; without optional ones that are None. SpecError names a wrong one."""
+    found = dict(given)
+    declared = node.INPUT_TYPES()
+    for part in ("required", "optional"):
+        for name, kind in declared.get(part, {}).items():
+            if name not in given:
+                continue
+            if given[name] is None and part == "optional":
+                del found[name]
+                continue
+            try:
+                found[name] = _converted(kind, given[name])
+            except _WantedError as wanted:
+                shown = _shown(given[name])
+                raise SpecError(
+                    f"the node's input {name!r}: expected {wanted}, found {shown}"
+                ) from None
     validate = getattr(node, "VALIDATE_INPUTS", None)
-    if validate is None:
-        return
-    known = inspect.signature(validate).parameters
-    found = validate(**{name: value for name, value in given.items() if name in known})
-    if found is not True:
-        raise SpecError(str(found))
+    if validate is not None:
+        known = inspect.signature(validate).parameters
+        problem = validate(**{name: value for name, value in found.items() if name in known})
+        if problem is not True:
+            raise SpecError(str(problem))
+    return found
 
 
-def _wanted(kind: tuple[Any, ...], value: Any) -> str | None:
-    """What an input takes, in words; None if it takes this value."""
+class _WantedError(Exception):
+    """What an input takes, in words."""
+
+
+def _converted(kind: tuple[Any, ...], value: Any) -> Any:
     choices = kind[0]
     options = kind[1] if len(kind) > 1 and isinstance(kind[1], Mapping) else {}
     if choices == "COMBO":  # without any, the host asks for them elsewhere
         choices = options.get("options")
     if isinstance(choices, list | tuple):
-        free = value is None or options.get("multiselect")
-        return None if free or _is_one_of(value, choices) else _listed(choices)
+        return value if options.get("multiselect") else _chosen(value, choices)
     if choices in ("FLOAT", "INT"):
-        return None if _is_finite(value) else "a number"
-    return "text" if choices == "STRING" and not isinstance(value, str) else None
+        return _number(value) if choices == "FLOAT" else int(_number(value))
+    if choices == "STRING" and not isinstance(value, str):
+        return _text(value)
+    if choices == "BOOLEAN" and not isinstance(value, str | int | float):
+        raise _WantedError("true or false")
+    return bool(value) if choices == "BOOLEAN" else value
 
 
-def _is_one_of(value: Any, choices: Sequence[Any]) -> bool:
-    return isinstance(value, str | int | float) and value in choices
-
-
-def _listed(choices: Sequence[Any]) -> str:
-    if not choices:
-        return "one of its list, which is empty here"
-    more = ", ..." if len(choices) > _MOST_CHOICES else ""
-    return "one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more
-
-
-def _is_finite(value: Any) -> bool:
+def _number(value: Any) -> float:
+    """Of a number of any kind, of numpy or PyTorch, too, or of its text."""
     try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an int beyond all floats
-        return False
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _WantedError("a number")
+    return number
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, int | float):
+        try:
+            return str(value)
+        except ValueError:  # of too many digits
+            pass
+    raise _WantedError("text")
+
+
+def _chosen(value: Any, choices: Sequence[Any]) -> Any:
+    """The choice that is meant: in other letters, a kind of device ("cuda"), or several of them."""
+    if isinstance(value, str | int | float) and value in choices:
+        return value
+    text = str(value).strip() if isinstance(value, str | torch.device) else ""
+    for choice in map(str, choices) if text else ():
+        if choice == text or choice.startswith(f"{text}:") or _same_file(choice, text):
+            return choice
+    parts = [part.strip() for part in text.split(",")]
+    if all(part in choices for part in parts):
+        return ",".join(parts)
+    if not choices:
+        raise _WantedError("one of its list, which is empty here")
+    more = ", ..." if len(choices) > _MOST_CHOICES else ""
+    raise _WantedError("one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more)
+
+
+def _same_file(one: str, other: str) -> bool:
+    """Whether both names lead to the same place: "./flux/a" and "flux\\\\a"."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(name: str) -> str:
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _shown(value: Any) -> str:

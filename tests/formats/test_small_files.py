@@ -49,14 +49,16 @@ def test_what_is_no_ordinary_file_stays_what_it_is(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-def test_permissions_of_another_users_file_are_not_taken_over(tmp_path):
+def test_permissions_of_another_users_file(tmp_path):
     path = tmp_path / "x"
     path.touch()
     os.chown(path, 65534, 65534)
-    path.chmod(0o4777)
-    write_atomically(path, "new")
-    assert path.read_text() == "new" and path.stat().st_uid == 0
-    assert stat.S_IMODE(path.stat().st_mode) & 0o4022 == 0
+    for before, after in ((0o4777, 0o755), (0o600, 0o600), (0o2640, 0o640)):
+        os.chown(path, 65534, 65534)
+        path.chmod(before)
+        write_atomically(path, "new")
+        assert path.read_text() == "new" and path.stat().st_uid == 0
+        assert stat.S_IMODE(path.stat().st_mode) == after
 
 
 def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):

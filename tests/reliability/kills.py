@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from tests.reliability.victim import check_folder
 
 LONGEST = 1.5  # seconds from "ready" to the kill
 AFTERWARDS = 2.0  # seconds that a process runs on after it stood still; a check takes a few ms
+LEAST_WORK = 0.2  # seconds of a CPU that it takes in that time, if it goes on at all
 
 
 def run(
@@ -44,14 +47,22 @@ def run(
             if stop:
                 victim.send_signal(signal.SIGSTOP)
                 time.sleep(stop)
+                before = _cpu_seconds(victim)
                 victim.send_signal(signal.SIGCONT)
                 time.sleep(AFTERWARDS)
+                worked = _cpu_seconds(victim) - before
+                assert worked > LEAST_WORK, f"it took {worked:.2f} s of a CPU since it goes on"
             assert victim.poll() is None, f"it ended by itself: {victim.communicate()[1][-2000:]}"
             victim.kill()
             victim.communicate()
             check_folder(folder, scratch)
             if number % 20 == 19:
                 progress(f"{number + 1} kills")
+
+
+def _cpu_seconds(process: subprocess.Popen) -> float:
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
 
 
 if __name__ == "__main__":

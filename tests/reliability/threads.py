@@ -16,7 +16,6 @@ import io
 import os
 import random
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -279,8 +278,13 @@ class Program:
     # --- operations ---
 
     def forward(self, model: Model, dice: random.Random) -> None:
+        self._forward(model, dice.choice([torch.no_grad, torch.inference_mode]))
+
+    def _forward(
+        self, model: Model, mode: type[torch.no_grad] | type[torch.inference_mode]
+    ) -> None:
         moment = model.moment()
-        with dice.choice([torch.no_grad, torch.inference_mode])():
+        with mode():
             got = model.module(self.setting.x.to(self.setting.device)).cpu()
         self._check(got, self.setting.outputs, model.states_since(moment))
 
@@ -322,8 +326,12 @@ class Program:
             got = saved(self.setting.x.to(self.setting.device)).cpu()
         self._check(got, self.setting.outputs, model.states_since(moment))
 
-    def fork(self, model: Model, dice: random.Random) -> None:
-        """A child uses the model, as a worker of a DataLoader may. CUDA does not survive forks."""
+    def fork(self, model: Model, _: random.Random) -> None:
+        """A child uses the model, as a worker of a DataLoader may. CUDA does not survive forks.
+
+        In inference mode: else PyTorch takes a mutex of the weight, which another thread may have
+        held at the fork. Children of plain PyTorch stand still there, too (docs/modules.md).
+        """
         if self.setting.device != "cpu":
             return
         sys.stdout.flush()
@@ -331,22 +339,11 @@ class Program:
         if not child:
             status = 1
             with contextlib.suppress(BaseException):
-                self.forward(model, dice)
+                self._forward(model, torch.inference_mode)
                 status = 0
             os._exit(status)
-        end = time.monotonic() + FORK_SECONDS
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > end:
-                stacks = watchdog.native_stacks(child)
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                # PyTorch's mutex of a tensor, which another thread held at that moment. Children of
-                # plain PyTorch stand still there, too (docs/modules.md).
-                assert "AutogradMeta" in stacks, f"the forked child stands still:\n{stacks}"
-                self.done["fork, still in PyTorch"] += 1
-                return
-            time.sleep(0.001)
-        assert ended[1] == 0, "the forked child computed something else"
+        status = watchdog.status_of_child(child, FORK_SECONDS)
+        assert status == 0, "the forked child computed something else"
 
     def trace(self, model: Model, dice: random.Random) -> None:
         try:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def run(
             told(text)
         status = child.wait(patience)
     except (TimeoutError, subprocess.TimeoutExpired):
-        native = native_stacks(child.pid)
+        native = _native_stacks(child.pid)
         child.send_signal(signal.SIGABRT)
         said.append(child.communicate(timeout=_GDB_SECONDS)[0].decode(errors="replace"))
         text = f"nothing was printed for {patience:.0f} s"
@@ -77,7 +78,20 @@ def _output(child: subprocess.Popen[bytes], patience: float) -> str:
     return os.read(child.stdout.fileno(), 1 << 16).decode(errors="replace")
 
 
-def native_stacks(process: int) -> str:
+def status_of_child(child: int, patience: float) -> int:
+    """Waits for a forked child to end. StoppedError, with its stacks, if it does not."""
+    end = time.monotonic() + patience
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            stacks = _native_stacks(child)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise StoppedError(f"the forked child stands still:\n{stacks}")
+        time.sleep(0.001)
+    return ended[1]
+
+
+def _native_stacks(process: int) -> str:
     """The stacks of C++, of every thread."""
     if shutil.which("gdb") is None:
         return "(no stacks of C++: gdb is not installed)"

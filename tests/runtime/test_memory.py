@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much RAM a process may use: the limits of the control groups that it is in."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ def group(tmp_path, monkeypatch):
     monkeypatch.setattr(_memory.psutil, "virtual_memory", lambda: machine)
 
     def write(own, path, limit, used, stat="", version=2):
-        (tmp_path / "own").write_text(own)
+        (tmp_path / "own").write_bytes(os.fsencode(own))
         folder = tmp_path / "mount" / ("memory" if version == 1 else ".") / path
         folder.mkdir(parents=True, exist_ok=True)
         names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
@@ -42,6 +43,19 @@ def test_a_container(group):
 def test_a_container_that_is_told_the_path_of_its_host(group):
     group("0::/docker/4f3a\n", ".", 8 * GB, 3 * GB)
     assert _memory.host_memory() == (8 * GB, 5 * GB)
+
+
+@pytest.mark.parametrize("own", ["", "1:name=systemd:/\n", "0::/lat\udcff\n", "nonsense"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_that_is_told_nothing_of_use(group, own, version):
+    group(own, ".", 8 * GB, 3 * GB, version=version)
+    assert _memory.host_memory() == (8 * GB, 5 * GB)
+
+
+def test_a_group_that_is_slowed_down_before_its_limit(group, tmp_path):
+    group("0::/\n", ".", 8 * GB, 3 * GB)
+    (tmp_path / "mount" / "memory.high").write_text(f"{4 * GB}\n")
+    assert _memory.host_memory() == (8 * GB, 1 * GB)
 
 
 def test_a_group_within_others(group):
@@ -69,8 +83,8 @@ def test_the_first_version_of_groups(group):
     assert _memory.host_memory() == (8 * GB, 3 * GB)
 
 
-@pytest.mark.parametrize("own", ["", "nonsense", "4:memory", "0::/no/such/group\n", "0::/../..\n"])
-def test_what_is_no_group(group, own):
+@pytest.mark.parametrize("own", ["4:memory", "0::/no/such/group\n", "0::/../..\n"])
+def test_a_group_that_the_process_is_not_in(group, own):
     group(own, "other", 8 * GB, GB)
     assert _memory.host_memory() == (64 * GB, 60 * GB)
 
