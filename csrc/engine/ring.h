@@ -67,8 +67,9 @@ class Ring {
   void written(Weight& weight, const std::byte* data);
 
   // Around a write to the bytes of a weight on its donor. Until it ends, the weight is not brought
-  // ahead of its use: old and new bytes would come mixed. The donor knows the copies that were asked
-  // for before, and waits for them. (Another weight on the same donor does not know of the write.)
+  // ahead of its use: old and new bytes would come mixed. The donor knows the copies that were
+  // asked for before, and waits for them. (Another weight on the same donor does not know of the
+  // write.)
   class Write {
    public:
     Write(Ring& ring, Weight& weight);
