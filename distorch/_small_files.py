@@ -80,9 +80,9 @@ def parse_json(text: str) -> Any:
 def write_atomically(target: Path, content: str | bytes, *, private: bool = False) -> None:
     """Writes a file (text as UTF-8). If that fails, an older file is unchanged.
 
-    As an ordinary write does, it follows links and keeps the permissions of an older file
-    (those to read, write and run). What is no ordinary file, such as /dev/null or a pipe, is
-    written to as it is.
+    As an ordinary write does, it follows links and keeps the permissions of an older file (those
+    to read, write and run). What is no ordinary file, such as /dev/null or a pipe, is written to
+    as it is.
 
     `private`: nobody else may read the file, and an older file or link is replaced, not followed.
 
@@ -107,7 +107,9 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
 
 
 def _permissions(path: Path) -> int | None:
-    """Permissions of the older file; of another user's, none to write. None: there is no file."""
+    """Those of the older file. If it is another user's, nobody else may write to the new one.
+    None: there is no older file.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:

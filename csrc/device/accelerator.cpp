@@ -108,9 +108,8 @@ bool Accelerator::recording() const {
   }
 }
 
-bool Accelerator::brings_ahead(const Weight& weight) const {
-  return !weight.ask_source(
-      [this](const Source& source) { return bool(in_place_memory(source, device_)); });
+bool Accelerator::brings_ahead(const Source& source) const {
+  return !in_place_memory(source, device_);
 }
 
 // --- A slot's way until its bytes are asked for ---

@@ -33,7 +33,7 @@ class Accelerator : public Transfer {
   bool in_use(const Slot& slot) const override;
   bool in_parts() const override { return true; }
   bool recording() const override;
-  bool brings_ahead(const Weight& weight) const override;
+  bool brings_ahead(const Source& source) const override;
 
   SlotPtr make_slot(const std::string& name, Source source, uint64_t large) override;
   void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) override;

@@ -14,7 +14,6 @@
 #include "device/device_donor.h"
 #include "device/storages.h"
 #include "device/threads.h"
-#include "engine/weight.h"
 
 namespace distorch {
 
@@ -31,11 +30,8 @@ std::shared_ptr<std::byte> HostDevice::allocate(uint64_t bytes) {
 
 bool HostDevice::in_use(const Slot& slot) const { return slot_in_use(slot.wrapped); }
 
-bool HostDevice::brings_ahead(const Weight& weight) const {
-  const auto in_place = [](const Source& source) {
-    return bool(in_place_memory(source, c10::Device(c10::kCPU)));
-  };
-  return HostTransfer::brings_ahead(weight) && !weight.ask_source(in_place);
+bool HostDevice::brings_ahead(const Source& source) const {
+  return HostTransfer::brings_ahead(source) && !in_place_memory(source, c10::Device(c10::kCPU));
 }
 
 std::shared_ptr<void> HostDevice::wrap(std::byte* data, uint64_t bytes,

@@ -14,7 +14,7 @@ class HostDevice : public HostTransfer {
  public:
   std::shared_ptr<std::byte> allocate(uint64_t bytes) override;
   bool in_use(const Slot& slot) const override;
-  bool brings_ahead(const Weight& weight) const override;
+  bool brings_ahead(const Source& source) const override;
 
  protected:
   std::shared_ptr<void> wrap(std::byte* data, uint64_t bytes, std::shared_ptr<void> block) override;

@@ -6,7 +6,6 @@
 
 #include "engine/reads.h"
 #include "engine/trace_log.h"
-#include "engine/weight.h"
 
 namespace distorch {
 namespace {
@@ -24,10 +23,6 @@ struct HostSlot : Slot {
 HostSlot& host_slot(Slot& slot) { return static_cast<HostSlot&>(slot); }
 
 }  // namespace
-
-bool HostTransfer::brings_ahead(const Weight& weight) const {
-  return !weight.ask_source([](const Source& source) { return source.decodes_memory(); });
-}
 
 SlotPtr HostTransfer::make_slot(const std::string& name, Source source, uint64_t large) {
   const auto slot = std::make_shared<HostSlot>(name, std::move(source));

@@ -25,7 +25,7 @@ namespace distorch {
 // start. Of weights in host memory nothing is brought ahead.
 class HostTransfer : public Transfer {
  public:
-  bool brings_ahead(const Weight& weight) const override;
+  bool brings_ahead(const Source& source) const override { return !source.decodes_memory(); }
   SlotPtr make_slot(const std::string& name, Source source, uint64_t large) final;
   void place(Slot& slot, std::byte* memory, std::shared_ptr<void> block) final;
   void start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) final;

@@ -181,7 +181,10 @@ bool Ring::bring_ahead(Weight& weight, const Forecast::Window& window) {
     cache_.drop(held);
   }
   if (weight.in_ring.writers > 0) return false;
-  if (!transfer_->brings_ahead(weight)) return window.queue.size() < kFarAhead;
+  const Transfer& transfer = *transfer_;
+  if (!weight.ask_source([&](const Source& source) { return transfer.brings_ahead(source); })) {
+    return window.queue.size() < kFarAhead;
+  }
   const SlotPtr slot = load(weight, &window);
   if (slot == nullptr) return false;
   cache_.grow_later(slot);

@@ -17,7 +17,6 @@
 namespace distorch {
 
 class Reads;
-class Weight;
 struct Counters;
 
 // A ring has one Transfer. It calls all but recording() with the ring's mutex held. Nobody else
@@ -48,9 +47,10 @@ class Transfer {
   // place for a fetch. Called without the mutex.
   virtual bool recording() const { return false; }
 
-  // Whether anything of the weight can be brought before somebody asks for it. Not if operators use
-  // the donor's own memory: a forecast that was made before the weight moved there may name it.
-  virtual bool brings_ahead(const Weight&) const { return true; }
+  // Whether anything of a weight with this source can be brought before somebody asks for it. Not
+  // if operators use the donor's own memory: a forecast that was made before the weight moved there
+  // may name it. Called with the weight's mutex held: it waits for nothing, and keeps nothing.
+  virtual bool brings_ahead(const Source&) const { return true; }
 
   // --- A slot's way ---
   // `large`: decoded weights of more bytes get their room when somebody asks for them.

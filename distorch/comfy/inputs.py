@@ -79,13 +79,8 @@ def _converted(kind: tuple[Any, ...], value: Any) -> Any:
         choices = options.get("options")
     if isinstance(choices, list | tuple):
         return value if options.get("multiselect") else _chosen(value, choices)
-    if choices in ("FLOAT", "INT"):
-        return _number(value) if choices == "FLOAT" else int(_number(value))
-    if choices == "STRING" and not isinstance(value, str):
-        return _text(value)
-    if choices == "BOOLEAN" and not isinstance(value, str | int | float):
-        raise _WantedError("true or false")
-    return bool(value) if choices == "BOOLEAN" else value
+    convert = _CONVERSIONS.get(choices)
+    return value if convert is None else convert(value)
 
 
 def _number(value: Any) -> float:
@@ -100,21 +95,34 @@ def _number(value: Any) -> float:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, int | float):
-        try:
+    try:
+        if isinstance(value, str | int | float):
             return str(value)
-        except ValueError:  # of too many digits
-            pass
+    except ValueError:  # an int of too many digits
+        pass
     raise _WantedError("text")
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, str | int | float):
+        raise _WantedError("true or false")
+    return bool(value)
+
+
+_CONVERSIONS = {
+    "FLOAT": _number, "INT": lambda value: int(_number(value)), "STRING": _text, "BOOLEAN": _truth,
+}  # fmt: skip
+
+
 def _chosen(value: Any, choices: Sequence[Any]) -> Any:
-    """The choice that is meant: in other letters, a kind of device ("cuda"), or several of them."""
+    """What is meant: one choice, maybe spelled in another way; the first device of a kind ("cuda");
+    or several choices with commas between them.
+    """
     if isinstance(value, str | int | float) and value in choices:
         return value
     text = str(value).strip() if isinstance(value, str | torch.device) else ""
     for choice in map(str, choices) if text else ():
-        if choice == text or choice.startswith(f"{text}:") or _same_file(choice, text):
+        if choice.startswith(f"{text}:") or _plain(choice) == _plain(text):
             return choice
     parts = [part.strip() for part in text.split(",")]
     if all(part in choices for part in parts):
@@ -125,12 +133,8 @@ def _chosen(value: Any, choices: Sequence[Any]) -> Any:
     raise _WantedError("one of " + ", ".join(map(str, choices[:_MOST_CHOICES])) + more)
 
 
-def _same_file(one: str, other: str) -> bool:
-    """Whether both names lead to the same place: "./flux/a" and "flux\\\\a"."""
-    return _plain(one) == _plain(other)
-
-
 def _plain(name: str) -> str:
+    """One spelling for names that lead to the same file, such as "./flux/a" and "flux\\a"."""
     return posixpath.normpath(name.replace("\\", "/"))
 
 

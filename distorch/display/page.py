@@ -22,7 +22,6 @@ _LINE = 18  # from one line of text to the next
 # disk have the same colour in every picture. Other places get theirs by their order.
 _OWN = {"cpu": "#ee7733", "disk": "#228833"}
 _PALETTE = ("#4477aa", "#aa3377", "#66ccee", "#ccbb44", "#332288", "#999933", "#cc6677", "#777777")
-
 _MOST_TICKS = 8
 _LONGEST = 400  # characters of a note
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from distorch.errors import printable
 
-_MOST_LETTERS = 160  # of a cell; names of weights have up to about 100
+_MOST_LETTERS = 500  # of a cell: sentences of our own have less, names of strangers any number
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 

@@ -25,7 +25,7 @@ from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
 
-_SLOWEST, _FASTEST = 1e3, 1e15  # bytes per second that a link may have: a modem, 1000 HBM stacks
+_SLOWEST, _FASTEST = 1e3, 1e15  # bytes per second: no link has less or more
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
 _REPEATS = 3
 _CACHE_VERSION = 1  # of what the cache file says; a file of another one is not believed

@@ -14,9 +14,9 @@ def test_a_long_name_does_not_make_a_table_wide():
     rows = [("blocks." + "x" * 1_000_000 + ".weight", "12"), ("blocks.0.weight", "3")]
     text = text_table(("name", "bytes"), rows)
     lines = text.splitlines()
-    assert max(map(len, lines)) < 200
+    assert max(map(len, lines)) < 520
     assert lines[2].startswith("blocks.xx") and lines[2].endswith("x.weight  " + "   12")
-    assert len(html_table(("name", "bytes"), rows)) < 1000
+    assert len(html_table(("name", "bytes"), rows)) < 1500
 
 
 def test_names_of_an_ordinary_length_stay_whole():

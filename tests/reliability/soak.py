@@ -293,7 +293,7 @@ class Soak:
                 else:
                     raise AssertionError(f"there should have been {kind}")
             self.check(module, device)
-        for what in ("copy", "alloc"):
+        for what in ("copy", "alloc"):  # where it hits looking ahead, nobody is told
             sim.fail(what, nth=self.dice.randint(1, 4))
             with contextlib.suppress(FetchError, PlacementError, RuntimeError):
                 distorch.redistribute(module, self.spec(device)[1], progress=False)
