@@ -3,6 +3,7 @@
 
 import copy
 import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -24,6 +25,11 @@ def test_kills():
 
 def test_processes_that_stand_still_for_a_moment():
     kills.run(10 if ALL else 1, seed=2, stop=1.0)
+
+
+@pytest.mark.skipif(shutil.which("bindfs") is None, reason="needs bindfs")
+def test_disks_that_stand_still_for_a_moment():
+    kills.run(10 if ALL else 1, seed=3, stop=1.0, disk=True)
 
 
 def test_interrupts(tmp_path):
