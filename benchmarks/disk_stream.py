@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,10 +84,10 @@ def digest(x: Tensor) -> str:
     return str(x.contiguous().view(torch.int16).long().sum().item())
 
 
-def load_ours(path: str, depth: int, spec: str):
+def load_ours(path: str, depth: int, spec: str, *, verify: bool = False):
     import distorch
 
-    model = distorch.load(stack(depth), path, spec, progress=False)
+    model = distorch.load(stack(depth), path, spec, verify=verify, progress=False)
     assert distorch.report(model).ok
     return model
 
@@ -139,6 +140,7 @@ def load_accelerate(path: str, depth: int, spec: str):
 
 LOADERS = {
     "distorch": load_ours,
+    "verified": partial(load_ours, verify=True),
     "resident": load_resident,
     "mmap": load_mapped,
     "accelerate": load_accelerate,
@@ -214,7 +216,7 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict:
         file = own_file if name == "mmap" else checkpoint
         return Worker(script, [*common, "--checkpoint", str(file), "--worker", name], limit)
 
-    names = ["distorch", "mmap", "accelerate", "resident"]
+    names = ["distorch", "verified", "mmap", "accelerate", "resident"]
     workers = {name: worker(name, limited=name != "resident") for name in names}
     raw = worker("raw", False)
     runs = []
@@ -248,7 +250,7 @@ def summarise(result: dict, tokens: list[int]) -> list[dict]:
         names = [name for name in kept[0] if isinstance(kept[0][name], dict)]
         median = {n: statistics.median(r[n]["seconds"] for r in kept) for n in names}
         floor = max(median["resident"], median["raw"])
-        ratio = {n: median[n] / floor for n in ("distorch", "mmap", "accelerate")}
+        ratio = {n: median[n] / floor for n in ("distorch", "verified", "mmap", "accelerate")}
         rows.append(
             {"tokens": count, "median_seconds": median, "floor_seconds": floor, "ratio": ratio}
         )

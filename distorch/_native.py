@@ -132,6 +132,7 @@ _C.set_io_threads(_io_threads())
 CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
 _C.set_cuda_library(str(CUDA_LIBRARY))
 
+block_sums = _C.block_sums
 counters_id = _C.counters_id
 decode_kernel = _C.decode_kernel
 fetch_count = _C.fetch_count
@@ -152,4 +153,5 @@ set_host_access = _C.set_host_access
 set_read_clock = _C.set_read_clock
 start_trace = _C.start_trace
 stop_trace = _C.stop_trace
+verify_file = _C.verify_file
 waiting_for_turn = _C.waiting_for_turn

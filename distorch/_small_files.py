@@ -46,6 +46,16 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def is_own(file: Path) -> bool:
+    """Whether nobody else can have written a file: the user owns it and its folder. OSError."""
+    for path in file, file.parent:
+        status = path.stat()
+        others_write = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+        if status.st_uid != os.geteuid() or others_write:
+            return False
+    return True
+
+
 def read_json(path: str | os.PathLike[str], most: int = MOST_JSON) -> Any:
     """What a JSON file says.
 

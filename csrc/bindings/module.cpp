@@ -5,9 +5,15 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
+#include <cstring>
+#include <memory>
+#include <vector>
+
 #include "bindings/errors.h"
 #include "bindings/frames.h"
 #include "bindings/turns.h"
+#include "core/checksum.h"
+#include "core/file.h"
 #include "core/host_access.h"
 #include "core/virtual_reads.h"
 #include "device/cuda.h"
@@ -77,6 +83,41 @@ std::tuple<uint64_t, uint64_t, double, uint64_t, std::map<std::string, uint64_t>
   return {hits + counters.misses.load(), hits, stall, counters.overflows.load(), counters.bytes()};
 }
 
+constexpr size_t kSumThreads = 4;
+
+// Four bytes for each block of a buffer, whose first byte is at `begin` of its file.
+py::bytes sums_of(const py::buffer& buffer, uint64_t begin, const std::vector<uint64_t>& cuts) {
+  const py::buffer_info info = buffer.request();
+  std::vector<uint32_t> sums;
+  {
+    const py::gil_scoped_release released;
+    const auto bytes = static_cast<uint64_t>(info.size * info.itemsize);
+    sums = distorch::block_sums(static_cast<const std::byte*>(info.ptr), begin,
+                                distorch::block_ends(begin, begin + bytes, cuts), kSumThreads);
+  }
+  return {reinterpret_cast<const char*>(sums.data()), sums.size() * sizeof(uint32_t)};
+}
+
+// Whoever reads that file has its bytes compared, as long as the capsule lives. ValueError if it
+// cannot be opened, or has not so many bytes or blocks.
+py::capsule verify_file(const std::string& path, uint64_t bytes, const std::vector<uint64_t>& cuts,
+                        const std::string& sums) {
+  distorch::Checksums known;
+  known.sums.resize(sums.size() / sizeof(uint32_t));
+  std::memcpy(known.sums.data(), sums.data(), known.sums.size() * sizeof(uint32_t));
+  try {
+    return capsule_of([&] {
+      const py::gil_scoped_release released;
+      known.ends = distorch::block_ends(0, bytes, cuts);
+      auto file = std::make_unique<std::shared_ptr<distorch::File>>(distorch::File::open(path));
+      (*file)->verify_with(std::move(known));
+      return file;
+    }());
+  } catch (const distorch::Error& error) {
+    throw py::value_error(error.what());
+  }
+}
+
 void wait_without_interpreter(const std::function<void()>& wait) {
   if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) return wait();
   const py::gil_scoped_release released;
@@ -105,6 +146,8 @@ PYBIND11_MODULE(_C, module) {
     }());
   });
 
+  module.def("block_sums", &sums_of);
+  module.def("verify_file", &verify_file);
   module.def("set_data", &set_data, py::arg("tensor"), py::arg("data"));
   module.def("fetch_count", [] { return distorch::process_fetches.load(); });
   module.def("set_scratch_directory", &distorch::set_scratch_directory);

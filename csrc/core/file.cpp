@@ -13,6 +13,7 @@
 #include <map>
 #include <vector>
 
+#include "core/checksum.h"
 #include "core/error.h"
 #include "core/forks.h"
 #include "core/host_memory.h"
@@ -170,6 +171,69 @@ bool File::is_cached(uint64_t offset, uint64_t bytes) const {
   return std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
 }
 
+void File::verify_with(Checksums sums) {
+  const uint64_t end = sums.ends.empty() ? 0 : sums.ends.back();
+  if (end != size_ || sums.ends.size() != sums.sums.size()) {
+    throw Error(ErrorKind::kFormat,
+                "'" + path_ + "' has " + std::to_string(size_) + " bytes in " +
+                    std::to_string(sums.ends.size()) + " blocks, and there are checksums of " +
+                    std::to_string(sums.sums.size()) + " up to byte " + std::to_string(end));
+  }
+  auto shared = std::make_shared<const Checksums>(std::move(sums));
+  const MutexLock lock(mutex_);
+  if (sums_ == nullptr) sums_ = std::move(shared);
+}
+
+std::shared_ptr<const Checksums> File::sums() const {
+  if (writable_) return nullptr;  // a scratch file
+  const MutexLock lock(mutex_);
+  return sums_;
+}
+
+// `read` is what was read of that block, whole.
+void File::compare(const Checksums& sums, size_t block, const std::byte* read) const {
+  const uint64_t begin = sums.begin_of(block), end = sums.ends[block];
+  if (checksum(read, end - begin) == sums.sums[block]) return;
+  throw Error(ErrorKind::kFetch,
+              "bytes " + std::to_string(begin) + " to " + std::to_string(end) + " of '" + path_ +
+                  "' are not what they were when the file was verified first. The disk or the "
+                  "memory may be failing, or a program wrote there and put the file's time back. "
+                  "Get the file again");
+}
+
+// A block that was read whole, in memory of this thread until the thread's next call.
+const std::byte* File::compared_block(const Checksums& sums, size_t block) const {
+  thread_local const OwnMemory memory(static_cast<std::byte*>(std::aligned_alloc(kPage, kSummed)));
+  if (memory == nullptr) throw std::bad_alloc();
+  const uint64_t begin = sums.begin_of(block);
+  read_plain(begin, sums.ends[block] - begin, memory.get(), false);
+  compare(sums, block, memory.get());
+  return memory.get();
+}
+
+// Whole blocks go straight into place. Of those that the range has in part, all has to be read.
+void File::read_compared(const Checksums& sums, uint64_t offset, uint64_t bytes, std::byte* into,
+                         bool slack) const {
+  const uint64_t end = offset + bytes;
+  for (uint64_t at = offset; at < end;) {
+    const size_t first = sums.block_at(at), last = sums.block_at(end);  // `last` ends behind it
+    std::byte* const to = into + (at - offset);
+    if (at == sums.begin_of(first) && first < last) {
+      const uint64_t whole = sums.begin_of(last);
+      // Later, slack would let it write over what is compared already.
+      read_plain(at, whole - at, to, slack && at == offset);
+      for (size_t block = first; block < last; ++block) {
+        compare(sums, block, to + (sums.begin_of(block) - at));
+      }
+      at = whole;
+    } else {
+      const uint64_t stop = std::min(end, sums.ends[first]);
+      std::memcpy(to, compared_block(sums, first) + (at - sums.begin_of(first)), stop - at);
+      at = stop;
+    }
+  }
+}
+
 void File::read(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const {
   check_unchanged();
   if (offset > size_ || bytes > size_ - offset) {
@@ -177,6 +241,13 @@ void File::read(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) co
                                        std::to_string(offset + bytes) + " of '" + path_ +
                                        "', which has " + std::to_string(size_));
   }
+  if (const auto known = sums(); known != nullptr) {
+    return read_compared(*known, offset, bytes, into, slack);
+  }
+  read_plain(offset, bytes, into, slack);
+}
+
+void File::read_plain(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const {
   if (direct_fd_ < 0 || is_cached(offset, bytes)) return read_buffered(offset, bytes, into);
   const uint64_t lead = offset % kPage;
   const bool in_phase = reinterpret_cast<uintptr_t>(into) % kPage == lead;
@@ -236,6 +307,11 @@ void File::read_buffered(uint64_t offset, uint64_t bytes, std::byte* into) const
 
 std::shared_ptr<std::byte> File::map(uint64_t offset, uint64_t bytes) const {
   check_unchanged();
+  if (const auto known = sums(); known != nullptr) {
+    for (size_t block = known->block_at(offset); known->begin_of(block) < offset + bytes; ++block) {
+      static_cast<void>(compared_block(*known, block));
+    }
+  }
   const uint64_t lead = offset % kPage;
   const uint64_t length = std::max<uint64_t>(lead + bytes, 1);
   void* map = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd_,

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "core/alignment.h"
+#include "core/checksum.h"
 #include "core/mutex.h"
 
 namespace distorch {
@@ -38,15 +39,20 @@ class File {
   // Whether the bytes are somebody's file and not scratch.
   bool is_checkpoint() const { return !writable_; }
 
+  // From now on all who read this file have its bytes compared with these sums first. Where there
+  // are sums already, they stay. Throws Error(kFormat) if they are not of a file of this size.
+  void verify_with(Checksums sums);
+
   // Reads exactly [offset, offset + bytes) into `into`. Thread-safe.
   // When `into` and `offset` agree modulo kPage the bytes travel without a
   // copy, and up to a page on either side of `into` may be overwritten if
   // `slack` says that this memory belongs to the caller.
   // Throws Error(kFetch) on a short read, an I/O error, or when the file is
-  // not the one that was opened any more (size or modification time).
+  // not the one that was opened any more (size, modification time, or sums).
   void read(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const;
 
-  // The bytes as copy-on-write memory, read from the file when touched.
+  // The bytes as copy-on-write memory, read from the file when touched. A file with sums is read
+  // and compared before: later changes of bytes that were not touched yet are not noticed.
   // Throws Error(kFetch) when the file is not the one that was opened.
   std::shared_ptr<std::byte> map(uint64_t offset, uint64_t bytes) const;
 
@@ -62,6 +68,12 @@ class File {
   File(std::string path, int fd, bool writable);
   bool is_still(const struct stat& status) const;
   void check_unchanged() const;
+  std::shared_ptr<const Checksums> sums() const;
+  void compare(const Checksums& sums, size_t block, const std::byte* read) const;
+  const std::byte* compared_block(const Checksums& sums, size_t block) const;
+  void read_compared(const Checksums& sums, uint64_t offset, uint64_t bytes, std::byte* into,
+                     bool slack) const;
+  void read_plain(uint64_t offset, uint64_t bytes, std::byte* into, bool slack) const;
   bool is_cached(uint64_t offset, uint64_t bytes) const;
   void read_buffered(uint64_t offset, uint64_t bytes, std::byte* into) const;
   bool read_direct(uint64_t begin, uint64_t end, std::byte* into) const;
@@ -79,7 +91,9 @@ class File {
   const bool writable_;
   const pid_t owner_;
   const uint64_t forks_before_;
-  Mutex mutex_;
+  mutable Mutex mutex_;
+  // Null: nobody wants the bytes compared.
+  std::shared_ptr<const Checksums> sums_ GUARDED_BY(mutex_);
 };
 
 }  // namespace distorch

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/bulk_read.h"
+#include "core/checksum.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/stream_copy.h"
@@ -126,6 +127,87 @@ void changed_files_are_noticed() {
   CHECK(into == data);
 }
 
+void checksums() {
+  // The check value that every description of CRC-32C gives.
+  const std::string digits = "123456789";
+  CHECK(checksum(reinterpret_cast<const std::byte*>(digits.data()), digits.size()) == 0xe3069283);
+  CHECK(checksum(nullptr, 0) == 0);
+  const auto data = pattern(3 * kSummed + 5, 31);
+  for (const uint64_t bytes : {uint64_t{0}, uint64_t{7}, uint64_t{8}, uint64_t{4099}}) {
+    CHECK(checksum_by_tables(data.data() + 1, bytes) == checksum(data.data() + 1, bytes));
+  }
+  const std::vector<uint64_t> cuts = {kSummed + 9, 7, 0, kSummed, 9 * kSummed};
+  const std::vector<uint64_t> ends = {7,           kSummed,     kSummed + 9,
+                                      2 * kSummed, 3 * kSummed, 3 * kSummed + 5};
+  CHECK(block_ends(0, data.size(), cuts) == ends);
+  CHECK(block_ends(kSummed, 2 * kSummed, cuts) == std::vector(ends.begin() + 2, ends.begin() + 4));
+  CHECK(block_ends(5, 5, cuts).empty());
+  const auto sums = block_sums(data.data(), 0, ends, 3);
+  CHECK(sums.size() == 6);
+  CHECK(sums[2] == checksum(data.data() + kSummed, 9));
+  CHECK(sums[5] == checksum(data.data() + 3 * kSummed, 5));
+}
+
+// Changes one byte. The file's time stays.
+void rot(const std::string& path, uint64_t at) {
+  const auto time = std::filesystem::last_write_time(path);
+  std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
+  file.seekg(static_cast<std::streamoff>(at));
+  const char byte = static_cast<char>(file.get() ^ 1);
+  file.seekp(static_cast<std::streamoff>(at));
+  file.put(byte);
+  file.close();
+  std::filesystem::last_write_time(path, time);
+}
+
+// A changed byte is noticed by every read of its block, and by no other.
+void changed_bytes_are_noticed() {
+  std::mt19937_64 random(32);
+  for (const uint64_t size : {uint64_t{1}, kSummed - 1, kSummed, kSummed + 1, 5 * kSummed + 777}) {
+    const auto data = pattern(size, size);
+    const std::string path = write_file("rotting.bin", data);
+    const auto file = File::open(path);
+    std::vector<uint64_t> cuts(random() % 6);
+    for (uint64_t& cut : cuts) cut = random() % size;
+    Checksums sums{block_ends(0, size, cuts), {}};
+    CHECK_THROWS(kFormat, file->verify_with(sums));
+    CHECK_THROWS(kFormat, file->verify_with({{99}, {1}}));
+    sums.sums = block_sums(data.data(), 0, sums.ends, 2);
+    file->verify_with(sums);
+    std::vector<std::byte> memory(size + 4 * kPage);
+    for (int i = 0; i < 80; ++i) {
+      uint64_t offset = random() % size, end = offset + random() % (size - offset) + 1;
+      if (i % 4 == 0) {  // whole blocks, as most reads are
+        offset = sums.begin_of(sums.block_at(offset));
+        end = sums.ends[sums.block_at(end - 1)];
+      }
+      const uint64_t bytes = end - offset;
+      const bool slack = i % 2 == 0;
+      std::byte* into = memory.data() + kPage + random() % 64;
+      if (slack) into += (offset - reinterpret_cast<uintptr_t>(into)) % kPage;
+      into[-1] = into[bytes] = std::byte{77};
+      file->read(offset, bytes, into, slack);
+      CHECK(std::memcmp(into, data.data() + offset, bytes) == 0);
+      CHECK(slack || (into[-1] == std::byte{77} && into[bytes] == std::byte{77}));
+      CHECK(std::memcmp(file->map(offset, bytes).get(), data.data() + offset, bytes) == 0);
+      const uint64_t at = random() % size;
+      rot(path, at);
+      if (i % 3 == 0) forget_cached_pages(path);
+      const size_t rotten = sums.block_at(at);
+      if (sums.block_at(offset) <= rotten && rotten <= sums.block_at(end - 1)) {
+        CHECK_THROWS(kFetch, file->read(offset, bytes, into, slack));
+        CHECK_THROWS(kFetch, file->map(offset, bytes));
+      } else {
+        file->read(offset, bytes, into, slack);
+        CHECK(std::memcmp(into, data.data() + offset, bytes) == 0);
+      }
+      rot(path, at);
+    }
+    file->read(0, 0, memory.data(), false);
+    file->map(0, 0);
+  }
+}
+
 // Memory that a disk cannot write to by itself, as some of a driver's: unbuffered reads into it
 // fail with EFAULT. Secret memory is of that kind; where the kernel has none, nothing is shown.
 void memory_that_takes_no_unbuffered_reads() {
@@ -190,6 +272,8 @@ int main() {
   scratch_file();
   memory_that_takes_no_unbuffered_reads();
   changed_files_are_noticed();
+  checksums();
+  changed_bytes_are_noticed();
   bulk_reads();
   copies();
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: distorch inspect | plan | trace | doctor | calibrate | demo.
+"""The command line: distorch inspect | plan | verify | trace | doctor | calibrate | demo.
 
 Exit status: 0 done, 1 what was asked failed, 2 wrong use.
 """
@@ -58,6 +58,19 @@ def _parser() -> argparse.ArgumentParser:
         help="smaller weights stay where the model computes; 0, 64kb or auto (default 1mb)",
     )  # fmt: skip
 
+    verify = commands.add_parser(
+        "verify",
+        help="whether a checkpoint's bytes are what they were",
+        description="Reads a checkpoint whole, and compares it with the checksums that were taken "
+        "when it was verified first, by this command or by load(verify=True). The first time, it "
+        "takes them. Exit status 1 if bytes have changed.",
+    )
+    verify.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
+    verify.add_argument(
+        "--anew", action="store_true", help="take new checksums: the file is right as it is now"
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON")
+
     trace = commands.add_parser("trace", help="what ran when, from a file that a trace wrote")
     trace.add_argument("file", help="the JSON file that distorch.trace wrote")
     trace.add_argument("--json", action="store_true", help="print JSON")
@@ -102,6 +115,24 @@ def _plan(arguments: argparse.Namespace) -> int:
         arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes
     )
     return _show(made, arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from distorch.display.tables import human_bytes, text_table
+    from distorch.formats.verify import compare_whole, forget
+
+    if arguments.anew:
+        forget(arguments.file)
+    known = compare_whole(arguments.file)
+    sizes = {path: path.stat().st_size for path in known}
+    if arguments.json:
+        files = [{"file": str(p), "bytes": sizes[p], "known": known[p]} for p in known]
+        print(json.dumps({"files": files}, indent=1))
+        return 0
+    said = {True: "as it was", False: "seen first: its checksums are kept"}
+    rows = [(str(path), human_bytes(sizes[path]), said[known[path]]) for path in known]
+    print(text_table(("file", "size", "its bytes"), rows, "verified"))
+    return 0
 
 
 def _trace(arguments: argparse.Namespace) -> int:
@@ -150,6 +181,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 _COMMANDS = {
     "inspect": _inspect,
     "plan": _plan,
+    "verify": _verify,
     "trace": _trace,
     "doctor": _doctor,
     "calibrate": _calibrate,

@@ -19,36 +19,34 @@ from distorch.formats.safetensors import read_header
 from distorch.formats.scales import OF_THEIR_OWN
 from distorch.formats.stored import StoredTensor
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
+from distorch.formats.unchanged import Stamp, Sums, stamp_of, sums_of
 from distorch.planner import Inventory, WeightInfo
 
 _NO_WEIGHTS = ("spiece_model", "tekken_model", "scaled_fp8", "__index_timestep_zero__")
 
 
-# What tells whether a file is still the one that it was: inode, bytes, nanoseconds of its last
-# change.
-Stamp = tuple[int, int, int]
+@dataclass(frozen=True)
+class Opened:
+    """A file of a checkpoint: its stamp when its header was read; where its tensors begin and end,
+    in bytes; and its checksums, if it is verified (Note [Verified files]).
+    """
 
-
-def stamp_of(path: str | os.PathLike[str]) -> Stamp:
-    """A file's stamp now. FormatError if it is not there."""
-    try:
-        status = Path(path).stat()
-    except OSError as error:
-        raise FormatError(f"cannot look at {str(path)!r}: {error}") from error
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    stamp: Stamp
+    cuts: tuple[int, ...]
+    sums: Sums | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, in file order, and the metadata of the (first) file. `stamps`: each file's,
-    when its header was read.
+    """Tensors by name, in file order, and the metadata of the (first) file. `opened`: its files, by
+    their real paths.
     """
 
     path: str
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
     is_gguf: bool = False  # such files keep small tensors in float32, whatever they were
-    stamps: dict[str, Stamp] = field(default_factory=dict)
+    opened: dict[str, Opened] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -99,11 +97,13 @@ def weight_info(tensor: StoredTensor, name: str, aliases: tuple[str, ...] = ()) 
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads the headers only. FormatError when there is nothing to read or it is damaged."""
+    """Reads the headers only. FormatError when there is nothing to read or it is damaged, and
+    FetchError if what is read of a file that is verified is not what it was.
+    """
     files = find_files(path)
     tensors: dict[str, StoredTensor] = {}
     headers: list[dict[str, str]] = []
-    stamps: dict[str, Stamp] = {}
+    opened: dict[str, Opened] = {}
     wanted = _Listed(files)
     for number, file in enumerate(files.paths):
         part = (number, len(files.paths)) if files.parts else None
@@ -111,8 +111,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             raise FormatError(
                 f"{files.shown!r} lists {file.name!r}, which is not there: get the whole checkpoint"
             )
-        stamps[str(file.resolve())] = stamp_of(file)
-        found, metadata = _read_file(file, part)
+        real, stamp = file.resolve(), stamp_of(file)
+        sums = sums_of(real, stamp)
+        found, metadata = _read_compared(file, part, sums)
+        cuts = [cut for t in found.values() for cut in (t.offset, t.offset + t.nbytes)]
+        opened[str(real)] = Opened(stamp, tuple(cuts), sums)
         headers.append(metadata)
         if files.listed:
             found = wanted.of(file, found)
@@ -127,7 +130,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         with_declarations(tensors, headers, files.shown),
         next(filter(None, headers), {}),
         gguf.is_gguf(files.paths[0]),
-        stamps,
+        opened,
     )
 
 
@@ -161,6 +164,21 @@ class _Listed:
 def _is_beside(name: str, layers: Collection[str]) -> bool:
     layer, _, leaf = name.rpartition(".")
     return layer in layers and leaf not in OF_THEIR_OWN
+
+
+def _read_compared(
+    path: Path, part: tuple[int, int] | None, sums: Sums | None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """As `_read_file`. FetchError if what was read is not what it was."""
+    if sums is None:
+        return _read_file(path, part)
+    try:
+        found, metadata = _read_file(path, part)
+    except FormatError:
+        sums.compare_all()  # if bytes have changed, that is what is wrong
+        raise
+    sums.compare_unread([*found.values()])
+    return found, metadata
 
 
 def _read_file(

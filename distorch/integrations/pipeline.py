@@ -98,10 +98,10 @@ def load_pipeline(
         virtual_vram: Bytes to give away, in place of a spec.
         donor: Where the bytes of `virtual_vram` go.
         progress: As in `distorch.distribute`.
-        options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
-            `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
-            `distorch.distribute`. `min_bytes` is "auto" here: small weights leave, too, if the spec
-            asks for it. Names begin with the part: `keep=["vae.*"]`.
+        options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident`, `verify` as in
+            `distorch.load`; `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes`
+            as in `distorch.distribute`. `min_bytes` is "auto" here: small weights leave, too, if
+            the spec asks for it. Names begin with the part: `keep=["vae.*"]`.
 
     Returns:
         The pipeline, an object of diffusers' own class.
@@ -130,7 +130,7 @@ def load_pipeline(
     matched: dict[str, Matched] = {}
     for name, part in parts.items():
         request = replace(wish, loras=shares[name])
-        modules[name], found = _matched(part, dtypes[name], request)
+        modules[name], found = _matched(part, dtypes[name], request, progress)
         if found is not None:
             matched[name] = found
     pipe = source.pipeline(modules, _as_diffusers(dtypes, dtype))
@@ -163,17 +163,21 @@ def load_pipeline(
     return refuse_other_offloading(pipe)
 
 
-def _matched(part: Part, dtype: torch.dtype, request: Request) -> tuple[nn.Module, Matched | None]:
+def _matched(
+    part: Part, dtype: torch.dtype, request: Request, progress: Progress
+) -> tuple[nn.Module, Matched | None]:
     """A part's empty module, matched with its file. If the file cannot be streamed: the module with
     its weights, as its library loads it, and None. FormatError.
     """
     try:
-        module, checkpoint = part.empty(dtype)
-        return module, match_up(module, checkpoint, request)
+        with request.verifying(part.weights, progress):
+            module, checkpoint = part.empty(dtype)
+            return module, match_up(module, checkpoint, request)
     except FormatError as error:
         if not part.library_can_load(error):
             raise FormatError(f"{part.name}: {error}") from error
         _LOG.warning("%s is loaded whole, then it is distributed: %s", part.name, error)
+        request.compare(part.weights, progress)
         return part.whole(dtype), None
 
 

@@ -87,10 +87,10 @@ def load_pretrained(
         virtual_vram: Bytes to give away, in place of a spec.
         donor: Where the bytes of `virtual_vram` go.
         progress: As in `distorch.distribute`.
-        options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident` as in `distorch.load`;
-            `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes` as in
-            `distorch.distribute`. `min_bytes` is "auto" here: small weights leave, too, if the spec
-            asks for it.
+        options: `lora_mode`, `strict_loras`, `patched_dtype`, `resident`, `verify` as in
+            `distorch.load`; `compute`, `order`, `keep`, `offload`, `rules`, `prefetch`, `min_bytes`
+            as in `distorch.distribute`. `min_bytes` is "auto" here: small weights leave, too, if
+            the spec asks for it.
 
     Returns:
         The model, an object of transformers' own class.
@@ -115,13 +115,15 @@ def load_pretrained(
     wanted = dtype_for(dtype, config, found.weights)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        module, checkpoint = empty_pretrained(cls, config, wanted, found.weights, **remote)
-        _read_generation_config(module, found)
-        return fill(module, prepare(module, checkpoint, wish), progress=progress)
+        with wish.verifying(found.weights, progress):
+            module, checkpoint = empty_pretrained(cls, config, wanted, found.weights, **remote)
+            _read_generation_config(module, found)
+            return fill(module, prepare(module, checkpoint, wish), progress=progress)
     except ConversionError as error:
         if found.weights != weights_file(found.folder):
             raise  # another file than transformers would take
         _LOG.warning("transformers loads %s whole, then it is distributed: %s", found.folder, error)
+        wish.compare(found.weights, progress)
         whole = cls.from_pretrained(found.folder, dtype=wanted, **remote).eval()
         return _distributed(whole, wish, progress)
 

@@ -51,6 +51,7 @@ def load(
     resident: Resident = "quantised",
     virtual_vram: str | int | None = None,
     donor: str | None = None,
+    verify: bool = False,
     progress: Progress = None,
     **options: Unpack[PlacementOptions],
 ) -> Module:
@@ -93,6 +94,9 @@ def load(
             wide once and for all.
         virtual_vram: Bytes to give away, in place of a spec.
         donor: Where the bytes of `virtual_vram` go.
+        verify: Compares every byte of the file with what it was when the file was verified first,
+            whenever it is read: at the load, at fetches, and for LoRAs. The first time, the file
+            is read whole, and its checksums are kept in the cache folder.
         progress: As in `distribute`.
         options: Those of `distribute`.
 
@@ -103,7 +107,8 @@ def load(
         FormatError: The file is missing, damaged, or does not fit the module.
         SpecError: The spec or an option is wrong.
         PlacementError: The placement cannot be done.
-        FetchError: A file could not be read, or a donor failed.
+        FetchError: A file could not be read, its bytes are not what they were (`verify`), or a
+            donor failed.
 
     After any of them the module is as it was.
     """
@@ -111,10 +116,15 @@ def load(
     request = Request(
         spec, plan, virtual_vram, donor, options, loras=loras, strict=strict,
         strict_loras=strict_loras, lora_mode=lora_mode, patched_dtype=patched_dtype, dtype=dtype,
-        resident=resident, known=("spec", "plan", "virtual_vram", "donor", "progress", *OF_LOAD),
+        resident=resident, verify=verify,
+        known=("spec", "plan", "virtual_vram", "donor", "progress", *OF_LOAD),
     )  # fmt: skip
     check_module(module)
-    with alone(module), distribution.nothing_merging(module):
+    with (
+        request.verifying(file, progress),
+        alone(module),
+        distribution.nothing_merging(module),
+    ):
         return fill(module, prepare(module, file, request), progress=progress)
 
 
@@ -134,7 +144,7 @@ def _remember(module: nn.Module, ready: Ready) -> None:
     known = ready.patching
     for job in ready.jobs:
         if job.members:
-            original = Original(job.stored, job.rows, job.dtype, stamps=ready.stamps)
+            original = Original(job.stored, job.rows, job.dtype, opened=ready.opened)
             original.put(job.members[0].owner._parameters[job.members[0].key])  # type: ignore[arg-type]
             name = base_name(job.name)
             known.originals[name] = original

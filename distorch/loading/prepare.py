@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from distorch import _ops
+from distorch.display.progress import Progress
 from distorch.errors import FormatError, SpecError, warn_at_caller
-from distorch.formats.checkpoint import Checkpoint, Stamp, open_checkpoint
+from distorch.formats.checkpoint import Checkpoint, Opened, open_checkpoint
 from distorch.formats.naming import fit_names
 from distorch.formats.plain_names import base_name
+from distorch.formats.verify import compare_whole, verifying
 from distorch.loading.job import Job
 from distorch.loading.match import check_no_meta_left, match, tie_again
 from distorch.lora import LoraSource, Patches, are_products
@@ -52,6 +54,7 @@ class FillOptions(PlacementOptions, total=False):
     lora_mode: LoraMode
     patched_dtype: torch.dtype | str | None
     resident: Resident
+    verify: bool
 
 
 class LoadOptions(FillOptions, total=False):
@@ -81,6 +84,7 @@ class Request:
     patched_dtype: torch.dtype | str | None = None
     dtype: torch.dtype | str | None = None
     resident: str = "quantised"
+    verify: bool = False
     known: Sequence[str] = ()  # arguments that may have been meant where an option is none
 
     @classmethod
@@ -137,6 +141,7 @@ class Request:
         options = self.options()
         self.floating_dtype()
         self.widens()
+        self.verifies()
         PatchOptions.checked(self.lora_mode, self.patched_dtype)
         if self.plan is None:
             planning.Wish.of(
@@ -163,6 +168,23 @@ class Request:
             raise SpecError(f"resident={self.resident!r}: expected 'quantised' or 'dequantised'")
         return spelled == "dequantised"
 
+    def verifies(self) -> bool:
+        """Whether bytes of files are compared with their checksums. SpecError."""
+        if not isinstance(self.verify, bool):
+            raise SpecError(f"verify={self.verify!r}: expected True or False")
+        return self.verify
+
+    def verifying(
+        self, file: str | os.PathLike[str], progress: Progress
+    ) -> AbstractContextManager[object]:
+        """What opens and loads a file goes into this: see `verify.verifying`."""
+        return verifying(file, progress) if self.verifies() else nullcontext()
+
+    def compare(self, file: str | os.PathLike[str], progress: Progress) -> None:
+        """Compares a whole file now, if that was asked for: others are about to read it."""
+        if self.verifies():
+            compare_whole(file, progress)
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -172,7 +194,7 @@ class Matched:
     inventory: Inventory
     widens: bool
     patching: Patching
-    stamps: dict[str, Stamp]
+    opened: dict[str, Opened]
 
     def placed(self, plan: Plan, options: Options) -> Ready:
         """The same, by a plan that was made for it."""
@@ -182,7 +204,7 @@ class Matched:
             plan.resized({job.name: job.nbytes for job in self.jobs}),
             options,
             self.patching,
-            self.stamps,
+            self.opened,
         )
 
     def _narrow_elsewhere(self, plan: Plan) -> None:
@@ -201,7 +223,7 @@ class Ready:
     plan: Plan
     options: Options
     patching: Patching
-    stamps: dict[str, Stamp]
+    opened: dict[str, Opened]
 
 
 @contextmanager
@@ -279,7 +301,7 @@ def match_up(module: nn.Module, file: Source, request: Request) -> Matched:
     _assign(jobs, patches, patching)
     for job in jobs if widens else ():
         job.widened = job.rows is not None  # as it would be on the compute device
-    return Matched(jobs, inventory_of(module, jobs), widens, patching, checkpoint.stamps)
+    return Matched(jobs, inventory_of(module, jobs), widens, patching, checkpoint.opened)
 
 
 def _assign(jobs: list[Job], patches: Patches, patching: Patching) -> None:

@@ -256,6 +256,9 @@ def _take_back(begun: list[_Change], known: Patching, plan: Plan, error: BaseExc
     """The weights as they were, all that can be. PlacementError if one cannot."""
     lost: list[str] = []
     for change in reversed(begun):
+        original = known.originals.get(base_name(change.group.name))
+        if original is not None and not original.touched:
+            continue  # its original could not be read, which would fail again
         work = Work(change.old_options, plan)
         try:
             redo(change.group, change.old, known, work, width=change.old_width)

@@ -47,12 +47,14 @@ def redo(
     width: int | None = None,
 ) -> None:
     """Gives one weight these patches, and notes that it has them. `values`: its original; `width`:
-    columns that it gets, if not its own.
+    columns that it gets, if not its own. After an error, `touched` of the original says whether the
+    weight may be another one.
     """
     name = base_name(group.name)
     original = known.originals.get(name)
     if original is None:
         original = known.originals[name] = Original(None, None, group.first.dtype)
+    original.touched = False
     if width is not None:
         own = known.widened.get(name, group.first.shape[1])
         known.widened |= dict.fromkeys(names_of(group.members), own)
@@ -61,7 +63,7 @@ def redo(
         original.put(group.first)
         return
     if name in known.widened:
-        _put(group, _restored(group, original, work))
+        _put(group, original, _restored(group, original, work))
         # Only now: if it failed above, the way back has to know the weight's own columns.
         for other in names_of(group.members):
             known.widened.pop(other, None)
@@ -88,7 +90,7 @@ def _redo_widened(
     value = merged_value(
         patches, values, original.rows, dtype, work.compute, shape=shape, width=columns[1]
     )
-    _put_where_it_belongs(group, value, work)
+    _put_where_it_belongs(group, original, value, work)
 
 
 def _result_dtype(values: torch.Tensor, original: Original, options: PatchOptions) -> torch.dtype:
@@ -131,20 +133,21 @@ def _is_decoded(tensor: torch.Tensor) -> bool:
 def _redo_at_fetch(group: Group, terms: _ops.Terms, original: Original, work: Work) -> None:
     parameter = group.first
     if _is_decoded(parameter) and (len(terms) or original.rows is not None):
+        original.touched = True
         return _ops.set_patches(parameter, terms)
     base = _restored(group, original, work)
     if not len(terms):
-        return _put(group, base)
+        return _put(group, original, base)
     if original.rows is None:
         original.kept = base
         if not _ops.is_sharded(base):
             base = _donors.shard_on(current_place(base), base, work.compute, group.name)
         if base.dtype in _ops.DECODED_DTYPES:
-            return _put(group, _ops.patched(base, terms))
+            return _put(group, original, _ops.patched(base, terms))
         code, dtype = _ops.code_of(base.dtype), work.options.dtype_of(base.dtype, original.dtype)
         base = _ops.decoded(base, code, dtype, base.shape, name=group.name)
     _ops.set_patches(base, terms)
-    return _put(group, base)
+    return _put(group, original, base)
 
 
 def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
@@ -152,8 +155,9 @@ def _restored(group: Group, original: Original, work: Work) -> torch.Tensor:
     parameter, compute = group.first.detach(), work.compute
     place, stored, rows = work.place_of(group), original.stored, original.rows
     if original.kept is not None:
-        if current_place(original.kept) != place:  # the module was redistributed since
-            value = alias_of_donor(original.kept)
+        if (there := current_place(original.kept)) != place:  # the module was redistributed since
+            # What is over a map of a file would change with the file, whatever place it is given.
+            value = original.values() if there == "disk" else alias_of_donor(original.kept)
             if place == str(compute) and not _ops.is_sharded(parameter):
                 original.kept = value.to(compute)
             else:
@@ -201,31 +205,35 @@ def _redo_merged(
     elif original.kept is None:
         original.kept = group.first.detach()
     if not patches and (original.kept is not None or not _takes(group.first, original)):
-        return _put(group, _restored(group, original, work))
+        return _put(group, original, _restored(group, original, work))
     parameter = group.first
     value = original.values() if values is None else values
     if patches:
         dtype = _result_dtype(value, original, work.options)
         shape = tuple(parameter.shape)
         into = _memory_of(parameter, dtype) if original.kept is None else None
+        original.touched = original.touched or into is not None
         value = merged_value(patches, value, original.rows, dtype, compute, shape=shape, into=into)
         if into is not None and value.data_ptr() == into.data_ptr():
             return None
     else:
         value = value.to(original.dtype)  # the file may have another
     if original.kept is None and _takes(parameter, value):
+        original.touched = True
         parameter.data.copy_(value)
         return None
     value = value.clone() if values is not None and value.device.type == "cpu" else value
-    return _put_where_it_belongs(group, value, work)
+    return _put_where_it_belongs(group, original, value, work)
 
 
-def _put_where_it_belongs(group: Group, value: torch.Tensor, work: Work) -> None:
+def _put_where_it_belongs(
+    group: Group, original: Original, value: torch.Tensor, work: Work
+) -> None:
     place, compute = work.place_of(group), work.compute
     if place == str(compute) and not _ops.is_sharded(group.first):
-        _put(group, value.to(compute))
+        _put(group, original, value.to(compute))
     else:
-        _put(group, _donors.shard_on(place, value, compute, group.name))
+        _put(group, original, _donors.shard_on(place, value, compute, group.name))
 
 
 def _memory_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -250,8 +258,9 @@ def _takes(parameter: torch.Tensor, value: torch.Tensor | Original) -> bool:
     return not state.decoded and not state.read_only
 
 
-def _put(group: Group, value: torch.Tensor) -> None:
+def _put(group: Group, original: Original, value: torch.Tensor) -> None:
     """Makes `value` the data of every parameter of the group."""
+    original.touched = True
     for parameter in {id(m.parameter): m.parameter for m in group.members}.values():
         replace_data(parameter, value)
 

@@ -23,10 +23,11 @@ from torch import nn
 from distorch import _ops
 from distorch._behaviour import copy_of_donor
 from distorch.errors import FetchError, FormatError, PlacementError, SpecError
-from distorch.formats.checkpoint import Stamp, stamp_of
+from distorch.formats.checkpoint import Opened
 from distorch.formats.plain_names import base_name
 from distorch.formats.scales import own_scales
 from distorch.formats.stored import StoredTensor
+from distorch.formats.unchanged import stamp_of
 from distorch.lora import (
     Applied,
     LoraReader,
@@ -122,16 +123,17 @@ class Original:
     kept: torch.Tensor | None = None
     parameter: weakref.ref[torch.Tensor] | None = None
     seen: tuple[Any, ...] = ()
-    stamps: Mapping[str, Stamp] = field(default_factory=dict)  # of its files, when it was loaded
+    opened: Mapping[str, Opened] = field(default_factory=dict)  # its files, when it was loaded
+    touched: bool = False  # since a change of its patches began, the weight may be another one
 
     def check_files(self) -> None:
         """FetchError if a file that has it is not the one that was loaded."""
         if self.stored is None or self.stored.data is not None:
             return
         sources = [piece.source for piece in self.stored.pieces] or [self.stored]
-        for path in {source.path for source in sources} & self.stamps.keys():
+        for path in {source.path for source in sources} & self.opened.keys():
             try:
-                unchanged = stamp_of(path) == self.stamps[path]
+                unchanged = stamp_of(path) == self.opened[path].stamp
             except FormatError:  # it is gone
                 unchanged = False
             if not unchanged:

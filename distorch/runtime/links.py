@@ -7,9 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
-import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from distorch import _donors, _native, _ops
-from distorch._small_files import read_json, write_atomically
+from distorch._small_files import is_own, read_json, write_atomically
 from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.planner import DeviceInfo
@@ -107,21 +105,11 @@ def known_links() -> Calibration | None:
         return _known[key]
     try:
         file = _cache_file()
-        if not _is_own(file):
+        if not is_own(file):
             return None
         return _remember(_believed(read_json(file)))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # `calibrate` writes it anew
-
-
-def _is_own(file: Path) -> bool:
-    """Whether nobody else can have written a file: the user owns it and its folder."""
-    for path in file, file.parent:
-        status = path.stat()
-        others_write = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
-        if status.st_uid != os.geteuid() or others_write:
-            return False
-    return True
 
 
 def _believed(stored: Any) -> Calibration:

@@ -22,7 +22,8 @@ from safetensors.torch import save
 from torch import nn
 
 import distorch
-from distorch.errors import DistorchError, FormatError
+from distorch.errors import DistorchError, FetchError, FormatError
+from distorch.formats import unchanged
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.lora.files import read_lora
 from distorch.planner import DeviceInfo, parse_spec
@@ -490,6 +491,29 @@ def calibration(data: bytes) -> None:
     if found is not None:
         str(found), found._repr_html_()
         assert all(link.rate > 0 and link.latency >= 0 for link in found.links)
+
+
+@_target(
+    "sums",
+    lambda: [
+        b'{"version": 1, "file": "", "stamp": [1, 300, 1], "cuts": [8, 100], "crc32": 0, "sums": '
+        b'"AAAAAAAAAAAAAAAA"}'
+    ],
+    ('"cuts"', '"sums"', '"stamp"', "NaN", "1e400", "-1", "18446744073709551616", "true", "[]"),
+)
+def sums(data: bytes) -> None:
+    """Any bytes as the checksums of a file, whose own checksum would let few through."""
+    kept, file = _file("sums.json", data), _file("summed.bin", bytes(300))
+    kept.chmod(0o600)
+    originals = unchanged._file_of, unchanged._sum_of
+    unchanged._file_of, unchanged._sum_of = lambda _: kept, lambda *_: 0
+    try:
+        found = unchanged.known_sums(file, (1, 300, 1))
+        if found is not None:
+            with suppress(FetchError):
+                found.compare_all()
+    finally:
+        unchanged._file_of, unchanged._sum_of = originals
 
 
 _MACHINE = {

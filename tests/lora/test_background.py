@@ -132,6 +132,25 @@ def test_nothing_is_fetched_any_more_after_it(path):
     assert report.bytes == report.planned
 
 
+def test_what_is_in_memory_afterwards_does_not_change_with_its_file(path):
+    """Taken off and put on again, the weights were over a map of the file."""
+    model, loras = load(path, loras=[(lora(), 0.5)]), [(lora(), 0.5)]
+    x = torch.randn(3, SIZE).bfloat16()
+    distorch.finish_merging(model)
+    patched = model(x)
+    for wanted in ([], loras, []):
+        distorch.set_loras(model, wanted)
+        distorch.finish_merging(model)
+    plain = load(path, "cpu,*")(x)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    assert torch.equal(model(x), plain)
+    distorch.set_loras(model, loras)
+    distorch.finish_merging(model)
+    assert torch.equal(model(x), patched)
+
+
 def test_another_change_meanwhile(path, gate):
     model = load(path, loras=[(lora(), 0.5)])
     gate.open(2)

@@ -264,7 +264,9 @@ def test_written_to_while_wide():
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
-    """The weight cannot be read: all is as before, or said to be lost, and the next call mends it."""
+    """The weight cannot be written: all is as before, or said to be lost, and the next call mends
+    it.
+    """
     from distorch.patching import forms
 
     model = Plain()
@@ -276,11 +278,12 @@ def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
     before = weights(model)
     left, real = [times], forms._put
 
-    def put(group, value):
+    def put(group, original, value):
         if left[0] and group.name == "img_in.weight":
             left[0] -= 1
+            original.touched = True
             raise distorch.FetchError("the disk is gone")
-        return real(group, value)
+        return real(group, original, value)
 
     monkeypatch.setattr(forms, "_put", put)
     error = distorch.FetchError if times == 1 else PlacementError
