@@ -54,10 +54,11 @@ std::byte* bounce_buffer() {
   return buffer.get();
 }
 
-// Files that somebody reads from, by path.
+// Files that somebody reads from, by path. One that changed, and then got its old time back, is
+// found again, with its checksums: so there may be several with one path.
 struct OpenFiles {
   Mutex mutex;
-  std::map<std::string, std::weak_ptr<File>> by_path GUARDED_BY(mutex);
+  std::multimap<std::string, std::weak_ptr<File>> by_path GUARDED_BY(mutex);
 };
 
 // Never destroyed: files may outlive every static object.
@@ -112,13 +113,15 @@ std::shared_ptr<File> File::open(const std::string& path) {
   }
   const MutexLock lock(open_files.mutex);
   std::erase_if(open_files.by_path, [](const auto& entry) { return entry.second.expired(); });
-  std::weak_ptr<File>& known = open_files.by_path[path];
-  if (auto file = known.lock(); file != nullptr && file->is_still(status)) {
-    ::close(fd);
-    return file;
+  const auto [begin, end] = open_files.by_path.equal_range(path);
+  for (auto known = begin; known != end; ++known) {
+    if (auto file = known->second.lock(); file != nullptr && file->is_still(status)) {
+      ::close(fd);
+      return file;
+    }
   }
   std::shared_ptr<File> file(new File(path, fd, false));
-  known = file;
+  open_files.by_path.emplace(path, file);
   return file;
 }
 

@@ -108,9 +108,15 @@ void changed_files_are_noticed() {
   CHECK_THROWS(kFetch, file->read(0, 50'000, into.data(), false));
   write_file(path, data);
   file = File::open(path);
+  const auto time = std::filesystem::last_write_time(path);
   std::filesystem::last_write_time(
       path, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
   CHECK_THROWS(kFetch, file->read(0, 10, into.data(), false));
+  // Once it has its time back, it is the same file, and not one beside it.
+  const auto meanwhile = File::open(path);
+  CHECK(meanwhile != file);
+  std::filesystem::last_write_time(path, time);
+  CHECK(File::open(path) == file);
   CHECK_THROWS(kFormat, File::open("no such file"));
   // What is no ordinary file is refused at once. A pipe would wait for a writer, a device never
   // end.

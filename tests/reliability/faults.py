@@ -32,8 +32,8 @@ KINDS = {
     "thread": (10, errno.EAGAIN, False),
 }  # fmt: skip
 OPERATIONS = (
-    "load", "load with a LoRA", "distribute", "to disk", "to RAM", "to both", "merge", "fetch",
-    "background", "off", "step", "undistribute", "save",
+    "load", "load with a LoRA", "load verified", "distribute", "to disk", "to RAM", "to both", "merge", "fetch",
+    "background", "off", "step", "step verified", "undistribute", "save",
 )  # fmt: skip
 CRASH = "CRASH"
 HANG = 60  # seconds after which an operation counts as one that hangs
@@ -57,7 +57,7 @@ def run(most: int, operations=OPERATIONS, kinds=tuple(KINDS), progress=print) ->
         folder, scratch = Path(name), Path(name, "scratch")
         scratch.mkdir()
         environment = {
-            **os.environ, "LD_PRELOAD": str(build(folder)), "DISTORCH_DISK": str(scratch),
+            **os.environ, "LD_PRELOAD": str(build(folder)), "DISTORCH_DISK": str(scratch), "XDG_CACHE_HOME": str(folder / "cache"),
             "OMP_NUM_THREADS": "1", "DISTORCH_CHECK_LOCKS": "1",
         }  # fmt: skip
         for operation in operations:
@@ -117,17 +117,19 @@ class _Operation:
     def prepare(self) -> None:
         """The state that it begins with."""
         import distorch
+        from distorch.formats.verify import forget
         from tests.reliability.victim import net
 
         v, name = self._victim, self._name
         v.module, v.loras = None, []
         gc.collect()
+        forget(v.file)  # so that a load takes checksums
         if name == "distribute":
             v.module = net()
             return
         loras = [(v.lora, 1.0)] if name == "off" else []
         spec = {"to RAM": "disk,*", "to disk": "cpu,0b;disk,*"}.get(name, "cpu,50%;disk,*")
-        v.module, v.loras = v._loaded(loras, spec), loras
+        v.module, v.loras = v._loaded(loras, spec, verify=name == "step verified"), loras
         if name == "to disk":  # weights that are in no file
             distorch.undistribute(v.module)
             distorch.distribute(v.module, "cpu,*", min_bytes=0, progress=False)
@@ -138,7 +140,7 @@ class _Operation:
         v, name = self._victim, self._name
         if name.startswith("load"):
             loras = [(v.lora, 1.0)] if "LoRA" in name else []
-            v.module, v.loras = v._loaded(loras), loras
+            v.module, v.loras = v._loaded(loras, verify="verified" in name), loras
         elif name == "distribute":
             distorch.distribute(v.module, "cpu,50%;disk,*", min_bytes=0, progress=False)
         elif name.startswith("to "):

@@ -27,6 +27,7 @@ def run(count: int, seed: int = 0, progress=print) -> Counter:
         folder.mkdir()
         scratch.mkdir()
         os.environ["DISTORCH_DISK"] = str(scratch)
+        os.environ["XDG_CACHE_HOME"] = str(Path(name, "cache"))
         from tests.reliability.victim import Victim, check_folder, check_nothing_left, open_files
 
         victim, dice, struck = Victim(folder, seed), random.Random(seed), Counter()

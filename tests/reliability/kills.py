@@ -43,7 +43,10 @@ def run(
         folder, scratch = place / "model", place / "scratch"
         folder.mkdir()
         scratch.mkdir()
-        environment = {**os.environ, "DISTORCH_DISK": str(scratch), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ, "DISTORCH_DISK": str(scratch), "XDG_CACHE_HOME": str(place / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         for number in range(count):
             victim = subprocess.Popen(
                 [sys.executable, "-m", "tests.reliability.victim", str(folder), str(seed + number)],

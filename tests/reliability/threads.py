@@ -127,7 +127,7 @@ class Setting:
         return distorch.load(
             net(self.dtype) if module is None else module, self.file, spec,
             loras=self.lora(state), lora_mode=mode, min_bytes=0, prefetch="64kb",
-            compute=self.device, progress=False,
+            compute=self.device, progress=False, verify=state == FIRST,
         )  # fmt: skip
 
     def write(self, module: nn.Module) -> None:
@@ -434,6 +434,7 @@ def run(
     settings: dict[tuple[str, str], Setting] = {}
     done: Counter = Counter()
     with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_CACHE_HOME"] = str(Path(name, "cache"))
         for number in range(seed, seed + programs):
             dice = random.Random(number)
             device = dice.choice(["cpu", "sim:0"])

@@ -50,10 +50,13 @@ class Victim:
         self.wanted = {"": net()(self.x)}
         self.wanted["lora"] = self._loaded([(self.lora, 1.0)])(self.x)
 
-    def _loaded(self, loras: list, spec: str = "cpu,0b;disk,*") -> nn.Module:
+    def _loaded(
+        self, loras: list, spec: str = "cpu,0b;disk,*", *, verify: bool = False
+    ) -> nn.Module:
         return distorch.load(
-            net(), self.file, spec, loras=loras, min_bytes=0, progress=False, prefetch="1mb"
-        )
+            net(), self.file, spec, loras=loras, min_bytes=0, progress=False, prefetch="1mb",
+            verify=verify,
+        )  # fmt: skip
 
     def check(self) -> None:
         """The model is in the state that it should be in, to the bit."""
@@ -65,8 +68,9 @@ class Victim:
 
     def load(self) -> None:
         """Anew from the file. The old model goes when the new one is there."""
-        loras = self.dice.choice([[], [(self.lora, 1.0)]])
-        self.module, self.loras = self._loaded(loras, self.dice.choice(SPECS)), loras
+        loras, verify = self.dice.choice([[], [(self.lora, 1.0)]]), self.dice.choice([False, True])
+        self.module = self._loaded(loras, self.dice.choice(SPECS), verify=verify)
+        self.loras = loras
 
     def redistribute(self) -> None:
         distorch.redistribute(self.module, self.dice.choice(SPECS), progress=False)
