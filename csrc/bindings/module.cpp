@@ -86,7 +86,8 @@ std::tuple<uint64_t, uint64_t, double, uint64_t, std::map<std::string, uint64_t>
 constexpr size_t kSumThreads = 4;
 
 // Four bytes for each block of a buffer, whose first byte is at `begin` of its file.
-py::bytes sums_of(const py::buffer& buffer, uint64_t begin, const std::vector<uint64_t>& cuts) {
+py::bytes take_block_sums(const py::buffer& buffer, uint64_t begin,
+                          const std::vector<uint64_t>& cuts) {
   const py::buffer_info info = buffer.request();
   std::vector<uint32_t> sums;
   {
@@ -146,7 +147,7 @@ PYBIND11_MODULE(_C, module) {
     }());
   });
 
-  module.def("block_sums", &sums_of);
+  module.def("block_sums", &take_block_sums);
   module.def("verify_file", &verify_file);
   module.def("set_data", &set_data, py::arg("tensor"), py::arg("data"));
   module.def("fetch_count", [] { return distorch::process_fetches.load(); });

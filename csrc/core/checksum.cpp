@@ -36,18 +36,18 @@ uint64_t load64(const std::byte* from) {
   return word;
 }
 
-constexpr uint64_t kWord = 8, kWords = 4 * kWord;
+constexpr uint64_t kWordBytes = 8, kStrideBytes = 4 * kWordBytes;
 
 #if defined(__x86_64__) && defined(__GNUC__)
 __attribute__((target("sse4.2"))) uint32_t by_instruction(const std::byte* data, uint64_t bytes) {
   uint64_t sum = ~0u;
-  if (bytes >= kWords) {
+  if (bytes >= kStrideBytes) {
     uint64_t one = sum, two = sum, three = sum, four = sum;  // in an array they would be in memory
-    for (; bytes >= kWords; data += kWords, bytes -= kWords) {
+    for (; bytes >= kStrideBytes; data += kStrideBytes, bytes -= kStrideBytes) {
       one = __builtin_ia32_crc32di(one, load64(data));
-      two = __builtin_ia32_crc32di(two, load64(data + kWord));
-      three = __builtin_ia32_crc32di(three, load64(data + 2 * kWord));
-      four = __builtin_ia32_crc32di(four, load64(data + 3 * kWord));
+      two = __builtin_ia32_crc32di(two, load64(data + kWordBytes));
+      three = __builtin_ia32_crc32di(three, load64(data + 2 * kWordBytes));
+      four = __builtin_ia32_crc32di(four, load64(data + 3 * kWordBytes));
     }
     for (const uint64_t lane : {one, two, three, four}) sum = __builtin_ia32_crc32di(sum, lane);
   }
@@ -72,10 +72,10 @@ uint32_t with_word(uint32_t sum, uint64_t word) {
 
 uint32_t checksum_by_tables(const std::byte* data, uint64_t bytes) {
   uint32_t sum = ~0u;
-  if (bytes >= kWords) {
+  if (bytes >= kStrideBytes) {
     uint32_t lanes[4] = {sum, sum, sum, sum};
-    for (; bytes >= kWords; data += kWords, bytes -= kWords) {
-      for (int i = 0; i < 4; ++i) lanes[i] = with_word(lanes[i], load64(data + i * kWord));
+    for (; bytes >= kStrideBytes; data += kStrideBytes, bytes -= kStrideBytes) {
+      for (int i = 0; i < 4; ++i) lanes[i] = with_word(lanes[i], load64(data + i * kWordBytes));
     }
     for (const uint32_t lane : lanes) sum = with_word(sum, lane);
   }

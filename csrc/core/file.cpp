@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <new>
 #include <vector>
 
 #include "core/checksum.h"
@@ -31,6 +32,12 @@ int64_t nanoseconds(const struct timespec& time) {
   return static_cast<int64_t>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
+OwnMemory aligned_memory(uint64_t bytes) {
+  OwnMemory memory(static_cast<std::byte*>(std::aligned_alloc(kPage, bytes)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
 // The kernel answers "all cached" about files it may not tell us about.
 bool may_ask_cache(int fd, const struct stat& status) {
   return status.st_uid == geteuid() || (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
@@ -41,7 +48,7 @@ int reopen_unbuffered(int fd) {
   const int direct = ::open(self.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
   if (direct < 0) return -1;
   // Some file systems accept the flag and refuse the first read.
-  const OwnMemory probe(static_cast<std::byte*>(std::aligned_alloc(kPage, kPage)));
+  const OwnMemory probe = aligned_memory(kPage);
   if (::pread(direct, probe.get(), kPage, 0) >= 0) return direct;
   ::close(direct);
   return -1;
@@ -206,8 +213,7 @@ void File::compare(const Checksums& sums, size_t block, const std::byte* read) c
 
 // A block that was read whole, in memory of this thread until the thread's next call.
 const std::byte* File::compared_block(const Checksums& sums, size_t block) const {
-  thread_local const OwnMemory memory(static_cast<std::byte*>(std::aligned_alloc(kPage, kSummed)));
-  if (memory == nullptr) throw std::bad_alloc();
+  thread_local const OwnMemory memory = aligned_memory(kSummed);
   const uint64_t begin = sums.begin_of(block);
   read_plain(begin, sums.ends[block] - begin, memory.get(), false);
   compare(sums, block, memory.get());
@@ -219,11 +225,12 @@ void File::read_compared(const Checksums& sums, uint64_t offset, uint64_t bytes,
                          bool slack) const {
   const uint64_t end = offset + bytes;
   for (uint64_t at = offset; at < end;) {
-    const size_t first = sums.block_at(at), last = sums.block_at(end);  // `last` ends behind it
+    // `last`: the first block that is not whole in the range.
+    const size_t first = sums.block_at(at), last = sums.block_at(end);
     std::byte* const to = into + (at - offset);
     if (at == sums.begin_of(first) && first < last) {
       const uint64_t whole = sums.begin_of(last);
-      // Later, slack would let it write over what is compared already.
+      // Behind the first block, slack could overwrite bytes that are compared already.
       read_plain(at, whole - at, to, slack && at == offset);
       for (size_t block = first; block < last; ++block) {
         compare(sums, block, to + (sums.begin_of(block) - at));

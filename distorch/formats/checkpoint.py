@@ -19,7 +19,7 @@ from distorch.formats.safetensors import read_header
 from distorch.formats.scales import OF_THEIR_OWN
 from distorch.formats.stored import StoredTensor
 from distorch.formats.torch_file import TORCH_SUFFIXES, is_torch_file, stored_in_torch_file
-from distorch.formats.unchanged import Stamp, Sums, stamp_of, sums_of
+from distorch.formats.unchanged import Stamp, Sums, changed_meanwhile, live_sums, stamp_of
 from distorch.planner import Inventory, WeightInfo
 
 _NO_WEIGHTS = ("spiece_model", "tekken_model", "scaled_fp8", "__index_timestep_zero__")
@@ -52,6 +52,12 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def check_verified(self) -> None:
+        """FormatError if a file is not the one whose checksums are known."""
+        for path, opened in self.opened.items():
+            if opened.sums is None:
+                raise FormatError(changed_meanwhile(path))
 
     def inventory(self) -> Inventory:
         """The file's tensors as a planner sees them, in the order of the file.
@@ -112,9 +118,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{files.shown!r} lists {file.name!r}, which is not there: get the whole checkpoint"
             )
         real, stamp = file.resolve(), stamp_of(file)
-        sums = sums_of(real, stamp)
+        sums = live_sums(real, stamp)
         found, metadata = _read_compared(file, part, sums)
-        cuts = [cut for t in found.values() for cut in (t.offset, t.offset + t.nbytes)]
+        cuts = [cut for tensor in found.values() if tensor.data is None for cut in tensor.span]
         opened[str(real)] = Opened(stamp, tuple(cuts), sums)
         headers.append(metadata)
         if files.listed:

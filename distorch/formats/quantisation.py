@@ -18,7 +18,7 @@ from distorch.errors import FormatError
 from distorch.formats.block_types import PACKED_TYPES
 from distorch.formats.packing import Packing, tiled_shape
 from distorch.formats.plain_names import match_names
-from distorch.formats.stored import Declared, StoredTensor
+from distorch.formats.stored import Declared, Piece, StoredTensor
 
 BESIDE = ".comfy_quant"
 HEADER_KEY = "_quantization_metadata"
@@ -102,9 +102,12 @@ class _Layer:
         data = None if packing is not None else self.weight.data
         if data is not None:
             data = data.detach().contiguous().view(torch.uint8).reshape(-1)
+        in_order = packing is not None or self.weight.strides is None
+        pieces = () if in_order else (Piece(self.weight, 0, self.weight.nbytes),)
         return replace(
             self.weight, dtype=torch.uint8, shape=(rows, columns), block_type=block_type,
-            nbytes=rows * columns // elements * nbytes, data=data, packing=packing,
+            nbytes=rows * columns // elements * nbytes, data=data, packing=packing, pieces=pieces,
+            strides=None,
         )  # fmt: skip
 
 

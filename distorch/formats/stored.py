@@ -55,9 +55,9 @@ class PackedRows(Protocol):
 class StoredTensor:
     """A tensor in a file: `shape` in elements, `offset` and `nbytes` in bytes.
 
-    `data` holds it (mapped, not read) where the file does not keep it in one contiguous range;
-    `pieces` say what it is put together from where it is several ranges, and `path` and `offset`
-    are then those of the first.
+    `strides`: it is a strided view of the bytes from `offset` on; in elements. `pieces` say what it
+    is put together from where it is several ranges, and `path` and `offset` are then those of the
+    first. `data` holds it, in memory, where it is neither.
     With a `block_type` the bytes are quantised blocks of the elements in order, and `dtype` is
     uint8. A shape's last dimension need not be whole blocks; all elements together are. A
     tensor of a type that this version does not read is kept in the same way, with the type's own
@@ -77,11 +77,23 @@ class StoredTensor:
     pieces: tuple[Piece, ...] = ()
     packing: PackedRows | None = None
     declared: Declared | None = field(default=None, compare=False)
+    strides: tuple[int, ...] | None = None
 
     @property
     def in_one_range(self) -> bool:
         """Whether `offset` and `nbytes` say all: the file itself can be its donor."""
-        return self.data is None and not self.pieces and self.packing is None
+        whole = self.data is None and self.strides is None
+        return whole and not self.pieces and self.packing is None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the bytes that it is made of begin and end in the file. REQUIRES: it has no `data`,
+        no pieces and no packing.
+        """
+        if self.strides is None:
+            return self.offset, self.offset + self.nbytes
+        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        return self.offset, self.offset + (last + 1) * self.dtype.itemsize
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Its values, contiguous, in new memory or in `into` (uint8, `room` bytes); of blocks, the
@@ -99,6 +111,11 @@ class StoredTensor:
             self.packing.read(0, target)
         elif self.data is not None:
             target.copy_(self.data.detach())
+        elif self.strides is not None:
+            begin, end = self.span
+            room = _ops.host_tensor(((end - begin) // self.dtype.itemsize,), self.dtype)
+            _ops.read_file(self.path, begin, room)
+            target.copy_(room.as_strided(self.shape, self.strides))
         elif self.pieces:
             read_pieces(self.pieces, target.view(-1).view(torch.uint8))
         elif self.nbytes:
@@ -111,8 +128,8 @@ class StoredTensor:
         """
         if self.packing is not None:
             self.packing.read(begin, into)
-        elif self.data is not None:
-            flat = self.data.detach().reshape(-1).view(torch.uint8)
+        elif self.data is not None or self.strides is not None:
+            flat = self.read().reshape(-1).view(torch.uint8)
             into.copy_(flat[begin : begin + into.numel()])
         elif into.numel():
             _ops.read_file(self.path, self.offset + begin, into)

@@ -93,26 +93,28 @@ def _load(path: Path) -> Any:
 
 
 def stored_in_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a torch file as ranges of it, where it keeps them so; else mapped.
+    """The tensors of a torch file as ranges of it, where it keeps them so; else in memory.
 
-    The file is mapped only for those that are no ranges: torch maps it to write to, which fails if
-    it is larger than the RAM.
+    No tensor that is given back is over a map of the file, which somebody may change or cut short.
+    torch maps the file only for those that are no ranges: it maps it to write to, which fails if it
+    is larger than the RAM.
     """
     ranges = _ranges(path)
     if ranges and None not in ranges.values():
         return {name: stored for name, stored in ranges.items() if stored is not None}
     tensors = read_torch_file(path)
-    return {name: ranges.get(name) or _mapped(name, t, path) for name, t in tensors.items()}
+    return {name: ranges.get(name) or _in_memory(name, t, path) for name, t in tensors.items()}
 
 
-def _mapped(name: str, tensor: Tensor, path: Path) -> StoredTensor:
+def _in_memory(name: str, tensor: Tensor, path: Path) -> StoredTensor:
     shape = () if tensor.is_nested else tuple(tensor.shape)
     if not _is_plain(tensor):  # refused where it is wanted
         kind = "a quantised tensor" if tensor.is_quantized else str(tensor.layout)
         kind = "a nested tensor" if tensor.is_nested else kind
         return StoredTensor(name, str(path), 0, 0, torch.uint8, shape, block_type=kind)
     nbytes = tensor.numel() * tensor.element_size()
-    return StoredTensor(name, str(path), 0, nbytes, tensor.dtype, shape, tensor)
+    data = tensor.detach().resolve_conj().resolve_neg().clone()
+    return StoredTensor(name, str(path), 0, nbytes, tensor.dtype, shape, data)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -147,12 +149,12 @@ def _range(name: str, tensor: Tensor, path: Path, size: int) -> StoredTensor | N
     storage = tensor.untyped_storage()
     begin = getattr(storage, "_checkpoint_offset", None)
     nbytes = tensor.numel() * tensor.element_size()
-    plain = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-    if begin is None or not plain or not nbytes:
+    if begin is None or tensor.is_neg() or tensor.is_conj() or not nbytes:
         return None
-    within = int(tensor.storage_offset()) * tensor.element_size()
-    end = int(begin) + within + nbytes
-    if within + nbytes > storage.nbytes() or end > size:
-        return None  # torch says what is wrong with it
+    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
+    first = int(begin) + int(tensor.storage_offset()) * tensor.element_size()
     shape = tuple(tensor.shape)
-    return StoredTensor(name, str(path), int(begin) + within, nbytes, tensor.dtype, shape)
+    stored = StoredTensor(name, str(path), first, nbytes, tensor.dtype, shape, strides=strides)
+    if stored.span[1] > min(int(begin) + storage.nbytes(), size):
+        return None  # torch says what is wrong with it
+    return stored

@@ -32,7 +32,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from distorch import _native, _ops
-from distorch._small_files import is_own, read_json, write_atomically
+from distorch._small_files import MOST_JSON, is_own, open_regular, read_json, write_atomically
 from distorch.errors import FormatError, warn_at_caller
 from distorch.formats.stored import StoredTensor
 
@@ -52,6 +52,11 @@ def stamp_of(path: str | os.PathLike[str]) -> Stamp:
     except OSError as error:
         raise FormatError(f"cannot look at {str(path)!r}: {error}") from error
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def changed_meanwhile(path: str | Path) -> str:
+    """What an error says of a file that is another one since its checksums were taken."""
+    return f"{str(path)!r} was written to while it was verified: load it again"
 
 
 class Sums:
@@ -83,37 +88,59 @@ class Sums:
         """The same with the whole file."""
         self.compare(0, self.stamp[1], done)
 
+    def forget_cached(self) -> None:
+        """Lets go of the system's copies in memory, so that the next read asks the disk."""
+        with open_regular(self.path) as file:
+            os.fdatasync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def compare_unread(self, tensors: Sequence[StoredTensor]) -> None:
-        """Compares what the readers of formats read by themselves: what is before and behind all
-        tensors. If torch has mapped tensors of the file, that is all of it. FetchError.
+        """Compares what the readers of formats read by themselves: all that is in no tensor. If
+        they have read tensors, that is the whole file. FetchError.
         """
-        ranged = [tensor for tensor in tensors if tensor.data is None]
-        if len(ranged) < len(tensors) or not ranged:
-            self.compare_all()
-        else:
-            self.compare(0, min(tensor.offset for tensor in ranged))
-            self.compare(max(tensor.offset + tensor.nbytes for tensor in ranged), self.stamp[1])
+        if any(tensor.data is not None for tensor in tensors):
+            return self.compare_all()
+        end = 0
+        for begin, behind in sorted(tensor.span for tensor in tensors if tensor.nbytes):
+            if begin > end:
+                self.compare(end, begin)
+            end = max(end, behind)
+        return self.compare(end, self.stamp[1])
 
 
 # By path.
 _alive: WeakValueDictionary[str, Sums] = WeakValueDictionary()
 
 
-def sums_of(path: Path, stamp: Stamp) -> Sums | None:
+def live_sums(path: Path, stamp: Stamp) -> Sums | None:
     """The file's checksums, if somebody verifies it now."""
     found = _alive.get(str(path))
     return found if found is not None and found.stamp == stamp else None
 
 
 def known_sums(path: Path, stamp: Stamp) -> Sums | None:
-    """The file's checksums, if somebody verifies it now, or did before this process."""
-    if (found := sums_of(path, stamp)) is not None:
+    """The file's checksums, if somebody verifies it now, or did before this process. Warns of sums
+    that are there and are not believed.
+    """
+    if (found := live_sums(path, stamp)) is not None:
         return found
     try:
         kept = _file_of(path)
-        return Sums(path, stamp, *_believed(read_json(kept), stamp)) if is_own(kept) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # they are taken anew
+        if not is_own(kept):
+            raise ValueError("another user could have written them")
+        told = read_json(kept)
+        if told["stamp"] != list(stamp):
+            return None  # of a file that was replaced
+        return Sums(path, stamp, *_believed(told))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warn_at_caller(
+            f"the checksums that were kept of {str(path)!r} are not used: {error or 'damaged'}. "
+            "They are taken anew, and the file counts as right as it is now",
+            UserWarning,
+        )
+        return None
 
 
 def take_sums(path: Path, stamp: Stamp, cuts: Sequence[int], done: Callable[[int], object]) -> Sums:
@@ -132,7 +159,7 @@ def take_sums(path: Path, stamp: Stamp, cuts: Sequence[int], done: Callable[[int
             digest.update(data)
         done(len(data))
     if stamp_of(path) != stamp:
-        raise FormatError(f"{str(path)!r} was written to while it was verified: load it again")
+        raise FormatError(changed_meanwhile(path))
     if digest is not None and digest.hexdigest() != path.name:
         raise FormatError(
             f"{str(path)!r} is not what the hub has under that name: its SHA-256 is "
@@ -172,15 +199,13 @@ def _sum_of(cuts: list[int], sums: bytes) -> int:
     return zlib.crc32(sums, zlib.crc32(json.dumps(cuts).encode()))
 
 
-def _believed(told: Any, stamp: Stamp) -> tuple[list[int], bytes]:
-    """Cuts and sums from a cache file. ValueError, KeyError or TypeError if they are not those of
-    this stamp.
-    """
-    if (told["version"], told["stamp"]) != (_VERSION, list(stamp)):
-        raise ValueError("of another version, or of a file that was replaced")
+def _believed(told: Any) -> tuple[list[int], bytes]:
+    """Cuts and sums from a cache file. ValueError, KeyError or TypeError if they are damaged."""
+    if told["version"] != _VERSION:
+        raise ValueError("another version of distorch took them")
     cuts, sums = told["cuts"], base64.b64decode(told["sums"], validate=True)
     if _sum_of(cuts, sums) != told["crc32"]:
-        raise ValueError("damaged")
+        raise ValueError("they are damaged")
     return cuts, sums
 
 
@@ -189,9 +214,12 @@ def _keep(path: Path, stamp: Stamp, cuts: list[int], sums: bytes) -> None:
         "version": _VERSION, "file": str(path), "stamp": stamp, "cuts": cuts,
         "sums": base64.b64encode(sums).decode(), "crc32": _sum_of(cuts, sums),
     }  # fmt: skip
+    text = json.dumps(told)
     try:
+        if len(text) > MOST_JSON:
+            raise OSError("there are too many of them for one file")
         _native.made_cache_folder()
-        write_atomically(_file_of(path), json.dumps(told), private=True)
+        write_atomically(_file_of(path), text, private=True)
     except OSError as error:
         warn_at_caller(
             f"the checksums of {str(path)!r} cannot be kept: {error}. They hold for this process; "

@@ -33,7 +33,8 @@ def verifying(file: str | os.PathLike[str], progress: Progress = None) -> Iterat
 
 
 def compare_whole(file: str | os.PathLike[str], progress: Progress = None) -> dict[Path, bool]:
-    """Reads the files of a checkpoint whole. File -> whether it had sums to be compared with.
+    """Reads the files of a checkpoint whole, from the disk. File -> whether it had sums to be
+    compared with.
 
     Raises FetchError, FormatError, as `verifying` does.
     """
@@ -65,6 +66,7 @@ def _verify(
                 found.append((take_sums(path, of_file.stamp, of_file.cuts, done), False))
                 continue
             if whole:
+                sums.forget_cached()
                 sums.compare_all(done)
             found.append((sums, True))
     return found

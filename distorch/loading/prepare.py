@@ -291,6 +291,8 @@ def match_up(module: nn.Module, file: Source, request: Request) -> Matched:
     dtype, widens = request.floating_dtype(), request.widens()
     patch_options = PatchOptions.checked(request.lora_mode, request.patched_dtype)
     checkpoint = file if isinstance(file, Checkpoint) else open_for(module, file)
+    if request.verifies():
+        checkpoint.check_verified()
     tie_again(module, checkpoint)
     with _naming(checkpoint.path):
         jobs = match(module, checkpoint, request.strict, dtype)

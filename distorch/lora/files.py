@@ -92,6 +92,8 @@ def read_lora(source: LoraSource) -> LoraFile:
         tensors = read_torch_file(path)
         _check_tensors(f"LoRA {str(path)!r}", tensors)
         _check_fits(path, sum(t.numel() * t.element_size() for t in tensors.values()))
+        # torch maps the file, and what is over a map changes with the file.
+        tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     else:
         stored, metadata = read_header(path.resolve())
         _check_fits(path, sum(tensor.nbytes for tensor in stored.values()))

@@ -242,13 +242,18 @@ def _apply(
         with progress_of(progress, total, "patching") as done, ReadAhead(reads) as originals:
             for change in changes:
                 values = originals.next()
+                original = known.originals.get(base_name(change.group.name))
+                if original is not None:
+                    original.touched = False
                 begun.append(change)
                 redo(change.group, change.new, known, work, values, width=change.new_width)
                 done(change.group.nbytes)
         follow(module, wide)
     except BaseException as error:
-        _take_back(begun, known, work.plan, error)
-        follow(module, wide)
+        try:
+            _take_back(begun, known, work.plan, error)
+        finally:
+            follow(module, wide)
         raise
 
 
@@ -258,7 +263,7 @@ def _take_back(begun: list[_Change], known: Patching, plan: Plan, error: BaseExc
     for change in reversed(begun):
         original = known.originals.get(base_name(change.group.name))
         if original is not None and not original.touched:
-            continue  # its original could not be read, which would fail again
+            continue  # if its original could not be read, that would fail again
         work = Work(change.old_options, plan)
         try:
             redo(change.group, change.old, known, work, width=change.old_width)
@@ -274,8 +279,6 @@ def _take_back(begun: list[_Change], known: Patching, plan: Plan, error: BaseExc
 def _read_ahead(change: _Change, known: Patching, options: PatchOptions) -> StoredTensor | None:
     """What a merge of this change reads from a file, if it does."""
     original = known.originals.get(base_name(change.group.name))
-    if original is None or original.stored is None or options.at_fetch or not change.new:
+    if original is None or original.kept is not None or not change.new:
         return None
-    if change.widens:
-        return None
-    return original.stored
+    return None if options.at_fetch or change.widens else original.stored

@@ -47,14 +47,32 @@ def redo(
     width: int | None = None,
 ) -> None:
     """Gives one weight these patches, and notes that it has them. `values`: its original; `width`:
-    columns that it gets, if not its own. After an error, `touched` of the original says whether the
-    weight may be another one.
+    columns that it gets, if not its own.
+
+    After an error, `touched` of the original says whether the weight may be another one. If it is
+    not, what is known of it is as before, too.
     """
     name = base_name(group.name)
     original = known.originals.get(name)
+    kept, widened_before = None if original is None else original.kept, dict(known.widened)
     if original is None:
         original = known.originals[name] = Original(None, None, group.first.dtype)
-    original.touched = False
+    try:
+        _redo(group, patches, known, work, values=values, width=width)
+    except BaseException:
+        if not original.touched:
+            original.kept, known.widened = kept, widened_before
+            if original.stored is None and kept is None:  # it was made above
+                known.originals.pop(name, None)
+        raise
+
+
+def _redo(
+    group: Group, patches: Applied, known: Patching, work: Work, *,
+    values: torch.Tensor | None, width: int | None,
+) -> None:  # fmt: skip
+    name = base_name(group.name)
+    original = known.originals[name]
     if width is not None:
         own = known.widened.get(name, group.first.shape[1])
         known.widened |= dict.fromkeys(names_of(group.members), own)
@@ -72,6 +90,8 @@ def redo(
         _redo_at_fetch(group, terms, original, work)
     else:
         _redo_merged(group, patches, original, work, values)
+        if original.stored is not None:
+            original.kept = None  # of a patch at fetch
     known.applied[name] = list(patches)
     original.put(group.first)
     if not patches and original.stored is None and original.rows is None:
@@ -200,9 +220,7 @@ def _redo_merged(
     values: torch.Tensor | None,
 ) -> None:
     compute = work.compute
-    if original.stored is not None:
-        original.kept = None  # of a patch at fetch
-    elif original.kept is None:
+    if original.stored is None and original.kept is None:
         original.kept = group.first.detach()
     if not patches and (original.kept is not None or not _takes(group.first, original)):
         return _put(group, original, _restored(group, original, work))

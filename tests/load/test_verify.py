@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import distorch
 from distorch.cli import main
 from distorch.errors import FetchError, FormatError, SpecError
 from distorch.formats import unchanged, verify
+from distorch.loading.prepare import Request, prepare
 from tests.gguf_files import Q, write_gguf
 
 BLOCK = 64 << 10
@@ -183,25 +185,64 @@ def test_values_that_are_read_outside_of_forward(file):
     assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
 
 
-def test_gguf_and_torch_files(tmp_path):
-    linear = nn.Linear(96, 64)
-    write_gguf(tmp_path / "a.gguf", "llama", {"weight": linear.weight.detach()}, Q.Q8_0)
-    strided = {"weight": linear.weight.detach().t().contiguous().t()}  # torch maps it
-    torch.save(strided, tmp_path / "a.pt")
-    for path in (tmp_path / "a.gguf", tmp_path / "a.pt"):
+def test_gguf(tmp_path):
+    linear, path = nn.Linear(96, 64), tmp_path / "a.gguf"
+    write_gguf(path, "llama", {"weight": linear.weight.detach()}, Q.Q8_0)
 
-        def loaded(path=path):
-            module = nn.Linear(96, 64, bias=False)
-            return distorch.load(module, path, "cpu,*", min_bytes=0, verify=True)
+    def loaded():
+        module = nn.Linear(96, 64, bias=False)
+        return distorch.load(module, path, "cpu,*", min_bytes=0, verify=True)
 
-        want = loaded()(X)
-        gc.collect()
-        at = path.stat().st_size // 2
+    want = loaded()(X)
+    gc.collect()
+    rot(path, path.stat().st_size // 2)
+    with pytest.raises(FetchError, match="are not what they were"):
+        loaded()
+    rot(path, path.stat().st_size // 2)
+    assert torch.equal(loaded()(X), want)
+
+
+def torch_file(path, *, zipped=True, more=None):
+    """One weight of three is a strided view."""
+    values = net().state_dict()
+    values["1.weight"] = values["1.weight"].t().contiguous().t()
+    torch.save(values | (more or {}), path, _use_new_zipfile_serialization=zipped)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("more", [None, {"sparse": torch.eye(3).to_sparse()}])
+def test_any_byte_of_a_torch_file(tmp_path, zipped, more):
+    """Also those between tensors, which say where tensors are."""
+    path = tmp_path / "a.pt"
+    torch_file(path, zipped=zipped, more=more)
+    want = load(path, "cpu,*", strict=False)(X)
+    assert torch.equal(want, net()(X))
+    gc.collect()
+    size = path.stat().st_size
+    for at in [*range(0, size, size // 60), *range(size - 90, size, 30)]:
         rot(path, at)
         with pytest.raises(FetchError, match="are not what they were"):
-            loaded()
+            load(path, "cpu,*", strict=False)
         rot(path, at)
-        assert torch.equal(loaded()(X), want)
+    assert torch.equal(load(path, strict=False)(X), want)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_originals_in_torch_files(tmp_path, replaced):
+    """torch maps such files. A map of a file that was cut short would end the process."""
+    path = tmp_path / "a.pt"
+    torch_file(path)
+    model, plain = load(path, "cpu,*"), net()(X)
+    distorch.set_loras(model, [(LORA, 1.0)])
+    patched = model(X)
+    if replaced:
+        os.truncate(path, 1000)
+    else:
+        rot(path, path.read_bytes().index(net()[1].weight.t().contiguous().detach().numpy()) + 50)
+    with pytest.raises(FetchError):
+        distorch.set_loras(model, [])
+    assert torch.equal(model(X), patched)
+    assert not torch.equal(patched, plain)
 
 
 # --- which sums are believed ---
@@ -232,9 +273,11 @@ def test_damaged_sums_are_not_believed(file, cache, kind):
     load(file)
     gc.collect()
     (kept,) = cache.glob("sums-*.json")
-    kept.write_text(json.dumps(DAMAGE[kind](json.loads(kept.read_text()))))
-    assert torch.equal(load(file)(X), net()(X))
-    assert json.loads(kept.read_text())["version"] == 1
+    right = json.loads(kept.read_text())
+    kept.write_text(json.dumps(DAMAGE[kind](right)))
+    with pytest.warns(UserWarning, match="are not used.*taken anew"):
+        assert torch.equal(load(file)(X), net()(X))
+    assert json.loads(kept.read_text()) == right
 
 
 def test_sums_that_others_may_have_written_are_not_believed(file, cache):
@@ -244,7 +287,8 @@ def test_sums_that_others_may_have_written_are_not_believed(file, cache):
     assert kept.stat().st_mode & 0o777 == 0o600
     rot(file, ranges(file)["0.weight"][0])
     kept.chmod(0o622)
-    load(file, "cpu,*")  # as it is now, it counts as right
+    with pytest.warns(UserWarning, match="another user could have written them"):
+        load(file, "cpu,*")
     assert kept.stat().st_mode & 0o777 == 0o600
 
 
@@ -279,6 +323,28 @@ def test_a_blob_of_the_hub_has_to_be_what_its_name_says(file, tmp_path, right):
     else:
         with pytest.raises(FormatError, match="its SHA-256 is"):
             load(link)
+
+
+def test_a_file_that_got_its_old_time_back_is_compared_again(file):
+    model = load(file)
+    time = file.stat().st_mtime_ns
+    os.utime(file, ns=(1, 1))
+    load(file, verify=False)  # it is another file at that moment
+    os.utime(file, ns=(time, time))
+    rot(file, ranges(file)["1.weight"][0])
+    for reads in (lambda: model(X), lambda: load(file)(X)):
+        with pytest.raises(FetchError, match="are not what they were"):
+            reads()
+
+
+def test_a_file_that_is_replaced_between_verifying_and_loading(file, tmp_path):
+    module, other = net(), tmp_path / "other"
+    request = Request.of(DISK, None, None, {"min_bytes": 0, "verify": True}, ())
+    with request.verifying(file, False):
+        shutil.copy(file, other)
+        other.replace(file)
+        with pytest.raises(FormatError, match="was written to while it was verified"):
+            prepare(module, file, request)
 
 
 # --- asking for it ---

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import distorch
-from distorch import FormatError, PlacementError, SpecError
+from distorch import FetchError, FormatError, PlacementError, SpecError
 from distorch.lora import patches as lora_patches
+from distorch.patching import forms
+from distorch.runtime.distribution import distribution_of
 
 SPECS = ["cpu,*", "cpu,0b;disk,*", "cpu,6kb;disk,*"]
 MODES = ["merge", "fetch", "background"]
@@ -372,3 +374,35 @@ def test_files_are_read_once(path, tmp_path, monkeypatch):
     save_file(lora(9), file)  # another file under the same name is read
     distorch.set_loras(model, [(Path(file), 0.7)])
     assert_same(model, load(path, "cpu,*", [(lora(9), 0.7)]))
+
+
+def test_an_error_before_a_weight_is_touched_leaves_what_is_known_of_it(monkeypatch):
+    """An original that is kept over a weight's memory would keep that memory for ever."""
+    model = distorch.distribute(Net(), "cpu,*", min_bytes=0)
+    merged, calls = forms.merged_value, []
+
+    def fails_at_the_second(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return merged(*arguments, **options)
+
+    monkeypatch.setattr(forms, "merged_value", fails_at_the_second)
+    before = values(model)
+    with pytest.raises(KeyboardInterrupt):
+        distorch.set_loras(model, [(lora(), 1.0)])
+    assert_same(model, before)
+    assert distribution_of(model).patching.originals == {}
+
+
+def test_merging_what_was_patched_at_fetch_needs_no_file(path):
+    """The original is in memory then. The file may be another one by now."""
+    model, loras = load(path, "cpu,*"), [(lora(), 0.5)]
+    merged = values(load(path, "cpu,*", loras))
+    distorch.set_loras(model, loras, lora_mode="fetch")
+    save_file({name: value + 1 for name, value in Net().state_dict().items()}, path)
+    distorch.set_loras(model, loras, lora_mode="merge")
+    assert_same(model, merged)
+    with pytest.raises(FetchError, match="was replaced or written to since"):
+        distorch.set_loras(model, [])
+    assert_same(model, merged)

@@ -264,9 +264,7 @@ def test_written_to_while_wide():
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
-    """The weight cannot be written: all is as before, or said to be lost, and the next call mends
-    it.
-    """
+    """The weight cannot be written: all is as before, or the weight is said to be lost."""
     from distorch.patching import forms
 
     model = Plain()
@@ -281,7 +279,8 @@ def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
     def put(group, original, value):
         if left[0] and group.name == "img_in.weight":
             left[0] -= 1
-            original.touched = True
+            if left[0] or times == 1:  # the way back finds a weight that is another one
+                real(group, original, value)
             raise distorch.FetchError("the disk is gone")
         return real(group, original, value)
 
@@ -289,8 +288,13 @@ def test_a_failure_while_it_gets_narrow(monkeypatch, strength, times):
     error = distorch.FetchError if times == 1 else PlacementError
     with pytest.raises(error, match="the disk is gone" if times == 1 else "load the model again"):
         distorch.set_loras(model, [])
-    assert model.in_channels == model.img_in.in_features == model.img_in.weight.shape[1] == WIDE
-    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    width = WIDE if times == 1 else OWN  # what is lost is narrow already, and its layer knows it
+    assert model.in_channels == model.img_in.in_features == model.img_in.weight.shape[1] == width
+    now = weights(model)
+    lost = {"img_in.weight"} if times == 2 else set()
+    assert all(torch.equal(now[name], before[name]) for name in before.keys() - lost)
+    if lost:
+        return
     distorch.set_loras(model, [])
     assert model.in_channels == model.img_in.in_features == model.img_in.weight.shape[1] == OWN
     assert torch.equal(distorch.materialize(model.img_in.weight), own)

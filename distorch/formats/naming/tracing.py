@@ -278,7 +278,7 @@ def as_stored(name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> StoredT
     ((dtype, block_type),) = kinds
     nbytes, first = sum(piece.nbytes for piece in pieces), pieces[0]
     source, offset = first.source, first.source.offset + first.begin
-    if len(pieces) > 1 or source.packing is not None:
+    if len(pieces) > 1 or source.packing is not None or source.strides is not None:
         return StoredTensor(
             name, source.path, offset, nbytes, dtype, shape, block_type=block_type, pieces=pieces,
             declared=declared,
