@@ -4,14 +4,13 @@
 Note [Verified files]
 A disk or a memory that fails does not change a file's size or time. Nor does a program that puts
 the time back. So a file that is verified has a checksum for every block: 64 KiB of one tensor,
-or less. They are taken when it is verified first. It is read whole then. They are kept in the cache
-folder, for later processes.
+or less. The file is read whole when it is verified first, and its checksums are kept in the cache
+folder for later processes.
 
-As long as a `Sums` lives, whoever reads the file through the library has its blocks compared before
-he gets a byte of them: File::read (csrc/core/file.h) does it for loads, fetches and originals
-alike, so that nothing is read twice. What Python reads by itself is compared when a checkpoint is
-opened (`Sums.compare_unread`). Each checkpoint, and each original of a weight, keeps the `Sums` of
-its files.
+As long as a `Sums` lives, File::read (csrc/core/file.h) compares each block before it gives any
+byte of it away. Loads, fetches and originals of LoRAs all read through it, so they need no second
+read. What Python reads by itself is compared when a checkpoint is opened (`Sums.compare_unread`).
+Each checkpoint, and each original of a weight, keeps the `Sums` of its files.
 
 The sums belong to one stamp. A file that was replaced is another file, with sums of its own.
 """
