@@ -7,6 +7,7 @@
 
 #include "core/alignment.h"
 #include "core/parts.h"
+#include "core/processor.h"
 
 namespace distorch {
 namespace {
@@ -57,8 +58,6 @@ __attribute__((target("sse4.2"))) uint32_t by_instruction(const std::byte* data,
   }
   return ~tail;
 }
-
-const bool has_instruction = __builtin_cpu_supports("sse4.2");
 #endif
 
 uint32_t with_word(uint32_t sum, uint64_t word) {
@@ -87,6 +86,7 @@ uint32_t checksum_by_tables(const std::byte* data, uint64_t bytes) {
 
 uint32_t checksum(const std::byte* data, uint64_t bytes) {
 #if defined(__x86_64__) && defined(__GNUC__)
+  static const bool has_instruction = has_sse42();
   if (has_instruction) return by_instruction(data, bytes);
 #endif
   return checksum_by_tables(data, bytes);

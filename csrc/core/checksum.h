@@ -8,17 +8,20 @@
 
 namespace distorch {
 
-// Four CRC-32C (Castagnoli, as iSCSI, ext4 and btrfs use it) side by side, each of every fourth
-// word of 8 bytes, and then one of them and of the bytes that are left. One alone would wait three
-// cycles for each word. Up to 31 bytes it is their CRC-32C.
+// Of less than 32 bytes: their CRC-32C (Castagnoli), which iSCSI, ext4 and btrfs use. Of more: four
+// CRC-32C side by side, of which each takes every fourth word of 8 bytes. They are then put through
+// another one, together with the bytes behind the last whole word. (The processor needs three
+// cycles for a word, but begins a new one in each cycle.)
 uint32_t checksum(const std::byte* data, uint64_t bytes);
 // The same without the processor's instruction for it.
 uint32_t checksum_by_tables(const std::byte* data, uint64_t bytes);
 
-// Where the blocks of a file end: at every multiple of kSummed, and at `cuts`, where weights begin
-// and end. So no block has bytes of two weights, and one that is damaged leaves the others usable.
-// Of the bytes [begin, end); in order.
+// No block has more bytes than this.
 inline constexpr uint64_t kSummed = 64 << 10;
+
+// Where the blocks of the bytes [begin, end) of a file end, in order: at multiples of kSummed, and
+// at `cuts`, where weights begin and end. So no block has bytes of two weights. If one is damaged,
+// the other weights can still be used.
 std::vector<uint64_t> block_ends(uint64_t begin, uint64_t end, const std::vector<uint64_t>& cuts);
 
 // One sum of each block of `data`, whose first byte is at `begin` of the file. By several threads.

@@ -61,8 +61,8 @@ std::byte* bounce_buffer() {
   return buffer.get();
 }
 
-// Files that somebody reads from, by path. One that changed, and then got its old time back, is
-// found again, with its checksums: so there may be several with one path.
+// Files that somebody reads from, by path. A path may have several: a file that was changed and got
+// its old time back must be found again, with its checksums, and not opened anew without them.
 struct OpenFiles {
   Mutex mutex;
   std::multimap<std::string, std::weak_ptr<File>> by_path GUARDED_BY(mutex);
@@ -211,7 +211,7 @@ void File::compare(const Checksums& sums, size_t block, const std::byte* read) c
                   "Get the file again");
 }
 
-// A block that was read whole, in memory of this thread until the thread's next call.
+// Reads a block whole. It stands in memory of this thread, which the thread's next call uses again.
 const std::byte* File::compared_block(const Checksums& sums, size_t block) const {
   thread_local const OwnMemory memory = aligned_memory(kSummed);
   const uint64_t begin = sums.begin_of(block);
@@ -220,7 +220,8 @@ const std::byte* File::compared_block(const Checksums& sums, size_t block) const
   return memory.get();
 }
 
-// Whole blocks go straight into place. Of those that the range has in part, all has to be read.
+// Whole blocks go straight into place. Of a block of which the range has a part, all is read beside
+// it, since a checksum is one of the whole block.
 void File::read_compared(const Checksums& sums, uint64_t offset, uint64_t bytes, std::byte* into,
                          bool slack) const {
   const uint64_t end = offset + bytes;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which vectors this processor has.
+// Which instructions this processor has.
 #pragma once
 
 namespace distorch {
 
 #if defined(__x86_64__) && defined(__GNUC__)
+inline bool has_sse42() { return __builtin_cpu_supports("sse4.2"); }
+
 inline bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");

@@ -133,18 +133,21 @@ def known_sums(path: Path, stamp: Stamp) -> Sums | None:
         return Sums(path, stamp, *_believed(told))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warn_at_caller(
-            f"the checksums that were kept of {str(path)!r} are not used: {error or 'damaged'}. "
-            "They are taken anew, and the file counts as right as it is now",
-            UserWarning,
-        )
-        return None
+    except (KeyError, TypeError):  # their texts would say nothing to anybody
+        why = "they are damaged"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    warn_at_caller(
+        f"the checksums that were kept of {str(path)!r} are not used: {why}. "
+        "They are taken anew, and the file counts as right as it is now",
+        UserWarning,
+    )
+    return None
 
 
 def take_sums(path: Path, stamp: Stamp, cuts: Sequence[int], done: Callable[[int], object]) -> Sums:
-    """Reads the file whole, and keeps its sums. `done` is told how many bytes were read since its
-    last call.
+    """Reads the file whole, and keeps its sums. `cuts`: where tensors begin and end, in bytes.
+    `done` is told how many bytes were read since its last call.
 
     Raises FetchError, and FormatError if it is not what its name in the hub's cache says.
     """

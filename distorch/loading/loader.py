@@ -96,7 +96,8 @@ def load(
         donor: Where the bytes of `virtual_vram` go.
         verify: Compares every byte of the file with what it was when the file was verified first,
             whenever it is read: at the load, at fetches, and for LoRAs. The first time, the file
-            is read whole, and its checksums are kept in the cache folder.
+            is read whole, and its checksums are kept in the cache folder. (A function given as
+            `progress` hears nothing of that.)
         progress: As in `distribute`.
         options: Those of `distribute`.
 

@@ -53,16 +53,17 @@ def redo(
     not, what is known of it is as before, too.
     """
     name = base_name(group.name)
-    original = known.originals.get(name)
-    kept, widened_before = None if original is None else original.kept, dict(known.widened)
-    if original is None:
-        original = known.originals[name] = Original(None, None, group.first.dtype)
+    is_new = name not in known.originals
+    if is_new:
+        known.originals[name] = Original(None, None, group.first.dtype)
+    original = known.originals[name]
+    kept, widened_before = original.kept, dict(known.widened)
     try:
         _redo(group, patches, known, work, values=values, width=width)
     except BaseException:
         if not original.touched:
             original.kept, known.widened = kept, widened_before
-            if original.stored is None and kept is None:  # it was made above
+            if is_new:
                 known.originals.pop(name, None)
         raise
 
@@ -71,6 +72,7 @@ def _redo(
     group: Group, patches: Applied, known: Patching, work: Work, *,
     values: torch.Tensor | None, width: int | None,
 ) -> None:  # fmt: skip
+    """The work of `redo`, which puts back what is known of a weight after an error."""
     name = base_name(group.name)
     original = known.originals[name]
     if width is not None:

@@ -32,8 +32,8 @@ KINDS = {
     "thread": (10, errno.EAGAIN, False),
 }  # fmt: skip
 OPERATIONS = (
-    "load", "load with a LoRA", "load verified", "distribute", "to disk", "to RAM", "to both", "merge", "fetch",
-    "background", "off", "step", "step verified", "undistribute", "save",
+    "load", "load with a LoRA", "load verified", "distribute", "to disk", "to RAM", "to both",
+    "merge", "fetch", "background", "off", "step", "step verified", "undistribute", "save",
 )  # fmt: skip
 CRASH = "CRASH"
 HANG = 60  # seconds after which an operation counts as one that hangs
@@ -57,7 +57,8 @@ def run(most: int, operations=OPERATIONS, kinds=tuple(KINDS), progress=print) ->
         folder, scratch = Path(name), Path(name, "scratch")
         scratch.mkdir()
         environment = {
-            **os.environ, "LD_PRELOAD": str(build(folder)), "DISTORCH_DISK": str(scratch), "XDG_CACHE_HOME": str(folder / "cache"),
+            **os.environ, "LD_PRELOAD": str(build(folder)), "DISTORCH_DISK": str(scratch),
+            "XDG_CACHE_HOME": str(folder / "cache"),
             "OMP_NUM_THREADS": "1", "DISTORCH_CHECK_LOCKS": "1",
         }  # fmt: skip
         for operation in operations:

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -27,7 +28,10 @@ def test_processes_that_stand_still_for_a_moment():
     kills.run(10 if ALL else 1, seed=2, stop=1.0)
 
 
-@pytest.mark.skipif(shutil.which("bindfs") is None, reason="needs bindfs")
+@pytest.mark.skipif(
+    shutil.which("bindfs") is None or not os.access("/dev/fuse", os.R_OK | os.W_OK),
+    reason="needs bindfs, and a system that lets it mount",
+)
 def test_disks_that_stand_still_for_a_moment():
     kills.run(10 if ALL else 1, seed=3, stop=1.0, disk=True)
 
