@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import comfy.model_management as management
 import folder_paths
 import nodes
 import torch
+from comfy import model_patcher
 
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
@@ -113,12 +115,109 @@ def eject_models() -> None:
     management.soft_empty_cache()
 
 
+# --- dynamic VRAM ---
+
+
 def is_dynamic(patcher: Any) -> bool:
-    """Whether the host would load this model by its dynamic VRAM."""
+    """Whether the host loads this model by its dynamic VRAM."""
     asks = getattr(patcher, "is_dynamic", None)
     return bool(asks()) if asks is not None else False
 
 
+def is_hosts_own(patcher: Any) -> bool:
+    """Whether this is a patcher of the host itself, and not of a pack."""
+    return type(patcher).__module__ == model_patcher.__name__
+
+
+def dynamic_vram() -> bool:
+    """Whether the host manages the memory of its own models by dynamic VRAM."""
+    try:
+        import comfy.memory_management as memory
+    except ImportError:  # an older host
+        return False
+    return bool(getattr(memory, "aimdo_enabled", False))
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function of the host has a parameter of this name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def reloaded(factory: tuple[Any, ...]) -> Any:
+    """A fresh patcher from the same file, on the static path if the host has one.
+
+    `factory` is what the host keeps for that: a function, its arguments, and which of its outputs.
+    """
+    make, arguments, *rest = factory
+    options = {"disable_dynamic": True} if takes(make, "disable_dynamic") else {}
+    found = make(*arguments, **options)
+    return found[rest[0]] if rest else found
+
+
 def static_patcher(patcher: Any) -> Any:
-    """A patcher on the host's static path around the same kind of model; the same one if it is."""
-    return patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher
+    """A patcher on the host's static path around the same kind of model.
+
+    The same one if it is on it already. Still a dynamic one if the host has no static path: then
+    it does not know `disable_dynamic`, or it takes no notice of it.
+    """
+    if not is_dynamic(patcher):
+        return patcher
+    factory = getattr(patcher, "cached_patcher_init", None)
+    if factory is None:
+        return model_patcher.ModelPatcher(
+            patcher.model, patcher.load_device, patcher.offload_device
+        )
+    if not takes(patcher.clone, "disable_dynamic") or not takes(factory[0], "disable_dynamic"):
+        return patcher
+    return patcher.clone(disable_dynamic=True)
+
+
+def clone_around(patcher: Any, model: torch.nn.Module) -> Any:
+    """A clone of a patcher around another model of the same kind. Nothing is loaded or patched yet.
+
+    It is on the static path if the host has one.
+    """
+    nothing: tuple[Any, ...] = ({}, {}, {}, set())
+    options: dict[str, Any] = {}
+    if is_dynamic(patcher):
+        options["model_override"] = (model, nothing)
+        if takes(patcher.clone, "disable_dynamic"):
+            options["disable_dynamic"] = True
+    clone = patcher.clone(**options)
+    clone.model = model
+    clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
+    clone.pinned = set()
+    if hasattr(clone, "backup_buffers"):
+        clone.backup_buffers = {}
+    for name in ("model_loaded_weight_memory", "lowvram_patch_counter"):
+        setattr(model, name, 0)
+    vars(model)["current_weight_patches_uuid"] = None
+    return clone
+
+
+def make_room(nbytes: int, device: torch.device) -> None:
+    """Frees so much of a device, but leaves the models that are in use now.
+
+    Between dynamic models the host frees nothing: they take memory from each other as they run.
+    """
+    if device.type == "cpu":
+        return
+    used = [loaded for loaded in management.current_loaded_models if loaded.currently_used]
+    management.free_memory(nbytes + management.minimum_inference_memory(), device, used)
+
+
+def make_room_for_pins(nbytes: int) -> bool:
+    """Asks the host to give up pinned memory of its own for so many bytes of ours.
+
+    False if it has less for us. An older host has no such budget.
+    """
+    if nbytes <= 0 or not hasattr(management, "ensure_pin_registerable"):
+        return True
+    if management.MAX_PINNED_MEMORY <= 0:  # it pins nothing itself
+        return True
+    enough = bool(management.ensure_pin_budget(nbytes))
+    return bool(management.ensure_pin_registerable(nbytes)) and enough

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 import distorch
 from distorch.comfy import host
-from distorch.comfy.patcher import DistorchPatcher, as_placed, is_ours
+from distorch.comfy.dynamic import DynamicPatcher
+from distorch.comfy.patcher import KEY, DistorchPatcher, is_ours, timed_sampling
 from distorch.comfy.placement import Placement
+from distorch.errors import PlacementError
 from distorch.runtime import wrapped
 
 Taken = Callable[[Any], Any]  # patcher -> patcher
@@ -71,6 +74,33 @@ def with_patcher(value: Any, change: Taken) -> Any:
     return value
 
 
+def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
+    """A patcher of ours with everything that the host's own patcher had. PlacementError."""
+    if not is_ours(patcher) and not host.is_hosts_own(patcher):
+        raise PlacementError(
+            f"this model comes in a {type(patcher).__module__}.{type(patcher).__name__}, which "
+            "moves weights in its own way; load it with the host's loader or one of ours"
+        )
+    clone = patcher.clone()
+    dynamic = host.is_dynamic(clone) and placement.compute != "cpu"
+    # `clone()` copies everything that a ModelPatcher has, in whatever version of the host. A
+    # constructor of ours would have to know each of these attributes. The class adds methods only.
+    clone.__class__ = DynamicPatcher if dynamic else DistorchPatcher
+    clone.attachments[KEY] = placement
+    clone.load_device = torch.device(placement.compute)
+    if clone.offload_device.type != "cpu":
+        clone.offload_device = torch.device("cpu")
+    if dynamic:
+        clone.register_load_device(clone.load_device)
+    clone.parent = patcher if is_ours(patcher) else None
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, timed_sampling)
+    clone.model.model_loaded_weight_memory = (
+        clone.model.model_loaded_weight_memory if is_ours(patcher) else 0
+    )
+    return clone
+
+
 def distributed(value: Any, placement: Placement) -> Any:
     """A loader's output whose weights follow the placement."""
     return with_patcher(value, functools.partial(_taken_over, placement=placement))
@@ -78,14 +108,9 @@ def distributed(value: Any, placement: Placement) -> Any:
 
 def _taken_over(patcher: Any, placement: Placement) -> DistorchPatcher:
     factory = getattr(patcher, "cached_patcher_init", None)
-    if host.is_dynamic(patcher) and factory is None:
-        static = type(patcher).__mro__[1](
-            patcher.model, patcher.load_device, patcher.offload_device
-        )
-    else:
-        static = host.static_patcher(patcher)
-    settle_dtypes(static.model)
-    made = as_placed(static, placement)
+    fresh = host.static_patcher(patcher)
+    settle(fresh.model)
+    made = as_placed(fresh, placement)
     if factory is not None:
         made.cached_patcher_init = (_reloaded, (factory,))
     made.model_size()  # a placement that cannot be honoured is refused here, on the node
@@ -93,27 +118,39 @@ def _taken_over(patcher: Any, placement: Placement) -> DistorchPatcher:
 
 
 def _reloaded(factory: tuple[Any, ...], disable_dynamic: bool = True) -> Any:
-    """The host's way to a fresh model from the same file, on its static path."""
-    make, arguments, *rest = factory
-    try:
-        found = make(*arguments, disable_dynamic=True)
-    except TypeError:
-        found = make(*arguments)
-    return found[rest[0]] if rest else found
+    """What the host calls for a fresh model of ours: always on its static path, if it has one."""
+    return host.reloaded(factory)
 
 
-def settle_dtypes(model: nn.Module) -> None:
-    """Weights as wide as the model says: the host's dynamic path leaves them as in the file."""
+def settle(model: nn.Module) -> None:
+    """Weights and buffers as wide as the model says, and with memory.
+
+    The host's dynamic path leaves them as in the file, and those that no file has without memory;
+    it mends both when a layer runs.
+    """
+    made: dict[tuple[int, torch.dtype | None], Any] = {}  # a shared weight stays shared
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
-            if parameter is None or dtype is None or parameter.dtype == dtype:
-                continue
-            if distorch.is_sharded(parameter):  # decoded to what it should be
-                continue
-            if parameter.is_floating_point() and type(parameter.data) is torch.Tensor:
-                value = parameter.data.to(dtype)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        held: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for tensors in held:
+            for name, tensor in list(tensors.items()):
+                if tensor is None or distorch.is_sharded(tensor):
+                    continue
+                dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+                key = id(tensor), dtype
+                if key not in made:
+                    made[key] = _settled(tensor, dtype)
+                tensors[name] = made[key]
+
+
+def _settled(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    before = tensor.data
+    if type(before) is not torch.Tensor:
+        return tensor
+    wanted = dtype if dtype is not None and before.is_floating_point() else before.dtype
+    if not before.is_meta and before.dtype == wanted:
+        return tensor
+    after = torch.zeros(before.shape, dtype=wanted) if before.is_meta else before.to(wanted)
+    return nn.Parameter(after, False) if isinstance(tensor, nn.Parameter) else after
 
 
 def on_device(value: Any, device: str) -> Any:
@@ -150,21 +187,9 @@ def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
     if is_ours(patcher):
         return as_placed(patcher, placement)
     factory = getattr(patcher, "cached_patcher_init", None)
-    base = patcher
-    model = _copied(patcher.model) if factory is None else _reloaded(factory).model
-    settle_dtypes(model)
-    clone = base.clone()
-    if host.is_dynamic(clone):
-        clone = base.clone(model_override=(model, ({}, {}, {}, set())), disable_dynamic=True)
-    clone.model = model
-    clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
-    clone.pinned = set()
-    if hasattr(clone, "backup_buffers"):
-        clone.backup_buffers = {}
-    for name in ("model_loaded_weight_memory", "lowvram_patch_counter"):
-        setattr(model, name, 0)
-    model.current_weight_patches_uuid = None
-    made = as_placed(clone, placement)
+    model = _copied(patcher.model) if factory is None else host.reloaded(factory).model
+    settle(model)
+    made = as_placed(host.clone_around(patcher, model), placement)
     made.parent = None
     if factory is not None:
         made.cached_patcher_init = (_reloaded, (factory,))

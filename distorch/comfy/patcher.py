@@ -24,12 +24,13 @@ import comfy.model_management as management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 import distorch
-from distorch.comfy import weights
+from distorch.comfy import host, weights
 from distorch.comfy.placement import Placement
+from distorch.display.tables import human_bytes
 from distorch.errors import PlacementError
 from distorch.planner import Plan
 from distorch.runtime import distribution
@@ -77,7 +78,7 @@ class DistorchPatcher(ModelPatcher):
     # --- sizes, as the host counts: bytes on the load device ---
 
     def is_dynamic(self) -> bool:
-        """Never: dynamic VRAM would move weights by itself."""
+        """No: dynamic VRAM would move weights by itself. See Note [Two ways into the host]."""
         return False
 
     def model_size(self) -> int:
@@ -163,12 +164,27 @@ class DistorchPatcher(ModelPatcher):
         spec, options = self._request(state.budget)
         _refuse_unplaceable(self.model, spec, wanted.compute)
         management.soft_empty_cache()
+        self._make_room_for_pins(distorch.plan(self.model, spec, **options))
         total = sum(group.nbytes for group in group_members(self.model))
         try:
             distorch.distribute(self.model, spec, progress=progress_bar(total), **options)
         except (torch.OutOfMemoryError, PlacementError) as error:
             raise advice(error, wanted) from error
         state.placement = wanted
+
+    def _make_room_for_pins(self, plan: Plan) -> None:
+        """Weights in RAM are pinned for an accelerator: the host pins less of its own, then."""
+        if plan.compute == "cpu":
+            return
+        nbytes = plan.bytes.get("cpu", 0)
+        if distribution.is_distributed(self.model):
+            nbytes -= distribution.distribution_of(self.model).plan.bytes.get("cpu", 0)
+        if not host.make_room_for_pins(nbytes):
+            _log.warning(
+                "%s pins %s of RAM, more than ComfyUI has left for pinned memory; give less to cpu "
+                "and more to disk if the machine runs out of memory",
+                type(self.model).__name__, human_bytes(nbytes),
+            )  # fmt: skip
 
     def _place_again(self) -> None:
         """Patched weights of 4 or 8 bits are wider now: the placement holds for what they are."""
@@ -356,7 +372,7 @@ def advice(error: Exception, wanted: Placement) -> Exception:
     )
 
 
-def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def timed_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the host's sampling: its time, and what to change when memory ran out."""
     patcher = getattr(executor.class_obj, "model_patcher", None)
     if patcher is None or not is_ours(patcher):
@@ -368,27 +384,3 @@ def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         raise advice(error, patcher.placement) from error
     finally:
         placed(patcher.model).sampling_seconds += time.monotonic() - begin
-
-
-def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
-    """A patcher of ours with everything that the host's own patcher had. PlacementError."""
-    if not is_ours(patcher) and type(patcher) is not ModelPatcher:
-        raise PlacementError(
-            f"this model comes in a {type(patcher).__module__}.{type(patcher).__name__}, which "
-            "moves weights in its own way; load it with the host's loader or one of ours"
-        )
-    clone = patcher.clone()
-    # `clone()` copies everything that a ModelPatcher has, in whatever version of the host. A
-    # constructor of ours would have to know each of these attributes. The class adds methods only.
-    clone.__class__ = DistorchPatcher
-    clone.attachments[KEY] = placement
-    clone.load_device = torch.device(placement.compute)
-    if clone.offload_device.type != "cpu":
-        clone.offload_device = torch.device("cpu")
-    clone.parent = patcher if is_ours(patcher) else None
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
-    clone.model.model_loaded_weight_memory = (
-        clone.model.model_loaded_weight_memory if is_ours(patcher) else 0
-    )
-    return clone

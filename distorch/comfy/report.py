@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import distorch
+from distorch.comfy import host
 from distorch.comfy.patcher import placed
 from distorch.display.placements import device_bar
 from distorch.planner import Plan
@@ -26,13 +27,15 @@ class Found:
     where: distorch.Report | Plan
     stats: distorch.Stats
     seconds: float
+    way: str = ""  # how the host takes it, where it has dynamic VRAM
 
     @property
     def text(self) -> str:
         """Tables."""
         if isinstance(self.where, Plan):
             return f"{self.title}: not loaded yet\n{self.where}"
-        return "\n".join([str(self.where), "", str(self.stats), *self._travelled()])
+        lines = [str(self.where), "", str(self.stats), *self._travelled()]
+        return "\n".join([*lines, *([self.way] if self.way else [])])
 
     @property
     def rates(self) -> dict[str, float]:
@@ -75,6 +78,7 @@ class Found:
             "ring": found.ring if found is not None else 0,
             "ok": not self.problems,
             "problems": self.problems,
+            "host": self.way,
             "fetches": self.stats.fetches,
             "hits": self.stats.hits,
             "stall_seconds": self.stats.stall_seconds,
@@ -96,4 +100,15 @@ def measured(patcher: Any) -> Found:
     state = placed(model)
     seconds, state.sampling_seconds = state.sampling_seconds, 0.0
     distorch.reset_stats(model)
-    return Found(title, found, stats, seconds)
+    return Found(title, found, stats, seconds, _way(patcher))
+
+
+def _way(patcher: Any) -> str:
+    """See Note [Two ways into the host]."""
+    if not host.dynamic_vram():
+        return ""
+    if host.is_dynamic(patcher):
+        return (
+            "ComfyUI: dynamic VRAM takes it for a dynamic model, as this version has no static path"
+        )
+    return "ComfyUI: loaded on the static path, beside dynamic VRAM"

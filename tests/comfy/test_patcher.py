@@ -206,7 +206,7 @@ def test_patchers_of_other_packs_are_refused():
     import comfy.model_patcher
     import comfy.sd
 
-    from distorch.comfy.patcher import as_placed
+    from distorch.comfy.outputs import as_placed
     from distorch.comfy.placement import Placement
 
     class Foreign(comfy.model_patcher.ModelPatcher):

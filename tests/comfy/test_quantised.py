@@ -146,7 +146,7 @@ def test_weights_that_cannot_leave_are_refused():
     import comfy.sd
     from comfy.quant_ops import QuantizedTensor
 
-    from distorch.comfy.patcher import as_placed
+    from distorch.comfy.outputs import as_placed
     from distorch.comfy.placement import Placement
 
     theirs = comfy.sd.patcher()

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ class Host:
     """ComfyUI from `folder`, with models and custom nodes in `base`."""
 
     def __init__(
-        self, folder: Path, base: Path, *, options: tuple[str, ...] = (), serve: Path | None = None
-    ) -> None:
+        self, folder: Path, base: Path, *, options: tuple[str, ...] = (),
+        serve: Path | None = None, environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.base = folder, base
         self.port = _free_port()
         self.log = base / f"log-{self.port}.txt"
@@ -54,7 +56,10 @@ class Host:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=base,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1",
+                    **(environment or {}),
+                },
             )  # fmt: skip
 
     def __enter__(self) -> Host:

@@ -64,9 +64,52 @@ def host(base):
         yield started
 
 
-@pytest.fixture(scope="module")
-def simulated(base):
-    """ComfyUI on two simulated devices of 256 MiB each."""
-    os.environ["DISTORCH_SIM_MEMORY"] = str(256 << 20)
-    with Host(Path(COMFYUI), base, serve=HERE / "serve_sim.py") as started:
+WAYS = ("static", "dynamic", "dynamic only")
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def simulated(base, request):
+    """ComfyUI on two simulated devices of 256 MiB each, in each of the ways in which it may manage
+    the memory of its own models: static, by dynamic VRAM, and so that it has nothing else.
+    """
+    with _simulated(base, request.param) as started:
         yield started
+
+
+@pytest.fixture(scope="module", params=WAYS[1:])
+def dynamic(base, request):
+    """The same with dynamic VRAM, on devices of 96 MiB each, and with pinned memory."""
+    with _simulated(base, request.param, memory=96 << 20, pinned=48 << 20) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=WAYS[1:])
+def large(base, request):
+    """The same on devices of 1 GiB each, for checkpoints."""
+    with _simulated(base, request.param, memory=1 << 30) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def static_host(base):
+    """One without dynamic VRAM, to compare with."""
+    with _simulated(base, "static") as started:
+        yield started
+
+
+def _simulated(base, way, memory=256 << 20, pinned=0):
+    if way != "static" and not _has_dynamic_vram():
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    environment = {"DISTORCH_SIM_MEMORY": str(memory), "DISTORCH_TEST_PINNED": str(pinned)}
+    if way == "dynamic only":
+        environment["DISTORCH_TEST_STATIC_PATH"] = "unknown"
+    options = () if way == "static" else ("--enable-dynamic-vram",)
+    host = Host(
+        Path(COMFYUI), base, options=options, serve=HERE / "serve_sim.py", environment=environment
+    )
+    host.way = way
+    return host
+
+
+def _has_dynamic_vram():
+    return "get_dynamic_vram__units" in Path(COMFYUI, "comfy", "model_patcher.py").read_text()

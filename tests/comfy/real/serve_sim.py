@@ -4,6 +4,9 @@
 usage: serve_sim.py COMFYUI_DIR [arguments of main.py]     DISTORCH_SIM_MEMORY=bytes of each device
 
 The host learns of its devices here, in the test's process; nothing of this is in the node pack.
+With `--enable-dynamic-vram` the host manages the memory of its own models by dynamic VRAM, and with
+DISTORCH_TEST_STATIC_PATH="unknown" or "ignored" it has nothing else. DISTORCH_TEST_PINNED is how many
+bytes it may pin.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dynamic_vram
 import torch
 from serve import prepare
 
@@ -58,6 +62,8 @@ if __name__ == "__main__":
     os.chdir(folder)
     links = {("sim:0", "sim:1"): (20e9, 1e-5), ("sim:1", "sim:0"): (20e9, 1e-5)}
     sim.configure(devices=2, memory=MEMORY, links=links, mode="eager")
+    if "--enable-dynamic-vram" in sys.argv:
+        dynamic_vram.install()
     sys.argv = [str(folder / "main.py"), *sys.argv[2:], "--force-fp32"]
     import comfy.options
 
@@ -65,4 +71,9 @@ if __name__ == "__main__":
     import comfy.model_management
 
     teach(comfy.model_management)
+    dynamic_vram.allow_pins(
+        comfy.model_management, int(os.environ.get("DISTORCH_TEST_PINNED", "0"))
+    )
+    if "DISTORCH_TEST_STATIC_PATH" in os.environ:
+        dynamic_vram.take_static_path_away(os.environ["DISTORCH_TEST_STATIC_PATH"])
     runpy.run_path(sys.argv[0], run_name="__main__")

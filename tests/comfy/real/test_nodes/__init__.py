@@ -118,7 +118,10 @@ class TestFigures:
                 for m in management.current_loaded_models
                 if m.model is not None
             ],
+            "pinned": management.TOTAL_PINNED_MEMORY,  # by the host itself
         }
+        if hasattr(torch, "sim"):
+            found["used"] = [torch.sim.memory_allocated(index) for index in range(2)]
         try:
             import distorch
             from distorch.runtime.distribution import distribution_of, is_distributed
@@ -136,6 +139,27 @@ class TestFigures:
                 "backups": len(patcher.backup),
             }
         return {"ui": {"figures": [json.dumps(found)]}, "result": ()}
+
+
+class TestUsed:
+    """Bytes in use on the simulated devices."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"after": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types=None):
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def tell(self, after):
+        return {"ui": {"used": [torch.sim.memory_allocated(index) for index in range(2)]}}
 
 
 class TestNeed:
@@ -164,5 +188,6 @@ class TestNeed:
 
 
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (TestConditioning, TestImage, TestHash, TestFigures, TestNeed)
+    node.__name__: node
+    for node in (TestConditioning, TestImage, TestHash, TestFigures, TestNeed, TestUsed)
 }

@@ -6,11 +6,14 @@ import torch
 current_loaded_models = []
 default = torch.device("cpu")
 free = {}  # device -> bytes that the tests say are free
+MAX_PINNED_MEMORY = 1 << 30
+asked_to_pin = []  # bytes, as models of ours asked for them
 
 
 class LoadedModel:
     def __init__(self, patcher):
         self.model, self.device = patcher, patcher.load_device
+        self.currently_used = True
 
     def unload(self, wanted):
         if wanted < self.model.loaded_size():
@@ -33,11 +36,24 @@ def soft_empty_cache():
     pass
 
 
-def free_memory(wanted, device):
+def minimum_inference_memory():
+    return 0
+
+
+def ensure_pin_budget(nbytes):
+    asked_to_pin.append(nbytes)
+    return True
+
+
+def ensure_pin_registerable(nbytes):
+    return nbytes <= MAX_PINNED_MEMORY
+
+
+def free_memory(wanted, device, keep_loaded=()):
     """Takes models off the device, the last loaded first, until so much is free."""
     missing = wanted - get_free_memory(device)
     for loaded in list(current_loaded_models):
-        if loaded.device != device or missing <= 0:
+        if loaded.device != device or missing <= 0 or loaded in keep_loaded:
             continue
         before = loaded.model.loaded_size()
         if loaded.unload(missing):

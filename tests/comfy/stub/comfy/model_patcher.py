@@ -55,8 +55,13 @@ class ModelPatcher:
         return self.model.device
 
     def clone(self, disable_dynamic=False, model_override=None):
+        kind = ModelPatcher if disable_dynamic and self.is_dynamic() else self.__class__
+        if kind is not self.__class__ and model_override is None:
+            make, arguments = self.cached_patcher_init
+            made = make(*arguments, disable_dynamic=True)
+            model_override = made.model, (made.backup, made.object_patches_backup)
         model, shared = model_override or (self.model, (self.backup, self.object_patches_backup))
-        other = self.__class__(model, self.load_device, self.offload_device, self.model_size())
+        other = kind(model, self.load_device, self.offload_device, self.model_size())
         other.patches = {key: list(found) for key, found in self.patches.items()}
         other.patches_uuid, other.parent = self.patches_uuid, self
         other.backup, other.object_patches_backup = shared[0], shared[-1]
@@ -145,6 +150,23 @@ class ModelPatcher:
 
     def __del__(self):
         self.detach(unpatch_all=False)
+
+
+class ModelPatcherDynamic(ModelPatcher):
+    """What dynamic VRAM loads: weights as in the file, and those that no file has without memory."""
+
+    def is_dynamic(self):
+        return True
+
+    def unpatch_hooks(self):
+        raise RuntimeError("hooks are not implemented here")
+
+
+class OnlyDynamic(ModelPatcherDynamic):
+    """Of a host without a static path."""
+
+    def clone(self, model_override=None):
+        return super().clone(model_override=model_override)
 
 
 CoreModelPatcher = ModelPatcher

@@ -48,6 +48,26 @@ def patcher(seed=0):
         return ModelPatcher(Model(seed=seed), cpu, cpu)
 
 
+def dynamic_patcher(kind, seed=0):
+    """As a file of bfloat16 weights is loaded by dynamic VRAM, one of which it lacks."""
+    cpu = torch.device("cpu")
+
+    def load(disable_dynamic=False):
+        with torch.inference_mode():
+            model = Model(seed=seed)
+            for layer in model.modules():
+                for name, parameter in list(layer._parameters.items()):
+                    setattr(layer, f"{name}_comfy_model_dtype", parameter.dtype)
+                    parameter.data = parameter.data.bfloat16()
+            layer = model.diffusion_model[2].up
+            layer.bias = torch.nn.Parameter(layer.bias.to("meta"), requires_grad=False)
+        return (ModelPatcher if disable_dynamic else kind)(model, cpu, cpu)
+
+    made = load()
+    made.cached_patcher_init = (load, ())
+    return made
+
+
 def quantised_patcher(seed=0):
     cpu = torch.device("cpu")
     with torch.inference_mode():
