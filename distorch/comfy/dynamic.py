@@ -76,5 +76,6 @@ class DynamicPatcher(DistorchPatcher):
         self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Makes room for what is not on the device yet, then places the model."""
-        host.make_room(max(0, self.model_size() - self.loaded_size()), self.load_device)
+        missing = max(0, self.model_size() - self.loaded_size())
+        host.make_room_beside_dynamic_models(missing, self.load_device)
         return super().partially_load(device_to, extra_memory, force_patch_weights)

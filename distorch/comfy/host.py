@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +200,48 @@ def clone_around(patcher: Any, model: torch.nn.Module) -> Any:
     return clone
 
 
-def make_room(nbytes: int, device: torch.device) -> None:
-    """Frees so much of a device, but leaves the models that are in use now.
+# --- room ---
 
-    Between dynamic models the host frees nothing: they take memory from each other as they run.
+
+def with_freed(known: Mapping[str, DeviceInfo], model: torch.nn.Module) -> dict[str, DeviceInfo]:
+    """The same devices, as if the host had taken all models but this one off accelerators."""
+    found = dict(known)
+    for loaded in list(management.current_loaded_models):
+        name = str(loaded.device)
+        if loaded.model is None or loaded.model.model is model or name not in found:
+            continue
+        device = found[name]
+        free = min(device.total_bytes, device.free_bytes + int(loaded.model.loaded_size()))
+        if loaded.device.type != "cpu":
+            found[name] = replace(device, free_bytes=free)
+    return found
+
+
+def make_room(nbytes: int, device: torch.device, keep: Sequence[Any] = ()) -> None:
+    """Frees so much of a device, but leaves some of the models that are loaded (`keep`)."""
+    if device.type != "cpu":
+        management.free_memory(nbytes, device, list(keep))
+
+
+def make_room_beside_dynamic_models(nbytes: int, device: torch.device) -> None:
+    """Frees so much of the device that computes, and what running a model takes.
+
+    The host frees nothing between dynamic models: they take memory from each other as they run.
+    It marks those that it loads now, which stay.
     """
-    if device.type == "cpu":
-        return
     used = [loaded for loaded in management.current_loaded_models if loaded.currently_used]
-    management.free_memory(nbytes + management.minimum_inference_memory(), device, used)
+    make_room(int(nbytes + management.minimum_inference_memory()), device, used)
+
+
+def let_go(patcher: Any) -> None:
+    """Takes a patcher off the host's list. Its model goes on under another patcher."""
+    for loaded in list(management.current_loaded_models):
+        if loaded.model is not patcher:
+            continue
+        management.current_loaded_models.remove(loaded)
+        patcher.detach(unpatch_all=False)
+        if getattr(loaded, "model_finalizer", None) is not None:
+            loaded.model_finalizer.detach()
 
 
 def make_room_for_pins(nbytes: int) -> bool:

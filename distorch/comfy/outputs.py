@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 import distorch
-from distorch.comfy import host
+from distorch.comfy import bound, host
 from distorch.comfy.dynamic import DynamicPatcher
 from distorch.comfy.patcher import KEY, DistorchPatcher, is_ours, timed_sampling
 from distorch.comfy.placement import Placement
@@ -107,6 +107,7 @@ def distributed(value: Any, placement: Placement) -> Any:
 
 
 def _taken_over(patcher: Any, placement: Placement) -> DistorchPatcher:
+    host.let_go(patcher)  # some loaders have the host load a model at once
     factory = getattr(patcher, "cached_patcher_init", None)
     fresh = host.static_patcher(patcher)
     settle(fresh.model)
@@ -119,7 +120,9 @@ def _taken_over(patcher: Any, placement: Placement) -> DistorchPatcher:
 
 def _reloaded(factory: tuple[Any, ...], disable_dynamic: bool = True) -> Any:
     """What the host calls for a fresh model of ours: always on its static path, if it has one."""
-    return host.reloaded(factory)
+    found = host.reloaded(factory)
+    settle(found.model)
+    return found
 
 
 def settle(model: nn.Module) -> None:
@@ -187,9 +190,11 @@ def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
     if is_ours(patcher):
         return as_placed(patcher, placement)
     factory = getattr(patcher, "cached_patcher_init", None)
-    model = _copied(patcher.model) if factory is None else host.reloaded(factory).model
+    model = _copied(patcher.model) if factory is None else _reloaded(factory).model
     settle(model)
-    made = as_placed(host.clone_around(patcher, model), placement)
+    clone = host.clone_around(patcher, model)
+    bound.rebind(clone, patcher.model, model)
+    made = as_placed(clone, placement)
     made.parent = None
     if factory is not None:
         made.cached_patcher_init = (_reloaded, (factory,))

@@ -15,6 +15,7 @@ accelerators come to RAM, the ring is given back, and patches are taken off.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from distorch.comfy.placement import Placement
 from distorch.display.tables import human_bytes
 from distorch.errors import PlacementError
 from distorch.planner import Plan
-from distorch.runtime import distribution
+from distorch.runtime import distribution, planning
 from distorch.runtime.groups import can_leave_device, group_members, size_of, unique_buffers
 from distorch.runtime.options import Options
 from distorch.runtime.ring_room import ring_bytes
@@ -101,12 +102,21 @@ class DistorchPatcher(ModelPatcher):
         if distribution.is_distributed(self.model) and state.placement == wanted:
             now = distribution.distribution_of(self.model)
             return now.plan, now.ring_bytes
-        spec, options = self._request(state.budget)
-        _refuse_unplaceable(self.model, spec, wanted.compute)
-        plan = distorch.plan(self.model, spec, **options)
-        groups = group_members(self.model)
-        ring = ring_bytes(groups, plan, Options(**options))
+        plan, options = self.plan(state.budget)
+        ring = ring_bytes(group_members(self.model), plan, options)
         return plan, ring
+
+    def plan(self, budget: int | None) -> tuple[Plan, Options]:
+        """Where the weights would go, as if the host had freed what it can. PlacementError.
+
+        `budget` is how many bytes "auto" gets, None if the host has not said yet.
+        """
+        spec, given = self._request(budget)
+        _refuse_unplaceable(self.model, spec, self.placement.compute)
+        groups, options = group_members(self.model), Options(**given)
+        devices = host.with_freed(planning.devices_for(groups, self.model), self.model)
+        inventory = distribution.inventory_now(self.model, groups)
+        return planning.plan_inventory(inventory, spec, options, devices), options
 
     def _request(self, budget: int | None) -> tuple[str, dict[str, Any]]:
         wanted = self.placement
@@ -161,10 +171,10 @@ class DistorchPatcher(ModelPatcher):
             state.budget = None if memory is None or memory > 1e15 else max(0, int(memory))
         if distribution.is_distributed(self.model) and state.placement == wanted:
             return
+        plan, _ = self.plan(state.budget)
         spec, options = self._request(state.budget)
-        _refuse_unplaceable(self.model, spec, wanted.compute)
         management.soft_empty_cache()
-        self._make_room_for_pins(distorch.plan(self.model, spec, **options))
+        self._make_room(plan)
         total = sum(group.nbytes for group in group_members(self.model))
         try:
             distorch.distribute(self.model, spec, progress=progress_bar(total), **options)
@@ -172,14 +182,21 @@ class DistorchPatcher(ModelPatcher):
             raise advice(error, wanted) from error
         state.placement = wanted
 
-    def _make_room_for_pins(self, plan: Plan) -> None:
-        """Weights in RAM are pinned for an accelerator: the host pins less of its own, then."""
-        if plan.compute == "cpu":
-            return
-        nbytes = plan.bytes.get("cpu", 0)
+    def _make_room(self, plan: Plan) -> None:
+        """On donors. The host makes room on the device that computes."""
+        now: dict[str, int] = {}
         if distribution.is_distributed(self.model):
-            nbytes -= distribution.distribution_of(self.model).plan.bytes.get("cpu", 0)
-        if not host.make_room_for_pins(nbytes):
+            now = distribution.distribution_of(self.model).plan.bytes
+        for place, nbytes in plan.bytes.items():
+            for donor in place.split("+"):  # a stripe's parts are smaller, at most as large
+                missing = nbytes - now.get(place, 0)
+                if donor not in ("disk", plan.compute) and missing > 0:
+                    self._make_room_on(donor, missing, plan.compute)
+
+    def _make_room_on(self, donor: str, nbytes: int, compute: str) -> None:
+        if donor != "cpu":
+            host.make_room(nbytes, torch.device(donor))
+        elif compute != "cpu" and not host.make_room_for_pins(nbytes):
             _log.warning(
                 "%s pins %s of RAM, more than ComfyUI has left for pinned memory; give less to cpu "
                 "and more to disk if the machine runs out of memory",
@@ -189,8 +206,9 @@ class DistorchPatcher(ModelPatcher):
     def _place_again(self) -> None:
         """Patched weights of 4 or 8 bits are wider now: the placement holds for what they are."""
         state = distribution.distribution_of(self.model)
-        spec, options = self._request(placed(self.model).budget)
-        if distorch.plan(self.model, spec, **options).placement != state.plan.placement:
+        budget = placed(self.model).budget
+        spec, options = self._request(budget)
+        if self.plan(budget)[0].placement != state.plan.placement:
             distorch.distribute(self.model, spec, progress=False, **options)
 
     def _patch(self) -> bool:
@@ -251,14 +269,34 @@ class DistorchPatcher(ModelPatcher):
         """Moves resident weights to RAM until so many bytes are free; how many bytes that were."""
         if self.load_device.type == "cpu" or not distribution.is_distributed(self.model):
             return 0
-        before = self.loaded_size()
+        before, ring = self._resident_size(), self._own_ring()
         with self.use_ejected():
             self.unpatch_hooks()
-            plan, prefetch = shrunk(self.model, int(memory_to_free))
-            distorch.redistribute(self.model, plan=plan, prefetch=prefetch, progress=False)
+            if memory_to_free > ring:
+                smaller = demoted(self.model, int(memory_to_free) - ring)
+                distorch.redistribute(self.model, plan=smaller, progress=False)
+            distribution.distribution_of(self.model).reserve(0)  # the next load makes a ring anew
             placed(self.model).placement = None
             self._measure()
-        return before - self.loaded_size()
+        return before - self._resident_size() + ring
+
+    def _resident_size(self) -> int:
+        return self.loaded_size() - int(self.model.model_offload_buffer_memory)
+
+    def _own_ring(self) -> int:
+        """Bytes that come free when this model needs no ring. The models on a device share one. It
+        is as large as the largest of them needs.
+        """
+        others = [
+            distribution.distribution_of(loaded.model.model).ring_bytes
+            for loaded in management.current_loaded_models
+            if loaded.device == self.load_device
+            and is_ours(loaded.model)
+            and loaded.model.model is not self.model
+            and distribution.is_distributed(loaded.model.model)
+        ]
+        own = distribution.distribution_of(self.model).ring_bytes
+        return max(0, own - max(others, default=0))
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         """Takes patches off, and the model off its device when `device_to` names another."""
@@ -319,28 +357,6 @@ def demoted(model: nn.Module, nbytes: int | None) -> Plan:
     return replace(plan, placement={**plan.placement, **moves})
 
 
-def shrunk(model: nn.Module, nbytes: int) -> tuple[Plan, int | str]:
-    """A plan that takes so many bytes less of the compute device, ring included, and the look-ahead
-    for it: as it was if that is enough, else the least; if neither is enough, the smaller plan.
-    """
-    state, groups = distribution.distribution_of(model), group_members(model)
-    compute, before = state.plan.compute, state.plan.bytes[state.plan.compute] + state.ring_bytes
-    least = 2 * max((group.nbytes for group in groups if can_leave_device(group.first)), default=0)
-    resident = state.plan.bytes[compute]
-    for prefetch in (state.options.prefetch, least):
-        options, wanted = replace(state.options, prefetch=prefetch), nbytes
-        while True:
-            plan = demoted(model, wanted)
-            ring = ring_bytes(groups, plan, options)
-            missing = nbytes - (before - plan.bytes[compute] - ring)
-            if missing <= 0:
-                return plan, prefetch
-            if wanted >= resident:
-                break
-            wanted += missing
-    return plan, least
-
-
 def _refuse_unplaceable(model: nn.Module, spec: str, compute: str) -> None:
     """Weights that are not memory, nor made of such, can only stay; say so when they are most."""
     groups = group_members(model)
@@ -365,11 +381,21 @@ def advice(error: Exception, wanted: Placement) -> Exception:
     """The error with what to change; the host shows it on the node."""
     if not isinstance(error, torch.OutOfMemoryError):
         return error
+    full = _full_device(str(error), wanted)
+    smaller = f"a smaller share for {full}"
+    if full == wanted.compute:
+        smaller += " (or more virtual VRAM), a smaller prefetch, or a smaller image or batch"
     return PlacementError(
-        f"{wanted.compute} ran out of memory with placement {wanted.spec!r}. Give it less: a "
-        f"smaller share for {wanted.compute} (or more virtual VRAM), a smaller prefetch, or a "
-        f"smaller image or batch. ({str(error).splitlines()[0]})"
+        f"{full} ran out of memory with placement {wanted.spec!r}. Give it less: {smaller}. "
+        f"({str(error).splitlines()[0]})"
     )
+
+
+def _full_device(message: str, wanted: Placement) -> str:
+    """The device that an error of PyTorch names ("GPU 1", "sim:1"); else the one that computes."""
+    kind = wanted.compute.partition(":")[0]
+    found = re.search(rf"(?:GPU |{kind}:)(\d+)", message)
+    return f"{kind}:{found[1]}" if found and kind != "cpu" else wanted.compute
 
 
 def timed_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:

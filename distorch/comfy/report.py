@@ -93,9 +93,7 @@ def measured(patcher: Any) -> Found:
     model = patcher.model
     title = type(model).__name__
     if not distribution.is_distributed(model):
-        spec, options = patcher._request(None)
-        plan = distorch.plan(model, spec, **options)
-        return Found(title, plan, distorch.Stats(0, 0, 0.0, 0, {}), 0.0)
+        return Found(title, patcher.plan(None)[0], distorch.Stats(0, 0, 0.0, 0, {}), 0.0)
     found, stats = distorch.report(model), distorch.stats(model)
     state = placed(model)
     seconds, state.sampling_seconds = state.sampling_seconds, 0.0

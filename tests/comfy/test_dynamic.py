@@ -71,6 +71,16 @@ def test_the_way_that_the_host_has(host, accelerators, take, kind, ours):
     assert distribution_of(made.model).plan.bytes["cpu"] > 0
 
 
+@pytest.mark.parametrize("take", [taken_over, own_copy])
+def test_what_the_host_loads_again_is_as_wide_as_the_model(host, take):
+    """For a copy on another device, for instance."""
+    make, arguments, *_ = take("ModelPatcherDynamic").cached_patcher_init
+    fresh = make(*arguments, disable_dynamic=True)
+    for parameter in fresh.model.parameters():
+        assert parameter.dtype == torch.float32
+        assert not parameter.is_meta
+
+
 def test_shared_weights_stay_shared(host):
     from distorch.comfy.outputs import settle
 

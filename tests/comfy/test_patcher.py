@@ -270,20 +270,36 @@ def test_donors_on_devices(accelerators, host):
     assert patcher.model.device == torch.device("sim:0")
 
 
-def test_partial_unload_frees_what_it_says(accelerators, host):
+@pytest.mark.parametrize("wanted", [64 * KB, 200 * KB])
+def test_partial_unload_frees_what_it_says(accelerators, host, wanted):
     patcher = placed(SPEC, "sim:0", prefetch="130kb")
     clone = patched(patcher, (0.5, adapters(1, 0, 1, 2)))
     output(host, clone)
     before, size = device_bytes(patcher)["sim:0"], patcher.loaded_size()
-    freed = clone.partially_unload(torch.device("cpu"), 64 * KB)
-    assert freed >= 64 * KB
+    used = torch.sim.memory_allocated(0)
+    freed = clone.partially_unload(torch.device("cpu"), wanted)
+    assert freed >= wanted
     assert size - clone.loaded_size() == freed
-    assert before - device_bytes(patcher)["sim:0"] == freed
+    assert used - torch.sim.memory_allocated(0) == pytest.approx(freed, abs=16 * KB)  # granules
+    assert (device_bytes(patcher)["sim:0"] < before) == (wanted > 130_000)  # the ring goes first
     with torch.inference_mode():
         found = clone.model(X.to("sim:0")).cpu()
     assert torch.equal(found, expected((0.5, adapters(1, 0, 1, 2))))
     output(host, clone)
     assert device_bytes(patcher)["sim:0"] == before  # as asked again
+
+
+def test_a_ring_that_two_models_share_is_freed_with_the_last(accelerators, host):
+    first, second = (placed(SPEC, "sim:0", prefetch="130kb") for _ in range(2))
+    output(host, first)
+    output(host, second)
+    used, resident = torch.sim.memory_allocated(0), device_bytes(first)["sim:0"]
+    freed = first.partially_unload(torch.device("cpu"), 64 * KB)
+    assert freed >= 64 * KB
+    assert device_bytes(first)["sim:0"] == resident - freed  # the ring is the second one's, too
+    assert used - torch.sim.memory_allocated(0) == pytest.approx(freed, abs=16 * KB)
+    freed = second.partially_unload(torch.device("cpu"), 64 * KB)
+    assert freed >= 130_000
 
 
 def test_the_host_takes_what_it_needs(accelerators, host):
@@ -328,3 +344,52 @@ def test_out_of_memory_names_what_to_change(accelerators):
         wrapper(Executor())
     assert SPEC in str(caught.value)
     assert "smaller share for sim:0" in str(caught.value)
+
+
+def test_other_models_make_room_on_donors(host, accelerators):
+    from distorch.testing import sim
+
+    second = torch.device("sim:1")
+    sim.configure(devices=2, memory=600_000, mode="eager")
+    other = placed("sim:1,*", "sim:1")
+    output(host, other)
+    whole = other.loaded_size()
+    spec = "sim:0,100kb;sim:1,*"
+    made = placed(spec, "sim:0")  # more than is free, less than can be
+    host.free[second] = 0
+    assert torch.equal(output(host, made), expected())
+    assert other.loaded_size() < whole / 2
+    with pytest.raises(PlacementError, match="on sim:1, which has"):
+        placed(spec, "sim:0")
+
+
+def test_a_model_that_the_loader_had_loaded_is_off_the_hosts_list(host):
+    import comfy.sd
+
+    from distorch.comfy import outputs
+    from distorch.comfy.placement import Placement
+
+    clip = comfy.sd.CLIP()
+    host.load_models_gpu([clip.patcher])
+    found = outputs.distributed(clip, Placement("cpu,100kb;disk,*", "cpu"))
+    assert host.current_loaded_models == []
+    assert found.patcher.loaded_size() == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "compute", "full"),
+    [
+        ("sim: out of memory on sim:1: tried to allocate 5 bytes", "sim:0", "sim:1"),
+        ("CUDA out of memory. Tried to allocate 2 GiB. GPU 1 has a total", "cuda:0", "cuda:1"),
+        ("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total", "cuda:0", "cuda:0"),
+        ("out of memory", "cuda:0", "cuda:0"),
+    ],
+)
+def test_the_advice_names_the_device_that_is_full(message, compute, full):
+    from distorch.comfy.patcher import advice
+    from distorch.comfy.placement import Placement
+
+    error = advice(torch.OutOfMemoryError(message), Placement(f"{compute},*", compute))
+    assert str(error).startswith(f"{full} ran out of memory")
+    assert f"a smaller share for {full}" in str(error)
+    assert ("smaller image" in str(error)) == (full == compute)

@@ -28,7 +28,7 @@ class ModelPatcher:
         self.patches, self.backup = {}, {}
         self.object_patches, self.object_patches_backup = {}, {}
         self.weight_wrapper_patches, self.attachments = {}, {}
-        self.callbacks, self.wrappers = {}, {}
+        self.callbacks, self.wrappers, self.injections = {}, {}, {}
         self.model_options = {"transformer_options": {}}
         self.force_cast_weights = False
         self.patches_uuid, self.parent = uuid.uuid4(), None
@@ -69,6 +69,7 @@ class ModelPatcher:
         other.weight_wrapper_patches = dict(self.weight_wrapper_patches)
         other.attachments = dict(self.attachments)
         other.wrappers = {kind: dict(found) for kind, found in self.wrappers.items()}
+        other.callbacks, other.injections = dict(self.callbacks), dict(self.injections)
         other.force_cast_weights = self.force_cast_weights
         other.cached_patcher_init = self.cached_patcher_init
         return other

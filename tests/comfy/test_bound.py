@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes that keep parts of a model, in front of one that makes a copy of it."""
+
+import functools
+import types
+
+import pytest
+import torch
+
+from distorch.errors import PlacementError
+from tests.comfy.test_patcher import X, output
+
+UP = "diffusion_model.0.up.forward"
+
+
+def own_copy(patcher):
+    from distorch.comfy import outputs
+    from distorch.comfy.placement import Placement
+
+    return outputs.own_copy(patcher, Placement("cpu,100kb;disk,*", "cpu"))
+
+
+@pytest.fixture
+def stock(host):
+    import comfy.sd
+
+    return comfy.sd.patcher()
+
+
+def doubled(self, x, factor=2.0):
+    return factor * torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def bound_method(patcher):
+    layer = patcher.model.diffusion_model[0].up
+    patcher.add_object_patch(UP, types.MethodType(doubled, layer))
+
+
+def bound_part(patcher):
+    layer = patcher.model.diffusion_model[0].up
+    patcher.add_object_patch(UP, functools.partial(types.MethodType(doubled, layer), factor=2.0))
+
+
+@pytest.mark.parametrize("bind", [bound_method, bound_part])
+def test_a_bound_method_goes_to_the_same_part_of_the_copy(host, stock, bind):
+    bind(stock)
+    wanted = output(host, stock)
+    made = own_copy(stock)
+    with torch.inference_mode():
+        stock.model.diffusion_model[0].up.weight.zero_()  # must not be what the copy computes with
+    assert torch.equal(output(host, made), wanted)
+    patch = made.object_patches[UP]
+    method = patch if isinstance(patch, types.MethodType) else patch.func
+    assert method.__self__ is made.model.diffusion_model[0].up
+    given = stock.object_patches[UP]
+    assert getattr(given, "func", given).__self__ is stock.model.diffusion_model[0].up
+
+
+class Hook:
+    def __init__(self, layer):
+        self.layer = layer
+
+
+def compiled_block(patcher):
+    block = patcher.model.diffusion_model[1]
+    patcher.add_object_patch("diffusion_model.1", torch.nn.Sequential(block))
+
+
+def injected(patcher):
+    hooks = [Hook(patcher.model.diffusion_model[1].up)]
+    patcher.injections = {"bypass": [types.SimpleNamespace(inject=lambda model: hooks)]}
+
+
+def wrapped(patcher):
+    kept = {"diffusion_model": patcher.model.diffusion_model}
+
+    def wrapper(executor, *args, compiled=kept):
+        return compiled
+
+    patcher.add_wrapper_with_key("apply_model", "compile", wrapper)
+
+
+@pytest.mark.parametrize("bind", [compiled_block, injected, wrapped])
+def test_what_cannot_go_to_the_copy_is_refused(stock, bind):
+    bind(stock)
+    with pytest.raises(PlacementError, match="put that node behind it"):
+        own_copy(stock)
+
+
+def test_what_gets_the_model_when_it_runs_goes_with_it(host, stock):
+    sampling = torch.nn.Module()
+    scale = torch.ones(1)
+    stock.add_object_patch("model_sampling", sampling)
+    stock.add_wrapper_with_key("apply_model", "a", lambda executor, *args: executor(*args) * scale)
+    stock.callbacks = {"on_load": [lambda *args: (sampling, stock)]}
+    stock.injections = {"a": [types.SimpleNamespace(inject=lambda model: model.model)]}
+    stock.model.model_sampling = None
+    with torch.inference_mode():
+        wanted = stock.model(X)
+    assert torch.equal(output(host, own_copy(stock)), wanted)
