@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from distorch.comfy import host
 from distorch.errors import PlacementError
 
 _DEEPEST = 8  # steps from what the patcher holds to the part of a model
@@ -32,6 +33,11 @@ def rebind(patcher: Any, before: nn.Module, after: nn.Module) -> None:
     patcher.object_patches = {
         key: _bound_anew(value, before, after) for key, value in patcher.object_patches.items()
     }
+    if any(map(host.is_dynamic, patcher.additional_models.get("multigpu", ()))):
+        raise PlacementError(
+            "a node in front of this one made copies of the model for other GPUs, which dynamic "
+            "VRAM loads: put that node behind this one"
+        )
     parts = {id(part) for part in before.modules() if next(part.parameters(), None) is not None}
     for what, held in _wishes(patcher):
         if _reaches(held, parts, set(), _DEEPEST):

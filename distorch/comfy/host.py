@@ -41,6 +41,18 @@ def default_device() -> str:
     return compute_device(management.get_torch_device())
 
 
+def device_names() -> str:
+    """What the accelerators are called, for people who choose one: "cuda:0 NVIDIA ..., 24.0 GB"."""
+    found = []
+    for name, info in devices().items():
+        if name in ("cpu", "disk"):
+            continue
+        asks = getattr(torch.get_device_module(name.partition(":")[0]), "get_device_name", None)
+        title = f" {asks(name)}" if asks is not None else ""
+        found.append(f"{name}{title}, {info.total_bytes / 2**30:.1f} GB")
+    return "; ".join(found)
+
+
 def first_choice() -> str:
     """The default of a node's device input: the first accelerator, else the CPU."""
     names = computing_devices()
@@ -234,12 +246,15 @@ def make_room_beside_dynamic_models(nbytes: int, device: torch.device) -> None:
 
 
 def let_go(patcher: Any) -> None:
-    """Takes a patcher off the host's list. Its model goes on under another patcher."""
+    """Takes a patcher's model off its device, and the patcher off the host's list.
+
+    The list says on which device a model is loaded, whatever the patcher says later.
+    """
     for loaded in list(management.current_loaded_models):
         if loaded.model is not patcher:
             continue
         management.current_loaded_models.remove(loaded)
-        patcher.detach(unpatch_all=False)
+        patcher.detach()
         if getattr(loaded, "model_finalizer", None) is not None:
             loaded.model_finalizer.detach()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from distorch.comfy import host, outputs
 from distorch.comfy.placement import old_placement, spec_problem
+from distorch.errors import PlacementError
 
 DEVICE, COMPUTE = "device", "compute_device"
 LEGACY_MOST_GB, MOST_GB = 24.0, 128.0
@@ -42,21 +43,31 @@ CORE = (
     Family("ControlNetLoader"),
     Family("DiffusersLoader"),
     Family("DiffControlNetLoader"),
+    # The old pack had no nodes for these.
+    Family("ImageOnlyCheckpointLoader"),
+    Family("unCLIPCheckpointLoader"),
+    Family("LTXAVTextEncoderLoader", DEVICE, eject=False, own_device=True),
+    Family("LTXVAudioVAELoader"),
+    Family("AudioEncoderLoader", DEVICE, eject=False),
+    Family("LatentUpscaleModelLoader"),
+    Family("FrameInterpolationModelLoader"),
+    Family("ModelPatchLoader"),
 )
 
 
-def _choices(names: list[str], default: str) -> tuple[Any, ...]:
-    return names, {"default": default}
+def _choices(names: list[str], default: str, tip: str) -> tuple[Any, ...]:
+    found = host.device_names()
+    return names, {"default": default, "tooltip": f"{tip} {found}." if found else tip}
 
 
 def device_input() -> tuple[Any, ...]:
     """Where to compute."""
-    return _choices(host.computing_devices(), host.first_choice())
+    return _choices(host.computing_devices(), host.first_choice(), "Where the model computes.")
 
 
 def donor_input() -> tuple[Any, ...]:
     """Who keeps the weights."""
-    return _choices(host.donor_devices(), "cpu")
+    return _choices(host.donor_devices(), "cpu", "Who keeps the weights that leave it.")
 
 
 def virtual_vram_input(most: float = MOST_GB, default: float = 4.0) -> tuple[Any, ...]:
@@ -118,7 +129,7 @@ class _FromHost:
     def call_host(self, device: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
         """The host's loader, with `device` as the one it finds."""
         if self.family.own_device:
-            arguments = {**arguments, DEVICE: "default"}
+            arguments = {**arguments, DEVICE: "cpu" if device == "cpu" else "default"}
         with host.computing_on(device):
             return host.call_node(self.family.source, arguments)
 
@@ -199,6 +210,12 @@ def place_all(
     placement = old_placement(device, virtual_vram_gb, donor, expert, host.devices())
     if placement is None:
         return tuple(outputs.on_device(value, device) for value in found)
+    if not any(outputs.patcher_of(value) is not None for value in found):
+        kinds = ", ".join(sorted({type(value).__name__ for value in found}))
+        raise PlacementError(
+            f"this loader gives out {kinds}, whose weights ComfyUI does not manage, so they cannot "
+            "be placed; use ComfyUI's own loader"
+        )
     return tuple(outputs.distributed(value, placement) for value in found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 import distorch
-from distorch.comfy import bound, host
+from distorch.comfy import bound, elsewhere, host
 from distorch.comfy.dynamic import DynamicPatcher
 from distorch.comfy.patcher import KEY, DistorchPatcher, is_ours, timed_sampling
 from distorch.comfy.placement import Placement
@@ -65,6 +66,8 @@ def with_patcher(value: Any, change: Taken) -> Any:
             if getattr(value, holder, None) is before.model:
                 setattr(value, holder, after.model)
         setattr(value, field, after)
+        if field == "control_model_wrapped":
+            elsewhere.bridge(after.model)
         for name in ("load_device", "device"):
             if isinstance(getattr(value, name, None), torch.device):
                 setattr(value, name, after.load_device)
@@ -164,7 +167,11 @@ def on_device(value: Any, device: str) -> Any:
 def _retargeted(patcher: Any, target: torch.device) -> Any:
     if patcher.load_device == target:
         return patcher
-    made = host.static_patcher(patcher) if target.type == "cpu" else patcher
+    host.let_go(patcher)  # some loaders have the host load a model at once
+    made = patcher
+    if target.type == "cpu":
+        made = host.static_patcher(patcher)
+        settle(made.model)
     made.load_device = target
     if hasattr(made, "register_load_device"):
         made.register_load_device(target)
@@ -179,6 +186,14 @@ def _copied(model: nn.Module) -> nn.Module:
         if wrapped.is_wrapper(parameter)
     }
     return copy.deepcopy(model, memo)
+
+
+def copied(value: Any, placement: Placement) -> Any:
+    """A placed copy of what a loader gives out; what came in stays as it is for others."""
+    if is_patcher(value):
+        return own_copy(value, placement)
+    copy_of = value.clone() if hasattr(value, "clone") else copy.copy(value)
+    return with_patcher(copy_of, functools.partial(own_copy, placement=placement))
 
 
 def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
@@ -196,6 +211,7 @@ def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
     bound.rebind(clone, patcher.model, model)
     made = as_placed(clone, placement)
     made.parent = None
+    made.clone_base_uuid = uuid.uuid4()  # the host takes no copy of the other model for one of ours
     if factory is not None:
         made.cached_patcher_init = (_reloaded, (factory,))
     made.model_size()

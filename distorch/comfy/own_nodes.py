@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes of our own: Distribute Model, Distribution Report."""
+"""Nodes of our own: Distribute Model (also CLIP, VAE), Distribution Report."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _SPEC_TIP = (
 )
 
 
-class DistributeModel:
-    """MODEL in, MODEL out, one placement string."""
+class _Distribute:
+    """What a loader gives out goes in and comes out, placed by one string."""
 
-    RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
+    INPUT: str  # its name, and the output's
+    RETURN_TYPES: tuple[str, ...]
     FUNCTION, CATEGORY = "distribute", "distorch"
-    TITLE = "Distribute Model"
     DESCRIPTION = (
         "Weights live where the placement says and arrive just in time; results are the same bits. "
         "The model that comes in stays as it is for whoever else uses it."
@@ -43,7 +43,7 @@ class DistributeModel:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL",),
+                cls.INPUT: cls.RETURN_TYPES,
                 "spec": ("STRING", {"default": "auto", "tooltip": _SPEC_TIP}),
             },
             "optional": {
@@ -78,6 +78,35 @@ class DistributeModel:
             return True
         return spec_problem(spec, host.devices()) or True
 
+
+def _placed(
+    value: Any,
+    spec: str,
+    compute_device: str = "default",
+    order: str = "interleaved",
+    prefetch: str = "auto",
+    lora_precision: str = "as stored",
+) -> tuple[Any, ...]:
+    patcher = outputs.patcher_of(value)
+    if patcher is None:
+        raise PlacementError(
+            f"this {type(value).__name__} has no weights that ComfyUI manages, so they cannot be "
+            "placed"
+        )
+    device = device_of(patcher) if compute_device == "default" else compute_device
+    placement = Placement(
+        spec, device, order=order, prefetch=prefetch, lora_precision=lora_precision
+    )
+    return (outputs.copied(value, placement),)
+
+
+class DistributeModel(_Distribute):
+    """MODEL in, MODEL out."""
+
+    INPUT = "model"
+    RETURN_TYPES, RETURN_NAMES = ("MODEL",), (INPUT,)
+    TITLE = "Distribute Model"
+
     def distribute(
         self,
         model: Any,
@@ -88,15 +117,31 @@ class DistributeModel:
         lora_precision: str = "as stored",
     ) -> tuple[Any, ...]:
         """The placed model."""
-        device = device_of(model) if compute_device == "default" else compute_device
-        placement = Placement(
-            spec,
-            device,
-            order=order,
-            prefetch=prefetch,
-            lora_precision=lora_precision,
-        )
-        return (outputs.own_copy(model, placement),)
+        return _placed(model, spec, compute_device, order, prefetch, lora_precision)
+
+
+class DistributeCLIP(_Distribute):
+    """CLIP in, CLIP out."""
+
+    INPUT = "clip"
+    RETURN_TYPES, RETURN_NAMES = ("CLIP",), (INPUT,)
+    TITLE = "Distribute CLIP"
+
+    def distribute(self, clip: Any, spec: str, **options: Any) -> tuple[Any, ...]:
+        """The placed text encoder."""
+        return _placed(clip, spec, **options)
+
+
+class DistributeVAE(_Distribute):
+    """VAE in, VAE out."""
+
+    INPUT = "vae"
+    RETURN_TYPES, RETURN_NAMES = ("VAE",), (INPUT,)
+    TITLE = "Distribute VAE"
+
+    def distribute(self, vae: Any, spec: str, **options: Any) -> tuple[Any, ...]:
+        """The placed VAE."""
+        return _placed(vae, spec, **options)
 
 
 def device_of(model: Any) -> str:
@@ -147,5 +192,7 @@ class DistributionReport:
 
 NODES: dict[str, Any] = {
     "DistributeModel": DistributeModel,
+    "DistributeCLIP": DistributeCLIP,
+    "DistributeVAE": DistributeVAE,
     "DistributionReport": DistributionReport,
 }

@@ -87,6 +87,19 @@ def test_what_cannot_go_to_the_copy_is_refused(stock, bind):
         own_copy(stock)
 
 
+def test_copies_for_other_gpus_are_made_behind_it(stock):
+    import comfy.sd
+    from comfy import model_patcher
+
+    stock.additional_models = {"multigpu": [comfy.sd.patcher()]}
+    assert own_copy(stock).clone_base_uuid != stock.clone_base_uuid
+    stock.additional_models = {
+        "multigpu": [comfy.sd.dynamic_patcher(model_patcher.ModelPatcherDynamic)]
+    }
+    with pytest.raises(PlacementError, match="copies of the model for other GPUs"):
+        own_copy(stock)
+
+
 def test_what_gets_the_model_when_it_runs_goes_with_it(host, stock):
     sampling = torch.nn.Module()
     scale = torch.ones(1)

@@ -9,6 +9,7 @@ import torch
 
 import distorch
 from distorch.comfy import host as border
+from distorch.errors import PlacementError, SpecError
 
 
 @pytest.fixture
@@ -73,6 +74,100 @@ def test_control_nets_are_placed(known):
     )
     assert type(net.control_model_wrapped).__name__ == "DistorchPatcher"
     assert net.control_model is net.control_model_wrapped.model
+
+
+@pytest.mark.parametrize("made", ["CLIP", "VAE"])
+def test_distribute_clip_and_vae(known, host, made):
+    import comfy.sd
+
+    from distorch.comfy.patcher import is_ours
+
+    given = getattr(comfy.sd, made)()
+    before = given.patcher
+    inputs = {made.lower(): given, "spec": "cpu,100kb;disk,*"}
+    (found,) = run(known[f"Distribute{made}"], **inputs, order="sequential")
+    assert is_ours(found.patcher)
+    inner = found.cond_stage_model if made == "CLIP" else found.first_stage_model
+    assert inner is found.patcher.model is not before.model
+    assert given.patcher is before  # others may use it
+    host.load_models_gpu([found.patcher])
+    assert distorch.report(found.patcher.model).bytes["disk"] > 100 << 10
+    with pytest.raises(SpecError, match="input 'order'"):
+        run(known[f"Distribute{made}"], **inputs, order="x")
+
+
+def test_the_host_is_told_when_a_text_encoder_goes_to_the_cpu(known, accelerators):
+    for name, inputs in (("MultiGPU", {}), ("DisTorch2MultiGPU", OLD)):
+        for device, told in (("cpu", "cpu"), ("sim:1", "default")):
+            (clip,) = run(
+                known[f"CLIPLoader{name}"], clip_name="a", type="sd", device=device, **inputs
+            )
+            assert clip.asked_for == told
+
+
+def test_what_has_no_weights_cannot_be_placed(known, monkeypatch):
+    with pytest.raises(PlacementError, match="this str has no weights that ComfyUI manages"):
+        run(known["DistributeVAE"], vae="a", spec="cpu,*")
+    loader = known["UNETLoaderDisTorch2MultiGPU"]
+    monkeypatch.setattr(border, "call_node", lambda name, arguments: (object(),))
+    with pytest.raises(PlacementError, match="whose weights ComfyUI does not manage"):
+        run(loader, unet_name="a", weight_dtype="default", compute_device="cpu", **OLD)
+
+
+def test_a_control_net_computes_where_it_is_loaded(known, accelerators, host):
+    """The model that calls it may be on another device."""
+    node = known["ControlNetLoaderMultiGPU"]
+    (net,) = run(node, control_net_name="a", device="sim:1")
+    host.load_models_gpu([net.control_model_wrapped])
+    x = torch.linspace(-1, 1, 128).reshape(2, 64)
+    devices = []
+
+    def look(module, args, kwargs):
+        devices.extend(str(part.device) for part in (*args, *kwargs.values()))
+
+    net.control_model.register_forward_pre_hook(look, with_kwargs=True)
+    with torch.inference_mode():
+        found = net.control_model(x=x.to("sim:0"))
+        again = net.control_model(x.to("sim:0"))
+    assert devices == ["sim:1", "sim:1"]
+    assert found.device == again.device == torch.device("sim:0")
+    (plain,) = run(node, control_net_name="a", device="cpu")
+    with torch.inference_mode():
+        assert torch.equal(found.cpu(), plain.control_model(x))
+
+
+def test_a_model_that_a_loader_has_loaded_moves_to_the_chosen_device(known, accelerators, host):
+    """ComfyUI may load a text encoder at once. Its list of loaded models then says where."""
+    import comfy.sd
+
+    from distorch.comfy import outputs
+
+    clip = comfy.sd.CLIP()
+    clip.patcher.load_device = torch.device("sim:0")
+    host.load_models_gpu([clip.patcher])
+    found = outputs.on_device(clip, "cpu")
+    assert host.current_loaded_models == []
+    host.load_models_gpu([found.patcher])
+    assert {str(weight.device) for weight in found.cond_stage_model.parameters()} == {"cpu"}
+
+
+def test_a_dynamic_model_on_the_cpu_is_as_wide_as_it_says(known, host):
+    import comfy.sd
+    from comfy import model_patcher
+
+    from distorch.comfy import outputs
+
+    made = comfy.sd.dynamic_patcher(model_patcher.ModelPatcherDynamic)
+    made.load_device = torch.device("meta")
+    found = outputs.on_device(made, "cpu")
+    assert not found.is_dynamic()
+    assert {weight.dtype for weight in found.model.parameters()} == {torch.float32}
+
+
+def test_the_choice_of_a_device_says_what_it_is(known, accelerators):
+    (_, device), *_ = known["UNETLoaderMultiGPU"].INPUT_TYPES()["optional"].values()
+    assert "sim:0" in device["tooltip"]
+    assert "1.0 GB" in device["tooltip"]
 
 
 def test_nodes_of_the_new_interface(known):

@@ -128,3 +128,59 @@ def test_the_report_says_how_the_host_takes_it(dynamic):
     said = dynamic.run(graph)["report"]["text"][0]
     assert ("no static path" in said) == (dynamic.way == "dynamic only")
     assert "dynamic VRAM" in said
+
+
+@pytest.mark.parametrize("device", ["sim:1", "cpu"])
+@pytest.mark.parametrize("made", ["ControlNetLoaderMultiGPU", "ControlNetLoaderDisTorch2MultiGPU"])
+def test_a_control_net_on_another_device(large, made, device):
+    """ComfyUI's own gives the same on the device of the model only."""
+    inputs = {"control_net_name": "cn.safetensors"}
+    load = g.node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    stock = run(large, g.checkpoint(load, control=g.node("ControlNetLoader", **inputs)))
+    if made == "ControlNetLoaderMultiGPU":
+        ours = g.node(made, **inputs, device=device)
+    else:
+        ours = g.old_inputs(
+            made, compute_device=device, **inputs,
+            expert_mode_allocations=f"{device},8mb;{'cpu' if device != 'cpu' else 'disk'},*",
+        )  # fmt: skip
+    found = run(large, g.checkpoint(load, control=ours))
+    assert found.digest == stock.digest
+    assert found.figures["net_figures"]["device"] == device
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "VAE"])
+def test_distribute_clip_and_vae(large, kind):
+    load = g.node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    stock = run(large, g.checkpoint(load))
+    graph = g.checkpoint(load)
+    name = kind.lower()
+    output = ["load", ("MODEL", "CLIP", "VAE").index(kind)]
+    for node in graph.values():
+        node["inputs"].update({k: ["placed", 0] for k, v in node["inputs"].items() if v == output})
+    graph["placed"] = g.node(f"Distribute{kind}", **{name: output}, spec="sim:0,1mb;cpu,*")
+    ours = run(large, graph)
+    assert ours.digest == stock.digest
+    figures = ours.figures[f"{name}_figures"]
+    assert figures["measured"]["cpu"] > figures["measured"]["sim:0"] > 0
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["MODEL", "CLIP", "VAE"])
+def test_parts_of_a_checkpoint_on_the_cpu(large, part):
+    names = "unet_device", "clip_device", "vae_device"
+    devices = {name: "cpu" if place == part else "sim:0" for place, name in enumerate(names)}
+    load = g.node("CheckpointLoaderAdvancedMultiGPU", ckpt_name="sd15.safetensors", **devices)
+    stock = g.node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    ours = run(large, g.checkpoint(load))
+    assert ours.digest == run(large, g.checkpoint(stock)).digest
+    parts = [ours.figures[name]["device"] for name in ("figures", "clip_figures", "vae_figures")]
+    assert parts == [*devices.values()]
+
+
+def test_unclip_checkpoints(large):
+    stock = run(large, g.checkpoint(g.node("unCLIPCheckpointLoader", ckpt_name="sd15.safetensors")))
+    placed = g.old_inputs(
+        "unCLIPCheckpointLoaderDisTorch2MultiGPU", compute_device="sim:0", donor_device="cpu",
+        ckpt_name="sd15.safetensors", expert_mode_allocations="sim:0,8mb;cpu,*",
+    )  # fmt: skip
+    assert run(large, g.checkpoint(placed)).digest == stock.digest

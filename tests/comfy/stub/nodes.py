@@ -37,8 +37,9 @@ class CLIPLoader:
         }
 
     def load_clip(self, clip_name, type, device):
-        assert device == "default"
-        return (comfy.sd.CLIP(),)
+        clip = comfy.sd.CLIP()
+        clip.asked_for = device
+        return (clip,)
 
 
 class ControlNetLoader:

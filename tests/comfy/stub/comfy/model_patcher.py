@@ -29,6 +29,7 @@ class ModelPatcher:
         self.object_patches, self.object_patches_backup = {}, {}
         self.weight_wrapper_patches, self.attachments = {}, {}
         self.callbacks, self.wrappers, self.injections = {}, {}, {}
+        self.additional_models, self.clone_base_uuid = {}, uuid.uuid4()
         self.model_options = {"transformer_options": {}}
         self.force_cast_weights = False
         self.patches_uuid, self.parent = uuid.uuid4(), None
@@ -70,6 +71,8 @@ class ModelPatcher:
         other.attachments = dict(self.attachments)
         other.wrappers = {kind: dict(found) for kind, found in self.wrappers.items()}
         other.callbacks, other.injections = dict(self.callbacks), dict(self.injections)
+        other.additional_models = dict(self.additional_models)
+        other.clone_base_uuid = self.clone_base_uuid
         other.force_cast_weights = self.force_cast_weights
         other.cached_patcher_init = self.cached_patcher_init
         return other
