@@ -195,7 +195,8 @@ class DistorchPatcher(ModelPatcher):
 
     def _make_room_on(self, donor: str, nbytes: int, compute: str) -> None:
         if donor != "cpu":
-            host.make_room(nbytes, torch.device(donor))
+            # As much more as the host itself asks for. Patched weights come before old ones go.
+            host.make_room(int(nbytes * 1.1), torch.device(donor))
         elif compute != "cpu" and not host.make_room_for_pins(nbytes):
             _log.warning(
                 "%s pins %s of RAM, more than ComfyUI has left for pinned memory; give less to cpu "

@@ -111,6 +111,8 @@ def _put(
         whole = f"{key}.{name}" if name else key
         return _donors.shard_on(place, alone(part.contiguous()), compute, whole)
 
+    # The old one goes first, so that a donor that is nearly full has room for the new one.
+    set_weight(model, key, value)
     set_weight(model, key, wrapped.rebuilt(value, put))
 
 
@@ -133,9 +135,10 @@ def repatch(
     changed += [key for key in wanted if key not in applied]
     for key in changed:
         weight = comfy.utils.get_attr(model, key)
-        place = current_place(weight)
+        place, nbytes = current_place(weight), size_of(weight)
         if key not in backup:
             backup[key] = Backup(_kept(weight, place, compute, offload), False)
+        del weight  # or its memory would stay until the new one is there
         original = backup[key].weight
         if key in wanted:
             value = merged(model, key, patches[key], original, compute, full)
@@ -144,7 +147,7 @@ def repatch(
         else:
             _restore(model, key, original, place, compute)
             del backup[key], applied[key]
-        progress(size_of(weight))
+        progress(nbytes)
     if changed:
         placing.refresh(model)
     return len(changed)

@@ -363,6 +363,17 @@ def test_other_models_make_room_on_donors(host, accelerators):
         placed(spec, "sim:0")
 
 
+def test_patches_on_a_donor_that_is_nearly_full(host, accelerators):
+    from distorch.testing import sim
+
+    made = placed("sim:0,100kb;sim:1,*", "sim:0", prefetch="130kb")
+    loras = (0.5, adapters(1, 0, 1, 2))
+    output(host, made)
+    with sim.room(40 * KB, "sim:1"):  # less than a weight
+        assert torch.equal(output(host, patched(made, loras)), expected(loras))
+        assert torch.equal(output(host, made), expected())
+
+
 def test_a_model_that_the_loader_had_loaded_is_off_the_hosts_list(host):
     import comfy.sd
 
