@@ -127,3 +127,26 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def made_base(folder: Path, comfyui: Path) -> Path:
+    """The folder, with checkpoints that this ComfyUI takes, and our custom nodes."""
+    for script, *arguments in (
+        ("checkpoints.py", str(comfyui)), ("quantise.py",), ("kitchen.py",), ("others.py", str(comfyui)),
+    ):  # fmt: skip
+        done = folder / "models" / "loras" / f"{script}.done"
+        if not done.exists():
+            subprocess.run(
+                [sys.executable, str(HERE / script), *arguments, str(folder / "models")],
+                check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            )  # fmt: skip
+            done.touch()
+    nodes = folder / "custom_nodes"
+    nodes.mkdir(parents=True, exist_ok=True)
+    for name, target in (
+        ("comfyui-distorch", REPOSITORY / "comfyui-distorch"),
+        ("test_nodes", HERE / "test_nodes"),
+    ):
+        if not (nodes / name).exists():
+            (nodes / name).symlink_to(target)
+    return folder

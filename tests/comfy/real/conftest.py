@@ -4,19 +4,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.comfy.real.client import HERE, REPOSITORY, Host
+from tests.comfy.real.client import HERE, Host, made_base
 
 COMFYUI = os.environ.get("COMFYUI_DIR")
-# What makes checkpoints, in order, with its arguments before the folder of models.
-MAKERS = (
-    ("checkpoints.py", COMFYUI), ("quantise.py",), ("kitchen.py",), ("others.py", COMFYUI),
-)  # fmt: skip
 
 
 def _knows_tiny_flux():
@@ -38,24 +32,7 @@ def pytest_collection_modifyitems(items):
 def base(tmp_path_factory):
     """Models and custom nodes. COMFYUI_TEST_BASE keeps the checkpoints from run to run."""
     kept = os.environ.get("COMFYUI_TEST_BASE")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("comfy")
-    for script, *arguments in MAKERS:
-        done = folder / "models" / "loras" / f"{script}.done"
-        if not done.exists():
-            subprocess.run(
-                [sys.executable, str(HERE / script), *arguments, str(folder / "models")],
-                check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            )  # fmt: skip
-            done.touch()
-    nodes = folder / "custom_nodes"
-    nodes.mkdir(parents=True, exist_ok=True)
-    for name, target in (
-        ("comfyui-distorch", REPOSITORY / "comfyui-distorch"),
-        ("test_nodes", HERE / "test_nodes"),
-    ):
-        if not (nodes / name).exists():
-            (nodes / name).symlink_to(target)
-    return folder
+    return made_base(Path(kept) if kept else tmp_path_factory.mktemp("comfy"), Path(COMFYUI))
 
 
 @pytest.fixture(scope="module")
