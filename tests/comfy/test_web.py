@@ -2,6 +2,7 @@
 """The script that shows a report on its node, in a host that is only pretended."""
 
 import json
+import re
 import shutil
 import subprocess
 import urllib.parse
@@ -37,3 +38,23 @@ def test_the_picture_of_a_report_is_drawn_on_its_node(tmp_path):
     kind, _, svg = found["address"].partition(",")
     assert kind == "data:image/svg+xml;charset=utf-8"
     assert urllib.parse.unquote(svg) == "<svg>ü#%</svg>"
+
+
+PAGES = SCRIPT.parent / "docs"
+
+
+def test_our_nodes_have_a_help_page_that_names_every_input(host):
+    from distorch.comfy import own_nodes
+
+    assert {page.stem for page in PAGES.glob("*.md")} == set(own_nodes.NODES)
+    for name, node in own_nodes.NODES.items():
+        page = (PAGES / f"{name}.md").read_text()
+        assert page.startswith(f"# {node.TITLE}\n")
+        named = set(re.findall(r"^\| \*\*(\w+)\*\* \|", page, re.MULTILINE))
+        inputs = {key for part in node.INPUT_TYPES().values() for key in part}
+        outputs = set(node.RETURN_NAMES) if node.TITLE == "Distribution Report" else set()
+        assert named == inputs | outputs
+        for part in node.INPUT_TYPES().values():
+            for kind, *rest in part.values():
+                choices = [c for c in kind if ":" not in c] if isinstance(kind, list) else []
+                assert all(choice in page for choice in choices if choice != "cpu"), rest

@@ -89,4 +89,4 @@ def _simulated(base, way, memory=256 << 20, pinned=0):
 
 
 def _has_dynamic_vram():
-    return "get_dynamic_vram__units" in Path(COMFYUI, "comfy", "model_patcher.py").read_text()
+    return "class ModelPatcherDynamic" in Path(COMFYUI, "comfy", "model_patcher.py").read_text()

@@ -2,6 +2,7 @@
 """Old and new nodes in a real ComfyUI on the CPU: same bits as the host's loaders, as placed."""
 
 import json
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tests.comfy.real import graphs as g
 from tests.comfy.real.client import GraphError
 
-WORKFLOWS = Path(__file__).parents[3] / "examples" / "workflows"
+WORKFLOWS = Path(__file__).parents[3] / "comfyui-distorch" / "example_workflows"
 SPEC = "cpu,5mb;disk,*"
 RATIO = "cpu,40%;disk,60%"
 A, B = ("flux_a.safetensors", 0.8), ("flux_b.safetensors", -0.5)
@@ -410,3 +411,13 @@ def test_example_workflows_fit_the_nodes(host, file):
             else:
                 assert isinstance(value, str), name
     assert ours >= 2
+
+
+def test_templates_and_help_pages_are_found(host):
+    templates = host.get("/workflow_templates")
+    if "comfyui-distorch" not in templates:
+        pytest.skip("this ComfyUI does not look into folders that are links")
+    assert sorted(templates["comfyui-distorch"]) == sorted(p.stem for p in WORKFLOWS.glob("*.json"))
+    address = f"http://127.0.0.1:{host.port}/extensions/comfyui-distorch/docs/DistributeModel.md"
+    with urllib.request.urlopen(address) as page:
+        assert page.read().decode().startswith("# Distribute Model\n")
