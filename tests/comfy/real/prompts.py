@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.comfy.real import graphs as g
@@ -58,36 +58,38 @@ def graph(kind: str, file: str, loras: g.Loras, spec: str, seed: int) -> g.Graph
     return found
 
 
-def wishes(rng: random.Random) -> Iterator[tuple[str, str, g.Loras, str, int]]:
+def wishes(
+    rng: random.Random, kinds: Sequence[str]
+) -> Iterator[tuple[str, str, g.Loras, str, int]]:
     """Without end."""
     while True:
         names = rng.sample(LORAS, rng.randrange(len(LORAS) + 1))
         loras = tuple((name, rng.choice((-0.5, 0.3, 0.8))) for name in names)
-        yield rng.choice(KINDS), rng.choice(FILES), loras, rng.choice(SPECS), rng.randrange(2)
+        yield rng.choice(kinds), rng.choice(FILES), loras, rng.choice(SPECS), rng.randrange(2)
 
 
-def held(host: Host) -> int:
-    """Bytes of memory that are no file's."""
+def held(host: Host) -> dict[str, list[int]]:
+    """Bytes in use on the simulated devices ("used") and in the heap, and Python's objects."""
+    look = {
+        "a": g.node("TestConditioning", seed=1, tokens=1, width=1, pooled=1),
+        "used": g.node("TestUsed", after=["a", 0]),
+    }
+    found: dict[str, list[int]] = host.run(look)["used"]
+    return found
+
+
+def resident(host: Host) -> int:
+    """Bytes of the process that are no file's, with the holes in its heap."""
     status = Path(f"/proc/{host.process.pid}/status").read_text()
     found = re.search(r"RssAnon:\s+(\d+) kB", status)
     assert found is not None
     return int(found[1]) * 1024
 
 
-def used(host: Host) -> list[int]:
-    """Bytes in use on the simulated devices."""
-    look = {
-        "a": g.node("TestConditioning", seed=1, tokens=1, width=1, pooled=1),
-        "used": g.node("TestUsed", after=["a", 0]),
-    }
-    found: list[int] = host.run(look)["used"]["used"]
-    return found
-
-
-def run(host: Host, prompts: int, seed: int) -> list[str]:
+def run(host: Host, prompts: int, seed: int, kinds: Sequence[str]) -> list[str]:
     """What went wrong."""
     rng, wanted, wrong, memory = random.Random(seed), {}, [], []
-    for number, (kind, file, loras, spec, noise) in enumerate(wishes(rng), start=1):
+    for number, (kind, file, loras, spec, noise) in enumerate(wishes(rng, kinds), start=1):
         key = file, loras, noise
         if key not in wanted:
             wanted[key] = g.Result.of(host.run(graph("stock", file, loras, spec, noise))).digest
@@ -97,10 +99,14 @@ def run(host: Host, prompts: int, seed: int) -> list[str]:
             host.post("/free", {"unload_models": True, "free_memory": rng.random() < 0.5})
         if number % ROUND == 0:
             host.free(cache=True)
-            if any(left := used(host)):
-                wrong.append(f"after prompt {number} {left} bytes are left on the devices")
-            memory.append(held(host))
-            print(f"{number} prompts: {memory[-1] / MIB:.1f} MiB", flush=True)
+            found = held(host)
+            if any(found["used"]):
+                wrong.append(f"after prompt {number} {found['used']} bytes are left on the devices")
+            memory.append(found["heap"][0])
+            print(
+                f"{number} prompts: {memory[-1] / MIB:.1f} MiB in use, {found['objects'][0]} "
+                f"objects, {resident(host) / MIB:.1f} MiB resident", flush=True,
+            )  # fmt: skip
         if number >= prompts:
             break
     quarter = max(1, len(memory) // 4)
@@ -115,6 +121,7 @@ def main() -> int:
     parser.add_argument("comfyui", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of prompts")
     parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     parser.add_argument("--static", action="store_true", help="without dynamic VRAM")
     given = parser.parse_args()
@@ -125,7 +132,7 @@ def main() -> int:
         with Host(
             given.comfyui, base, options=options, serve=HERE / "serve_sim.py", environment=memory
         ) as host:
-            wrong = run(host, given.prompts, given.seed)
+            wrong = run(host, given.prompts, given.seed, given.kinds)
     print("\n".join(wrong) or "every image was right, and nothing grew")
     return bool(wrong)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes for the tests: conditioning without a text encoder, and outputs as hashes and figures."""
 
+import ctypes
+import gc
 import hashlib
 import json
 
@@ -141,8 +143,36 @@ class TestFigures:
         return {"ui": {"figures": [json.dumps(found)]}, "result": ()}
 
 
+class _Mallinfo2(ctypes.Structure):
+    """What glibc says of its heap; see mallinfo2(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def _heap():
+    """Bytes that are in use, holes not counted."""
+    asks = ctypes.CDLL(None).mallinfo2
+    asks.restype = _Mallinfo2
+    found = asks()
+    return found.uordblks + found.hblkhd
+
+
 class TestUsed:
-    """Bytes in use on the simulated devices."""
+    """Bytes in use on the simulated devices and in the heap, and Python's objects."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
 
@@ -159,7 +189,9 @@ class TestUsed:
         return float("nan")
 
     def tell(self, after):
-        return {"ui": {"used": [torch.sim.memory_allocated(index) for index in range(2)]}}
+        gc.collect()
+        used = [torch.sim.memory_allocated(index) for index in range(2)]
+        return {"ui": {"used": used, "heap": [_heap()], "objects": [len(gc.get_objects())]}}
 
 
 class TestNeed:

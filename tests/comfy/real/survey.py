@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m tests.comfy.real.survey COMFYUI_DIR [--packs DIR]: every node that changes a model.
+
+Takes each node that has a MODEL as input and as output, of ComfyUI and of the packs in DIR, and runs
+it three times: behind a loader of ours, behind Distribute Model, and in front of it. The image must
+be that of the same node behind ComfyUI's own loader without dynamic VRAM. Prints a table, and ends
+with 1 if one was another.
+
+Inputs get their defaults, the first of their choices, or what the small workflow has. A node that
+needs more is left out, as is one that fails behind ComfyUI's own loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.comfy.real import graphs as g
+from tests.comfy.real.client import HERE, GraphError, Host, made_base
+
+SPEC = "sim:0,10mb;sim:1,5mb;cpu,*"
+# What the small workflows can give to a node, by type.
+GIVEN = {
+    "LATENT": ["latent", 0], "CONDITIONING": ["text", 0], "IMAGE": ["picture", 0],
+    "CLIP": ["checkpoint", 1], "VAE": ["checkpoint", 2], "MODEL": ["other", 0],
+    "MASK": ["mask", 0], "SIGMAS": ["sigmas", 0],
+}  # fmt: skip
+PLACES = ("our loader", "Distribute in front", "Distribute behind")
+UNFIT = "TorchCompile"  # the simulated device has no compiler
+
+
+def workflow(kind: str) -> g.Graph:
+    """Three steps of a small FLUX or SD1.5 with text and negative text."""
+    wide = 4096 if kind == "flux" else 768
+    loader = g.node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default")
+    graph = {
+        "checkpoint": g.node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+        "other": loader if kind == "flux" else g.node(
+            "CheckpointLoaderSimple", ckpt_name="sd15.safetensors"
+        ),
+        "load": dict(loader) if kind == "flux" else g.node(
+            "CheckpointLoaderSimple", ckpt_name="sd15.safetensors"
+        ),
+        "text": g.node("TestConditioning", seed=1, tokens=16, width=wide, pooled=768),
+        "bad": g.node("TestConditioning", seed=2, tokens=16, width=wide, pooled=768),
+        "picture": g.node("TestImage", seed=1, size=64),
+        "mask": g.node("SolidMask", value=1.0, width=64, height=64),
+    }  # fmt: skip
+    return g.sampled(
+        graph, ["load", 0], positive=["text", 0], negative=["bad", 0], cfg=3.0, size=64
+    )
+
+
+def inputs_of(node: dict[str, Any]) -> dict[str, Any] | None:
+    """Values for its required inputs but the first MODEL; None if it needs what is not there."""
+    found: dict[str, Any] = {}
+    first = True
+    for name, declared in node["input"].get("required", {}).items():
+        kind, options = declared[0], declared[1] if len(declared) > 1 else {}
+        if kind == "MODEL" and first:
+            first = False
+        elif "default" in options:
+            found[name] = options["default"]
+        elif isinstance(kind, list) and kind:
+            found[name] = kind[0]
+        elif kind == "COMBO" and options.get("options"):
+            found[name] = options["options"][0]
+        elif kind in GIVEN:
+            found[name] = GIVEN[kind]
+        else:
+            return None
+    return None if first else found
+
+
+def built(kind: str, name: str, node: dict[str, Any], place: str | None) -> g.Graph:
+    """The workflow with the node, behind ComfyUI's own loader (None) or at a place of ours."""
+    graph = workflow(kind)
+    if place == "our loader":
+        source = graph["load"]
+        graph["load"] = g.node(
+            f"{source['class_type']}DisTorch2MultiGPU", **source["inputs"], virtual_vram_gb=4.0,
+            compute_device="sim:0", donor_device="cpu", expert_mode_allocations=SPEC,
+            eject_models=False,
+        )  # fmt: skip
+    model = ["load", 0]
+    if place == "Distribute in front":
+        graph["placed"] = g.node("DistributeModel", model=model, spec=SPEC)
+        model = ["placed", 0]
+    takes = next(key for key, d in node["input"]["required"].items() if d[0] == "MODEL")
+    values = inputs_of(node)
+    assert values is not None
+    graph["node"] = g.node(name, **{takes: model}, **values)
+    model = ["node", node["output"].index("MODEL")]
+    if place == "Distribute behind":
+        graph["placed"] = g.node("DistributeModel", model=model, spec=SPEC)
+        model = ["placed", 0]
+    for part in ("sample", "figures"):
+        graph[part]["inputs"]["model"] = model
+    used = {link[0] for part in graph.values() for link in part["inputs"].values()
+            if isinstance(link, list) and len(link) == 2}  # fmt: skip
+    ends = {"hash", "figures"}
+    return {key: part for key, part in graph.items() if key in used | ends}
+
+
+def outcome(host: Host, graph: g.Graph, wanted: str | None) -> tuple[str, str]:
+    """(digest or "", what is to be said of it)."""
+    try:
+        result = g.Result.of(host.run(graph, timeout=120))
+    except GraphError as error:
+        last = error.detail[-1][1] if isinstance(error.detail, list) else error.detail
+        said = str(last.get("exception_message", last)).strip().splitlines()[0]
+        return "", f"refused: {said}" if "distorch" in str(last.get("exception_type")) else said
+    except AssertionError:
+        return "", "not finite"
+    if wanted is not None and result.digest != wanted:
+        return "", "ANOTHER IMAGE"
+    if wanted is not None and "measured" not in result.model:
+        return "", "NOT PLACED"
+    return result.digest, "same"
+
+
+def survey(hosts: dict[str, Host], packs: tuple[str, ...]) -> list[list[str]]:
+    """Rows: node, pack, and how it went at each place with each host."""
+    static = hosts["static"]
+    info = static.get("/object_info")
+    rows = []
+    for name, node in sorted(info.items()):
+        module = node.get("python_module", "")
+        pack = module.split(".")[1] if module.startswith("custom_nodes.") else "ComfyUI"
+        if pack not in ("ComfyUI", *packs) or UNFIT in name or "MODEL" not in node["output"]:
+            continue
+        if inputs_of(node) is None:
+            continue
+        for kind in ("flux", "sd15"):
+            digest, said = outcome(static, built(kind, name, node, None), None)
+            if not digest:
+                continue  # ComfyUI's own loader fails, too
+            cells = [
+                outcome(host, built(kind, name, node, place), digest)[1]
+                for host in hosts.values() for place in PLACES
+            ]  # fmt: skip
+            rows.append([name, pack, kind, *cells])
+            print(" | ".join(rows[-1]), flush=True)
+            break
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("comfyui", type=Path)
+    parser.add_argument("--packs", type=Path, help="a folder with node packs")
+    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
+    given = parser.parse_args()
+    packs = tuple(sorted(entry.name for entry in given.packs.iterdir())) if given.packs else ()
+    memory = {"DISTORCH_SIM_MEMORY": str(1 << 30)}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = made_base(given.base or Path(scratch), given.comfyui)
+        for pack in packs:
+            link = base / "custom_nodes" / pack
+            if not link.exists():
+                link.symlink_to((given.packs / pack).resolve())
+        serve = HERE / "serve_sim.py"
+        dynamic = ("--enable-dynamic-vram", "--disable-pinned-memory")
+        with (
+            Host(given.comfyui, base, serve=serve, environment=memory) as one,
+            Host(given.comfyui, base, serve=serve, environment=memory, options=dynamic) as other,
+        ):
+            rows = survey({"static": one, "dynamic": other}, packs)
+    counts = Counter(cell.split(":")[0] for row in rows for cell in row[3:])
+    print(f"{len(rows)} nodes:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+    return int(any(cell.isupper() for row in rows for cell in row[3:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
