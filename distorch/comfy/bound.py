@@ -2,20 +2,25 @@
 """What earlier nodes bound to a model, when a copy of the model takes its place.
 
 Note [Bound to a model]
-Most nodes leave a wish on the patcher: patches, options, functions that get the model when it runs.
-Such wishes go to the copy with the patcher's clone. Some nodes take parts of the model that they
-are given, and work on these: a forward method bound to a block, a compiled block, hooks on layers.
-They would go on with the other model's weights, or change nothing at all, and nobody would notice.
+Most nodes leave patches, options and wrappers on the patcher, which get the model when it runs.
+These go to the copy with the patcher's clone. Some nodes take parts of the model that they are
+given, and work on these: a forward method bound to a block, a function that remembers a block, a
+compiled block, hooks on layers. They would go on with the other model's weights, or change nothing
+at all, and nobody would notice.
 
-A method that is bound to a part can be bound to the same part of the copy. For everything else the
-node has to stand behind the one that makes the copy, and the user is told so.
+So what the clone holds is searched for parts of the old model. Methods and functions are made anew
+with the same part of the copy, and so are the lists and dicts around them. Methods that were put on
+a layer, and hooks, are put on the same layer of the copy. Other objects cannot be made anew, such
+as a compiled block. Then the node has to come after the one that makes the copy, and the user is
+told so.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -23,68 +28,126 @@ from torch import nn
 from distorch.comfy import host
 from distorch.errors import PlacementError
 
-_DEEPEST = 8  # steps from what the patcher holds to the part of a model
+_FIELDS = "object_patches", "injections", "wrappers", "callbacks", "model_options"
+_HOOKS = "_forward_pre_hooks", "_forward_hooks"
+_MOST_OBJECTS = 20_000  # that are looked at for each of them
 
 
 def rebind(patcher: Any, before: nn.Module, after: nn.Module) -> None:
     """Makes what is bound to parts of `before` work on the same parts of `after`. PlacementError
     where it cannot be done.
     """
-    patcher.object_patches = {
-        key: _bound_anew(value, before, after) for key, value in patcher.object_patches.items()
-    }
     if any(map(host.is_dynamic, patcher.additional_models.get("multigpu", ()))):
         raise PlacementError(
-            "a node in front of this one made copies of the model for other GPUs, which dynamic "
-            "VRAM loads: put that node behind this one"
+            "an earlier node made copies of the model for other GPUs, which dynamic VRAM loads: "
+            "move that node so that it comes after this one"
         )
-    parts = {id(part) for part in before.modules() if next(part.parameters(), None) is not None}
-    for what, held in _wishes(patcher):
-        if _reaches(held, parts, set(), _DEEPEST):
-            raise PlacementError(
-                f"a node in front of this one works on parts of the model that it was given "
-                f"({what}), and this one makes a copy of the model: put that node behind it"
-            )
+    transfer = _Transfer(before, after)
+    for field in _FIELDS:
+        held = getattr(patcher, field, None)
+        if held:
+            setattr(patcher, field, transfer.of(held, field))
+    for path, part in before.named_modules():
+        _put_on_layer(part, after.get_submodule(path), transfer, path)
 
 
-def _wishes(patcher: Any) -> Iterator[tuple[str, Any]]:
-    for key, value in patcher.object_patches.items():
-        yield f"object patch {key!r}", value
-    for kind, name in (
-        ("injections", "injection"),
-        ("wrappers", "wrapper"),
-        ("callbacks", "callback"),
-    ):
-        for key, value in getattr(patcher, kind, {}).items():
-            yield f"{name} {key!r}", value
+def _put_on_layer(part: nn.Module, copy: nn.Module, transfer: _Transfer, path: str) -> None:
+    for name, value in vars(part).items():
+        is_method = isinstance(value, types.MethodType | types.FunctionType | functools.partial)
+        if is_method and callable(getattr(type(part), name, None)) and name not in vars(copy):
+            vars(copy)[name] = transfer.of(value, f"{path}.{name}")
+    for kind in _HOOKS:
+        hooks, known = getattr(part, kind), getattr(copy, kind)
+        if hooks and not known:
+            known.update(transfer.of(dict(hooks), f"{path}.{kind}"))
 
 
-def _bound_anew(value: Any, before: nn.Module, after: nn.Module) -> Any:
-    if isinstance(value, functools.partial):
-        return functools.partial(
-            _bound_anew(value.func, before, after),
-            *(_bound_anew(part, before, after) for part in value.args),
-            **{name: _bound_anew(part, before, after) for name, part in value.keywords.items()},
+class _Transfer:
+    """Objects that hold parts of one model, made anew with parts of another."""
+
+    def __init__(self, before: nn.Module, after: nn.Module) -> None:
+        pairs = [
+            (part, after.get_submodule(path))
+            for path, part in before.named_modules()
+            if next(part.parameters(), None) is not None
+        ]
+        self._parts = {id(part): copy for part, copy in pairs}
+        self._made: dict[int, Any] = {}  # by id of the object that it was made of
+        self._kept: list[Any] = [before]  # so that no id is used again meanwhile
+
+    def of(self, value: Any, what: str) -> Any:
+        """The same object if it holds no part. PlacementError names `what` holds one for good."""
+        if id(value) in self._parts:
+            return self._parts[id(value)]
+        if id(value) in self._made:
+            return self._made[id(value)]
+        if not self._reaches(value):
+            return value
+        self._kept.append(value)
+        made = self._anew(value, what)
+        self._made[id(value)] = made
+        return made
+
+    def _anew(self, value: Any, what: str) -> Any:
+        if type(value) is dict:
+            found = self._made[id(value)] = {}
+            found.update({key: self.of(part, f"{what} {key!r}") for key, part in value.items()})
+            return found
+        if type(value) in (list, tuple, set):
+            return type(value)(self.of(part, what) for part in value)
+        if isinstance(value, types.MethodType):
+            owner, function = self.of(value.__self__, what), self.of(value.__func__, what)
+            return types.MethodType(function, owner)
+        if isinstance(value, functools.partial):
+            named = {name: self.of(part, what) for name, part in value.keywords.items()}
+            args = (self.of(part, what) for part in value.args)
+            return functools.partial(self.of(value.func, what), *args, **named)
+        if isinstance(value, types.FunctionType):
+            return self._function(value, what)
+        raise PlacementError(
+            f"an earlier node keeps hold of parts of the model that it was given ({what}: a "
+            f"{type(value).__module__}.{type(value).__qualname__}), and this one makes a copy of "
+            "the model: move that node so that it comes after this one"
         )
-    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-        for path, part in before.named_modules():
-            if part is value.__self__:
-                return types.MethodType(value.__func__, after.get_submodule(path))
-    return value
 
+    def _function(self, value: types.FunctionType, what: str) -> types.FunctionType:
+        what = f"{what}, {value.__module__}.{value.__qualname__}"
+        cells = value.__closure__ or ()
+        fresh = [self._made.setdefault(id(cell), types.CellType()) for cell in cells]
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, None, tuple(fresh) or None
+        )
+        self._made[id(value)] = made  # a function may remember itself
+        self._kept.extend(cells)
+        made.__defaults__ = self.of(value.__defaults__, what)
+        made.__kwdefaults__ = self.of(value.__kwdefaults__, what)
+        made.__dict__.update(self.of(dict(vars(value)), what))
+        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+        for old, new in zip(cells, fresh, strict=True):
+            contents = list(_contents(old))
+            if contents and not list(_contents(new)):
+                new.cell_contents = self.of(contents[0], what)
+        return made
 
-def _reaches(value: Any, parts: set[int], seen: set[int], left: int) -> bool:
-    """Whether an object holds one of the parts, through closures, attributes and containers."""
-    if id(value) in seen or left == 0:
+    def _reaches(self, value: Any) -> bool:
+        """Whether an object holds a part, through closures, attributes and containers."""
+        waiting, seen = deque([value]), {id(value)}
+        while waiting and len(seen) < _MOST_OBJECTS:
+            found = waiting.popleft()
+            if id(found) in self._parts:
+                return True
+            for part in _references(found):
+                if id(part) not in seen:
+                    seen.add(id(part))
+                    waiting.append(part)
         return False
-    seen.add(id(value))
+
+
+def _references(value: Any) -> Iterator[Any]:
+    """What an object holds, as far as nodes keep things in it. Not what a patcher holds."""
     if isinstance(value, nn.Module):
-        return any(id(part) in parts for part in value.modules())
-    return any(_reaches(part, parts, seen, left - 1) for part in _held_by(value))
-
-
-def _held_by(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
+        yield from value.modules()
+    elif isinstance(value, dict):
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset):
         yield from value
@@ -93,16 +156,17 @@ def _held_by(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.FunctionType):
-        yield from _closure(value)
+        for cell in value.__closure__ or ():
+            yield from _contents(cell)
+        yield from value.__defaults__ or ()
+        yield from (value.__kwdefaults__ or {}).values()
+        yield from vars(value).values()
     elif not isinstance(value, type | types.ModuleType) and not hasattr(value, "add_patches"):
         yield from getattr(value, "__dict__", {}).values()
 
 
-def _closure(function: Callable[..., Any]) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a variable that has no value yet
-            continue
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
+def _contents(cell: types.CellType) -> Iterator[Any]:
+    try:
+        yield cell.cell_contents
+    except ValueError:  # a variable that has no value yet
+        return

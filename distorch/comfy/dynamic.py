@@ -34,7 +34,7 @@ class DynamicPatcher(DistorchPatcher):
         return True
 
     def clone(self, disable_dynamic: bool = False, **options: Any) -> Any:
-        """A clone of ours, which is as static as a model can be here."""
+        """A clone of ours. `disable_dynamic` is ignored: this host has no static patchers."""
         return super().clone(**options)
 
     def get_non_dynamic_delegate(self) -> DynamicPatcher:
@@ -76,6 +76,10 @@ class DynamicPatcher(DistorchPatcher):
         self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """Makes room for what is not on the device yet, then places the model."""
-        missing = max(0, self.model_size() - self.loaded_size())
-        host.make_room_beside_dynamic_models(missing, self.load_device)
+        missing = max(0, self._wanted_size() - self.loaded_size())
+        if missing:
+            keep = host.joined_since(self.model_size_asked)
+            host.make_room(missing + host.inference_memory(), self.load_device, keep)
+        # The host has counted before there was room.
+        extra_memory = max(extra_memory, host.free_for_weights(self.load_device))
         return super().partially_load(device_to, extra_memory, force_patch_weights)

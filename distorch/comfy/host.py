@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -180,13 +181,20 @@ def static_patcher(patcher: Any) -> Any:
     if not is_dynamic(patcher):
         return patcher
     factory = getattr(patcher, "cached_patcher_init", None)
-    if factory is None:
-        return model_patcher.ModelPatcher(
-            patcher.model, patcher.load_device, patcher.offload_device
-        )
-    if not takes(patcher.clone, "disable_dynamic") or not takes(factory[0], "disable_dynamic"):
+    if not takes(patcher.clone, "disable_dynamic"):
+        return patcher
+    if factory is None:  # nothing to read it from, so it takes this model
+        return patcher.clone(disable_dynamic=True, model_override=(patcher.model, _nothing()))
+    if not takes(factory[0], "disable_dynamic"):
         return patcher
     return patcher.clone(disable_dynamic=True)
+
+
+def _nothing() -> tuple[Any, ...]:
+    """What a clone shares with others of its model, of a model that nobody has patched yet: kept
+    weights, kept buffers, kept objects, and what is pinned.
+    """
+    return {}, {}, {}, set()
 
 
 def clone_around(patcher: Any, model: torch.nn.Module) -> Any:
@@ -194,16 +202,15 @@ def clone_around(patcher: Any, model: torch.nn.Module) -> Any:
 
     It is on the static path if the host has one.
     """
-    nothing: tuple[Any, ...] = ({}, {}, {}, set())
     options: dict[str, Any] = {}
     if is_dynamic(patcher):
-        options["model_override"] = (model, nothing)
+        options["model_override"] = (model, _nothing())
         if takes(patcher.clone, "disable_dynamic"):
             options["disable_dynamic"] = True
     clone = patcher.clone(**options)
     clone.model = model
     clone.backup, clone.object_patches_backup, clone.hook_backup = {}, {}, {}
-    clone.pinned = set()
+    clone.pinned, clone.cached_hook_patches, clone.is_injected = set(), {}, False
     if hasattr(clone, "backup_buffers"):
         clone.backup_buffers = {}
     for name in ("model_loaded_weight_memory", "lowvram_patch_counter"):
@@ -214,35 +221,73 @@ def clone_around(patcher: Any, model: torch.nn.Module) -> Any:
 
 # --- room ---
 
+Listed = Sequence["weakref.ref[Any]"]  # entries of the host's list of loaded models
 
-def with_freed(known: Mapping[str, DeviceInfo], model: torch.nn.Module) -> dict[str, DeviceInfo]:
-    """The same devices, as if the host had taken all models but this one off accelerators."""
+
+def listed() -> Listed:
+    """The models that the host has loaded, as it lists them now."""
+    return [weakref.ref(loaded) for loaded in management.current_loaded_models]
+
+
+def joined_since(before: Listed) -> list[Any]:
+    """Entries that are on the host's list and were not on it before."""
+    known = [ref() for ref in before]
+    return [
+        loaded
+        for loaded in management.current_loaded_models
+        if not any(loaded is one for one in known)
+    ]
+
+
+def with_freed(
+    known: Mapping[str, DeviceInfo], model: torch.nn.Module, keep: Sequence[Any] = ()
+) -> dict[str, DeviceInfo]:
+    """The same devices, as if the host had taken all models but this one off accelerators, and but
+    those in `keep`.
+
+    Models of ours say what they hold on each device (`held`). The ring, which they share, is not
+    counted.
+    """
     found = dict(known)
     for loaded in list(management.current_loaded_models):
-        name = str(loaded.device)
-        if loaded.model is None or loaded.model.model is model or name not in found:
+        patcher = loaded.model
+        if patcher is None or patcher.model is model or any(loaded is one for one in keep):
             continue
-        device = found[name]
-        free = min(device.total_bytes, device.free_bytes + int(loaded.model.loaded_size()))
-        if loaded.device.type != "cpu":
-            found[name] = replace(device, free_bytes=free)
+        held = getattr(patcher, "held", None)
+        bytes_there = held() if held else {str(loaded.device): int(patcher.loaded_size())}
+        for name, nbytes in bytes_there.items():
+            if name in found and name not in ("cpu", "disk"):
+                device = found[name]
+                free = min(device.total_bytes, device.free_bytes + nbytes)
+                found[name] = replace(device, free_bytes=free)
     return found
 
 
-def make_room(nbytes: int, device: torch.device, keep: Sequence[Any] = ()) -> None:
-    """Frees so much of a device, but leaves some of the models that are loaded (`keep`)."""
-    if device.type != "cpu":
-        management.free_memory(nbytes, device, list(keep))
+def make_room(nbytes: int, device: torch.device, keep: Sequence[Any]) -> None:
+    """Frees so much of a device, but leaves some of the models that are loaded (`keep`).
 
-
-def make_room_beside_dynamic_models(nbytes: int, device: torch.device) -> None:
-    """Frees so much of the device that computes, and what running a model takes.
-
-    The host frees nothing between dynamic models: they take memory from each other as they run.
-    It marks those that it loads now, which stay.
+    First what computes there, as the host does. Then models of ours that keep weights there.
     """
-    used = [loaded for loaded in management.current_loaded_models if loaded.currently_used]
-    make_room(int(nbytes + management.minimum_inference_memory()), device, used)
+    if device.type == "cpu":
+        return
+    management.free_memory(nbytes, device, list(keep))
+    for loaded in list(management.current_loaded_models):
+        if management.get_free_memory(device) >= nbytes:
+            break
+        held = getattr(loaded.model, "held", None)
+        if held and held().get(str(device), 0) and not any(loaded is one for one in keep):
+            others = [one for one in management.current_loaded_models if one is not loaded]
+            management.free_memory(1e30, loaded.device, others)
+
+
+def inference_memory() -> int:
+    """Bytes that the host leaves for running a model."""
+    return int(management.minimum_inference_memory())
+
+
+def free_for_weights(device: torch.device) -> int:
+    """Bytes of a device that weights may take."""
+    return int(management.get_free_memory(device)) - inference_memory()
 
 
 def let_go(patcher: Any) -> None:
@@ -259,14 +304,15 @@ def let_go(patcher: Any) -> None:
             loaded.model_finalizer.detach()
 
 
-def make_room_for_pins(nbytes: int) -> bool:
+def make_room_for_pins(nbytes: int, pinned: int) -> bool:
     """Asks the host to give up pinned memory of its own for so many bytes of ours.
 
-    False if it has less for us. An older host has no such budget.
+    `pinned` is how many bytes models of ours have pinned: the host does not count them. False if
+    it has less for us. An older host has no such budget.
     """
     if nbytes <= 0 or not hasattr(management, "ensure_pin_registerable"):
         return True
     if management.MAX_PINNED_MEMORY <= 0:  # it pins nothing itself
         return True
-    enough = bool(management.ensure_pin_budget(nbytes))
-    return bool(management.ensure_pin_registerable(nbytes)) and enough
+    enough = bool(management.ensure_pin_budget(nbytes))  # of the memory that is free now
+    return bool(management.ensure_pin_registerable(nbytes + pinned)) and enough

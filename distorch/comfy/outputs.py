@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 import distorch
-from distorch.comfy import bound, elsewhere, host
+from distorch.comfy import bound, cross_device, host
 from distorch.comfy.dynamic import DynamicPatcher
 from distorch.comfy.patcher import KEY, DistorchPatcher, is_ours, timed_sampling
 from distorch.comfy.placement import Placement
@@ -67,7 +67,7 @@ def with_patcher(value: Any, change: Taken) -> Any:
                 setattr(value, holder, after.model)
         setattr(value, field, after)
         if field == "control_model_wrapped":
-            elsewhere.bridge(after.model)
+            cross_device.bridge(after.model)
         for name in ("load_device", "device"):
             if isinstance(getattr(value, name, None), torch.device):
                 setattr(value, name, after.load_device)
@@ -95,6 +95,8 @@ def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
         clone.offload_device = torch.device("cpu")
     if dynamic:
         clone.register_load_device(clone.load_device)
+    # Ours is none of those that wait for each other's end before pins are given up.
+    getattr(clone.model, "dynamic_patchers", set()).discard(id(clone))
     clone.parent = patcher if is_ours(patcher) else None
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, timed_sampling)
@@ -116,12 +118,12 @@ def _taken_over(patcher: Any, placement: Placement) -> DistorchPatcher:
     settle(fresh.model)
     made = as_placed(fresh, placement)
     if factory is not None:
-        made.cached_patcher_init = (_reloaded, (factory,))
+        made.cached_patcher_init = (_fresh, (factory,))
     made.model_size()  # a placement that cannot be honoured is refused here, on the node
     return made
 
 
-def _reloaded(factory: tuple[Any, ...], disable_dynamic: bool = True) -> Any:
+def _fresh(factory: tuple[Any, ...], disable_dynamic: bool = True) -> Any:
     """What the host calls for a fresh model of ours: always on its static path, if it has one."""
     found = host.reloaded(factory)
     settle(found.model)
@@ -188,7 +190,7 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def copied(value: Any, placement: Placement) -> Any:
+def copy_of_output(value: Any, placement: Placement) -> Any:
     """A placed copy of what a loader gives out; what came in stays as it is for others."""
     if is_patcher(value):
         return own_copy(value, placement)
@@ -205,14 +207,15 @@ def own_copy(patcher: Any, placement: Placement) -> DistorchPatcher:
     if is_ours(patcher):
         return as_placed(patcher, placement)
     factory = getattr(patcher, "cached_patcher_init", None)
-    model = _copied(patcher.model) if factory is None else _reloaded(factory).model
+    model = _copied(patcher.model) if factory is None else _fresh(factory).model
     settle(model)
     clone = host.clone_around(patcher, model)
     bound.rebind(clone, patcher.model, model)
     made = as_placed(clone, placement)
     made.parent = None
-    made.clone_base_uuid = uuid.uuid4()  # the host takes no copy of the other model for one of ours
+    # By this the host finds a model's copies on other GPUs. Those of the other model are not ours.
+    made.clone_base_uuid = uuid.uuid4()
     if factory is not None:
-        made.cached_patcher_init = (_reloaded, (factory,))
+        made.cached_patcher_init = (_fresh, (factory,))
     made.model_size()
     return made

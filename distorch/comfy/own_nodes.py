@@ -97,7 +97,7 @@ def _placed(
     placement = Placement(
         spec, device, order=order, prefetch=prefetch, lora_precision=lora_precision
     )
-    return (outputs.copied(value, placement),)
+    return (outputs.copy_of_output(value, placement),)
 
 
 class DistributeModel(_Distribute):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,8 +58,12 @@ class Placed:
     sampling_seconds: float = 0.0  # since the last report
 
 
+_placed_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def placed(model: nn.Module) -> Placed:
     """The record of an inner model, made on first use."""
+    _placed_models.add(model)
     return model.__dict__.setdefault(_STATE, Placed())
 
 
@@ -82,10 +87,18 @@ class DistorchPatcher(ModelPatcher):
         """No: dynamic VRAM would move weights by itself. See Note [Two ways into the host]."""
         return False
 
+    # The host asks for sizes before it loads the first of several models. Those that join its list
+    # afterwards belong to the same sampling, and must stay.
+    model_size_asked: host.Listed = ()
+
     def model_size(self) -> int:
         """Bytes that the load device will hold, the ring included."""
+        self.model_size_asked = host.listed()
         if KEY not in getattr(self, "attachments", ()):  # some hosts ask while a clone is made
             return int(super().model_size())
+        return self._wanted_size()
+
+    def _wanted_size(self) -> int:
         plan, ring = self._planned()
         return int(plan.bytes[plan.compute] + ring)
 
@@ -114,7 +127,8 @@ class DistorchPatcher(ModelPatcher):
         spec, given = self._request(budget)
         _refuse_unplaceable(self.model, spec, self.placement.compute)
         groups, options = group_members(self.model), Options(**given)
-        devices = host.with_freed(planning.devices_for(groups, self.model), self.model)
+        keep = host.joined_since(self.model_size_asked)
+        devices = host.with_freed(planning.devices_for(groups, self.model), self.model, keep)
         inventory = distribution.inventory_now(self.model, groups)
         return planning.plan_inventory(inventory, spec, options, devices), options
 
@@ -182,22 +196,30 @@ class DistorchPatcher(ModelPatcher):
             raise advice(error, wanted) from error
         state.placement = wanted
 
+    def held(self) -> dict[str, int]:
+        """Bytes of weights on each device, without the ring."""
+        if not distribution.is_distributed(self.model):
+            return {}
+        return _by_device(distribution.distribution_of(self.model).plan)
+
     def _make_room(self, plan: Plan) -> None:
         """On donors. The host makes room on the device that computes."""
-        now: dict[str, int] = {}
-        if distribution.is_distributed(self.model):
-            now = distribution.distribution_of(self.model).plan.bytes
-        for place, nbytes in plan.bytes.items():
-            for donor in place.split("+"):  # a stripe's parts are smaller, at most as large
-                missing = nbytes - now.get(place, 0)
-                if donor not in ("disk", plan.compute) and missing > 0:
-                    self._make_room_on(donor, missing, plan.compute)
+        now, keep = self.held(), host.joined_since(self.model_size_asked)
+        for place, nbytes in _by_device(plan).items():
+            missing = nbytes - now.get(place, 0)
+            if place == "cpu" and plan.compute != "cpu":
+                self._make_room_for_pins(missing)
+            elif place not in ("cpu", "disk", plan.compute) and missing > 0:
+                # A tenth more, as the host does: memory has holes.
+                host.make_room(int(missing * 1.1), torch.device(place), keep)
 
-    def _make_room_on(self, donor: str, nbytes: int, compute: str) -> None:
-        if donor != "cpu":
-            # As much more as the host itself asks for. Patched weights come before old ones go.
-            host.make_room(int(nbytes * 1.1), torch.device(donor))
-        elif compute != "cpu" and not host.make_room_for_pins(nbytes):
+    def _make_room_for_pins(self, nbytes: int) -> None:
+        pinned = sum(
+            _by_device(state.plan).get("cpu", 0)
+            for model in _placed_models
+            if (state := distribution.known_distribution(model)) and state.plan.compute != "cpu"
+        )
+        if not host.make_room_for_pins(nbytes, pinned):
             _log.warning(
                 "%s pins %s of RAM, more than ComfyUI has left for pinned memory; give less to cpu "
                 "and more to disk if the machine runs out of memory",
@@ -289,12 +311,11 @@ class DistorchPatcher(ModelPatcher):
         is as large as the largest of them needs.
         """
         others = [
-            distribution.distribution_of(loaded.model.model).ring_bytes
-            for loaded in management.current_loaded_models
-            if loaded.device == self.load_device
-            and is_ours(loaded.model)
-            and loaded.model.model is not self.model
-            and distribution.is_distributed(loaded.model.model)
+            state.ring_bytes
+            for model in _placed_models
+            if model is not self.model
+            and (state := distribution.known_distribution(model))
+            and state.plan.compute == device_name(self.load_device)
         ]
         own = distribution.distribution_of(self.model).ring_bytes
         return max(0, own - max(others, default=0))
@@ -337,6 +358,16 @@ class DistorchPatcher(ModelPatcher):
 def device_name(device: torch.device) -> str:
     """ "cuda:0"."""
     return device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+
+
+def _by_device(plan: Plan) -> dict[str, int]:
+    """Bytes of a plan on each device. The parts of a stripe count as equally large."""
+    found: dict[str, int] = {}
+    for place, nbytes in plan.bytes.items():
+        devices = place.split("+")
+        for device in devices:
+            found[device] = found.get(device, 0) - (-nbytes // len(devices))
+    return found
 
 
 def demoted(model: nn.Module, nbytes: int | None) -> Plan:
@@ -393,9 +424,11 @@ def advice(error: Exception, wanted: Placement) -> Exception:
 
 
 def _full_device(message: str, wanted: Placement) -> str:
-    """The device that an error of PyTorch names ("GPU 1", "sim:1"); else the one that computes."""
+    """The device that an error of PyTorch names ("GPU 1", "device 1", "sim:1"), else the one that
+    computes.
+    """
     kind = wanted.compute.partition(":")[0]
-    found = re.search(rf"(?:GPU |{kind}:)(\d+)", message)
+    found = re.search(rf"(?:GPU |[Dd]evice |{kind}:)(\d+)", message)
     return f"{kind}:{found[1]}" if found and kind != "cpu" else wanted.compute
 
 

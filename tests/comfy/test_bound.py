@@ -61,6 +61,47 @@ class Hook:
         self.layer = layer
 
 
+def closure(patcher):
+    """As nodes that cache steps do: a function among the options that remembers a block."""
+    block = patcher.model.diffusion_model
+    seen = {"calls": 0}
+
+    def forward(x, again=0):
+        seen["calls"] += 1
+        assert forward is not None  # it remembers itself
+        return block[0](x) * 2.0
+
+    patcher.model_options["model_function_wrapper"] = forward
+    patcher.model_options["transformer_options"]["patches"] = {"a": [forward]}
+
+
+def test_a_function_that_remembers_a_part_remembers_that_of_the_copy(host, stock):
+    closure(stock)
+    given = stock.model_options["model_function_wrapper"]
+    made = own_copy(stock)
+    host.load_models_gpu([made])
+    function = made.model_options["model_function_wrapper"]
+    assert made.model_options["transformer_options"]["patches"]["a"][0] is function is not given
+    with torch.inference_mode():
+        wanted = stock.model.diffusion_model[0](X) * 2.0
+        stock.model.diffusion_model[0].up.weight.zero_()
+        assert torch.equal(function(X), wanted)
+        assert not torch.equal(given(X), wanted)
+
+
+def test_methods_and_hooks_on_a_layer_are_put_on_the_same_layer(host, stock):
+    import comfy.sd
+
+    layer = stock.model.diffusion_model[0].up
+    layer.forward = types.MethodType(doubled, layer)
+    layer.register_forward_hook(lambda module, args, output: output + module.bias.sum())
+    stock.cached_patcher_init = (lambda disable_dynamic=False: comfy.sd.patcher(), ())
+    wanted = output(host, stock)
+    made = own_copy(stock)  # read again from the file
+    assert torch.equal(output(host, made), wanted)
+    assert made.model.diffusion_model[0].up.forward.__self__ is made.model.diffusion_model[0].up
+
+
 def compiled_block(patcher):
     block = patcher.model.diffusion_model[1]
     patcher.add_object_patch("diffusion_model.1", torch.nn.Sequential(block))
@@ -72,7 +113,7 @@ def injected(patcher):
 
 
 def wrapped(patcher):
-    kept = {"diffusion_model": patcher.model.diffusion_model}
+    kept = {"diffusion_model": torch.nn.Sequential(patcher.model.diffusion_model)}
 
     def wrapper(executor, *args, compiled=kept):
         return compiled
@@ -80,10 +121,20 @@ def wrapped(patcher):
     patcher.add_wrapper_with_key("apply_model", "compile", wrapper)
 
 
-@pytest.mark.parametrize("bind", [compiled_block, injected, wrapped])
-def test_what_cannot_go_to_the_copy_is_refused(stock, bind):
+def deep(patcher):
+    """Found by a long way first, and by a short one."""
+    hook = Hook(patcher.model.diffusion_model[1].up)
+    kept = {"hook": hook}
+    long = [kept]
+    for _ in range(30):
+        long = [long]
+    patcher.model_options["transformer_options"]["a"] = [long, kept]
+
+
+@pytest.mark.parametrize("bind", [compiled_block, injected, wrapped, deep])
+def test_what_cannot_be_made_anew_is_refused(stock, bind):
     bind(stock)
-    with pytest.raises(PlacementError, match="put that node behind it"):
+    with pytest.raises(PlacementError, match="so that it comes after this one"):
         own_copy(stock)
 
 

@@ -114,18 +114,29 @@ def test_a_dynamic_one_of_ours_answers_what_the_host_asks(host, accelerators):
 
 
 def test_a_dynamic_one_of_ours_makes_room_for_itself(host, accelerators):
-    """The host frees nothing between dynamic models. What is in use now stays."""
+    """The host frees nothing between dynamic models. What it loads together stays."""
     sim = torch.device("sim:0")
     first = taken_over("OnlyDynamic", "sim:0,*", "sim:0")
     second = taken_over("OnlyDynamic", "sim:0,*", "sim:0")
-    output(host, first)
     host.free[sim] = 0
-    output(host, second)
-    assert first.loaded_size() == second.loaded_size()  # both were asked for now
-    host.current_loaded_models[1].currently_used = False
+    host.load_models_gpu([first, second])
+    assert first.loaded_size() == second.loaded_size() > 0
     second.detach()
+    host.current_loaded_models[:] = [m for m in host.current_loaded_models if m.model is first]
     output(host, second)
     assert first.loaded_size() == 0 < second.loaded_size()
+
+
+def test_auto_gets_what_is_free_once_there_is_room(host, accelerators):
+    sim = torch.device("sim:0")
+    first = taken_over("OnlyDynamic", "sim:0,*", "sim:0")
+    output(host, first)
+    made = taken_over("OnlyDynamic", "auto", "sim:0")
+    host.free[sim] = 1 << 20
+    host.current_loaded_models.clear()
+    made.model_size()
+    made.partially_load(sim, 0.1)  # what the host says before dynamic models have given up theirs
+    assert distribution_of(made.model).plan.bytes["sim:0"] > 300_000
 
 
 def test_the_host_is_asked_for_pinned_memory(host, accelerators, caplog, monkeypatch):

@@ -359,8 +359,24 @@ def test_other_models_make_room_on_donors(host, accelerators):
     host.free[second] = 0
     assert torch.equal(output(host, made), expected())
     assert other.loaded_size() < whole / 2
+    again = placed(spec, "sim:0")  # and for models of ours that keep weights there
+    assert torch.equal(output(host, again), expected())
+    assert device_bytes(made).get("sim:1", 0) == 0
     with pytest.raises(PlacementError, match="on sim:1, which has"):
+        sim.configure(devices=2, memory=200_000, mode="eager")
         placed(spec, "sim:0")
+
+
+def test_what_is_loaded_together_stays_on_a_donor(host, accelerators):
+    """A ControlNet, for instance, on the device that keeps the model's weights."""
+    second = torch.device("sim:1")
+    control = placed("sim:1,*", "sim:1")
+    made = placed("sim:0,100kb;sim:1,*", "sim:0")
+    host.free[second] = 0
+    host.load_models_gpu([made, control])  # the last is loaded first
+    assert {loaded.model for loaded in host.current_loaded_models} == {made, control}
+    assert control.loaded_size() > 300 * KB
+    assert device_bytes(made)["sim:1"] > 200 * KB
 
 
 def test_patches_on_a_donor_that_is_nearly_full(host, accelerators):
@@ -393,6 +409,7 @@ def test_a_model_that_the_loader_had_loaded_is_off_the_hosts_list(host):
         ("sim: out of memory on sim:1: tried to allocate 5 bytes", "sim:0", "sim:1"),
         ("CUDA out of memory. Tried to allocate 2 GiB. GPU 1 has a total", "cuda:0", "cuda:1"),
         ("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total", "cuda:0", "cuda:0"),
+        ("Allocation on device 1 would exceed allowed memory. (out of memory)", "cuda:0", "cuda:1"),
         ("out of memory", "cuda:0", "cuda:0"),
     ],
 )

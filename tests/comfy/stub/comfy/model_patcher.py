@@ -67,6 +67,10 @@ class ModelPatcher:
         other.patches_uuid, other.parent = self.patches_uuid, self
         other.backup, other.object_patches_backup = shared[0], shared[-1]
         other.object_patches = dict(self.object_patches)
+        other.model_options = {
+            name: dict(found) if isinstance(found, dict) else found
+            for name, found in self.model_options.items()
+        }
         other.weight_wrapper_patches = dict(self.weight_wrapper_patches)
         other.attachments = dict(self.attachments)
         other.wrappers = {kind: dict(found) for kind, found in self.wrappers.items()}

@@ -38,4 +38,8 @@ def _moved(value: Any, device: Any) -> Any:
         return value if device is None else value.to(device)
     if isinstance(value, dict):
         return {key: _moved(part, device) for key, part in value.items()}
-    return type(value)(_moved(p, device) for p in value) if type(value) in (list, tuple) else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(part, device) for part in value))
+    if type(value) in (list, tuple):
+        return type(value)(_moved(part, device) for part in value)
+    return value
