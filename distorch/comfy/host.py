@@ -190,6 +190,13 @@ def static_patcher(patcher: Any) -> Any:
     return patcher.clone(disable_dynamic=True)
 
 
+def cpu_patcher(patcher: Any) -> Any:
+    """A patcher whose model computes on the CPU. There the host has static ones only."""
+    made = static_patcher(patcher)
+    made.load_device = torch.device("cpu")
+    return made.clone() if is_dynamic(made) else made
+
+
 def _nothing() -> tuple[Any, ...]:
     """What a clone shares with others of its model, of a model that nobody has patched yet: kept
     weights, kept buffers, kept objects, and what is pinned.

@@ -172,7 +172,7 @@ def _retargeted(patcher: Any, target: torch.device) -> Any:
     host.let_go(patcher)  # some loaders have the host load a model at once
     made = patcher
     if target.type == "cpu":
-        made = host.static_patcher(patcher)
+        made = host.cpu_patcher(patcher)
         settle(made.model)
     made.load_device = target
     if hasattr(made, "register_load_device"):

@@ -151,13 +151,15 @@ def test_a_model_that_a_loader_has_loaded_moves_to_the_chosen_device(known, acce
     assert {str(weight.device) for weight in found.cond_stage_model.parameters()} == {"cpu"}
 
 
-def test_a_dynamic_model_on_the_cpu_is_as_wide_as_it_says(known, host):
+@pytest.mark.parametrize("kind", ["ModelPatcherDynamic", "OnlyDynamic"])
+def test_a_dynamic_model_on_the_cpu_is_as_wide_as_it_says(known, host, kind, monkeypatch):
     import comfy.sd
     from comfy import model_patcher
 
     from distorch.comfy import outputs
 
-    made = comfy.sd.dynamic_patcher(model_patcher.ModelPatcherDynamic)
+    made = comfy.sd.dynamic_patcher(getattr(model_patcher, kind))
+    monkeypatch.setattr(model_patcher.ModelPatcherDynamic, "cpu_is_static", True)
     made.load_device = torch.device("meta")
     found = outputs.on_device(made, "cpu")
     assert not found.is_dynamic()

@@ -69,7 +69,7 @@ def inputs_of(node: dict[str, Any]) -> dict[str, Any] | None:
             found[name] = kind[0]
         elif kind == "COMBO" and options.get("options"):
             found[name] = options["options"][0]
-        elif kind in GIVEN:
+        elif isinstance(kind, str) and kind in GIVEN:
             found[name] = GIVEN[kind]
         else:
             return None

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import hashlib
 import json
+import sys
 
 import comfy.model_management as management
 import torch
@@ -189,6 +190,8 @@ class TestUsed:
         return float("nan")
 
     def tell(self, after):
+        if "distorch.testing.sim" in sys.modules:
+            sys.modules["distorch.testing.sim"].reset()  # it keeps a record of all operators
         gc.collect()
         used = [torch.sim.memory_allocated(index) for index in range(2)]
         return {"ui": {"used": used, "heap": [_heap()], "objects": [len(gc.get_objects())]}}
