@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that a host with dynamic VRAM gives us: on its static path, or as dynamic ones of ours."""
 
+import gc
 import logging
 
 import pytest
@@ -158,6 +159,19 @@ def test_the_host_is_asked_for_pinned_memory(host, accelerators, caplog, monkeyp
     made.detach()
     with caplog.at_level(logging.WARNING, "distorch"):
         output(host, taken_over("ModelPatcherDynamic", "sim:0,200kb;cpu,*", "sim:0"))
+    assert "of RAM, more than ComfyUI has left for pinned memory" in caplog.text
+
+
+def test_the_budget_counts_what_models_of_ours_have_pinned(host, accelerators, caplog, monkeypatch):
+    gc.collect()  # models of other tests
+    monkeypatch.setattr(host, "MAX_PINNED_MEMORY", 300_000)
+    first, second = (
+        taken_over("ModelPatcherDynamic", "sim:0,200kb;cpu,*", "sim:0") for _ in range(2)
+    )
+    with caplog.at_level(logging.WARNING, "distorch"):
+        output(host, first)
+        assert caplog.text == ""
+        output(host, second)
     assert "of RAM, more than ComfyUI has left for pinned memory" in caplog.text
 
 
