@@ -63,14 +63,8 @@ class TestImage:
         return (torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(seed)),)
 
 
-class TestHash:
-    """SHA-256 of every tensor in a value; and whether they are finite and not constant."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "hash", (), True
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": (ANY,)}}
+class Looks:
+    """Shows something of any value, every time anew."""
 
     @classmethod
     def VALIDATE_INPUTS(cls, input_types=None):
@@ -79,6 +73,16 @@ class TestHash:
     @classmethod
     def IS_CHANGED(cls, **_):
         return float("nan")
+
+
+class TestHash(Looks):
+    """SHA-256 of every tensor in a value; and whether they are finite and not constant."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "hash", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY,)}}
 
     def hash(self, value):
         digest, good = hashlib.sha256(), True
@@ -91,7 +95,7 @@ class TestHash:
         return {"ui": {"hash": [digest.hexdigest()], "good": [good]}, "result": ()}
 
 
-class TestFigures:
+class TestFigures(Looks):
     """The placement of a patcher's model and the host's own figures, after `after`."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
@@ -99,14 +103,6 @@ class TestFigures:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"model": (ANY,)}, "optional": {"after": (ANY,)}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types=None):
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, **_):
-        return float("nan")
 
     def tell(self, model, after=None):
         patcher = model if hasattr(model, "add_patches") and hasattr(model, "load_device") else None
@@ -121,7 +117,7 @@ class TestFigures:
                 for m in management.current_loaded_models
                 if m.model is not None
             ],
-            "pinned": management.TOTAL_PINNED_MEMORY,  # by the host itself
+            "pinned": getattr(management, "TOTAL_PINNED_MEMORY", 0),  # by the host itself
         }
         if hasattr(torch, "sim"):
             found["used"] = [torch.sim.memory_allocated(index) for index in range(2)]
@@ -172,7 +168,7 @@ def _heap():
     return found.uordblks + found.hblkhd
 
 
-class TestUsed:
+class TestUsed(Looks):
     """Bytes in use on the simulated devices and in the heap, and Python's objects."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
@@ -180,14 +176,6 @@ class TestUsed:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"after": (ANY,)}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types=None):
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, **_):
-        return float("nan")
 
     def tell(self, after):
         if "distorch.testing.sim" in sys.modules:
@@ -197,7 +185,7 @@ class TestUsed:
         return {"ui": {"used": used, "heap": [_heap()], "objects": [len(gc.get_objects())]}}
 
 
-class TestNeed:
+class TestNeed(Looks):
     """Another model's need: so many bytes more than are free, asked of the host."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "ask", (ANY,), True
@@ -205,14 +193,6 @@ class TestNeed:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"after": (ANY,), "nbytes": ("INT", {"default": 0, "max": 1 << 40})}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types=None):
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, **_):
-        return float("nan")
 
     def ask(self, after, nbytes):
         device = management.get_torch_device()
