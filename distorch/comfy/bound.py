@@ -29,8 +29,12 @@ from distorch.comfy import host
 from distorch.errors import PlacementError
 
 _FIELDS = "object_patches", "injections", "wrappers", "callbacks", "model_options"
-_HOOKS = "_forward_pre_hooks", "_forward_hooks"
-_MOST_OBJECTS = 20_000  # that are looked at for each of them
+# Where PyTorch keeps hooks of a layer, and how each of them is to be called.
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+_MOST_OBJECTS = 20_000  # that are looked at for what one object holds
 
 
 def rebind(patcher: Any, before: nn.Module, after: nn.Module) -> None:
@@ -42,13 +46,32 @@ def rebind(patcher: Any, before: nn.Module, after: nn.Module) -> None:
             "an earlier node made copies of the model for other GPUs, which dynamic VRAM loads: "
             "move that node so that it comes after this one"
         )
-    transfer = _Transfer(before, after)
+    pairs = _pairs(before, after)
+    transfer = _Transfer(pairs)
     for field in _FIELDS:
         held = getattr(patcher, field, None)
         if held:
             setattr(patcher, field, transfer.of(held, field))
+    for path, part, copy in pairs:
+        _put_on_layer(part, copy, transfer, path)
+
+
+def _pairs(before: nn.Module, after: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(path, part, the same part of the copy) of all that hold weights. PlacementError if a part
+    has none: a node has put it there.
+    """
+    copies, found = dict(after.named_modules()), []
     for path, part in before.named_modules():
-        _put_on_layer(part, after.get_submodule(path), transfer, path)
+        if next(part.parameters(), None) is None:
+            continue
+        if path not in copies:
+            raise PlacementError(
+                f"an earlier node changed the layers of the model that it was given ({path!r} is "
+                "not in the file), and this one makes a copy of the model: move that node so that "
+                "it comes after this one"
+            )
+        found.append((path, part, copies[path]))
+    return found
 
 
 def _put_on_layer(part: nn.Module, copy: nn.Module, transfer: _Transfer, path: str) -> None:
@@ -58,25 +81,23 @@ def _put_on_layer(part: nn.Module, copy: nn.Module, transfer: _Transfer, path: s
             vars(copy)[name] = transfer.of(value, f"{path}.{name}")
     for kind in _HOOKS:
         hooks, known = getattr(part, kind), getattr(copy, kind)
-        if hooks and not known:
+        if hooks and not known:  # a deep copy has them already
             known.update(transfer.of(dict(hooks), f"{path}.{kind}"))
 
 
 class _Transfer:
     """Objects that hold parts of one model, made anew with parts of another."""
 
-    def __init__(self, before: nn.Module, after: nn.Module) -> None:
-        pairs = [
-            (part, after.get_submodule(path))
-            for path, part in before.named_modules()
-            if next(part.parameters(), None) is not None
-        ]
-        self._parts = {id(part): copy for part, copy in pairs}
+    def __init__(self, pairs: list[tuple[str, nn.Module, nn.Module]]) -> None:
+        self._parts = {id(part): copy for _, part, copy in pairs}
         self._made: dict[int, Any] = {}  # by id of the object that it was made of
-        self._kept: list[Any] = [before]  # so that no id is used again meanwhile
+        self._kept: list[Any] = [pairs]  # so that no id is used again meanwhile
 
     def of(self, value: Any, what: str) -> Any:
-        """The same object if it holds no part. PlacementError names `what` holds one for good."""
+        """The object with parts of the copy; the same object if it holds no part.
+
+        PlacementError if it cannot be made anew. The message says where it is kept (`what`).
+        """
         if id(value) in self._parts:
             return self._parts[id(value)]
         if id(value) in self._made:
@@ -93,7 +114,11 @@ class _Transfer:
             found = self._made[id(value)] = {}
             found.update({key: self.of(part, f"{what} {key!r}") for key, part in value.items()})
             return found
-        if type(value) in (list, tuple, set):
+        if type(value) is list:
+            items = self._made[id(value)] = []
+            items.extend(self.of(part, what) for part in value)
+            return items
+        if type(value) in (tuple, set):
             return type(value)(self.of(part, what) for part in value)
         if isinstance(value, types.MethodType):
             owner, function = self.of(value.__self__, what), self.of(value.__func__, what)

@@ -23,7 +23,6 @@ import torch
 
 from distorch.comfy import host
 from distorch.comfy.patcher import DistorchPatcher
-from distorch.runtime import distribution
 
 
 class DynamicPatcher(DistorchPatcher):
@@ -54,9 +53,7 @@ class DynamicPatcher(DistorchPatcher):
 
     def loaded_ram_size(self) -> int:
         """Bytes of weights in RAM."""
-        if not distribution.is_distributed(self.model):
-            return 0
-        return int(distribution.distribution_of(self.model).plan.bytes.get("cpu", 0))
+        return self.held().get("cpu", 0)
 
     def pinned_memory_size(self) -> int:
         """Bytes of RAM that are pinned: all of them, if an accelerator computes."""
@@ -78,7 +75,7 @@ class DynamicPatcher(DistorchPatcher):
         """Makes room for what is not on the device yet, then places the model."""
         missing = max(0, self._wanted_size() - self.loaded_size())
         if missing:
-            keep = host.joined_since(self.model_size_asked)
+            keep = host.joined_since(self.listed_before)
             host.make_room(missing + host.inference_memory(), self.load_device, keep)
         # The host has counted before there was room.
         extra_memory = max(extra_memory, host.free_for_weights(self.load_device))

@@ -120,28 +120,28 @@ class DistributeModel(_Distribute):
         return _placed(model, spec, compute_device, order, prefetch, lora_precision)
 
 
-class DistributeCLIP(_Distribute):
+class _DistributeByName(_Distribute):
+    """The same for nodes that only ComfyUI calls, with all inputs by name."""
+
+    def distribute(self, spec: str, **given: Any) -> tuple[Any, ...]:
+        """What came in, placed."""
+        return _placed(given.pop(self.INPUT), spec, **given)
+
+
+class DistributeCLIP(_DistributeByName):
     """CLIP in, CLIP out."""
 
     INPUT = "clip"
     RETURN_TYPES, RETURN_NAMES = ("CLIP",), (INPUT,)
     TITLE = "Distribute CLIP"
 
-    def distribute(self, clip: Any, spec: str, **options: Any) -> tuple[Any, ...]:
-        """The placed text encoder."""
-        return _placed(clip, spec, **options)
 
-
-class DistributeVAE(_Distribute):
+class DistributeVAE(_DistributeByName):
     """VAE in, VAE out."""
 
     INPUT = "vae"
     RETURN_TYPES, RETURN_NAMES = ("VAE",), (INPUT,)
     TITLE = "Distribute VAE"
-
-    def distribute(self, vae: Any, spec: str, **options: Any) -> tuple[Any, ...]:
-        """The placed VAE."""
-        return _placed(vae, spec, **options)
 
 
 def device_of(model: Any) -> str:

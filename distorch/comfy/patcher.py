@@ -61,6 +61,12 @@ class Placed:
 _placed_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+def _distributions() -> dict[nn.Module, distribution.Distribution]:
+    """Of all inner models of ours that are there, loaded or not."""
+    known = {model: distribution.known_distribution(model) for model in _placed_models}
+    return {model: state for model, state in known.items() if state is not None}
+
+
 def placed(model: nn.Module) -> Placed:
     """The record of an inner model, made on first use."""
     _placed_models.add(model)
@@ -87,13 +93,14 @@ class DistorchPatcher(ModelPatcher):
         """No: dynamic VRAM would move weights by itself. See Note [Two ways into the host]."""
         return False
 
-    # The host asks for sizes before it loads the first of several models. Those that join its list
-    # afterwards belong to the same sampling, and must stay.
-    model_size_asked: host.Listed = ()
+    # What was on the host's list of loaded models when it asked for this model's size. It asks
+    # before it loads the first of several models. Those that join the list afterwards belong to the
+    # same sampling, and must stay.
+    listed_before: host.Listed = ()
 
     def model_size(self) -> int:
         """Bytes that the load device will hold, the ring included."""
-        self.model_size_asked = host.listed()
+        self.listed_before = host.listed()
         if KEY not in getattr(self, "attachments", ()):  # some hosts ask while a clone is made
             return int(super().model_size())
         return self._wanted_size()
@@ -127,7 +134,7 @@ class DistorchPatcher(ModelPatcher):
         spec, given = self._request(budget)
         _refuse_unplaceable(self.model, spec, self.placement.compute)
         groups, options = group_members(self.model), Options(**given)
-        keep = host.joined_since(self.model_size_asked)
+        keep = host.joined_since(self.listed_before)
         devices = host.with_freed(planning.devices_for(groups, self.model), self.model, keep)
         inventory = distribution.inventory_now(self.model, groups)
         return planning.plan_inventory(inventory, spec, options, devices), options
@@ -204,7 +211,7 @@ class DistorchPatcher(ModelPatcher):
 
     def _make_room(self, plan: Plan) -> None:
         """On donors. The host makes room on the device that computes."""
-        now, keep = self.held(), host.joined_since(self.model_size_asked)
+        now, keep = self.held(), host.joined_since(self.listed_before)
         for place, nbytes in _by_device(plan).items():
             missing = nbytes - now.get(place, 0)
             if place == "cpu" and plan.compute != "cpu":
@@ -216,8 +223,8 @@ class DistorchPatcher(ModelPatcher):
     def _make_room_for_pins(self, nbytes: int) -> None:
         pinned = sum(
             _by_device(state.plan).get("cpu", 0)
-            for model in _placed_models
-            if (state := distribution.known_distribution(model)) and state.plan.compute != "cpu"
+            for state in _distributions().values()
+            if state.plan.compute != "cpu"
         )
         if not host.make_room_for_pins(nbytes, pinned):
             _log.warning(
@@ -312,10 +319,8 @@ class DistorchPatcher(ModelPatcher):
         """
         others = [
             state.ring_bytes
-            for model in _placed_models
-            if model is not self.model
-            and (state := distribution.known_distribution(model))
-            and state.plan.compute == device_name(self.load_device)
+            for model, state in _distributions().items()
+            if model is not self.model and state.plan.compute == device_name(self.load_device)
         ]
         own = distribution.distribution_of(self.model).ring_bytes
         return max(0, own - max(others, default=0))

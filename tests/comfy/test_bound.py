@@ -95,6 +95,9 @@ def test_methods_and_hooks_on_a_layer_are_put_on_the_same_layer(host, stock):
     layer = stock.model.diffusion_model[0].up
     layer.forward = types.MethodType(doubled, layer)
     layer.register_forward_hook(lambda module, args, output: output + module.bias.sum())
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] * 1.5,), kwargs), with_kwargs=True
+    )
     stock.cached_patcher_init = (lambda disable_dynamic=False: comfy.sd.patcher(), ())
     wanted = output(host, stock)
     made = own_copy(stock)  # read again from the file
@@ -129,6 +132,26 @@ def deep(patcher):
     for _ in range(30):
         long = [long]
     patcher.model_options["transformer_options"]["a"] = [long, kept]
+
+
+def test_layers_that_the_file_does_not_have_are_refused(stock):
+    import comfy.sd
+
+    stock.cached_patcher_init = (lambda disable_dynamic=False: comfy.sd.patcher(), ())
+    stock.model.diffusion_model[0].adapter = torch.nn.Linear(64, 64)
+    with pytest.raises(PlacementError, match=r"'diffusion_model\.0\.adapter' is not in the file"):
+        own_copy(stock)
+
+
+def test_a_list_that_holds_itself(host, stock):
+    block = stock.model.diffusion_model[0]
+    kept = [lambda: block]
+    kept.append(kept)
+    stock.model_options["transformer_options"]["a"] = kept
+    found = own_copy(stock)
+    made = found.model_options["transformer_options"]["a"]
+    assert made[1] is made is not kept
+    assert made[0]() is found.model.diffusion_model[0]
 
 
 @pytest.mark.parametrize("bind", [compiled_block, injected, wrapped, deep])

@@ -4,7 +4,7 @@
 Takes each node that has a MODEL as input and as output, of ComfyUI and of the packs in DIR, and runs
 it three times: behind a loader of ours, behind Distribute Model, and in front of it. The image must
 be that of the same node behind ComfyUI's own loader without dynamic VRAM. Prints a table, and ends
-with 1 if one was another.
+with 1 if one was another, or failed in any way but a refusal of ours.
 
 Inputs get their defaults, the first of their choices, or what the small workflow has. A node that
 needs more is left out, as is one that fails behind ComfyUI's own loader.
@@ -172,7 +172,8 @@ def main() -> int:
             rows = survey({"static": one, "dynamic": other}, packs)
     counts = Counter(cell.split(":")[0] for row in rows for cell in row[3:])
     print(f"{len(rows)} nodes:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
-    return int(any(cell.isupper() for row in rows for cell in row[3:]))
+    bad = [cell for row in rows for cell in row[3:] if not cell.startswith(("same", "refused"))]
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
