@@ -292,7 +292,7 @@ class Stats:
         fetches: How often a sharded weight was made real for an operator.
         hits: How many of these found it in the ring, there or on its way.
         stall_seconds: How long operators waited, by the clock of their device. Asking waits for the
-            device.
+            device, unless `wait` is False.
         overflows: Fetches for which the ring had no room.
         bytes: Link, such as "cpu->cuda:0" -> bytes that travelled.
     """
@@ -325,8 +325,13 @@ class Stats:
         return html_table(("since reset_stats", "value"), self._rows())
 
 
-def stats(module: nn.Module) -> Stats:
+def stats(module: nn.Module, *, wait: bool = True) -> Stats:
     """Says what the module's weights travelled since `reset_stats`, or since it was placed.
+
+    Args:
+        module: A distributed module.
+        wait: For the devices, so that every stall is counted. Without it only stalls whose end is
+            known are: so another thread may watch a model while it runs, and not slow it down.
 
     Returns:
         `Stats`.
@@ -335,7 +340,7 @@ def stats(module: nn.Module) -> Stats:
         PlacementError: The module is not distributed.
     """
     state = distribution_of(module)
-    fetches, hits, stall, overflows, travelled = _native.read_counters(state.counters)
+    fetches, hits, stall, overflows, travelled = _native.read_counters(state.counters, wait)
     links = {f"{tier}->{state.plan.compute}": nbytes for tier, nbytes in travelled.items()}
     return Stats(fetches, hits, stall, overflows, links)
 

@@ -73,12 +73,14 @@ Counters& counters_in(const py::capsule& capsule) {
   return **capsule.get_pointer<std::shared_ptr<Counters>>();
 }
 
-// (fetches, hits, stall in seconds, overflows, bytes by tier) since the last reset.
+// (fetches, hits, stall in seconds, overflows, bytes by tier) since the last reset. `wait`: for the
+// devices, so that every stall is counted.
 std::tuple<uint64_t, uint64_t, double, uint64_t, std::map<std::string, uint64_t>> read_counters(
-    const py::capsule& capsule) {
+    const py::capsule& capsule, bool wait) {
   Counters& counters = counters_in(capsule);
-  const py::gil_scoped_release released;  // it waits for the devices
-  const double stall = 1e-9 * static_cast<double>(counters.all_stall_ns());
+  const py::gil_scoped_release released;  // a device may be slow to answer
+  const uint64_t stall_ns = wait ? counters.all_stall_ns() : counters.known_stall_ns();
+  const double stall = 1e-9 * static_cast<double>(stall_ns);
   const uint64_t hits = counters.hits.load();
   return {hits + counters.misses.load(), hits, stall, counters.overflows.load(), counters.bytes()};
 }

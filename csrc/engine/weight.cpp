@@ -67,15 +67,23 @@ void Counters::reset() {
   later_.clear();
 }
 
+void Counters::add_known() {
+  while (!later_.empty() && later_.front()->known()) {
+    stall_ns += later_.front()->nanoseconds();
+    later_.pop_front();
+  }
+}
+
 void Counters::stalls(std::unique_ptr<LateTime> time) {
   const MutexLock lock(mutex_);
-  if (later_.size() >= kAskAfter) {
-    while (!later_.empty() && later_.front()->known()) {
-      stall_ns += later_.front()->nanoseconds();
-      later_.pop_front();
-    }
-  }
+  if (later_.size() >= kAskAfter) add_known();
   if (later_.size() < kMostLater) later_.push_back(std::move(time));
+}
+
+uint64_t Counters::known_stall_ns() {
+  const MutexLock lock(mutex_);
+  add_known();
+  return stall_ns;
 }
 
 uint64_t Counters::all_stall_ns() {

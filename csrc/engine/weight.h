@@ -40,6 +40,8 @@ struct Counters {
   void stalls(std::unique_ptr<LateTime> time);
   // All of it. Waits for the devices.
   uint64_t all_stall_ns();
+  // Of the work that is done. Does not wait, so that somebody may watch while a model runs.
+  uint64_t known_stall_ns();
   // Bytes that came from a tier.
   void travelled(const std::string& tier, uint64_t bytes);
   std::map<std::string, uint64_t> bytes() const;
@@ -52,6 +54,9 @@ struct Counters {
   static std::shared_ptr<Counters> find(uint64_t id);
 
  private:
+  // Moves times that are known by now from `later_` to `stall_ns`.
+  void add_known() REQUIRES(mutex_);
+
   mutable Mutex mutex_;
   std::map<std::string, uint64_t> bytes_ GUARDED_BY(mutex_);
   std::deque<std::unique_ptr<LateTime>> later_ GUARDED_BY(mutex_);

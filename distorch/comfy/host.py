@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's devices, and calling its nodes: everything that differs between its versions."""
+"""The host's devices, nodes, memory and web page: everything that differs between its versions."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -292,6 +294,30 @@ def inference_memory() -> int:
     return int(management.minimum_inference_memory())
 
 
+def sampling_memory(kind: str, config: Mapping[str, Any], latent: Sequence[int]) -> int | None:
+    """Bytes that the host expects sampling to take beside the weights, by its own formula.
+
+    `kind` is a class of `comfy.supported_models`, `latent` the shape of what is sampled: twice, for
+    the positive and the negative text. None if this version does not know the kind.
+    """
+    try:
+        from comfy import model_base, supported_models
+
+        family = getattr(supported_models, kind)(dict(config))
+        # The formula is a method of models. It looks at these fields of them.
+        model = types.SimpleNamespace(
+            memory_usage_factor=family.memory_usage_factor,
+            memory_usage_factor_conds=(), memory_usage_shape_process={}, manual_cast_dtype=None,
+            get_dtype=lambda: torch.bfloat16, get_dtype_inference=lambda: torch.bfloat16,
+        )  # fmt: skip
+        shape = [2 * latent[0], *latent[1:]]
+        needed = int(model_base.BaseModel.memory_required(model, shape))
+    except (ImportError, AttributeError, TypeError, KeyError):
+        return None
+    extra = getattr(management, "extra_reserved_memory", lambda: 0)
+    return max(inference_memory(), needed + int(extra()))
+
+
 def free_for_weights(device: torch.device) -> int:
     """Bytes of a device that weights may take."""
     return int(management.get_free_memory(device)) - inference_memory()
@@ -323,3 +349,30 @@ def make_room_for_pins(nbytes: int, pinned: int) -> bool:
         return True
     enough = bool(management.ensure_pin_budget(nbytes))  # of the memory that is free now
     return bool(management.ensure_pin_registerable(nbytes + pinned)) and enough
+
+
+# --- the web page ---
+
+
+def _server() -> Any:
+    """The host's server, if a web page waits for the prompt that runs; else None."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    return server if getattr(server, "client_id", None) is not None else None
+
+
+def page_waits() -> bool:
+    """Whether a web page waits for the prompt that runs. Prompts of programs have none."""
+    return _server() is not None
+
+
+def node_now() -> str | None:
+    """The node that runs, as the web page numbers it. None if no page waits for it."""
+    found: str | None = getattr(_server(), "last_node_id", None)
+    return found
+
+
+def tell_page(event: str, data: Mapping[str, Any]) -> None:
+    """Sends an event to the web page that waits, if one does. Any thread may call it."""
+    server = _server()
+    if server is not None:
+        server.send_sync(event, dict(data), server.client_id)

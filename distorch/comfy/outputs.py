@@ -20,8 +20,9 @@ from torch import nn
 import distorch
 from distorch.comfy import bound, cross_device, host
 from distorch.comfy.dynamic import DynamicPatcher
-from distorch.comfy.patcher import KEY, DistorchPatcher, is_ours, timed_sampling
+from distorch.comfy.patcher import KEY, NODE, DistorchPatcher, is_ours
 from distorch.comfy.placement import Placement
+from distorch.comfy.sampling import timed_sampling
 from distorch.errors import PlacementError
 from distorch.runtime import wrapped
 
@@ -89,7 +90,7 @@ def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
     # `clone()` copies everything that a ModelPatcher has, in whatever version of the host. A
     # constructor of ours would have to know each of these attributes. The class adds methods only.
     clone.__class__ = DynamicPatcher if dynamic else DistorchPatcher
-    clone.attachments[KEY] = placement
+    clone.attachments |= {KEY: placement, NODE: host.node_now()}
     clone.load_device = torch.device(placement.compute)
     if clone.offload_device.type != "cpu":
         clone.offload_device = torch.device("cpu")

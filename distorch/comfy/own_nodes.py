@@ -8,6 +8,7 @@ from typing import Any
 from distorch.comfy import host, outputs, report
 from distorch.comfy.patcher import is_ours
 from distorch.comfy.placement import Placement, spec_problem
+from distorch.comfy.presets import for_models, general
 from distorch.errors import PlacementError, SpecError
 from distorch.runtime.options import Options, compute_device
 
@@ -39,12 +40,20 @@ class _Distribute:
         "The model that comes in stays as it is for whoever else uses it."
     )
 
+    @staticmethod
+    def presets() -> dict[str, str]:
+        """Title -> spec, of which the web page makes a list."""
+        return general()
+
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 cls.INPUT: cls.RETURN_TYPES,
-                "spec": ("STRING", {"default": "auto", "tooltip": _SPEC_TIP}),
+                "spec": (
+                    "STRING",
+                    {"default": "auto", "tooltip": _SPEC_TIP, "presets": cls.presets()},
+                ),
             },
             "optional": {
                 "compute_device": (
@@ -106,6 +115,11 @@ class DistributeModel(_Distribute):
     INPUT = "model"
     RETURN_TYPES, RETURN_NAMES = ("MODEL",), (INPUT,)
     TITLE = "Distribute Model"
+
+    @staticmethod
+    def presets() -> dict[str, str]:
+        """Some for well-known models, too."""
+        return general() | for_models()
 
     def distribute(
         self,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 import distorch
-from distorch.comfy import host, weights
+from distorch.comfy import host, live, weights
 from distorch.comfy.placement import Placement
 from distorch.display.tables import human_bytes
 from distorch.errors import PlacementError
@@ -42,6 +41,7 @@ from distorch.runtime.ring_room import ring_bytes
 from distorch.runtime.staging import current_place
 
 KEY = "distorch"  # of the attachment, and of wrappers
+NODE = "distorch_node"  # of another attachment: the node that placed the model
 _STATE = "_distorch_comfy"
 _log = logging.getLogger("distorch")
 
@@ -49,12 +49,14 @@ _log = logging.getLogger("distorch")
 @dataclass
 class Placed:
     """What is true of an inner model: the placement it was given (None: at rest, or shrunk since),
-    the patches that are on its weights, and how long it sampled.
+    the patches that are on its weights, where these were when they were last measured, and how long
+    it sampled.
     """
 
     placement: Placement | None = None
     budget: int | None = None  # bytes for "auto", as the host gave them
     applied: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)  # device -> bytes
     sampling_seconds: float = 0.0  # since the last report
 
 
@@ -86,6 +88,19 @@ class DistorchPatcher(ModelPatcher):
         """What this clone wants, on the device that it computes on."""
         wanted: Placement = self.attachments[KEY]
         return wanted.on(device_name(self.load_device))
+
+    # --- the bar on the node, see Note [The bar on a node] ---
+
+    @property
+    def node(self) -> str | None:
+        """The node that placed this clone, as the web page numbers it."""
+        found: str | None = self.attachments.get(NODE)
+        return found
+
+    def show(self, note: str, *, ok: bool = True) -> None:
+        """Where the weights are, with a sentence, on the node."""
+        held = placed(self.model).held
+        live.show(self.node, live.Bar(held, device_name(self.load_device), note, ok=ok))
 
     # --- sizes, as the host counts: bytes on the load device ---
 
@@ -262,6 +277,9 @@ class DistorchPatcher(ModelPatcher):
         self.model.model_loaded_weight_memory = report.bytes[report.compute] + ring
         self.model.model_offload_buffer_memory = ring
         self.model.model_lowvram = False
+        placed(self.model).held = dict(report.bytes)
+        problem = next(iter(report.problems), None)
+        self.show(problem or f"ring {human_bytes(ring)}", ok=problem is None)
         where = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in report.bytes.items())
         _log.info("%s: %s, ring %.1f MiB", type(self.model).__name__, where, ring / 2**20)
 
@@ -435,17 +453,3 @@ def _full_device(message: str, wanted: Placement) -> str:
     kind = wanted.compute.partition(":")[0]
     found = re.search(rf"(?:GPU |[Dd]evice |{kind}:)(\d+)", message)
     return f"{kind}:{found[1]}" if found and kind != "cpu" else wanted.compute
-
-
-def timed_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the host's sampling: its time, and what to change when memory ran out."""
-    patcher = getattr(executor.class_obj, "model_patcher", None)
-    if patcher is None or not is_ours(patcher):
-        return executor(*args, **kwargs)
-    begin = time.monotonic()
-    try:
-        return executor(*args, **kwargs)
-    except torch.OutOfMemoryError as error:
-        raise advice(error, patcher.placement) from error
-    finally:
-        placed(patcher.model).sampling_seconds += time.monotonic() - begin

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 import distorch
-from distorch.comfy import host
+from distorch.comfy import host, live
 from distorch.comfy.patcher import placed
-from distorch.display.placements import device_bar
 from distorch.planner import Plan
 from distorch.runtime import distribution
 
@@ -40,7 +39,7 @@ class Found:
     @property
     def rates(self) -> dict[str, float]:
         """Link -> GB/s (10^9), over the time that was spent sampling."""
-        return {k: n / self.seconds / 1e9 for k, n in self.stats.bytes.items() if self.seconds > 0}
+        return live.rates(self.stats.bytes, self.seconds)
 
     def _travelled(self) -> list[str]:
         return [
@@ -60,13 +59,12 @@ class Found:
 
     def _bar(self) -> str:
         """A small picture (SVG) for the node: the bar of all devices, and one sentence."""
-        stall = f"stalls {self.stats.stall_seconds:.2f} s"
-        rates = [f"{link} {rate:.2f} GB/s" for link, rate in self.rates.items()]
-        note = "not loaded yet" if isinstance(self.where, Plan) else "   ".join([*rates, stall])
-        if self.problems:
-            note = self.problems[0]
-        where = self.where
-        return device_bar(where.bytes, {where.compute}, note, ok=not self.problems).svg()
+        where, stall = self.where, self.stats.stall_seconds
+        note = live.sentence(self.stats.bytes, stall, self.seconds)
+        if isinstance(where, Plan):
+            note = "not loaded yet"
+        note = next(iter(self.problems), note)
+        return live.Bar(where.bytes, where.compute, note, ok=not self.problems).svg()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

@@ -13,7 +13,7 @@ from distorch.runtime.groups import Group
 from distorch.runtime.options import Options
 from distorch.runtime.staging import planned_place
 
-_AUTO_RING_BYTES = 128 << 20
+AUTO_RING_BYTES = 128 << 20
 
 
 def _fetched_bytes(group: Group, plan: Plan) -> int:
@@ -41,7 +41,7 @@ def ring_bytes(groups: Sequence[Group], plan: Plan, options: Options) -> int:
     sizes = {g.name: n + 2 * page for g in groups if (n := _fetched_bytes(g, plan))}
     tables = {group.name for group in groups if is_table(group)}
     largest = max((n for name, n in sizes.items() if name not in tables), default=0)
-    wanted = max(2 * largest, _AUTO_RING_BYTES)
+    wanted = max(2 * largest, AUTO_RING_BYTES)
     if options.prefetch != "auto":
         wanted = parse_bytes(options.prefetch)
     whole = sum(n for name, n in sizes.items() if name not in tables or n <= wanted)

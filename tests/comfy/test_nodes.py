@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes made from the host's loaders and from other packs' classes."""
 
+import json
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,13 @@ import torch
 import distorch
 from distorch.comfy import host as border
 from distorch.errors import PlacementError, SpecError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACK = Path(__file__).parents[2] / "comfyui-distorch"
 
 
 @pytest.fixture
@@ -361,3 +371,27 @@ def test_nothing_of_the_host_is_replaced(known, host):
     host.load_models_gpu([model])
     host.free_memory(1 << 50, torch.device("cpu"))
     assert _members() == before
+
+
+# --- what ComfyUI-Manager reads ---
+
+
+def test_the_list_of_nodes_has_every_name_that_we_can_make(known):
+    from distorch.comfy import advanced, gguf_nodes, loaders, own_nodes, packs
+
+    listed = json.loads((PACK / "node_list.json").read_text())
+    core = {f.source + suffix for f in loaders.CORE for suffix in ("MultiGPU", "DisTorch2MultiGPU")}
+    gguf = {source + suffix for source in gguf_nodes.READERS for suffix in gguf_nodes._KINDS}
+    guests = {f"{guest.source}MultiGPU" for guests in packs.PACKS.values() for guest in guests}
+    typing_error = {"CheckpointLoaderSimpleDistorch2MultiGPU"}  # published, too
+    made = core | gguf | guests | typing_error | {*advanced.NODES, *own_nodes.NODES}
+    assert listed.keys() == made
+    assert made >= known.keys()
+
+
+def test_the_folder_is_a_pack_as_comfyui_manager_takes_it():
+    project = tomllib.loads((PACK / "pyproject.toml").read_text())
+    assert project["project"]["name"] == PACK.name  # Manager calls the installed folder so
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
+    assert {"PublisherId", "DisplayName"} <= project["tool"]["comfy"].keys()
+    assert (PACK / "requirements.txt").read_text().split() == project["project"]["dependencies"]

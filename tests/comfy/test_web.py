@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The script that shows a report on its node, in a host that is only pretended."""
+"""The script of our nodes in a web page that is only pretended, and their help pages."""
 
 import json
 import re
@@ -14,30 +14,60 @@ SCRIPT = Path(__file__).parents[2] / "distorch" / "comfy" / "web" / "distorch.js
 NODE = shutil.which("node")
 
 
-@pytest.mark.skipif(
-    NODE is None, reason="node is not installed: it runs the script of the web page"
-)
-def test_the_picture_of_a_report_is_drawn_on_its_node(tmp_path):
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    (tmp_path / "scripts").mkdir()
-    app = "export const app = { registerExtension: (it) => (globalThis.extension = it) };"
-    (tmp_path / "scripts" / "app.js").write_text(app)
-    (tmp_path / "extensions" / "distorch").mkdir(parents=True)
-    shutil.copy(SCRIPT, tmp_path / "extensions" / "distorch")
-    shutil.copy(Path(__file__).parent / "web" / "report_node.mjs", tmp_path)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """What the script does in a page that is only pretended."""
+    if NODE is None:
+        pytest.skip("node is not installed: it runs the script of the web page")
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "package.json").write_text('{"type": "module"}')
+    (folder / "scripts").mkdir()
+    for name, code in {
+        "app": "{ registerExtension: (it) => (globalThis.extension = it) }",
+        "api": "{ addEventListener: (name, f) => ((globalThis.listeners ??= {})[name] = f) }",
+    }.items():
+        text = f"export const {name} = (globalThis.{name} = {code});"
+        (folder / "scripts" / f"{name}.js").write_text(text)
+    (folder / "extensions" / "distorch").mkdir(parents=True)
+    shutil.copy(SCRIPT, folder / "extensions" / "distorch")
+    shutil.copy(Path(__file__).parent / "web" / "nodes.mjs", folder)
     done = subprocess.run(
-        [NODE, "report_node.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [NODE, "nodes.mjs"], cwd=folder, capture_output=True, text=True, check=False
     )
-    found = json.loads(done.stdout)
-    assert found["early"] == 0
-    assert found["drawn"] == [[4, 40, 300, 75]]  # as wide as the node, in the picture's proportion
-    assert found["size"] == [308, 75]
-    assert found["widgets"] == 1
-    assert found["grown"] == [250, 100]  # as the host computes it, once the picture is there
-    assert found["redraws"] == 4  # two reports, two pictures that came
-    kind, _, svg = found["address"].partition(",")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_bar_is_shown_on_the_node_that_it_is_for(page):
+    kind, _, svg = page["address"].partition(",")
     assert kind == "data:image/svg+xml;charset=utf-8"
     assert urllib.parse.unquote(svg) == "<svg>ü#%</svg>"
+    assert page["alt"] == "ü#%"
+    assert page["inside"] == "inside"  # a node of a subgraph
+    assert page["other"] == 0  # a node of somebody else
+
+
+def test_a_report_shows_its_picture_and_keeps_it(page):
+    assert page["report"] == ["measured", 1]
+
+
+def test_the_node_grows_once_for_the_bar(page):
+    assert page["before"] == 60  # before the picture is there
+    assert page["after"] == 312 * 100 / 320 + 8  # in the picture's proportion, with an edge
+    assert page["size"] == [320, 80 + page["after"]]
+    assert page["redraws"] == 2  # one picture, one preset
+
+
+def test_bar_and_presets_are_neither_saved_nor_sent(page):
+    assert page["names"] == ["spec", "preset", "distorch_bar"]
+    assert page["saved"] == [False, False]
+    assert page["sent"] is False
+
+
+def test_a_preset_is_written_into_the_spec(page):
+    assert page["choices"][1:] == ["Half"]
+    assert page["spec"] == page["told"] == "cuda:0,50%;cpu,50%"
+    assert page["shown"] == page["choices"][0]  # the list is as before
 
 
 PAGES = SCRIPT.parent / "docs"

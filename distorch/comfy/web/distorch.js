@@ -1,45 +1,100 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shows what a Distribution Report measured on the node itself: the picture that it sent.
+// Two things on nodes of distorch:
+// - A bar: where a model's weights are, and what travels while it samples. The server makes the
+//   picture and sends it to the node that placed the model. A Distribution Report shows its own.
+// - A list of presets: specs that the server has made for this machine. They are with the input.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 
-const EDGE = 4;
+const EVENT = "distorch.bar";
+const EDGE = 4; // pixels around the bar
+const CHOOSE = "choose a spec for this machine";
 
-// The picture as an image that a canvas can draw. It is there a moment later, and so is its height.
-function loaded(svg, node) {
-  const image = new Image();
-  image.onload = () => {
-    node.setSize([node.size[0], node.computeSize()[1]]);
-    node.setDirtyCanvas(true);
-  };
-  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svg)}`;
-  return image;
+// A node by the number that the server has for it: "12", or "12:3" for node 3 of subgraph 12.
+function nodeAt(number) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const part of String(number).split(":")) {
+    node = graph?.getNodeById(Number(part)) ?? graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
 }
 
-function heightFor(image, width) {
-  return image?.naturalWidth ? ((width - 2 * EDGE) * image.naturalHeight) / image.naturalWidth : 56;
+// The bar's height follows the node's width, in the picture's proportion.
+function heightOf(picture, node) {
+  if (!picture.naturalWidth) return 60;
+  return ((node.size[0] - 2 * EDGE) * picture.naturalHeight) / picture.naturalWidth + 2 * EDGE;
+}
+
+function barOn(node) {
+  const picture = document.createElement("img");
+  picture.className = "distorch-bar";
+  picture.style.width = "100%";
+  picture.style.objectFit = "contain";
+  const height = () => heightOf(picture, node);
+  const widget = node.addDOMWidget("distorch_bar", "distorch", picture, {
+    serialize: false, // not a part of the prompt
+    hideOnZoom: false,
+    margin: EDGE,
+    getMinHeight: height,
+    getMaxHeight: height,
+  });
+  widget.serialize = false; // nor of the saved workflow
+  let shown = 0;
+  picture.onload = () => {
+    if (picture.naturalHeight === shown) return;
+    shown = picture.naturalHeight;
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+    node.setDirtyCanvas(true, true);
+  };
+  return picture;
+}
+
+function show(node, svg) {
+  node.distorchBar ??= barOn(node);
+  node.distorchBar.alt = new DOMParser().parseFromString(svg, "image/svg+xml").documentElement.textContent;
+  node.distorchBar.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svg)}`;
+}
+
+// Choosing one writes it into the input `spec`. What the list shows is not saved: on another machine
+// it has other entries. It comes last, because saved values find their widgets by the order.
+function addPresets(node, presets) {
+  const spec = node.widgets?.find((widget) => widget.name === "spec");
+  if (!spec || !presets) return;
+  const values = [CHOOSE, ...Object.keys(presets)];
+  const list = node.addWidget("combo", "preset", CHOOSE, choose, { values, serialize: false });
+  list.serialize = false;
+  function choose(title) {
+    if (!(title in presets)) return;
+    spec.value = presets[title];
+    spec.callback?.(spec.value);
+    list.value = CHOOSE;
+    node.setDirtyCanvas(true, true);
+  }
 }
 
 app.registerExtension({
-  name: "distorch.report",
+  name: "distorch",
+  setup() {
+    api.addEventListener(EVENT, ({ detail }) => {
+      const node = nodeAt(detail.node);
+      if (node?.constructor.distorch) show(node, detail.svg);
+    });
+  },
   beforeRegisterNodeDef(type, data) {
-    if (data.name !== "DistributionReport") return;
+    if (!data.category?.startsWith("distorch")) return;
+    type.distorch = true;
     const executed = type.prototype.onExecuted;
     type.prototype.onExecuted = function (message) {
       executed?.apply(this, arguments);
       const found = message?.distorch?.[0];
-      this.distorch = found && loaded(found.svg, this);
-      if (found && !this.widgets?.some((widget) => widget.name === "distorch")) {
-        this.addCustomWidget({
-          name: "distorch",
-          type: "distorch",
-          serialize: false,
-          computeSize: (width) => [width, heightFor(this.distorch, width)],
-          draw: (context, node, width, y) =>
-            node.distorch?.complete &&
-            context.drawImage(node.distorch, EDGE, y, width - 2 * EDGE, heightFor(node.distorch, width)),
-        });
-      }
-      this.setDirtyCanvas(true);
+      if (found) show(this, found.svg);
+    };
+    const created = type.prototype.onNodeCreated;
+    type.prototype.onNodeCreated = function () {
+      created?.apply(this, arguments);
+      addPresets(this, data.input?.required?.spec?.[1]?.presets);
     };
   },
 });

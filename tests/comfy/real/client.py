@@ -29,24 +29,27 @@ class GraphError(Exception):
 
 
 class Host:
-    """ComfyUI from `folder`, with models and custom nodes in `base`."""
+    """ComfyUI from `folder`, with models and custom nodes in `base`. `page`: with its web page."""
 
     def __init__(
         self, folder: Path, base: Path, *, options: tuple[str, ...] = (),
         serve: Path | None = None, environment: Mapping[str, str] | None = None,
+        page: bool = False,
     ) -> None:  # fmt: skip
         self.folder, self.base = folder, base
         self.port = _free_port()
         self.log = base / f"log-{self.port}.txt"
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        front = base / "front"
-        front.mkdir(exist_ok=True)
-        (front / "index.html").touch()
         command = [
             sys.executable, str(serve or HERE / "serve.py"), str(folder), "--cpu",
             "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--front-end-root", str(front), "--disable-auto-launch", *options,
+            "--disable-auto-launch", *options,
         ]  # fmt: skip
+        if not page:
+            front = base / "front"
+            front.mkdir(exist_ok=True)
+            (front / "index.html").touch()
+            command += ["--front-end-root", str(front)]
         known = (folder / "comfy" / "cli_args.py").read_text()
         if "--disable-api-nodes" in known:
             command.append("--disable-api-nodes")

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Around the host's sampling: how long it took, the bar on the node, and memory that ran out."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+
+from distorch.comfy import host, live
+from distorch.comfy.patcher import advice, is_ours, placed
+
+
+def timed_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host calls it in place of its own function, which is `executor`."""
+    patcher = getattr(executor.class_obj, "model_patcher", None)
+    if patcher is None or not is_ours(patcher):
+        return executor(*args, **kwargs)
+    watching = patcher.node is not None and host.page_waits()
+    begin = time.monotonic()
+    try:
+        with live.watched(patcher.model, patcher.show) if watching else contextlib.nullcontext():
+            return executor(*args, **kwargs)
+    except torch.OutOfMemoryError as error:
+        raise advice(error, patcher.placement) from error
+    finally:
+        placed(patcher.model).sampling_seconds += time.monotonic() - begin

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bar on the node that placed a model: when it is sent, to whom, and what it says."""
+
+import html
+import re
+import sys
+import threading
+import time
+import types
+
+import pytest
+import torch
+
+import distorch
+from distorch.display.tables import human_bytes
+from tests.comfy.test_patcher import X, placed
+
+NODE = "12:3"
+
+
+class Server:
+    """What the host's server offers to a node."""
+
+    def __init__(self, client_id):
+        self.client_id, self.last_node_id = client_id, NODE
+        self.sent = []
+
+    def send_sync(self, event, data, sid):
+        self.sent.append((event, data, sid))
+
+    def said(self):
+        """The text of each picture that was sent for our node."""
+        assert {(event, data["node"], sid) for event, data, sid in self.sent} <= {
+            ("distorch.bar", NODE, self.client_id)
+        }
+        return [html.unescape(re.sub(r"<[^>]*>", " ", data["svg"])) for _, data, _ in self.sent]
+
+
+def _serve(monkeypatch, client_id):
+    server = Server(client_id)
+    holder = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
+    monkeypatch.setitem(sys.modules, "server", holder)
+    return server
+
+
+@pytest.fixture
+def page(host, accelerators, monkeypatch):
+    """A web page that waits for the prompt."""
+    return _serve(monkeypatch, "page 1")
+
+
+def ours():
+    """As a loader of ours gives it out, with a ring that is smaller than what travels."""
+    return placed("sim:0,200kb;cpu,*", "sim:0", prefetch="64kb")
+
+
+def sample(patcher, steps=1, pause=0.0):
+    """As the host's sampler does it, through the wrapper of ours."""
+    from comfy.patcher_extension import WrappersMP
+
+    def run():
+        for _ in range(steps):
+            patcher.model(X.to("sim:0")).cpu()
+            time.sleep(pause)
+
+    executor = types.SimpleNamespace(class_obj=types.SimpleNamespace(model_patcher=patcher))
+    (wrapper,) = patcher.wrappers[WrappersMP.OUTER_SAMPLE]["distorch"]
+    return wrapper(type("Executor", (), {**vars(executor), "__call__": lambda self: run()})())
+
+
+def test_a_loaded_model_shows_where_it_is(host, page):
+    patcher = ours()
+    assert page.sent == []
+    host.load_models_gpu([patcher])
+    (said,) = page.said()
+    for device, nbytes in distorch.report(patcher.model).bytes.items():
+        assert f"{device}: {human_bytes(nbytes)}" in said
+    assert "ring" in said
+
+
+def test_moving_is_shown(host, page):
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    patcher.partially_unload(torch.device("cpu"), 100_000)
+    first, second = page.said()
+    assert first != second
+
+
+def test_sampling_is_watched_from_step_to_step(host, page, monkeypatch):
+    from distorch.comfy import live
+
+    monkeypatch.setattr(live, "PERIOD", 0.02)
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    page.sent.clear()
+    sample(patcher, steps=10, pause=0.02)
+    said = page.said()
+    assert len(said) >= 3
+    assert any(re.search(r"cpu->sim:0 [0-9.]+ [GM]B/s", one) for one in said)
+    assert all("stalls" in one for one in said)
+
+
+def test_the_last_picture_is_about_the_whole_sampling(host, page, monkeypatch):
+    from distorch.comfy import live
+
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    page.sent.clear()
+    monkeypatch.setattr(live, "rates", lambda travelled, seconds: dict.fromkeys(travelled, 1.0))
+    distorch.reset_stats(patcher.model)
+    found = []
+    monkeypatch.setattr(live, "sentence", lambda *figures: found.append(figures) or "figures")
+    sample(patcher, steps=3)
+    ((travelled, stall, seconds),) = found
+    assert travelled == distorch.stats(patcher.model).bytes
+    assert stall >= 0
+    assert seconds > 0
+
+
+def test_counting_anew_in_the_middle_is_no_negative_rate(host, page, monkeypatch):
+    from distorch.comfy import live
+
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    sample(patcher)
+    page.sent.clear()
+    since = live._Since(patcher.model)
+    distorch.reset_stats(patcher.model)
+    said = []
+    since.tell(said.append)
+    assert said == []
+    live._Since(patcher.model).tell(said.append)
+    assert said == ["nothing travels   stalls 0%"]
+
+
+def test_a_program_that_asks_has_no_page(host, accelerators, monkeypatch):
+    from distorch.comfy import live
+
+    server = _serve(monkeypatch, None)
+    monkeypatch.setattr(live, "watched", lambda *_: pytest.fail("nobody looks"))
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    sample(patcher)
+    assert server.sent == []
+
+
+def test_an_error_of_the_sampler_comes_through_and_the_thread_ends(host, page):
+    patcher = ours()
+    host.load_models_gpu([patcher])
+
+    def broken(*_):
+        raise ValueError("of the sampler")
+
+    patcher.model.forward = broken
+    with pytest.raises(ValueError, match="of the sampler"):
+        sample(patcher)
+    assert not [one for one in threading.enumerate() if one.name == "distorch-bar"]
+
+
+def test_without_a_thread_it_samples_all_the_same(host, page, monkeypatch):
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    page.sent.clear()
+
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    sample(patcher)
+    assert len(page.said()) == 1
+
+
+def test_a_model_that_is_undistributed_meanwhile(host, page):
+    from distorch.comfy import live
+
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    since = live._Since(patcher.model)
+    distorch.undistribute(patcher.model)
+    since.tell(lambda said: pytest.fail(said))
+
+
+def test_clones_show_on_the_node_that_placed_them(host, page):
+    from distorch.comfy import outputs
+    from distorch.comfy.placement import Placement
+
+    patcher = ours()
+    page.last_node_id = "44"
+    assert patcher.clone().node == NODE
+    again = outputs.own_copy(patcher, Placement("cpu,*", "sim:0"))
+    assert again.node == "44"
+
+
+def test_watching_does_not_wait_for_the_device(host, accelerators):
+    from distorch.testing import sim
+
+    sim.configure(devices=2, memory="1gb", mode="deferred", links={("cpu", "sim:0"): (1e6, 0.0)})
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    distorch.reset_stats(patcher.model)
+    y = patcher.model(X.to("sim:0"))
+    known = distorch.stats(patcher.model, wait=False)
+    whole = distorch.stats(patcher.model)
+    assert known.fetches == whole.fetches > 0
+    assert known.stall_seconds < whole.stall_seconds
+    assert distorch.stats(patcher.model, wait=False) == whole
+    y.cpu()
