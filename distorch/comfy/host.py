@@ -91,8 +91,14 @@ def input_types(name: str) -> dict[str, Any]:
     return {part: dict(inputs) for part, inputs in found.INPUT_TYPES().items()}
 
 
-def call_node(name: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Runs another node and gives its outputs, whichever interface it was written for."""
+def call_node(
+    name: str, arguments: Mapping[str, Any], kept: dict[type, Any] | None = None
+) -> tuple[Any, ...]:
+    """Runs another node and gives its outputs, whichever interface it was written for.
+
+    `kept` keeps the object of the node for the next call. The host does so as long as the node is
+    in the workflow, and what some nodes have done ends with their object.
+    """
     found = node_class(name)
     if found is None:
         raise RuntimeError(
@@ -102,7 +108,10 @@ def call_node(name: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     if hasattr(found, "define_schema"):
         result = found.execute(**arguments)
     else:
-        result = getattr(found(), found.FUNCTION)(**arguments)
+        node = (kept or {}).get(found) or found()
+        if kept is not None:
+            kept[found] = node
+        result = getattr(node, found.FUNCTION)(**arguments)
     for field in ("result", "args"):
         if not isinstance(result, tuple | list | dict) and getattr(result, field, None) is not None:
             result = getattr(result, field)

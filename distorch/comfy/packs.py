@@ -8,6 +8,7 @@ looked up when the host asks, not before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +18,13 @@ from typing import Any
 import torch
 
 from distorch.comfy import host, loaders, wan
+from distorch.errors import SpecError
 
 _DEVICE_TYPE = "MULTIGPUDEVICE"
+_SWAP_TIP = (
+    "Where all weights of the model live, such as cuda:0,6gb;cpu,*. It wins over the number of "
+    "blocks and the swap device."
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,24 @@ PACKS: dict[str, tuple[Guest, ...]] = {
     ),
     "PuLID_ComfyUI": tuple(
         map(Guest, ("PulidModelLoader", "PulidInsightFaceLoader", "PulidEvaClipLoader"))
+    ),
+    # What is loaded is moved to a device by the node that applies it.
+    **dict.fromkeys(
+        ("ComfyUI-PuLID-Flux", "ComfyUI-PuLID-Flux-Enhanced", "ComfyUI_PuLID_Flux_ll"),
+        tuple(
+            map(
+                Guest,
+                (
+                    "PulidFluxModelLoader",
+                    "PulidFluxInsightFaceLoader",
+                    "PulidFluxEvaClipLoader",
+                    "ApplyPulidFlux",
+                ),
+            )
+        ),
+    ),
+    "ComfyUI-PuLID-Flux2": tuple(
+        map(Guest, ("PuLIDModelLoader", "PuLIDEVACLIPLoader", "ApplyPuLIDFlux2"))
     ),
     "ComfyUI-WanVideoWrapper": (
         Guest("WanVideoModelLoader", "compute_device", after=_LOAD, tells=True),
@@ -98,6 +122,9 @@ class _GuestNode:
     guest: Guest
     FUNCTION, CATEGORY = "run", "distorch/other packs"
 
+    def __init__(self) -> None:
+        self._kept: dict[type, Any] = {}  # their node, as long as ours is there
+
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         inputs, guest = host.input_types(cls.guest.source), cls.guest
@@ -120,14 +147,41 @@ class _GuestNode:
         offload = arguments.pop("offload_device", None) if guest.offload else None
         for name, (on_cpu, otherwise) in guest.answers.items():
             arguments[name] = on_cpu if device == "cpu" else otherwise
-        if guest.source == "WanVideoBlockSwap":
-            return ({**arguments, "swap_device": device},)
         with working_on(guest.source, device, offload):
+            call = functools.partial(host.call_node, guest.source, kept=self._kept)
             if guest.source == "WanVideoSampler":
-                found = wan.sampled(arguments, device)
+                found = wan.sampled(call, arguments, device)
             else:
-                found = host.call_node(guest.source, arguments)
+                found = call(arguments)
         return (*found, device) if guest.tells else tuple(found)
+
+
+class _BlockSwapNode(_GuestNode):
+    """Their block swap, onto a device or by a spec. Their node's output is its inputs."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        inputs = super().INPUT_TYPES()
+        inputs["optional"]["spec"] = ("STRING", {"default": "", "tooltip": _SWAP_TIP})
+        return inputs
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, spec: Any = "") -> bool | str:
+        """Checked before anything runs."""
+        return loaders.validated(spec)
+
+    def run(self, swap_device: str, spec: str = "", **arguments: Any) -> tuple[Any, ...]:
+        """What their sampler is told. With a spec all blocks are put aside until it is followed."""
+        problem = loaders.validated(spec)
+        if problem is not True:
+            raise SpecError(str(problem))
+        if spec.strip():
+            arguments |= wan.ALL_ASIDE | {"blocks_to_swap": self._most_blocks()}
+        return ({**arguments, "swap_device": swap_device, "spec": spec},)
+
+    def _most_blocks(self) -> int:
+        _, options = host.input_types(self.guest.source)["required"]["blocks_to_swap"]
+        return int(options["max"])
 
 
 def _inserted(inputs: dict[str, Any], after: str | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -191,4 +245,5 @@ def nodes() -> Iterator[tuple[str, type[_GuestNode]]]:
                 "RETURN_NAMES": _Theirs("RETURN_NAMES", names),
             }
             name = f"{guest.source}MultiGPU"
-            yield name, type(name, (_GuestNode,), fields)
+            kind = _BlockSwapNode if guest.source == "WanVideoBlockSwap" else _GuestNode
+            yield name, type(name, (kind,), fields)

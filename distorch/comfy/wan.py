@@ -4,13 +4,15 @@
 Note [Their sampler]
 It reads weights into the model when it begins, puts blocks aside, and moves them to the device and
 back in every step. With a swap device, what it has put aside when the model runs for the first time
-goes to that donor, and the model is told of no swap. It works on their model through a hook that
-every `nn.Module` has, so that neither their loading nor their sampling is done by us.
+goes to that donor, and the model is told of no swap. With a spec, all weights go where it says. It
+works on their model through a hook that every `nn.Module` has, so that neither their loading nor
+their sampling is done by us.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +21,12 @@ from torch import nn
 
 import distorch
 from distorch.comfy import host
+from distorch.comfy.placement import Placement, expert_spec
 from distorch.planner import Plan
 from distorch.runtime import distribution
 from distorch.runtime.groups import can_leave_device
 
+Call = Callable[[dict[str, Any]], tuple[Any, ...]]  # their node: inputs to outputs
 _SAMPLER = "WanVideoSampler"
 _PUT_ASIDE = ("blocks.", "vace_blocks.", "text_embedding.", "img_emb.")
 # What their model asks in every step, and what says "no".
@@ -30,6 +34,10 @@ _FLAGS = {
     "blocks_to_swap": -1, "vace_blocks_to_swap": -1, "prefetch_blocks": 0,
     "offload_txt_emb": False, "offload_img_emb": False,
 }  # fmt: skip
+
+
+# With these they put as much aside as they can.
+ALL_ASIDE = {"offload_txt_emb": True, "offload_img_emb": True}
 
 
 def swap_arguments(model: Any) -> dict[str, Any] | None:
@@ -47,8 +55,14 @@ def swap_arguments(model: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and "swap_device" in found else None
 
 
-def swap_plan(transformer: nn.Module, device: str, donor: str) -> Plan:
-    """Blocks that are not on the device go to the donor; what else is not there stays in RAM."""
+def swap_plan(transformer: nn.Module, device: str, donor: str, spec: str) -> Plan:
+    """By the spec if there is one. Else blocks that are not on the device go to the donor, and what
+    else is not there stays in RAM.
+    """
+    if spec.strip():
+        total = sum(parameter.nbytes for parameter in transformer.parameters())
+        wanted = Placement(expert_spec(spec, device), device)
+        return distorch.plan(transformer, wanted.spec, **wanted.options(total))
     plan = distorch.plan(transformer, f"{device},*", compute=device)
     moves = {
         name: donor if name.startswith(_PUT_ASIDE) else "cpu"
@@ -58,9 +72,10 @@ def swap_plan(transformer: nn.Module, device: str, donor: str) -> Plan:
     return replace(plan, placement={**plan.placement, **moves})
 
 
-def _stream(transformer: nn.Module, device: str, donor: str) -> dict[str, Any]:
-    """What was put aside streams from the donor from now on; the flags that the model had."""
-    distorch.distribute(transformer, plan=swap_plan(transformer, device, donor), progress=False)
+def _stream(transformer: nn.Module, device: str, swap: Mapping[str, Any]) -> dict[str, Any]:
+    """What was put aside streams from donors from now on; the flags that the model had."""
+    plan = swap_plan(transformer, device, swap["swap_device"], swap.get("spec", ""))
+    distorch.distribute(transformer, plan=plan, progress=False)
     before = {name: getattr(transformer, name) for name in _FLAGS if hasattr(transformer, name)}
     for name in before:
         setattr(transformer, name, _FLAGS[name])
@@ -75,12 +90,14 @@ def _offloaded(transformer: nn.Module) -> None:
         theirs(transformer)
 
 
-def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
-    """Their sampler's outputs. Weights are plain again and off the device afterwards, if asked."""
+def sampled(call: Call, arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
+    """The outputs of their sampler, which is `call`. Weights are plain again afterwards, and off
+    the device if that was asked for.
+    """
     model = arguments["model"]
     swap = swap_arguments(model)
     if swap is None:
-        return host.call_node(_SAMPLER, arguments)
+        return call(arguments)
     transformer = model.model.diffusion_model
     if distribution.is_distributed(transformer):  # an error left it so
         distorch.undistribute(transformer, "cpu")
@@ -89,12 +106,12 @@ def sampled(arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
 
     def before_first_step(module: nn.Module, _: Any) -> None:
         hook.remove()
-        flags.update(_stream(module, device, swap["swap_device"]))
+        flags.update(_stream(module, device, swap))
 
     hook = transformer.register_forward_pre_hook(before_first_step)
     leave = arguments.get("force_offload", True)
     try:
-        found = host.call_node(_SAMPLER, {**arguments, "force_offload": False})
+        found = call({**arguments, "force_offload": False})
     finally:
         hook.remove()
         for name, value in flags.items():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes made from the host's loaders and from other packs' classes."""
 
+import gc
 import json
 import re
 import sys
@@ -338,6 +339,39 @@ def test_devices_of_a_whole_pack(installed, accelerators, monkeypatch):
     found = run(node, model_name="a", load_device="", device="sim:1", offload_device="sim:0")
     assert found == (torch.device("sim:1"), torch.device("sim:0"))
     assert other.device == other.offload_device == torch.device("cpu")
+
+
+class Applying:
+    """As PuLID for FLUX: what it has put into a model goes away with the node."""
+
+    RETURN_TYPES, FUNCTION = ("MODEL",), "apply"
+    data = None
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}, "hidden": {"unique_id": "UNIQUE_ID"}}
+
+    def apply(self, model, unique_id):
+        self.data = model.setdefault("data", {})
+        self.data[unique_id] = str(torch.device("sim", torch.sim.current_device()))
+        return (model,)
+
+    def __del__(self):
+        if self.data is not None:
+            del self.data["7"]
+
+
+@pytest.mark.parametrize("pack", ["ComfyUI-PuLID-Flux", "ComfyUI_PuLID_Flux_ll"])
+def test_their_node_lives_as_long_as_ours(installed, accelerators, pack):
+    node = installed(pack, ApplyPulidFlux=Applying)["ApplyPulidFluxMultiGPU"]()
+    assert node.INPUT_TYPES()["hidden"] == {"unique_id": "UNIQUE_ID"}
+    (model,) = node.run(model={}, unique_id="7", device="sim:1")
+    assert model["data"] == {"7": "sim:1"}
+    (again,) = node.run(model=model, unique_id="7", device="sim:0")
+    assert again["data"] == {"7": "sim:0"}
+    del node
+    gc.collect()
+    assert model["data"] == {}
 
 
 # --- the host stays as it is ---

@@ -421,3 +421,22 @@ def test_the_advice_names_the_device_that_is_full(message, compute, full):
     assert str(error).startswith(f"{full} ran out of memory")
     assert f"a smaller share for {full}" in str(error)
     assert ("smaller image" in str(error)) == (full == compute)
+
+
+def test_a_module_that_a_node_adds_to_a_placed_model(host, accelerators):
+    """As PuLID for FLUX adds its attention, on the device that computes."""
+    patcher = placed("sim:0,100kb;cpu,*", "sim:0")
+    before = output(host, patcher)
+    added = torch.nn.Linear(64, 64, device="sim:0")
+    wanted = added.weight.detach().cpu().clone()
+    patcher.model.diffusion_model[0].pulid_ca = added
+    assert torch.equal(output(host, patcher), before)
+    patcher.partially_unload(torch.device("cpu"), 50 * KB)
+    assert torch.equal(output(host, patcher), before)
+    for _ in range(2):
+        host.free_memory(1 << 50, torch.device("sim:0"))
+        assert torch.equal(output(host, patcher), before)
+        assert str(added.weight.device) == "sim:0"  # it computes there
+        assert torch.equal(added(X.to("sim:0")).cpu(), X @ wanted.T + added.bias.detach().cpu())
+    clone = patcher.clone()
+    assert torch.equal(output(host, clone), before)

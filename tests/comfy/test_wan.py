@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import distorch
+from distorch.errors import SpecError
 from distorch.runtime.distribution import is_distributed
 from tests.comfy.test_nodes import installed, run  # noqa: F401 (a fixture)
 
@@ -100,7 +101,7 @@ class Swap:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"blocks_to_swap": ("INT",)}, "optional": {}}
+        return {"required": {"blocks_to_swap": ("INT", {"max": BLOCKS})}, "optional": {}}
 
 
 offloads = []
@@ -118,8 +119,8 @@ def wan(installed, accelerators):  # noqa: F811
 
     def swap(device, **inputs):
         (found,) = run(
-            made["WanVideoBlockSwapMultiGPU"], blocks_to_swap=2, swap_device=device,
-            **{"offload_txt_emb": True, "offload_img_emb": False, **inputs},
+            made["WanVideoBlockSwapMultiGPU"], swap_device=device,
+            **{"blocks_to_swap": 2, "offload_txt_emb": True, "offload_img_emb": False, **inputs},
         )  # fmt: skip
         return found
 
@@ -127,7 +128,8 @@ def wan(installed, accelerators):  # noqa: F811
         node = made["WanVideoSamplerMultiGPU"]
         return run(node, model=model, compute_device="sim:0", force_offload=force_offload)
 
-    return types.SimpleNamespace(swap=swap, sample=sample)
+    node = made["WanVideoBlockSwapMultiGPU"]
+    return types.SimpleNamespace(swap=swap, sample=sample, node=node)
 
 
 def model_of(swap, *, older=False):
@@ -197,3 +199,40 @@ def test_an_error_leaves_a_plain_model(wan, monkeypatch):
     assert not transformer._forward_pre_hooks
     monkeypatch.setattr(Sampler, "fails", False)
     assert torch.equal(wan.sample(model)[0], expected())
+
+
+def test_a_spec_places_the_whole_model(wan):
+    swap = wan.swap("cpu", spec="sim:0,30kb;sim:1,30kb;cpu,*", blocks_to_swap=0)
+    out, placement, moved = wan.sample(model_of(swap))
+    assert torch.equal(out, expected())
+    assert moved == 0
+    assert set(placement.values()) == {"sim:0", "sim:1", "cpu"}
+
+
+def test_a_ratio_and_the_strings_of_old(wan):
+    for spec in ("sim:0,50%;cpu,50%", "cpu,*", "sim:1,5gb*", "cpu,0.5"):
+        out, placement, moved = wan.sample(model_of(wan.swap("sim:1", spec=spec)))
+        assert torch.equal(out, expected()), spec
+        assert moved == 0
+        assert {"cpu", "sim:1"} & set(placement.values())
+
+
+def test_with_a_spec_their_loading_puts_all_aside(wan):
+    swap = wan.swap("cpu", spec="cpu,*", blocks_to_swap=1, offload_txt_emb=False)
+    assert swap["blocks_to_swap"] == BLOCKS  # the most that their input takes
+    assert swap["offload_txt_emb"] and swap["offload_img_emb"]
+
+
+def test_a_wrong_spec_is_an_error_on_the_node(wan):
+    node = wan.node
+    assert "no 'sim:9'" in node.VALIDATE_INPUTS(spec="sim:9,1gb;cpu,*")
+    assert "unknown unit" in node.VALIDATE_INPUTS(spec="cpu,2qb")
+    assert node.VALIDATE_INPUTS(spec="") is True
+    with pytest.raises(SpecError, match="unknown unit"):
+        wan.swap("cpu", spec="cpu,2qb")
+
+
+def test_the_inputs_of_the_block_swap(wan):
+    optional = wan.node.INPUT_TYPES()["optional"]
+    assert list(optional)[-2:] == ["swap_device", "spec"]
+    assert optional["spec"][1]["default"] == ""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import dynamic_vram
+import sim_autocast
 import torch
 from serve import prepare
 
@@ -58,7 +59,7 @@ def teach(management: Any) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve()
-    kept = prepare(folder)
+    kept = prepare(folder), sim_autocast.install()
     os.chdir(folder)
     links = {("sim:0", "sim:1"): (20e9, 1e-5), ("sim:1", "sim:0"): (20e9, 1e-5)}
     sim.configure(devices=2, memory=MEMORY, links=links, mode="eager")

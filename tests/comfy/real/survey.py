@@ -16,6 +16,8 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ GIVEN = {
     "MASK": ["mask", 0], "SIGMAS": ["sigmas", 0],
 }  # fmt: skip
 PLACES = ("our loader", "Distribute in front", "Distribute behind")
+Change = Callable[[g.Graph, g.Link], g.Link]  # adds nodes behind a model, gives the last one's
+FAILS = "ComfyUI's own loader fails, too"
 UNFIT = "TorchCompile"  # the simulated device has no compiler
 
 
@@ -76,8 +80,8 @@ def inputs_of(node: dict[str, Any]) -> dict[str, Any] | None:
     return None if first else found
 
 
-def built(kind: str, name: str, node: dict[str, Any], place: str | None) -> g.Graph:
-    """The workflow with the node, behind ComfyUI's own loader (None) or at a place of ours."""
+def through(kind: str, change: Change, place: str | None) -> g.Graph:
+    """The workflow with a change behind ComfyUI's own loader (None), or at a place of ours."""
     graph = workflow(kind)
     if place == "our loader":
         source = graph["load"]
@@ -86,15 +90,11 @@ def built(kind: str, name: str, node: dict[str, Any], place: str | None) -> g.Gr
             compute_device="sim:0", donor_device="cpu", expert_mode_allocations=SPEC,
             eject_models=False,
         )  # fmt: skip
-    model = ["load", 0]
+    model: g.Link = ["load", 0]
     if place == "Distribute in front":
         graph["placed"] = g.node("DistributeModel", model=model, spec=SPEC)
         model = ["placed", 0]
-    takes = next(key for key, d in node["input"]["required"].items() if d[0] == "MODEL")
-    values = inputs_of(node)
-    assert values is not None
-    graph["node"] = g.node(name, **{takes: model}, **values)
-    model = ["node", node["output"].index("MODEL")]
+    model = change(graph, model)
     if place == "Distribute behind":
         graph["placed"] = g.node("DistributeModel", model=model, spec=SPEC)
         model = ["placed", 0]
@@ -104,6 +104,19 @@ def built(kind: str, name: str, node: dict[str, Any], place: str | None) -> g.Gr
             if isinstance(link, list) and len(link) == 2}  # fmt: skip
     ends = {"hash", "figures"}
     return {key: part for key, part in graph.items() if key in used | ends}
+
+
+def with_node(name: str, node: dict[str, Any]) -> Change:
+    """The change that one node makes."""
+    takes = next(key for key, d in node["input"]["required"].items() if d[0] == "MODEL")
+    values = inputs_of(node)
+    assert values is not None
+
+    def change(graph: g.Graph, model: g.Link) -> g.Link:
+        graph["node"] = g.node(name, **{takes: model}, **values)
+        return ["node", node["output"].index("MODEL")]
+
+    return change
 
 
 def outcome(host: Host, graph: g.Graph, wanted: str | None) -> tuple[str, str]:
@@ -123,6 +136,41 @@ def outcome(host: Host, graph: g.Graph, wanted: str | None) -> tuple[str, str]:
     return result.digest, "same"
 
 
+def compared(hosts: dict[str, Host], kind: str, change: Change) -> list[str]:
+    """How it went at each place with each host. Only what went wrong if ComfyUI's own loader fails."""
+    digest, said = outcome(hosts["static"], through(kind, change, None), None)
+    if not digest:
+        return [f"{FAILS}: {said}"]
+    return [
+        outcome(host, through(kind, change, place), digest)[1]
+        for host in hosts.values() for place in PLACES
+    ]  # fmt: skip
+
+
+@contextmanager
+def running(comfyui: Path, base: Path, packs: Path | None) -> Iterator[dict[str, Host]]:
+    """Two hosts with these packs, without and with dynamic VRAM."""
+    for pack in packs.iterdir() if packs else ():
+        link = base / "custom_nodes" / pack.name
+        if not link.exists():
+            link.symlink_to(pack.resolve())
+    serve, memory = HERE / "serve_sim.py", {"DISTORCH_SIM_MEMORY": str(1 << 30)}
+    dynamic = ("--enable-dynamic-vram", "--disable-pinned-memory")
+    with (
+        Host(comfyui, base, serve=serve, environment=memory) as one,
+        Host(comfyui, base, serve=serve, environment=memory, options=dynamic) as other,
+    ):
+        yield {"static": one, "dynamic": other}
+
+
+def summed(rows: list[list[str]]) -> int:
+    """Prints how many cells say what; 1 if one is neither the same nor refused by us."""
+    counts = Counter(cell.split(":")[0] for row in rows for cell in row[3:])
+    print(f"{len(rows)} rows:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
+    bad = [cell for row in rows for cell in row[3:] if not cell.startswith(("same", "refused"))]
+    return int(bool(bad))
+
+
 def survey(hosts: dict[str, Host], packs: tuple[str, ...]) -> list[list[str]]:
     """Rows: node, pack, and how it went at each place with each host."""
     static = hosts["static"]
@@ -136,16 +184,11 @@ def survey(hosts: dict[str, Host], packs: tuple[str, ...]) -> list[list[str]]:
         if inputs_of(node) is None:
             continue
         for kind in ("flux", "sd15"):
-            digest, said = outcome(static, built(kind, name, node, None), None)
-            if not digest:
-                continue  # ComfyUI's own loader fails, too
-            cells = [
-                outcome(host, built(kind, name, node, place), digest)[1]
-                for host in hosts.values() for place in PLACES
-            ]  # fmt: skip
-            rows.append([name, pack, kind, *cells])
-            print(" | ".join(rows[-1]), flush=True)
-            break
+            cells = compared(hosts, kind, with_node(name, node))
+            if not cells[0].startswith(FAILS):
+                rows.append([name, pack, kind, *cells])
+                print(" | ".join(rows[-1]), flush=True)
+                break
     return rows
 
 
@@ -156,24 +199,10 @@ def main() -> int:
     parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     given = parser.parse_args()
     packs = tuple(sorted(entry.name for entry in given.packs.iterdir())) if given.packs else ()
-    memory = {"DISTORCH_SIM_MEMORY": str(1 << 30)}
     with tempfile.TemporaryDirectory() as scratch:
         base = made_base(given.base or Path(scratch), given.comfyui)
-        for pack in packs:
-            link = base / "custom_nodes" / pack
-            if not link.exists():
-                link.symlink_to((given.packs / pack).resolve())
-        serve = HERE / "serve_sim.py"
-        dynamic = ("--enable-dynamic-vram", "--disable-pinned-memory")
-        with (
-            Host(given.comfyui, base, serve=serve, environment=memory) as one,
-            Host(given.comfyui, base, serve=serve, environment=memory, options=dynamic) as other,
-        ):
-            rows = survey({"static": one, "dynamic": other}, packs)
-    counts = Counter(cell.split(":")[0] for row in rows for cell in row[3:])
-    print(f"{len(rows)} nodes:", ", ".join(f"{n} {what}" for what, n in counts.most_common()))
-    bad = [cell for row in rows for cell in row[3:] if not cell.startswith(("same", "refused"))]
-    return int(bool(bad))
+        with running(given.comfyui, base, given.packs) as hosts:
+            return summed(survey(hosts, packs))
 
 
 if __name__ == "__main__":

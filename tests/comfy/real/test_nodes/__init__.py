@@ -63,6 +63,35 @@ class TestImage:
         return (torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(seed)),)
 
 
+class TestWanText:
+    """What WanVideoWrapper's text encoder gives out: tokens of noise, negative ones, too."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("WANVIDEOTEXTEMBEDS",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        made = [torch.randn(16, 4096, generator=generator) for _ in range(2)]
+        return ({"prompt_embeds": made[:1], "negative_prompt_embeds": made[1:]},)
+
+
+class TestEmbeds:
+    """What CLIP vision says of an image, as IP adapters take it."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("EMBEDS",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        ints = ("INT", {"default": 0, "max": 1 << 30})
+        return {"required": {"seed": ints, "width": ints}}
+
+    def make(self, seed, width):
+        return (torch.randn(1, width, generator=torch.Generator().manual_seed(seed)),)
+
+
 class Looks:
     """Shows something of any value, every time anew."""
 
@@ -185,6 +214,21 @@ class TestUsed(Looks):
         return {"ui": {"used": used, "heap": [_heap()], "objects": [len(gc.get_objects())]}}
 
 
+class TestFetches(Looks):
+    """How many sharded weights operators have asked for, since the process began."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"after": (ANY,)}}
+
+    def tell(self, after):
+        from distorch import _C
+
+        return {"ui": {"fetches": [_C.fetch_count()]}}
+
+
 class TestNeed(Looks):
     """Another model's need: so many bytes more than are free, asked of the host."""
 
@@ -204,5 +248,8 @@ class TestNeed(Looks):
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
-    for node in (TestConditioning, TestImage, TestHash, TestFigures, TestNeed, TestUsed)
-}
+    for node in (
+        TestConditioning, TestImage, TestWanText, TestEmbeds, TestHash, TestFigures, TestNeed, TestUsed,
+        TestFetches,
+    )
+}  # fmt: skip
