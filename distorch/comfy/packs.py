@@ -170,14 +170,16 @@ class _BlockSwapNode(_GuestNode):
         """Checked before anything runs."""
         return loaders.validated(spec)
 
-    def run(self, swap_device: str, spec: str = "", **arguments: Any) -> tuple[Any, ...]:
+    def run(self, **arguments: Any) -> tuple[Any, ...]:
         """What their sampler is told. With a spec all blocks are put aside until it is followed."""
+        device = str(arguments.get("swap_device") or host.default_device())
+        spec = str(arguments.get("spec") or "")
         problem = loaders.validated(spec)
         if problem is not True:
             raise SpecError(str(problem))
         if spec.strip():
             arguments |= wan.ALL_ASIDE | {"blocks_to_swap": self._most_blocks()}
-        return ({**arguments, "swap_device": swap_device, "spec": spec},)
+        return ({**arguments, "swap_device": device, "spec": spec},)
 
     def _most_blocks(self) -> int:
         _, options = host.input_types(self.guest.source)["required"]["blocks_to_swap"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from distorch.errors import PlacementError, SpecError
 from distorch.planner import DeviceInfo, Spec, parse_spec, virtual_vram_spec
@@ -37,7 +38,7 @@ class Placement:
     prefetch: str = "auto"
     lora_precision: str = "as stored"
 
-    def options(self, model_bytes: int) -> dict[str, object]:
+    def options(self, model_bytes: int) -> dict[str, Any]:
         """Keyword arguments for `distorch.distribute`."""
         small = min(SMALL_MOST, int(model_bytes * SMALL_SHARE))
         return {
