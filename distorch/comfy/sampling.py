@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around the host's sampling: how long it took, the bar on the node, and memory that ran out."""
+"""Around the host's sampling: the current device, the bar on the node, and memory that ran out.
+
+Newer versions of the host make the model's device the current one while it samples. Here it is so
+for all: kernels of other packs are started on the current device, wherever their tensors are.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,10 @@ def timed_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if patcher is None or not is_ours(patcher):
         return executor(*args, **kwargs)
     watching = patcher.node is not None and host.page_waits()
+    watch = live.watched(patcher.model, patcher.show) if watching else contextlib.nullcontext()
     begin = time.monotonic()
     try:
-        with live.watched(patcher.model, patcher.show) if watching else contextlib.nullcontext():
+        with host.computing_on(str(patcher.load_device)), watch:
             return executor(*args, **kwargs)
     except torch.OutOfMemoryError as error:
         raise advice(error, patcher.placement) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bar on the node that placed a model: when it is sent, to whom, and what it says."""
+"""What is around sampling: the bar on the node that placed the model, and the current device."""
 
 import html
 import re
@@ -142,6 +142,15 @@ def test_a_program_that_asks_has_no_page(host, accelerators, monkeypatch):
     host.load_models_gpu([patcher])
     sample(patcher)
     assert server.sent == []
+
+
+def test_the_device_of_the_model_is_the_current_one_while_it_samples(host, page):
+    patcher = placed("sim:1,200kb;cpu,*", "sim:1")
+    host.load_models_gpu([patcher])
+    seen = []
+    patcher.model.forward = lambda x: seen.append(torch.sim.current_device()) or x
+    sample(patcher)
+    assert (seen, torch.sim.current_device()) == ([1], 0)
 
 
 def test_an_error_of_the_sampler_comes_through_and_the_thread_ends(host, page):
