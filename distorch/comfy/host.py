@@ -91,13 +91,17 @@ def input_types(name: str) -> dict[str, Any]:
     return {part: dict(inputs) for part, inputs in found.INPUT_TYPES().items()}
 
 
-def call_node(
-    name: str, arguments: Mapping[str, Any], kept: dict[type, Any] | None = None
-) -> tuple[Any, ...]:
+def new_node(name: str) -> Any:
+    """An object of another node, for `call_node`. None if nodes of its kind have none."""
+    found = node_class(name)
+    return None if found is None or hasattr(found, "define_schema") else found()
+
+
+def call_node(name: str, arguments: Mapping[str, Any], node: Any = None) -> tuple[Any, ...]:
     """Runs another node and gives its outputs, whichever interface it was written for.
 
-    `kept` keeps the object of the node for the next call. The host does so as long as the node is
-    in the workflow, and what some nodes have done ends with their object.
+    `node` is its object if one is to be used for several runs. The host keeps a node's object as
+    long as the node is in the workflow, and what some nodes have done ends with their object.
     """
     found = node_class(name)
     if found is None:
@@ -108,10 +112,7 @@ def call_node(
     if hasattr(found, "define_schema"):
         result = found.execute(**arguments)
     else:
-        node = (kept or {}).get(found) or found()
-        if kept is not None:
-            kept[found] = node
-        result = getattr(node, found.FUNCTION)(**arguments)
+        result = getattr(found() if node is None else node, found.FUNCTION)(**arguments)
     for field in ("result", "args"):
         if not isinstance(result, tuple | list | dict) and getattr(result, field, None) is not None:
             result = getattr(result, field)
@@ -321,7 +322,7 @@ def sampling_memory(kind: str, config: Mapping[str, Any], latent: Sequence[int])
         )  # fmt: skip
         shape = [2 * latent[0], *latent[1:]]
         needed = int(model_base.BaseModel.memory_required(model, shape))
-    except (ImportError, AttributeError, TypeError, KeyError):
+    except Exception:  # whatever its code does with these in another version
         return None
     extra = getattr(management, "extra_reserved_memory", lambda: 0)
     return max(inference_memory(), needed + int(extra()))
@@ -364,24 +365,26 @@ def make_room_for_pins(nbytes: int, pinned: int) -> bool:
 
 
 def _server() -> Any:
-    """The host's server, if a web page waits for the prompt that runs; else None."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    return server if getattr(server, "client_id", None) is not None else None
+    """The host's server; None if there is none."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def page_waits() -> bool:
     """Whether a web page waits for the prompt that runs. Prompts of programs have none."""
-    return _server() is not None
+    return getattr(_server(), "client_id", None) is not None
 
 
 def node_now() -> str | None:
-    """The node that runs, as the web page numbers it. None if no page waits for it."""
-    found: str | None = getattr(_server(), "last_node_id", None)
-    return found
+    """The number of the node that runs, as the web page has it. None if the host does not say."""
+    try:
+        from comfy_execution.utils import get_executing_context
+
+        return str(get_executing_context().node_id)
+    except (ImportError, AttributeError):  # an older version, or outside of a prompt
+        return None
 
 
 def tell_page(event: str, data: Mapping[str, Any]) -> None:
-    """Sends an event to the web page that waits, if one does. Any thread may call it."""
+    """Sends an event to the web page that waits. Any thread may call it."""
     server = _server()
-    if server is not None:
-        server.send_sync(event, dict(data), server.client_id)
+    server.send_sync(event, dict(data), server.client_id)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from distorch.comfy import live
 from distorch.display.tables import shortened
 from distorch.errors import SpecError
 
@@ -35,7 +36,9 @@ def checking(node: type[Any]) -> type[Any]:
 
     @functools.wraps(run)
     def checked_run(self: Any, *first: Any, **given: Any) -> Any:
-        return run(self, **checked(type(self), {**dict(zip(names, first, strict=False)), **given}))
+        inputs = {**dict(zip(names, first, strict=False)), **given}
+        with live.running(type(self).__name__, inputs):
+            return run(self, **checked(type(self), inputs))
 
     setattr(node, name, checked_run)
     return node

@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 import distorch
-from distorch.comfy import bound, cross_device, host
+from distorch.comfy import bound, cross_device, host, live
 from distorch.comfy.dynamic import DynamicPatcher
 from distorch.comfy.patcher import KEY, NODE, DistorchPatcher, is_ours
 from distorch.comfy.placement import Placement
@@ -90,7 +90,7 @@ def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
     # `clone()` copies everything that a ModelPatcher has, in whatever version of the host. A
     # constructor of ours would have to know each of these attributes. The class adds methods only.
     clone.__class__ = DynamicPatcher if dynamic else DistorchPatcher
-    clone.attachments |= {KEY: placement, NODE: host.node_now()}
+    clone.attachments |= {KEY: placement, NODE: live.running_node()}
     clone.load_device = torch.device(placement.compute)
     if clone.offload_device.type != "cpu":
         clone.offload_device = torch.device("cpu")
@@ -99,8 +99,8 @@ def as_placed(patcher: Any, placement: Placement) -> DistorchPatcher:
     # Ours is none of those that wait for each other's end before pins are given up.
     getattr(clone.model, "dynamic_patchers", set()).discard(id(clone))
     clone.parent = patcher if is_ours(patcher) else None
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, timed_sampling)
+    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, timed_sampling)
     clone.model.model_loaded_weight_memory = (
         clone.model.model_loaded_weight_memory if is_ours(patcher) else 0
     )

@@ -23,7 +23,7 @@ from distorch.errors import SpecError
 _DEVICE_TYPE = "MULTIGPUDEVICE"
 _SWAP_TIP = (
     "Where all weights of the model live, such as cuda:0,6gb;cpu,*. It wins over the number of "
-    "blocks and the swap device."
+    "blocks and the swap device. Take the sampler of distorch, too."
 )
 
 
@@ -122,8 +122,7 @@ class _GuestNode:
     guest: Guest
     FUNCTION, CATEGORY = "run", "distorch/other packs"
 
-    def __init__(self) -> None:
-        self._kept: dict[type, Any] = {}  # their node, as long as ours is there
+    _theirs: Any = None  # the object of their node, from the first run on
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -148,7 +147,9 @@ class _GuestNode:
         for name, (on_cpu, otherwise) in guest.answers.items():
             arguments[name] = on_cpu if device == "cpu" else otherwise
         with working_on(guest.source, device, offload):
-            call = functools.partial(host.call_node, guest.source, kept=self._kept)
+            if self._theirs is None:
+                self._theirs = host.new_node(guest.source)
+            call = functools.partial(host.call_node, guest.source, node=self._theirs)
             if guest.source == "WanVideoSampler":
                 found = wan.sampled(call, arguments, device)
             else:
@@ -178,12 +179,8 @@ class _BlockSwapNode(_GuestNode):
         if problem is not True:
             raise SpecError(str(problem))
         if spec.strip():
-            arguments |= wan.ALL_ASIDE | {"blocks_to_swap": self._most_blocks()}
+            arguments |= wan.all_aside(host.input_types(self.guest.source))
         return ({**arguments, "swap_device": device, "spec": spec},)
-
-    def _most_blocks(self) -> int:
-        _, options = host.input_types(self.guest.source)["required"]["blocks_to_swap"]
-        return int(options["max"])
 
 
 def _inserted(inputs: dict[str, Any], after: str | None, new: dict[str, Any]) -> dict[str, Any]:

@@ -49,14 +49,12 @@ _log = logging.getLogger("distorch")
 @dataclass
 class Placed:
     """What is true of an inner model: the placement it was given (None: at rest, or shrunk since),
-    the patches that are on its weights, where these were when they were last measured, and how long
-    it sampled.
+    the patches that are on its weights, and how long it sampled.
     """
 
     placement: Placement | None = None
     budget: int | None = None  # bytes for "auto", as the host gave them
     applied: dict[str, Any] = field(default_factory=dict)
-    held: dict[str, int] = field(default_factory=dict)  # device -> bytes
     sampling_seconds: float = 0.0  # since the last report
 
 
@@ -92,15 +90,15 @@ class DistorchPatcher(ModelPatcher):
     # --- the bar on the node, see Note [The bar on a node] ---
 
     @property
-    def node(self) -> str | None:
-        """The node that placed this clone, as the web page numbers it."""
-        found: str | None = self.attachments.get(NODE)
+    def node(self) -> live.Node | None:
+        """The node that placed this clone."""
+        found: live.Node | None = self.attachments.get(NODE)
         return found
 
     def show(self, note: str, *, ok: bool = True) -> None:
         """Where the weights are, with a sentence, on the node."""
-        held = placed(self.model).held
-        live.show(self.node, live.Bar(held, device_name(self.load_device), note, ok=ok))
+        compute = device_name(self.load_device)
+        live.show(self.node, lambda: live.Bar(self.held(), compute, note, ok=ok))
 
     # --- sizes, as the host counts: bytes on the load device ---
 
@@ -277,7 +275,6 @@ class DistorchPatcher(ModelPatcher):
         self.model.model_loaded_weight_memory = report.bytes[report.compute] + ring
         self.model.model_offload_buffer_memory = ring
         self.model.model_lowvram = False
-        placed(self.model).held = dict(report.bytes)
         problem = next(iter(report.problems), None)
         self.show(problem or f"ring {human_bytes(ring)}", ok=problem is None)
         where = ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in report.bytes.items())
@@ -376,6 +373,7 @@ class DistorchPatcher(ModelPatcher):
         names = {buffer.name: "cpu" for buffer in buffers}
         state.plan = replace(state.plan, placement={**state.plan.placement, **names})
         placed(self.model).placement = None
+        self.show("not loaded: its weights are at rest")
 
 
 def device_name(device: torch.device) -> str:

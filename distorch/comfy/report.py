@@ -59,12 +59,11 @@ class Found:
 
     def _bar(self) -> str:
         """A small picture (SVG) for the node: the bar of all devices, and one sentence."""
-        where, stall = self.where, self.stats.stall_seconds
-        note = live.sentence(self.stats.bytes, stall, self.seconds)
-        if isinstance(where, Plan):
-            note = "not loaded yet"
-        note = next(iter(self.problems), note)
-        return live.Bar(where.bytes, where.compute, note, ok=not self.problems).svg()
+        where, stats = self.where, self.stats
+        loaded = not isinstance(where, Plan)
+        travelled = live.sentence(stats.bytes, stats.stall_seconds, self.seconds)
+        notes = [*self.problems, travelled if loaded else "not loaded yet"]
+        return live.Bar(where.bytes, where.compute, notes[0], ok=not self.problems).svg()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

@@ -17,17 +17,17 @@ from distorch.comfy import host, live
 from distorch.comfy.patcher import advice, is_ours, placed
 
 
-def timed_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """The host calls it in place of its own function, which is `executor`."""
-    patcher = getattr(executor.class_obj, "model_patcher", None)
+def timed_sampling(executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
+    """The host calls it once models are loaded, in place of its own function: `executor`."""
+    patcher = getattr(guider, "model_patcher", None)
     if patcher is None or not is_ours(patcher):
-        return executor(*args, **kwargs)
+        return executor(guider, *args, **kwargs)
     watching = patcher.node is not None and host.page_waits()
     watch = live.watched(patcher.model, patcher.show) if watching else contextlib.nullcontext()
     begin = time.monotonic()
     try:
         with host.computing_on(str(patcher.load_device)), watch:
-            return executor(*args, **kwargs)
+            return executor(guider, *args, **kwargs)
     except torch.OutOfMemoryError as error:
         raise advice(error, patcher.placement) from error
     finally:

@@ -12,7 +12,7 @@ their sampling is done by us.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +36,11 @@ _FLAGS = {
 }  # fmt: skip
 
 
-# With these they put as much aside as they can.
-ALL_ASIDE = {"offload_txt_emb": True, "offload_img_emb": True}
+def all_aside(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The inputs of their block swap with which it puts as much aside as it can."""
+    declared = {name: kind for part in inputs.values() for name, kind in part.items()}
+    blocks = {n: kind[1]["max"] for n, kind in declared.items() if n.endswith("blocks_to_swap")}
+    return blocks | {name: True for name in declared if name.startswith("offload_")}
 
 
 def swap_arguments(model: Any) -> dict[str, Any] | None:
@@ -90,9 +93,29 @@ def _offloaded(transformer: nn.Module) -> None:
         theirs(transformer)
 
 
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _bring(module: nn.Module, names: set[str], device: str) -> None:
+    """These parameters and buffers of a plain module to the device. A shared one stays shared."""
+    before = [(name, tensor) for name, tensor in _tensors(module) if name in names]
+    brought = {id(tensor): tensor.detach().to(device) for _, tensor in before}
+    for name, tensor in before:
+        path, _, key = name.rpartition(".")
+        owner, after = module.get_submodule(path), brought[id(tensor)]
+        if not isinstance(tensor, nn.Parameter):
+            owner._buffers[key] = after
+            continue
+        if not isinstance(after, nn.Parameter):
+            after = brought[id(tensor)] = nn.Parameter(after, tensor.requires_grad)
+        owner._parameters[key] = after
+
+
 def sampled(call: Call, arguments: dict[str, Any], device: str) -> tuple[Any, ...]:
-    """The outputs of their sampler, which is `call`. Weights are plain again afterwards, and off
-    the device if that was asked for.
+    """The outputs of their sampler, which is `call`. Weights are plain again afterwards. They are
+    off the device if that was asked for, else where they were before the first step.
     """
     model = arguments["model"]
     swap = swap_arguments(model)
@@ -103,9 +126,11 @@ def sampled(call: Call, arguments: dict[str, Any], device: str) -> tuple[Any, ..
         distorch.undistribute(transformer, "cpu")
 
     flags: dict[str, Any] = {}
+    there: set[str] = set()  # what was on the device
 
     def before_first_step(module: nn.Module, _: Any) -> None:
         hook.remove()
+        there.update(name for name, tensor in _tensors(module) if str(tensor.device) == device)
         flags.update(_stream(module, device, swap))
 
     hook = transformer.register_forward_pre_hook(before_first_step)
@@ -117,7 +142,9 @@ def sampled(call: Call, arguments: dict[str, Any], device: str) -> tuple[Any, ..
         for name, value in flags.items():
             setattr(transformer, name, value)
         if distribution.is_distributed(transformer):
-            distorch.undistribute(transformer, "cpu" if leave else device)
+            distorch.undistribute(transformer, "cpu")
+            if not leave:
+                _bring(transformer, there, device)
     if leave:
         _offloaded(transformer)
     return found

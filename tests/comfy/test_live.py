@@ -13,16 +13,18 @@ import torch
 
 import distorch
 from distorch.display.tables import human_bytes
+from distorch.comfy import host as border
+from distorch.comfy import live
 from tests.comfy.test_patcher import X, placed
 
-NODE = "12:3"
+NODE, SPEC = "12:3", "sim:0,200kb;cpu,*"
 
 
 class Server:
     """What the host's server offers to a node."""
 
     def __init__(self, client_id):
-        self.client_id, self.last_node_id = client_id, NODE
+        self.client_id = client_id
         self.sent = []
 
     def send_sync(self, event, data, sid):
@@ -30,7 +32,7 @@ class Server:
 
     def said(self):
         """The text of each picture that was sent for our node."""
-        assert {(event, data["node"], sid) for event, data, sid in self.sent} <= {
+        assert {(event, data["number"], sid) for event, data, sid in self.sent} <= {
             ("distorch.bar", NODE, self.client_id)
         }
         return [html.unescape(re.sub(r"<[^>]*>", " ", data["svg"])) for _, data, _ in self.sent]
@@ -38,6 +40,7 @@ class Server:
 
 def _serve(monkeypatch, client_id):
     server = Server(client_id)
+    monkeypatch.setattr(border, "node_now", lambda: NODE)
     holder = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", holder)
     return server
@@ -50,8 +53,9 @@ def page(host, accelerators, monkeypatch):
 
 
 def ours():
-    """As a loader of ours gives it out, with a ring that is smaller than what travels."""
-    return placed("sim:0,200kb;cpu,*", "sim:0", prefetch="64kb")
+    """As a node of ours gives it out, with a ring that is smaller than what travels."""
+    with live.running("DistributeModel", {"spec": SPEC, "model": object()}):
+        return placed(SPEC, "sim:0", prefetch="64kb")
 
 
 def sample(patcher, steps=1, pause=0.0):
@@ -63,9 +67,8 @@ def sample(patcher, steps=1, pause=0.0):
             patcher.model(X.to("sim:0")).cpu()
             time.sleep(pause)
 
-    executor = types.SimpleNamespace(class_obj=types.SimpleNamespace(model_patcher=patcher))
-    (wrapper,) = patcher.wrappers[WrappersMP.OUTER_SAMPLE]["distorch"]
-    return wrapper(type("Executor", (), {**vars(executor), "__call__": lambda self: run()})())
+    (wrapper,) = patcher.wrappers[WrappersMP.SAMPLER_SAMPLE]["distorch"]
+    return wrapper(lambda guider: run(), types.SimpleNamespace(model_patcher=patcher))
 
 
 def test_a_loaded_model_shows_where_it_is(host, page):
@@ -87,8 +90,6 @@ def test_moving_is_shown(host, page):
 
 
 def test_sampling_is_watched_from_step_to_step(host, page, monkeypatch):
-    from distorch.comfy import live
-
     monkeypatch.setattr(live, "PERIOD", 0.02)
     patcher = ours()
     host.load_models_gpu([patcher])
@@ -101,12 +102,9 @@ def test_sampling_is_watched_from_step_to_step(host, page, monkeypatch):
 
 
 def test_the_last_picture_is_about_the_whole_sampling(host, page, monkeypatch):
-    from distorch.comfy import live
-
     patcher = ours()
     host.load_models_gpu([patcher])
     page.sent.clear()
-    monkeypatch.setattr(live, "rates", lambda travelled, seconds: dict.fromkeys(travelled, 1.0))
     distorch.reset_stats(patcher.model)
     found = []
     monkeypatch.setattr(live, "sentence", lambda *figures: found.append(figures) or "figures")
@@ -117,9 +115,30 @@ def test_the_last_picture_is_about_the_whole_sampling(host, page, monkeypatch):
     assert seconds > 0
 
 
-def test_counting_anew_in_the_middle_is_no_negative_rate(host, page, monkeypatch):
-    from distorch.comfy import live
+def test_what_the_sentence_says():
+    travelled = {"cpu->cuda:0": 3_000_000_000, "disk->cuda:0": 2_000_000, "cuda:1->cuda:0": 0}
+    said = live.sentence(travelled, 0.5, 2.0)
+    assert said == "cpu->cuda:0 1.50 GB/s   disk->cuda:0 1.0 MB/s   stalls 25%"
+    assert live.rates(travelled, 2.0)["cpu->cuda:0"] == 1.5
+    said = live.sentence({"cpu->cuda:0": 3 << 20}, 0.25, 0.0)  # the time is not known
+    assert said == "cpu->cuda:0 3.00 MiB   stalls 0.25 s"
+    assert live.sentence({}, 9.0, 3.0) == "nothing travels   stalls 100%"
 
+
+def test_each_picture_is_about_what_was_since_the_last(host, page, monkeypatch):
+    monkeypatch.setattr(live, "PERIOD", 0.05)
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    page.sent.clear()
+    found = []
+    monkeypatch.setattr(live, "sentence", lambda *figures: found.append(figures) or "figures")
+    sample(patcher, steps=12, pause=0.03)
+    *parts, (_, _, whole) = found
+    assert len(parts) >= 3
+    assert max(seconds for _, _, seconds in parts) < whole / 2
+
+
+def test_counting_anew_in_the_middle_is_no_negative_rate(host, page, monkeypatch):
     patcher = ours()
     host.load_models_gpu([patcher])
     sample(patcher)
@@ -134,8 +153,6 @@ def test_counting_anew_in_the_middle_is_no_negative_rate(host, page, monkeypatch
 
 
 def test_a_program_that_asks_has_no_page(host, accelerators, monkeypatch):
-    from distorch.comfy import live
-
     server = _serve(monkeypatch, None)
     monkeypatch.setattr(live, "watched", lambda *_: pytest.fail("nobody looks"))
     patcher = ours()
@@ -180,8 +197,6 @@ def test_without_a_thread_it_samples_all_the_same(host, page, monkeypatch):
 
 
 def test_a_model_that_is_undistributed_meanwhile(host, page):
-    from distorch.comfy import live
-
     patcher = ours()
     host.load_models_gpu([patcher])
     since = live._Since(patcher.model)
@@ -189,15 +204,49 @@ def test_a_model_that_is_undistributed_meanwhile(host, page):
     since.tell(lambda said: pytest.fail(said))
 
 
-def test_clones_show_on_the_node_that_placed_them(host, page):
-    from distorch.comfy import outputs
-    from distorch.comfy.placement import Placement
+def test_a_page_that_is_gone_disturbs_nobody(host, page, monkeypatch):
+    def gone(*_):
+        raise RuntimeError("Event loop is closed")
 
+    monkeypatch.setattr(page, "send_sync", gone)
+    monkeypatch.setattr(live, "PERIOD", 0.01)
     patcher = ours()
-    page.last_node_id = "44"
-    assert patcher.clone().node == NODE
-    again = outputs.own_copy(patcher, Placement("cpu,*", "sim:0"))
-    assert again.node == "44"
+    host.load_models_gpu([patcher])
+    sample(patcher, steps=2, pause=0.03)
+    host.free_memory(1 << 50, torch.device("sim:0"))
+
+
+def test_a_model_that_leaves_the_device_is_shown(host, page):
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    host.free_memory(1 << 50, torch.device("sim:0"))
+    last = page.said()[-1]
+    assert "at rest" in last
+    for device, nbytes in distorch.report(patcher.model).bytes.items():
+        assert f"{device}: {human_bytes(nbytes)}" in last or nbytes == 0
+
+
+def test_the_node_is_told_with_what_was_typed(host, page):
+    patcher = ours()
+    host.load_models_gpu([patcher])
+    (event, data, _) = page.sent[0]
+    assert (event, data["kind"], data["typed"]) == (
+        "distorch.bar", "DistributeModel", {"spec": SPEC},
+    )  # fmt: skip
+    assert patcher.clone().node == patcher.node
+
+
+def test_every_node_of_ours_says_which_it_is(host, page):
+    from distorch.comfy import NODE_CLASS_MAPPINGS
+
+    node = NODE_CLASS_MAPPINGS["UNETLoaderDisTorch2MultiGPU"]()
+    (model,) = node.load(
+        unet_name="a", weight_dtype="default", compute_device="sim:0", eject_models=False,
+        virtual_vram_gb=0.0, donor_device="cpu", expert_mode_allocations=SPEC,
+    )  # fmt: skip
+    assert (model.node.number, model.node.kind) == (NODE, "UNETLoaderDisTorch2MultiGPU")
+    assert model.node.typed["expert_mode_allocations"] == SPEC
+    assert live.running_node() is None
 
 
 def test_watching_does_not_wait_for_the_device(host, accelerators):

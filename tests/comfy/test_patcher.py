@@ -2,6 +2,7 @@
 """The patcher keeps the host's contract: sizes, clones, patches, partial and whole unloading."""
 
 import gc
+import types
 
 import pytest
 import torch
@@ -331,17 +332,13 @@ def test_out_of_memory_names_what_to_change(accelerators):
     from comfy.patcher_extension import WrappersMP
 
     patcher = placed(SPEC, "sim:0")
-    (wrapper,) = patcher.wrappers[WrappersMP.OUTER_SAMPLE]["distorch"]
+    (wrapper,) = patcher.wrappers[WrappersMP.SAMPLER_SAMPLE]["distorch"]
 
-    class Executor:
-        class class_obj:  # noqa: N801
-            model_patcher = patcher
-
-        def __call__(self):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    def executor(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(PlacementError) as caught:
-        wrapper(Executor())
+        wrapper(executor, types.SimpleNamespace(model_patcher=patcher))
     assert SPEC in str(caught.value)
     assert "smaller share for sim:0" in str(caught.value)
 

@@ -101,7 +101,17 @@ class Swap:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"blocks_to_swap": ("INT", {"max": BLOCKS})}, "optional": {}}
+        return {
+            "required": {
+                "blocks_to_swap": ("INT", {"max": BLOCKS}),
+                "offload_img_emb": ("BOOLEAN", {}),
+                "offload_txt_emb": ("BOOLEAN", {}),
+            },
+            "optional": {
+                "vace_blocks_to_swap": ("INT", {"max": 15}),
+                "use_non_blocking": ("BOOLEAN",),
+            },
+        }
 
 
 offloads = []
@@ -166,13 +176,34 @@ def test_what_they_put_aside_streams_from_the_donor(wan, older):
     assert swap["swap_device"] == "sim:1"
 
 
-def test_weights_stay_on_the_device_if_they_are_to(wan):
+def test_weights_stay_where_they_were_if_they_are_to(wan):
     model = model_of(wan.swap("cpu"))
-    out, placement, moved = wan.sample(model, force_offload=False)
-    assert (moved, placement["blocks.3.weight"]) == (0, "cpu")
-    assert torch.equal(out, expected())
-    assert {str(p.device) for p in model.model.diffusion_model.parameters()} == {DEVICE}
+    for _ in range(2):
+        out, placement, moved = wan.sample(model, force_offload=False)
+        assert (moved, placement["blocks.3.weight"]) == (0, "cpu")
+        assert torch.equal(out, expected())
+        devices = {n: str(p.device) for n, p in model.model.diffusion_model.named_parameters()}
+        assert devices["blocks.0.weight"] == devices["head.bias"] == DEVICE
+        assert devices["blocks.3.weight"] == devices["text_embedding.weight"] == "cpu"
     assert offloads == []
+
+
+def test_a_model_that_was_placed_by_a_spec_does_not_end_on_the_device(wan):
+    model = model_of(wan.swap("cpu", spec="sim:0,0b;cpu,*"))
+    wan.sample(model, force_offload=False)
+    devices = {n: str(p.device) for n, p in model.model.diffusion_model.named_parameters()}
+    assert {devices[f"blocks.{i}.weight"] for i in range(BLOCKS)} == {"cpu"}
+
+
+def test_weights_that_are_shared_come_back_as_one(wan):
+    from distorch.comfy.wan import _bring
+
+    model = Transformer()
+    model.blocks[1].weight = model.blocks[0].weight
+    _bring(model, {"blocks.0.weight", "blocks.1.weight"}, DEVICE)
+    assert model.blocks[1].weight is model.blocks[0].weight
+    assert str(model.blocks[0].weight.device) == DEVICE
+    assert model.head.weight.device.type == "cpu"
 
 
 def test_a_swap_device_that_computes_keeps_all_blocks(wan):
@@ -221,6 +252,8 @@ def test_with_a_spec_their_loading_puts_all_aside(wan):
     swap = wan.swap("cpu", spec="cpu,*", blocks_to_swap=1, offload_txt_emb=False)
     assert swap["blocks_to_swap"] == BLOCKS  # the most that their input takes
     assert swap["offload_txt_emb"] and swap["offload_img_emb"]
+    assert swap["vace_blocks_to_swap"] == 15
+    assert "use_non_blocking" not in swap  # as they were given
 
 
 def test_a_wrong_spec_is_an_error_on_the_node(wan):

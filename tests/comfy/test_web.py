@@ -45,6 +45,8 @@ def test_the_bar_is_shown_on_the_node_that_it_is_for(page):
     assert page["alt"] == "ü#%"
     assert page["inside"] == "inside"  # a node of a subgraph
     assert page["other"] == 0  # a node of somebody else
+    assert page["moved"] == "it is node 9 now"
+    assert page["byLink"] == "linked"  # what is linked is not typed into the node
 
 
 def test_a_report_shows_its_picture_and_keeps_it(page):

@@ -21,6 +21,31 @@ function nodeAt(number) {
   return node;
 }
 
+function* allNodes(graph) {
+  for (const node of graph._nodes) {
+    yield node;
+    if (node.subgraph) yield* allNodes(node.subgraph);
+  }
+}
+
+// Whether a node is of this kind, and has what was typed into the one that the server means.
+function isSuch(node, kind, typed) {
+  if (node?.comfyClass !== kind) return false;
+  return (node.widgets ?? []).every((widget) => {
+    const linked = node.inputs?.some((input) => input.name === widget.name && input.link != null);
+    return linked || !(widget.name in typed) || String(widget.value) === String(typed[widget.name]);
+  });
+}
+
+// The host keeps models for later prompts: by then the node may have another number, or another
+// workflow may be open. Then it is the only node of that kind with the same inputs, or none.
+function nodeFor({ number, kind, typed }) {
+  const first = nodeAt(number);
+  if (isSuch(first, kind, typed)) return first;
+  const such = [...allNodes(app.rootGraph ?? app.graph)].filter((node) => isSuch(node, kind, typed));
+  return such.length === 1 ? such[0] : undefined;
+}
+
 // The bar's height follows the node's width, in the picture's proportion.
 function heightOf(picture, node) {
   if (!picture.naturalWidth) return 60;
@@ -78,13 +103,12 @@ app.registerExtension({
   name: "distorch",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
-      const node = nodeAt(detail.node);
-      if (node?.constructor.distorch) show(node, detail.svg);
+      const node = nodeFor(detail);
+      if (node) show(node, detail.svg);
     });
   },
   beforeRegisterNodeDef(type, data) {
     if (!data.category?.startsWith("distorch")) return;
-    type.distorch = true;
     const executed = type.prototype.onExecuted;
     type.prototype.onExecuted = function (message) {
       executed?.apply(this, arguments);

@@ -11,8 +11,10 @@ await import("./extensions/distorch/distorch.js");
 const extension = globalThis.extension;
 extension.setup();
 
-function kind(category, presets) {
+function kind(name, category, presets) {
   class Node {
+    comfyClass = name;
+    inputs = [];
     widgets = [];
     size = [320, 80];
     redraws = 0;
@@ -37,24 +39,34 @@ function kind(category, presets) {
     setDirtyCanvas() { this.redraws += 1; }
   }
   extension.beforeRegisterNodeDef(Node, {
-    category, input: { required: presets ? { spec: ["STRING", { presets }] } : {} },
+    name, category, input: { required: presets ? { spec: ["STRING", { presets }] } : {} },
   });
   return Node;
 }
-const Placing = kind("distorch", { "Half": "cuda:0,50%;cpu,50%" });
-const Loader = kind("distorch/loaders");
-const Other = kind("loaders");
+const Placing = kind("DistributeModel", "distorch", { "Half": "cuda:0,50%;cpu,50%" });
+const Loader = kind("UNETLoaderMultiGPU", "distorch/loaders");
+const Other = kind("UNETLoader", "loaders");
 
 const inner = { 3: new Loader() };
-const nodes = { 7: new Placing(), 8: new Other(), 12: { subgraph: { getNodeById: (id) => inner[id] } } };
-globalThis.app.graph = { getNodeById: (id) => nodes[id] };
-const send = (node, svg) => globalThis.listeners["distorch.bar"]({ detail: { node, svg } });
+const group = { subgraph: { getNodeById: (id) => inner[id], _nodes: Object.values(inner) } };
+const nodes = { 7: new Placing(), 8: new Other(), 9: new Placing(), 12: group };
+globalThis.app.graph = { getNodeById: (id) => nodes[id], _nodes: Object.values(nodes) };
+nodes[9].widgets[0].value = "cpu,*";
+function send(number, kind, typed, svg) {
+  globalThis.listeners["distorch.bar"]({ detail: { number, kind, typed, svg } });
+}
 
-send("7", "<svg>first</svg>");
-send("7", "<svg>ü#%</svg>");
-send("8", "<svg>not ours</svg>");
-send("99", "<svg>nobody</svg>");
-send("12:3", "<svg>inside</svg>");
+send("7", "DistributeModel", { spec: "auto" }, "<svg>first</svg>");
+send("7", "DistributeModel", { spec: "auto" }, "<svg>ü#%</svg>");
+send("8", "DistributeModel", { spec: "gone" }, "<svg>of another workflow</svg>");
+send("99", "NobodysNode", {}, "<svg>nobody</svg>");
+send("12:3", "UNETLoaderMultiGPU", { unet_name: "a" }, "<svg>inside</svg>");
+send("7", "DistributeModel", { spec: "cpu,*" }, "<svg>it is node 9 now</svg>");
+const linked = nodes[9];
+const moved = linked.distorchBar?.alt;
+linked.inputs.push({ name: "spec", link: 4 });
+send("9", "DistributeModel", { spec: "what came by the link" }, "<svg>linked</svg>");
+const byLink = linked.distorchBar.alt;
 const report = new Loader();
 report.onExecuted({ distorch: [{ svg: "<svg>measured</svg>" }] });
 report.onExecuted({}); // a run without a report
@@ -73,6 +85,6 @@ console.log(JSON.stringify({
   size: placing.size, redraws: placing.redraws, saved: [list.serialize, bar.serialize],
   sent: bar.options.serialize, names: placing.widgets.map((w) => w.name),
   choices: list.options.values, spec: spec.value, told: placing.told, shown: list.value,
-  other: nodes[8].widgets.length, inside: inner[3].distorchBar.alt,
+  moved, byLink, other: nodes[8].widgets.length, inside: inner[3].distorchBar.alt,
   report: [report.distorchBar.alt, report.widgets.length],
 }));

@@ -7,4 +7,4 @@ class CallbacksMP:
 
 
 class WrappersMP:
-    OUTER_SAMPLE = "outer_sample"
+    SAMPLER_SAMPLE = "sampler_sample"
