@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import distorch
-from distorch.display.tables import human_bytes
 from distorch.comfy import host as border
 from distorch.comfy import live
+from distorch.display.tables import human_bytes
 from tests.comfy.test_patcher import X, placed
 
 NODE, SPEC = "12:3", "sim:0,200kb;cpu,*"

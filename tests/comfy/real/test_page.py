@@ -120,6 +120,43 @@ def test_a_node_in_a_subgraph_has_its_bar(page):
     assert any(kind == "DistributeModel" and "ring" in text for kind, text in said)
 
 
+@pytest.mark.tiny_flux
+def test_a_model_that_a_program_has_loaded(page):
+    """The host keeps what it made for a prompt without a page."""
+    graph = pages.workflow()
+    page.host.run(graph)
+    graph["5"]["inputs"]["seed"] = 7  # sampled anew, with the model that is there
+    page.load(graph)
+    said = page.run()
+    assert any(kind == "DistributeModel" and "stalls" in text for kind, text in said)
+
+
+@pytest.mark.tiny_flux
+def test_a_node_that_has_another_number_now(page):
+    graph = pages.workflow()
+    page.load(graph)
+    page.run()
+    graph["22"] = graph.pop("2")
+    graph["2"] = {**graph["22"], "inputs": {**graph["22"]["inputs"], "spec": "cpu,*"}}
+    graph["5"]["inputs"] |= {"model": ["22", 0], "seed": 8}
+    graph["6"]["inputs"]["model"] = ["22", 0]
+    page.load(graph)
+    page.run()
+    bars = "(id) => app.graph.getNodeById(id).distorchBar?.alt"
+    assert "stalls" in page.ask(bars, 22)
+    assert page.ask(bars, 2) is None
+
+
+@pytest.mark.tiny_flux
+def test_a_model_that_was_freed(page, ran):
+    page.load(pages.workflow())
+    page.run()
+    page.host.free(cache=False)
+    page.tab.wait_for_timeout(500)
+    (said,) = [text for kind, text in page.ask(pages.BARS) if kind == "DistributeModel"]
+    assert "at rest" in said
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_open(page, path):
     saved = json.loads(path.read_text())

@@ -188,7 +188,9 @@ def compare(host: Host) -> int:
                 same = found == expected[seed] and now >= 0
                 placed = moved == (device is not None)
                 said.append("same" if same and placed else "NOT PLACED" if same else found)
-            if device is None:
+            if swap is None:  # what all others are compared with
+                wrong += set(said) != {"same"}
+            elif device is None:
                 theirs |= {one for one in said if one != "same"}
             elif set(said) == {"same"}:
                 said = ["same"]
