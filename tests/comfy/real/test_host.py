@@ -421,3 +421,12 @@ def test_templates_and_help_pages_are_found(host):
     address = f"http://127.0.0.1:{host.port}/extensions/comfyui-distorch/docs/DistributeModel.md"
     with urllib.request.urlopen(address) as page:
         assert page.read().decode().startswith("# Distribute Model\n")
+
+
+@pytest.mark.tiny_flux
+def test_what_presets_leave_for_sampling_is_what_the_host_says(host):
+    load = g.node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default")
+    shown = host.run({"load": load, "need": g.node("TestSamplingMemory", model=["load", 0])})
+    found, said = shown["need"]["need"]
+    assert found == pytest.approx(said, rel=0.01)
+    assert found > 1 << 30

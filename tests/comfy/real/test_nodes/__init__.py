@@ -229,6 +229,24 @@ class TestFetches(Looks):
         return {"ui": {"fetches": [_C.fetch_count()]}}
 
 
+class TestSamplingMemory(Looks):
+    """What presets take for the need of FLUX, and what the host says of a FLUX that is there."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "tell", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def tell(self, model):
+        from distorch.comfy import host
+
+        found = host.sampling_memory("Flux", {}, (1, 16, 128, 128))
+        said = model.model.memory_required([2, 16, 128, 128])
+        said += management.extra_reserved_memory()
+        return {"ui": {"need": [found, max(said, management.minimum_inference_memory())]}}
+
+
 class TestNeed(Looks):
     """Another model's need: so many bytes more than are free, asked of the host."""
 
@@ -251,5 +269,6 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestConditioning, TestImage, TestWanText, TestEmbeds, TestHash, TestFigures, TestNeed, TestUsed,
         TestFetches,
+        TestSamplingMemory,
     )
 }  # fmt: skip
