@@ -49,6 +49,11 @@ _PLACES = {"load_device": ("offload_device", "main_device")}
 _KINDS = {"device": ("cpu", "gpu")}
 _LOAD = "load_device"
 
+_PULID_FLUX = (
+    Guest("PulidFluxModelLoader"), Guest("PulidFluxInsightFaceLoader"),
+    Guest("PulidFluxEvaClipLoader"), Guest("ApplyPulidFlux"),
+)  # fmt: skip
+
 PACKS: dict[str, tuple[Guest, ...]] = {
     "ComfyUI-LTXVideo": (Guest("LTXVLoader"),),
     "ComfyUI-Florence2": (
@@ -64,20 +69,9 @@ PACKS: dict[str, tuple[Guest, ...]] = {
         map(Guest, ("PulidModelLoader", "PulidInsightFaceLoader", "PulidEvaClipLoader"))
     ),
     # What is loaded is moved to a device by the node that applies it.
-    **dict.fromkeys(
-        ("ComfyUI-PuLID-Flux", "ComfyUI-PuLID-Flux-Enhanced", "ComfyUI_PuLID_Flux_ll"),
-        tuple(
-            map(
-                Guest,
-                (
-                    "PulidFluxModelLoader",
-                    "PulidFluxInsightFaceLoader",
-                    "PulidFluxEvaClipLoader",
-                    "ApplyPulidFlux",
-                ),
-            )
-        ),
-    ),
+    "ComfyUI-PuLID-Flux": _PULID_FLUX,
+    "ComfyUI-PuLID-Flux-Enhanced": _PULID_FLUX,
+    "ComfyUI_PuLID_Flux_ll": _PULID_FLUX,
     "ComfyUI-PuLID-Flux2": tuple(
         map(Guest, ("PuLIDModelLoader", "PuLIDEVACLIPLoader", "ApplyPuLIDFlux2"))
     ),
