@@ -97,7 +97,6 @@ CASES = (
     Case("LoRA, unmerged", lora="unmerged"),
     Case("fp8, LoRA merged", quantization="fp8_e4m3fn", lora="merged"),
     Case("fp8, LoRA unmerged", quantization="fp8_e4m3fn", lora="unmerged"),
-    Case("both halves in one batch", more=(("batched_cfg", True),)),
     Case("stays on the device", more=(("force_offload", False),)),
     Case("rope chunked", more=(("rope_function", "comfy_chunked"),)),
 )
