@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import sys
 import types
 import weakref
@@ -22,6 +23,8 @@ from comfy import model_patcher
 from distorch.planner import DeviceInfo
 from distorch.runtime import machine
 from distorch.runtime.options import compute_device
+
+_log = logging.getLogger("distorch")
 
 
 def devices() -> dict[str, DeviceInfo]:
@@ -323,6 +326,7 @@ def sampling_memory(kind: str, config: Mapping[str, Any], latent: Sequence[int])
         shape = [2 * latent[0], *latent[1:]]
         needed = int(model_base.BaseModel.memory_required(model, shape))
     except Exception:  # whatever its code does with these in another version
+        _log.debug("no presets for %s", kind, exc_info=True)
         return None
     extra = getattr(management, "extra_reserved_memory", lambda: 0)
     return max(inference_memory(), needed + int(extra()))

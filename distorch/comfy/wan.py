@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import distorch
-from distorch.comfy import host
+from distorch.comfy import host, weights
 from distorch.comfy.placement import Placement, expert_spec
 from distorch.planner import Plan
 from distorch.runtime import distribution
@@ -103,8 +103,8 @@ def _bring(module: nn.Module, names: set[str], device: str) -> None:
     before = [(name, tensor) for name, tensor in _tensors(module) if name in names]
     brought = {id(tensor): tensor.detach().to(device) for _, tensor in before}
     for name, tensor in before:
-        path, _, key = name.rpartition(".")
-        owner, after = module.get_submodule(path), brought[id(tensor)]
+        owner, key = weights.owner_of(module, name)
+        after = brought[id(tensor)]
         if not isinstance(tensor, nn.Parameter):
             owner._buffers[key] = after
             continue

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,28 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def command(description: str | None) -> argparse.ArgumentParser:
+    """What the programs of this folder are given: a ComfyUI, and where checkpoints are kept."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("comfyui", type=Path)
+    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
+    return parser
+
+
+@contextmanager
+def base_of(given: argparse.Namespace) -> Iterator[Path]:
+    """The folder with checkpoints that `command` was given, or one that goes away at the end."""
+    with tempfile.TemporaryDirectory() as scratch:
+        yield made_base(given.base or Path(scratch), given.comfyui)
+
+
+def link_pack(base: Path, pack: Path) -> None:
+    """Makes a node pack one of this host's."""
+    link = base / "custom_nodes" / pack.resolve().name
+    if not link.exists():
+        link.symlink_to(pack.resolve())
 
 
 def made_base(folder: Path, comfyui: Path) -> Path:

@@ -9,9 +9,7 @@ image was another.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests.comfy.real import graphs as g
 from tests.comfy.real import survey
-from tests.comfy.real.client import Host, made_base
+from tests.comfy.real.client import Host, base_of, command
 
 _CLIP = 768  # numbers of an image's embedding
 
@@ -132,14 +130,11 @@ def gguf(hosts: dict[str, Host]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comfyui", type=Path)
+    parser = command(__doc__)
     parser.add_argument("packs", type=Path, help="a folder with node packs")
-    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     given = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        base = made_base(given.base or Path(scratch), given.comfyui)
+    with base_of(given) as base:
         make_ip_adapter(base / "models")
         with survey.running(given.comfyui, base, given.packs) as hosts:
             for name, pack, kind, change in CASES:

@@ -7,11 +7,9 @@ docs/comfyui.md: a workflow that has just run, with its bars.
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from tests.comfy.real import graphs as g
-from tests.comfy.real.client import HERE, Host, made_base
+from tests.comfy.real.client import HERE, Host, base_of, command
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 # Of all nodes, those in subgraphs, too: [type, what its bar says].
@@ -160,15 +158,15 @@ def _picture(page: Page, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comfyui", type=Path)
+    parser = command(__doc__)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        base = made_base(given.base or Path(scratch), given.comfyui)
-        with host_with_page(given.comfyui, base) as host, opened(host, vue=True) as page:
-            _picture(page, given.picture)
+    with (
+        base_of(given) as base,
+        host_with_page(given.comfyui, base) as host,
+        opened(host, vue=True) as page,
+    ):
+        _picture(page, given.picture)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ still holds is measured. In the last quarter it must hold no more than in the se
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.comfy.real import graphs as g
-from tests.comfy.real.client import HERE, Host, made_base
+from tests.comfy.real.client import HERE, Host, base_of, command
 
 MIB = 1 << 20
 ROUND = 20  # prompts
@@ -117,16 +115,13 @@ def run(host: Host, prompts: int, seed: int, kinds: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comfyui", type=Path)
+    parser = command(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of prompts")
-    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     parser.add_argument("--static", action="store_true", help="without dynamic VRAM")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        base = made_base(given.base or Path(scratch), given.comfyui)
+    with base_of(given) as base:
         options = () if given.static else ("--enable-dynamic-vram", "--disable-pinned-memory")
         memory = {"DISTORCH_SIM_MEMORY": str(96 * MIB)}
         with Host(

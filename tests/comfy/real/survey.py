@@ -12,9 +12,7 @@ needs more is left out, as is one that fails behind ComfyUI's own loader.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.comfy.real import graphs as g
-from tests.comfy.real.client import HERE, GraphError, Host, made_base
+from tests.comfy.real.client import HERE, GraphError, Host, base_of, command, link_pack
 
 SPEC = "sim:0,10mb;sim:1,5mb;cpu,*"
 # What the small workflows can give to a node, by type.
@@ -151,9 +149,7 @@ def compared(hosts: dict[str, Host], kind: str, change: Change) -> list[str]:
 def running(comfyui: Path, base: Path, packs: Path | None) -> Iterator[dict[str, Host]]:
     """Two hosts with these packs, without and with dynamic VRAM."""
     for pack in packs.iterdir() if packs else ():
-        link = base / "custom_nodes" / pack.name
-        if not link.exists():
-            link.symlink_to(pack.resolve())
+        link_pack(base, pack)
     serve, memory = HERE / "serve_sim.py", {"DISTORCH_SIM_MEMORY": str(1 << 30)}
     dynamic = ("--enable-dynamic-vram", "--disable-pinned-memory")
     with (
@@ -193,16 +189,12 @@ def survey(hosts: dict[str, Host], packs: tuple[str, ...]) -> list[list[str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comfyui", type=Path)
+    parser = command(__doc__)
     parser.add_argument("--packs", type=Path, help="a folder with node packs")
-    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     given = parser.parse_args()
     packs = tuple(sorted(entry.name for entry in given.packs.iterdir())) if given.packs else ()
-    with tempfile.TemporaryDirectory() as scratch:
-        base = made_base(given.base or Path(scratch), given.comfyui)
-        with running(given.comfyui, base, given.packs) as hosts:
-            return summed(survey(hosts, packs))
+    with base_of(given) as base, running(given.comfyui, base, given.packs) as hosts:
+        return summed(survey(hosts, packs))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ those of the pack without any block swap. Prints a table, and ends with 1 if one
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfy.real import graphs as g
-from tests.comfy.real.client import HERE, GraphError, Host, made_base
+from tests.comfy.real.client import HERE, GraphError, Host, base_of, command, link_pack
 
 # 30 blocks and 12 heads are what their loader takes for a model of unknown width.
 BLOCKS, WIDTH, INNER, TEXT = 30, 192, 384, 4096
@@ -201,17 +199,12 @@ def compare(host: Host) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comfyui", type=Path)
+    parser = command(__doc__)
     parser.add_argument("pack", type=Path, help="a checkout of WanVideoWrapper")
-    parser.add_argument("--base", type=Path, help="a folder for checkpoints, kept (4 GB)")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        base = made_base(given.base or Path(scratch), given.comfyui)
+    with base_of(given) as base:
         make_files(base / "models")
-        link = base / "custom_nodes" / "ComfyUI-WanVideoWrapper"
-        if not link.exists():
-            link.symlink_to(given.pack.resolve())
+        link_pack(base, given.pack)
         environment = {"DISTORCH_SIM_MEMORY": str(1 << 30)}
         serve = HERE / "serve_sim.py"
         with Host(given.comfyui, base, serve=serve, environment=environment) as host:
