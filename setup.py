@@ -17,9 +17,10 @@ from setuptools.command.egg_info import egg_info
 ROOT = Path(__file__).parent
 MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
 # csrc/tests are programs.
-ROOMS = ("core", "engine", "device", "hook", "ops", "bindings")
+ROOMS = ("core", "engine", "rehearsal", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
+SHARED_WITH_SIM = ("csrc/core/arena.cpp", "csrc/core/virtual_time.cpp")
 # Compiled alone, not in the unit of their room. They take a minute, or they have pragmas for the
 # optimiser, which would also apply to the files that the unit includes after them.
 ALONE = ("dequantise", "merge", "decode", "rotation")
@@ -253,7 +254,7 @@ def extensions():
     """The library, and with DISTORCH_SIM=1 the simulated accelerator of tests and benchmarks."""
     found = [extension("distorch._C", ROOMS)]
     if choice("DISTORCH_SIM", "0", ("0", "1")) == "1":
-        found.append(extension("distorch.testing._sim", SIM_ROOMS, ["csrc/core/arena.cpp"]))
+        found.append(extension("distorch.testing._sim", SIM_ROOMS, SHARED_WITH_SIM))
     return found
 
 

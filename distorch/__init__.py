@@ -18,6 +18,7 @@ from distorch.errors import (
 from distorch.loading import init_empty_weights, load, plan
 from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
+from distorch.prediction import LinkUse, Prediction, Step, Use, predict, record_step
 from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.runtime.links import Calibration, calibrate, devices
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
@@ -33,14 +34,18 @@ __all__ = [
     "FormatError",
     "PlacementError",
     "PlacementWarning",
+    "LinkUse",
     "Picture",
     "Plan",
+    "Prediction",
     "Report",
     "ShardedParameter",
     "Span",
     "SpecError",
     "Stats",
+    "Step",
     "Timeline",
+    "Use",
     "calibrate",
     "devices",
     "distribute",
@@ -51,7 +56,9 @@ __all__ = [
     "load",
     "materialize",
     "plan",
+    "predict",
     "profiling",
+    "record_step",
     "redistribute",
     "report",
     "reset_stats",

@@ -19,6 +19,11 @@ from distorch.timeline import Span, Timeline
 _tracing = threading.Lock()  # held while a trace is running
 
 
+def is_tracing() -> bool:
+    """Whether a trace is running in this process."""
+    return _tracing.locked()
+
+
 @contextmanager
 def trace(module: nn.Module, path: str | os.PathLike[str] | None = None) -> Iterator[Timeline]:
     """Records what happens inside of the `with` block.

@@ -11,6 +11,7 @@
 
 #include "bindings/errors.h"
 #include "bindings/frames.h"
+#include "bindings/rehearsal.h"
 #include "bindings/turns.h"
 #include "core/checksum.h"
 #include "core/file.h"
@@ -148,6 +149,12 @@ PYBIND11_MODULE(_C, module) {
       return std::make_unique<Reservation>(device, nbytes);
     }());
   });
+  module.def("reserved_beside", [](const std::string& device, const py::object& own) {
+    const Reservation* known = nullptr;
+    if (!own.is_none()) known = py::capsule(own).get_pointer<Reservation>();
+    const py::gil_scoped_release released;
+    return distorch::reserved_beside(device, known);
+  });
 
   module.def("block_sums", &take_block_sums);
   module.def("verify_file", &verify_file);
@@ -161,7 +168,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_peer_access", &distorch::set_peer_access, py::arg("to"), py::arg("from_"),
              py::arg("possible"));
   module.def("set_read_clock", [](const std::string& device_type, uintptr_t clock) {
-    distorch::set_read_clock(device_type, reinterpret_cast<const distorch::ReadClock*>(clock));
+    distorch::set_read_clock(device_type, reinterpret_cast<distorch::ReadClock*>(clock));
   });
   module.def("decode_kernel", [](const std::string& device_type) {
     return reinterpret_cast<uintptr_t>(distorch::decode_kernel(c10::Device(device_type).type()));
@@ -179,4 +186,5 @@ PYBIND11_MODULE(_C, module) {
   distorch::install_error_thrower(module);
   distorch::install_frame_walkers(module);
   distorch::install_turns(module);
+  distorch::install_rehearsal(module);
 }

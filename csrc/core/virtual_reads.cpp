@@ -12,7 +12,7 @@ namespace {
 
 struct Clocks {
   Mutex mutex;
-  std::map<std::string, const ReadClock*> known GUARDED_BY(mutex);
+  std::map<std::string, ReadClock*> known GUARDED_BY(mutex);
 };
 
 Clocks& clocks = *new Clocks;
@@ -24,7 +24,7 @@ void VirtualReads::submit(std::vector<Task> tasks, Urgency urgency) {
   std::deque<Read> issued;
   for (Task& task : tasks) {
     void* ticket = clock_.begin(task.bytes, urgent);
-    issued.push_back({{ticket, clock_.forget}, std::move(task)});
+    issued.push_back({{ticket, Forget{&clock_}}, std::move(task)});
   }
   const MutexLock lock(mutex_);
   reads_.insert(urgent ? reads_.begin() : reads_.end(), std::make_move_iterator(issued.begin()),
@@ -56,12 +56,12 @@ bool VirtualReads::run_next() {
   return true;
 }
 
-void set_read_clock(const std::string& device_type, const ReadClock* clock) {
+void set_read_clock(const std::string& device_type, ReadClock* clock) {
   const MutexLock lock(clocks.mutex);
   clocks.known[device_type] = clock;
 }
 
-const ReadClock* read_clock(const std::string& device_type) {
+ReadClock* read_clock(const std::string& device_type) {
   const MutexLock lock(clocks.mutex);
   const auto found = clocks.known.find(device_type);
   return found == clocks.known.end() ? nullptr : found->second;

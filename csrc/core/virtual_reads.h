@@ -13,17 +13,19 @@
 
 namespace distorch {
 
-// A simulator's disk, from another library: plain functions.
-struct ReadClock {
-  void* (*begin)(uint64_t bytes, bool urgent);  // issues a read
-  bool (*ended)(void* read);                    // at the host's present time
-  void (*wait)(void* read);                     // moves the host's time to its end
-  void (*forget)(void* read);                   // every read, once
+// A disk whose time is virtual. The simulator's is in another library.
+class ReadClock {
+ public:
+  virtual ~ReadClock() = default;
+  virtual void* begin(uint64_t bytes, bool urgent) = 0;  // issues a read
+  virtual bool ended(void* read) = 0;                    // at the host's present time
+  virtual void wait(void* read) = 0;                     // moves the host's time to its end
+  virtual void forget(void* read) = 0;                   // every read, once
 };
 
 class VirtualReads : public Executor {
  public:
-  explicit VirtualReads(const ReadClock& clock) : clock_(clock) {}
+  explicit VirtualReads(ReadClock& clock) : clock_(clock) {}
 
   void submit(std::vector<Task> tasks, Urgency urgency) override;
   void start_afresh() override;
@@ -31,22 +33,26 @@ class VirtualReads : public Executor {
   bool run_next() override;
 
  private:
+  struct Forget {
+    ReadClock* clock;
+    void operator()(void* read) const { clock->forget(read); }
+  };
   struct Read {
-    std::unique_ptr<void, void (*)(void*)> ticket;
+    std::unique_ptr<void, Forget> ticket;
     Task task;
   };
 
   std::optional<Read> take_first(bool ended);
 
-  const ReadClock& clock_;
+  ReadClock& clock_;
   Mutex mutex_;
   std::deque<Read> reads_ GUARDED_BY(mutex_);
 };
 
 // Reads for rings of devices of this type ("sim") go by that clock, from now on.
 // `clock` stays valid.
-void set_read_clock(const std::string& device_type, const ReadClock* clock);
+void set_read_clock(const std::string& device_type, ReadClock* clock);
 // Null: none was set.
-const ReadClock* read_clock(const std::string& device_type);
+ReadClock* read_clock(const std::string& device_type);
 
 }  // namespace distorch

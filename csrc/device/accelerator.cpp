@@ -445,14 +445,14 @@ void Accelerator::lend(Slot& slot, Counters& counters) {
   if (const auto lease = own.lease.lock()) lease->lent_to(stream);
   auto& waited = own.waited;
   if (std::find(waited.begin(), waited.end(), stream.id()) != waited.end()) return;
-  const DeviceSpan span(stream,
-                        [&]() -> SpanText { return {"stalls " + device_.str(), slot.name}; });
   EventPtr needed;
   if (own.needed && own.needed->first == stream) {
     needed = std::exchange(own.needed, std::nullopt)->second;
   } else {
     needed = order_->events().record(stream, Timing::kTimed);
   }
+  const DeviceSpan span(
+      stream, [&]() -> SpanText { return {"stalls " + device_.str(), slot.name}; }, needed);
   for (const EventPtr& event : own.events) event->block(stream);
   waited.push_back(stream.id());
   counters.stalls(std::make_unique<DeviceTime>(std::move(needed), own.events));

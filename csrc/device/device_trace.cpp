@@ -59,14 +59,15 @@ struct DeviceSpan::Open {
   EventPtr begin, start;
 };
 
-void DeviceSpan::open(const c10::Stream& stream, SpanText text) {
+void DeviceSpan::open(const c10::Stream& stream, SpanText text, EventPtr start) {
   EventPtr begin;
   {
     const MutexLock lock(origin.mutex);
     begin = origin.event;
   }
   if (begin == nullptr || begin->device_type() != stream.device_type()) return;
-  open_ = std::make_shared<Open>(Open{stream, std::move(text), begin, now_on(stream)});
+  if (start == nullptr) start = now_on(stream);
+  open_ = std::make_shared<Open>(Open{stream, std::move(text), begin, std::move(start)});
 }
 
 DeviceSpan::~DeviceSpan() {

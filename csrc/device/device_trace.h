@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/events.h"
@@ -25,10 +26,11 @@ struct SpanText {
 // times are counted from the first event of the trace on that device.
 class DeviceSpan {
  public:
-  // `text` makes a SpanText. It is asked only while somebody traces.
+  // `text` makes a SpanText. It is asked only while somebody traces. `start`: a timed event from
+  // which the time is taken instead.
   template <class Text>
-  DeviceSpan(const c10::Stream& stream, const Text& text) {
-    if (TraceLog::instance().active()) open(stream, text());
+  DeviceSpan(const c10::Stream& stream, const Text& text, EventPtr start = nullptr) {
+    if (TraceLog::instance().active()) open(stream, text(), std::move(start));
   }
   ~DeviceSpan();
   DeviceSpan(const DeviceSpan&) = delete;
@@ -36,7 +38,7 @@ class DeviceSpan {
 
  private:
   struct Open;
-  void open(const c10::Stream& stream, SpanText text);
+  void open(const c10::Stream& stream, SpanText text, EventPtr start);
 
   std::shared_ptr<Open> open_;  // null: nobody traces
 };

@@ -60,7 +60,7 @@ std::shared_ptr<Ring> ring_for(const std::string& device) {
     transfer = std::make_unique<Accelerator>(where);
   }
   std::unique_ptr<Executor> readers;
-  if (const ReadClock* clock = read_clock(c10::DeviceTypeName(where.type(), true))) {
+  if (ReadClock* clock = read_clock(c10::DeviceTypeName(where.type(), true))) {
     readers = std::make_unique<VirtualReads>(*clock);
   } else {
     readers = std::make_unique<IoPool>(registry.io_threads);
@@ -75,6 +75,11 @@ Reservation::Reservation(const std::string& device, uint64_t bytes)
 
 Reservation::~Reservation() {
   waiting([this] { ring_->release(ticket_); });
+}
+
+uint64_t reserved_beside(const std::string& device, const Reservation* own) {
+  const std::shared_ptr<Ring> ring = ring_for(device);
+  return ring->reserved_beside(own != nullptr && own->ring_ == ring ? own->ticket_ : 0);
 }
 
 void set_io_threads(size_t threads) {

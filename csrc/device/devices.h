@@ -22,9 +22,13 @@ class Reservation {
   Reservation& operator=(const Reservation&) = delete;
 
  private:
+  friend uint64_t reserved_beside(const std::string& device, const Reservation* own);
   const std::shared_ptr<Ring> ring_;
   const uint64_t ticket_;
 };
+
+// Bytes of look-ahead that the device keeps for others than `own`, which may be null.
+uint64_t reserved_beside(const std::string& device, const Reservation* own);
 
 // Threads that read files; takes effect for rings made afterwards.
 void set_io_threads(size_t threads);

@@ -293,11 +293,20 @@ void Ring::release(uint64_t ticket) {
   resize();
 }
 
-void Ring::resize() {
-  uint64_t wanted = 0;
-  for (const auto& [ticket, bytes] : reservations_) wanted = std::max(wanted, bytes);
-  cache_.resize(wanted);
+uint64_t Ring::reserved_beside(uint64_t ticket) const {
+  Lock lock(mutex_);
+  return largest_but(ticket);
 }
+
+uint64_t Ring::largest_but(uint64_t ticket) const {
+  uint64_t largest = 0;
+  for (const auto& [other, bytes] : reservations_) {
+    if (other != ticket) largest = std::max(largest, bytes);
+  }
+  return largest;
+}
+
+void Ring::resize() { cache_.resize(largest_but(0)); }
 
 void Ring::give_back() {
   Lock lock(mutex_);

@@ -89,6 +89,8 @@ class Ring {
   // reservation counts. Returns a ticket for release().
   uint64_t reserve(uint64_t bytes);
   void release(uint64_t ticket);
+  // Bytes that the others keep reserved: all but that ticket.
+  uint64_t reserved_beside(uint64_t ticket) const;
 
   // The device is short of memory. All that no operator holds goes back to it. For about one step,
   // weights are fetched into ordinary memory, without look-ahead.
@@ -118,6 +120,7 @@ class Ring {
   void wait_for(Slot& slot, Counters& counters, Lock& lock) REQUIRES(mutex_);
   void decode(const SlotPtr& slot, Counters& counters, Lock& lock) REQUIRES(mutex_);
   void resize() REQUIRES(mutex_);
+  uint64_t largest_but(uint64_t ticket) const REQUIRES(mutex_);  // 0: no ticket has that number
 
   mutable RingMutex mutex_;
   const std::unique_ptr<Transfer> transfer_ PT_GUARDED_BY(mutex_);

@@ -36,14 +36,18 @@ void configure(int devices, uint64_t memory, double flops, double memory_bandwid
 }
 
 // The disk, for the engine's library, which knows nothing else of this one.
-const distorch::ReadClock read_clock{
-    [](uint64_t bytes, bool urgent) -> void* {
-      return new MarkPtr(Machine::instance().read_file(bytes, urgent));
-    },
-    [](void* read) { return Machine::instance().reached(*static_cast<MarkPtr*>(read)); },
-    [](void* read) { Machine::instance().await(*static_cast<MarkPtr*>(read)); },
-    [](void* read) { delete static_cast<MarkPtr*>(read); },
+class Disk final : public distorch::ReadClock {
+ public:
+  void* begin(uint64_t bytes, bool urgent) override {
+    return new MarkPtr(Machine::instance().read_file(bytes, urgent));
+  }
+  bool ended(void* read) override {
+    return Machine::instance().reached(*static_cast<MarkPtr*>(read));
+  }
+  void wait(void* read) override { Machine::instance().await(*static_cast<MarkPtr*>(read)); }
+  void forget(void* read) override { delete static_cast<MarkPtr*>(read); }
 };
+Disk disk;
 
 // See Note [The host and copies]. Streams know pinned memory only.
 void host_access(const void* data, uint64_t bytes, bool writes, const char* who) {
@@ -54,7 +58,7 @@ void host_access(const void* data, uint64_t bytes, bool writes, const char* who)
 
 std::vector<std::tuple<double, double, std::string, std::string>> timeline() {
   std::vector<std::tuple<double, double, std::string, std::string>> found;
-  for (const Span& span : Machine::instance().timeline()) {
+  for (const distorch::VirtualSpan& span : Machine::instance().timeline()) {
     found.emplace_back(span.start, span.end, span.resource, span.label);
   }
   return found;
@@ -70,7 +74,8 @@ PYBIND11_MODULE(_sim, module) {
   });
   module.def("configure", &configure, released);
   module.def("decode_kernel", [] { return reinterpret_cast<uintptr_t>(&decode_on_sim); });
-  module.def("read_clock", [] { return reinterpret_cast<uintptr_t>(&read_clock); });
+  module.def("read_clock",
+             [] { return reinterpret_cast<uintptr_t>(static_cast<distorch::ReadClock*>(&disk)); });
   module.def("host_access", [] { return reinterpret_cast<uintptr_t>(&host_access); });
   module.def("reset", [] { Machine::instance().reset(); }, released);
   module.def("now", [] { return Machine::instance().now(); });

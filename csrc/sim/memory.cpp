@@ -89,7 +89,9 @@ std::byte* DeviceMemory::allocate(uint64_t bytes, int stream) {
 void DeviceMemory::free(std::byte* address, uint64_t bytes, int stream) {
   Machine& machine = Machine::instance();
   const auto at = reinterpret_cast<uintptr_t>(address);
-  Task task{"free", {{at, at + bytes, true}}, -1, 0, {}, {}};
+  Task task;
+  task.label = "free";
+  task.accesses = {{at, at + bytes, true}};
   const Mode mode = machine.config().mode;
   std::byte* bytes_at = real(address);
   if (mode == Mode::kDeferred) task.start = [bytes_at, bytes] { poison(bytes_at, bytes); };

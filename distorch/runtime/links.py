@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,12 @@ from distorch.runtime import machine
 _SLOWEST, _FASTEST = 1e3, 1e15  # bytes per second: no link has less or more
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
 _REPEATS = 3
-_CACHE_VERSION = 1  # of what the cache file says; a file of another one is not believed
+_IN_A_ROW = 16  # small copies on one stream: what each of them costs beside its bytes
+_TINY = 200  # operators or events in a row, for which the device waits
+_SIDES = (1024, 1536)  # of square matrices, whose two products give the speed of a device
+_CACHE_VERSION = 2  # of what the cache file says; a file of another one is not believed
 _HEADER = ("from", "to", "GB/s", "latency us", "GB/s with all others", "GB/s back")
+_SPEED_HEADER = ("device", "GB/s in its memory", "TFLOP/s (float32)", "us to issue an operator")
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,41 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast a device computes: bytes per second that it reads and writes in its own memory,
+    operations per second in the product of two float32 matrices, and seconds that the host needs
+    to issue it an operator and to record an event.
+    """
+
+    device: str
+    memory: float
+    flops: float
+    issue: float
+    event: float
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """What was measured of every link of this machine. It prints as a table."""
+    """What was measured of every link and compute device of this machine. It prints as a table."""
 
     links: tuple[Link, ...]
+    speeds: tuple[Speed, ...] = ()
 
     def rate(self, donor: str, compute: str) -> float | None:
         """Bytes per second from a donor to a compute device, if that was measured."""
         found = (k.rate for k in self.links if (k.donor, k.compute) == (donor, compute))
         return next(found, None)
 
+    def speed(self, device: str) -> Speed | None:
+        """What a compute device does in a second, if that was measured."""
+        return next((speed for speed in self.speeds if speed.device == device), None)
+
     def to_dict(self) -> dict[str, Any]:
-        """The links as JSON types."""
-        return {"links": [dataclasses.asdict(link) for link in self.links]}
+        """The links and devices as JSON types."""
+        return {
+            "links": [dataclasses.asdict(link) for link in self.links],
+            "speeds": [dataclasses.asdict(speed) for speed in self.speeds],
+        }
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -66,13 +93,26 @@ class Calibration:
             for k in self.links
         ]  # fmt: skip
 
+    def _speed_rows(self) -> list[tuple[str, ...]]:
+        return [
+            (k.device, f"{k.memory / 1e9:.1f}", f"{k.flops / 1e12:.2f}", f"{k.issue * 1e6:.2f}")
+            for k in self.speeds
+        ]
+
     def __str__(self) -> str:
-        return text_table(_HEADER, self._rows(), "measured links")
+        return "\n".join(
+            (
+                text_table(_HEADER, self._rows(), "measured links"),
+                text_table(_SPEED_HEADER, self._speed_rows(), "measured devices"),
+            )
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(_HEADER, self._rows(), "measured links")
+        return html_table(_HEADER, self._rows(), "measured links") + html_table(
+            _SPEED_HEADER, self._speed_rows(), "measured devices"
+        )
 
 
 _known: dict[str, Calibration] = {}  # by machine
@@ -124,7 +164,13 @@ def _believed(stored: Any) -> Calibration:
             raise ValueError("a link that nobody measured")
         if not _is_amount(link.latency):
             raise ValueError("a latency that nobody measured")
-    return Calibration(links)
+    speeds = tuple(Speed(**speed) for speed in stored["speeds"])
+    for speed in speeds:
+        fast, slow = (speed.memory, speed.flops), (speed.issue, speed.event)
+        known = all(_is_amount(value) for value in (*fast, *slow)) and all(fast)
+        if not isinstance(speed.device, str) or not known:
+            raise ValueError("a speed that nobody measured")
+    return Calibration(links, speeds)
 
 
 def _is_amount(value: Any) -> bool:
@@ -181,8 +227,9 @@ def devices() -> Devices:
 def calibrate(*, progress: Progress = None) -> Calibration:
     """Measures every link of this machine: alone, together, and back. Takes seconds.
 
-    The result is remembered for this process, and in the user's cache folder if that can be written
-    to. It decides how stripes are cut.
+    It also measures how fast each device computes. The result is remembered for this process, and
+    in the user's cache folder if that can be written to. It decides how stripes are cut, and
+    `predict` goes by it.
 
     Args:
         progress: As in `distribute`. A function is called with the number of links that are done.
@@ -202,7 +249,8 @@ def calibrate(*, progress: Progress = None) -> Calibration:
         for donor, compute in pairs:
             links.append(_measure(donor, compute))
             done(1)
-    found = _remember(Calibration(tuple(_with_others(links))))
+    speeds = tuple(_speed(compute) for compute in computes)
+    found = _remember(Calibration(tuple(_with_others(links)), speeds))
     if not any(_is_simulated(compute) for compute in computes):
         with suppress(OSError):  # there is no home folder, or it cannot be written to
             _native.made_cache_folder()
@@ -212,8 +260,8 @@ def calibrate(*, progress: Progress = None) -> Calibration:
 
 
 def _unmeasured(compute: str) -> str:
-    # A real disk has no speed in virtual time.
-    return "disk" if _is_simulated(compute) else ""
+    # A dry run reads nothing.
+    return "" if machine.needs_values(torch.device(compute)) else "disk"
 
 
 class _Clock:
@@ -239,29 +287,87 @@ class _Clock:
         return float(start.elapsed_time(end)) / 1e3
 
 
-def _fetch_seconds(sharded: torch.Tensor, device: torch.device) -> float:
-    """The best of a few fetches of a weight that no ring keeps."""
+def _fetch_seconds(nbytes: int, tier: str, compute: torch.device) -> float:
+    """The best of a few fetches of so many bytes. Each is of a new weight, since the ring of a
+    model that is there may keep one.
+    """
     times = []
-    for _ in range(_REPEATS):
-        clock = _Clock(device)
-        clock.mark()
-        sharded[:1].clone()
-        clock.mark()
-        times.append(clock.seconds())
-    return min(times)
-
-
-def _weight(nbytes: int, tier: str, compute: torch.device) -> torch.Tensor:
-    return _donors.shard_on(tier, torch.empty(nbytes, dtype=torch.uint8), compute, "calibration")
+    for _ in range(1 + _REPEATS):
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        weight = _donors.shard_on(tier, data, compute, "calibration")
+        times.append(_seconds_of(lambda weight=weight: weight[:1].clone(), compute))  # type: ignore[misc]
+    return min(times[1:])  # the first one warms up
 
 
 def _measure(donor: str, compute: str) -> Link:
     device = torch.device(compute)
-    small = _fetch_seconds(_weight(_SMALL, donor, device), device)
-    large = _fetch_seconds(_weight(_LARGE, donor, device), device)
+    small, large = (_fetch_seconds(nbytes, donor, device) for nbytes in (_SMALL, _LARGE))
     rate = (_LARGE - _SMALL) / max(large - small, 1e-9)
-    latency = max(0.0, small - _SMALL / rate)
-    return Link(donor, compute, rate, latency, rate, _back(donor, device))
+    each = small if donor == "disk" else _small_copy_seconds(donor, device)
+    return Link(donor, compute, rate, max(0.0, each - _SMALL / rate), rate, _back(donor, device))
+
+
+def _small_copy_seconds(donor: str, compute: torch.device) -> float:
+    """Of one small copy among several that follow each other on one stream."""
+    if donor == "cpu":
+        source = _ops.pinned_memory(_SMALL, compute)
+    else:
+        source = torch.empty(_SMALL, dtype=torch.uint8, device=donor)
+    target = torch.empty(_SMALL, dtype=torch.uint8, device=compute)
+
+    def copies() -> None:
+        for _ in range(_IN_A_ROW):
+            target.copy_(source, non_blocking=True)
+
+    return _best_seconds(copies, compute) / _IN_A_ROW
+
+
+def _speed(compute: str) -> Speed:
+    """What a device does in a second, from one large copy and two products of matrices."""
+    device = torch.device(compute)
+    source = torch.zeros(_LARGE, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    squares = [torch.zeros(side, side, device=device) for side in _SIDES]
+
+    def copies(count: int) -> float:
+        return _best_seconds(lambda: [target.copy_(source) for _ in range(count)], device)
+
+    def product(square: torch.Tensor) -> float:
+        return _best_seconds(lambda: square @ square, device)
+
+    # The smaller work is taken off each time: both wait alike for the host to issue them.
+    memory = 2 * _LARGE / max(copies(2) - copies(1), 1e-9)
+    operations = 2 * (_SIDES[1] ** 3 - _SIDES[0] ** 3)
+    flops = operations / max(product(squares[1]) - product(squares[0]), 1e-9)
+    if compute == "cpu":
+        return Speed(compute, memory, flops, 0.0, 0.0)
+    one = torch.zeros(1, device=device)
+    event = torch.Event(device, enable_timing=True)
+    stream = torch.accelerator.current_stream(device)
+
+    def operators() -> None:
+        for _ in range(_TINY):
+            one.add_(1)
+
+    def events() -> None:
+        for _ in range(_TINY):
+            event.record(stream)
+
+    issue, record = (_best_seconds(work, device) / _TINY for work in (operators, events))
+    return Speed(compute, memory, flops, issue, record)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The best of a few runs, after one to warm up. Each begins when the one before has ended."""
+    return min([_seconds_of(work, device) for _ in range(1 + _REPEATS)][1:])
+
+
+def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    clock = _Clock(device)
+    clock.mark()
+    work()
+    clock.mark()
+    return clock.seconds()
 
 
 def measure_disk() -> float:
@@ -278,14 +384,7 @@ def _back(donor: str, compute: torch.device) -> float | None:
         target = _ops.pinned_memory(_LARGE, compute)
     else:
         target = torch.empty(_LARGE, dtype=torch.uint8, device=donor)
-    times = []
-    for _ in range(_REPEATS):
-        clock = _Clock(compute)
-        clock.mark()
-        target.copy_(source, non_blocking=True)
-        clock.mark()
-        times.append(clock.seconds())
-    return _LARGE / min(times)
+    return _LARGE / _best_seconds(lambda: target.copy_(source, non_blocking=True), compute)
 
 
 def _with_others(links: list[Link]) -> list[Link]:
@@ -300,7 +399,7 @@ def _with_others(links: list[Link]) -> list[Link]:
         _donors.link_rates.update({(k.donor, k.compute): k.rate for k in peers})
         donors = [k.donor for k in peers]
         device = torch.device(link.compute)
-        seconds = _fetch_seconds(_weight(_LARGE, "+".join(donors), device), device)
+        seconds = _fetch_seconds(_LARGE, "+".join(donors), device)
         own = _donors.stripe_sizes(_LARGE, donors, link.compute)[donors.index(link.donor)]
         together = min(link.rate, own / max(seconds - link.latency, 1e-9))
         result.append(dataclasses.replace(link, together=together))

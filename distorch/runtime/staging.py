@@ -127,6 +127,28 @@ def _stage_parts(group: Group, target: str, compute: torch.device) -> torch.Tens
     return wrapped.rebuilt(group.first, staged)
 
 
+def packed_places(groups: Sequence[Group], compute: torch.device) -> dict[int, tuple[int, int]]:
+    """id(group) -> (piece, begin in bytes) of the groups that a `Packing` of these packs."""
+    return _pack(groups, compute)[0]
+
+
+def _pack(
+    groups: Sequence[Group], compute: torch.device
+) -> tuple[dict[int, tuple[int, int]], list[int]]:
+    """The same, and the bytes of each piece."""
+    places: dict[int, tuple[int, int]] = {}
+    sizes: list[int] = []
+    for group in groups:
+        if compute.type == "cpu" or not has_bytes(group.first) or group.nbytes > _SMALL_BYTES:
+            continue
+        room = -(-group.nbytes // _PACK_ALIGN) * _PACK_ALIGN
+        if not sizes or sizes[-1] + room > _PIECE_BYTES:
+            sizes.append(0)
+        places[id(group)] = len(sizes) - 1, sizes[-1]
+        sizes[-1] += room
+    return places, sizes
+
+
 class Packing:
     """Small weights that follow each other share a piece of pinned memory.
 
@@ -136,17 +158,8 @@ class Packing:
 
     def __init__(self, groups: Sequence[Group], compute: torch.device) -> None:
         self._compute = compute
-        self._places: dict[int, tuple[int, int]] = {}  # id(group) -> (piece, begin in bytes)
-        self._sizes: list[int] = []
+        self._places, self._sizes = _pack(groups, compute)
         self._pieces: dict[int, torch.Tensor] = {}
-        for group in groups:
-            if compute.type == "cpu" or not has_bytes(group.first) or group.nbytes > _SMALL_BYTES:
-                continue
-            room = -(-group.nbytes // _PACK_ALIGN) * _PACK_ALIGN
-            if not self._sizes or self._sizes[-1] + room > _PIECE_BYTES:
-                self._sizes.append(0)
-            self._places[id(group)] = len(self._sizes) - 1, self._sizes[-1]
-            self._sizes[-1] += room
 
     def shard(self, group: Group, data: torch.Tensor) -> torch.Tensor | None:
         """The group's bytes in their place of a piece, or None when it has none."""

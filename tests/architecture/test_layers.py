@@ -15,19 +15,20 @@ ROOT = Path(__file__).parents[2]
 CSRC = {
     "core": ({"core"}, set()),
     "engine": ({"engine", "core"}, set()),
+    "rehearsal": ({"rehearsal", "engine", "core"}, set()),
     # ATen for one operator only: copy_, the one way to copy on any device's streams.
     # Of cuda, the table of its functions.
     "device": ({"device", "engine", "core", "cuda"}, {"c10", "ATen"}),
     "hook": ({"hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "ops": ({"ops", "hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "bindings": (
-        {"bindings", "ops", "hook", "device", "engine", "core"},
+        {"bindings", "ops", "hook", "device", "rehearsal", "engine", "core"},
         {"c10", "ATen", "torch", "pybind11"},
     ),
     # Of device, what a kernel that decodes is told: the simulator registers one.
     "sim": ({"sim", "core", "device/decode.h"}, {"c10", "ATen", "torch", "pybind11"}),
     "cuda": ({"cuda", "core"}, {"cuda_runtime", "cuda_fp16", "cuda_bf16"}),
-    "tests": ({"tests", "cuda", "engine", "core"}, set()),
+    "tests": ({"tests", "cuda", "rehearsal", "engine", "core"}, set()),
 }
 _LIBRARIES = {
     "torch", "ATen", "c10", "pybind11", "cuda", "cuda_runtime", "cuda_fp16", "cuda_bf16", "Python",
@@ -93,6 +94,7 @@ def test_cpp_layers():
         ("core/file.cpp", "#include <torch/library.h>"),
         ("core/file.cpp", "#include <c10/core/Storage.h>"),
         ("engine/ring.cpp", '#include "hook/call.h"'),
+        ("engine/ring.cpp", '#include "rehearsal/stage.h"'),
         ("engine/ring.cpp", "#include <ATen/core/Tensor.h>"),
         ("hook/call.cpp", "#include <pybind11/pybind11.h>"),
         ("core/blocks.h", "#include <cuda_fp16.h>"),

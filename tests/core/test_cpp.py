@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs of csrc/tests: core and engine without torch, under sanitizers.
+"""The programs of csrc/tests: the rooms without torch, under sanitizers.
 
-Each program has all objects of both, so that none of them needs a name of torch's.
+Each program has all objects of them, so that none of them needs a name of torch's.
 """
 
 import os
@@ -16,7 +16,8 @@ from tests.compiler import COMPILER
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = sorted(path.stem for path in (CSRC / "tests").glob("*_test.cpp"))
-SOURCES = sorted([*(CSRC / "core").glob("*.cpp"), *(CSRC / "engine").glob("*.cpp")])
+ROOMS = ("core", "engine", "rehearsal")  # without torch
+SOURCES = sorted(path for room in ROOMS for path in (CSRC / room).glob("*.cpp"))
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 
 # Unrolled by hand, so that a compiler needs a minute or two for each if it checks every access of
@@ -33,7 +34,7 @@ SHORT_CHECKS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 @pytest.fixture(scope="module", params=SANITIZERS)
 def library(request, tmp_path_factory):
-    """A sanitizer, the flags for it, and all objects of core and engine, built with it."""
+    """A sanitizer, the flags for it, and all objects of these rooms, built with it."""
     folder = tmp_path_factory.mktemp(request.param)
     plain = [COMPILER, "-std=c++20", "-O1", "-g1", "-pthread", f"-I{CSRC}"]
     flags = [*plain, f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all"]

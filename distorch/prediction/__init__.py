@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step will take with a placement: recorded once, predicted for any other."""
+
+from distorch.prediction.predict import predict
+from distorch.prediction.predicted import LinkUse, Prediction
+from distorch.prediction.recording import record_step
+from distorch.prediction.step import Step, Use
+
+__all__ = ["LinkUse", "Prediction", "Step", "Use", "predict", "record_step"]

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rehearsal needs (csrc/rehearsal): a model, a plan and a machine, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from distorch import _donors, _ops
+from distorch.errors import PlacementError
+from distorch.planner import Plan
+from distorch.prediction.step import Step, Use
+from distorch.runtime import wrapped
+from distorch.runtime.groups import Group, parts_of
+from distorch.runtime.links import Calibration, Link
+from distorch.runtime.staging import packed_places, planned_place
+
+_TABLE_SHARE = 4  # see csrc/hook/embedding.cpp
+_READ_PART = 4 << 20  # bytes; see csrc/engine/reads.cpp
+_SHARED = 0.9  # links that together carry less than this part of their sum share hardware
+_PIECES = 1 << 32  # owners: from here on, pieces of memory that several weights share
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of a weight, and where they lie."""
+
+    place: str
+    nbytes: int
+    owner: int
+    address: int
+
+
+class Weight(NamedTuple):
+    """One piece of memory that is fetched as a whole."""
+
+    name: str
+    pieces: list[Piece]
+    nbytes: int  # on the compute device
+    encoded: bool
+    in_place: bool
+    decode_seconds: float
+
+
+class Played(NamedTuple):
+    """A `Use` as the rehearsal plays it: weights are indices."""
+
+    seconds: float
+    operators: int
+    weights: list[int]
+    copied: int
+    host_waits: bool
+
+
+@dataclass
+class Script:
+    """The arguments of `_native.rehearse`, and the bytes that lookups bring beside it."""
+
+    compute: str
+    ring_bytes: int
+    links: list[tuple[str, float, float, int]]
+    groups: list[float]
+    disk: tuple[float, float]
+    costs: tuple[float, float]
+    weights: list[Weight]
+    uses: list[Played]
+    resident_uses: list[Played]  # with all weights on the compute device
+
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        return {name: value for name, value in vars(self).items() if name != "resident_uses"}
+
+    def resident(self) -> Script:
+        """The same step with nothing to fetch."""
+        return replace(self, weights=[], uses=self.resident_uses)
+
+
+def script_of(
+    groups: Sequence[Group], plan: Plan, step: Step, ring_bytes: int, measured: Calibration
+) -> Script:
+    """The step as it would run with that plan and ring. PlacementError: a link was not measured.
+
+    Weights that it does not use are there, too: the ring takes them to come until it knows better.
+    """
+    machine = _Machine(plan.compute, measured)
+    weights: list[Weight] = []
+    parts: dict[str, list[int]] = {}  # name -> indices in `weights`
+    packed = packed_places(
+        [group for group in groups if planned_place(group, plan) == "cpu"],
+        torch.device(plan.compute),
+    )
+    for owner, group in enumerate(groups):
+        own = _weights_of(group, planned_place(group, plan), owner, machine, step)
+        if (
+            id(group) in packed and own and not own[0].encoded
+        ):  # copies of neighbours may become one
+            piece, begin = packed[id(group)]
+            own = [own[0]._replace(pieces=[Piece("cpu", own[0].nbytes, _PIECES + piece, begin)])]
+        parts[group.name] = list(range(len(weights), len(weights) + len(own)))
+        weights += own
+    tables = {group.name: group for group in groups if parts[group.name]}
+    uses: list[Played] = []
+    plain: list[Played] = []
+    waits_before: list[int] = []
+    for use in step.uses:
+        seconds, indices = machine.without_issuing(use), list[int]()
+        plain.append(Played(seconds, use.operators, [], use.copied, use.host_waits))
+        for name in use.weights:
+            if name not in tables:
+                continue
+            group = tables[name]
+            if use.rows and _takes_rows(group, weights[parts[name][0]], use.rows, ring_bytes):
+                # The host has to know which rows, and brings them alone.
+                waits_before.append(len(uses) - 1)  # -1: the last use of the step before
+                seconds = machine.row_seconds(planned_place(group, plan), use.rows * _row(group))
+            else:
+                indices += parts[name]
+        uses.append(Played(seconds, use.operators, indices, use.copied, use.host_waits))
+    if plan.compute != "cpu":
+        for position in waits_before:
+            uses[position] = uses[position]._replace(host_waits=True)
+    copies = any(use.copied for use in step.uses)
+    return Script(
+        plan.compute, ring_bytes, *machine.links_for(weights, copies), machine.disk_for(weights),
+        machine.costs(), weights, uses, plain,
+    )  # fmt: skip
+
+
+def _weights_of(
+    group: Group,
+    place: str,
+    owner: int,
+    machine: _Machine,
+    step: Step,
+) -> list[Weight]:
+    """What a fetch of this group brings; nothing if operators use it where it is."""
+    first = group.first
+    decoded = _ops.is_sharded(first) and _ops.state(first).decoded
+    in_place = place == machine.compute  # or in RAM, for a CPU
+    if not decoded and in_place:
+        return []
+    if decoded:
+        state = _ops.state(first)
+        nbytes = first.untyped_storage().nbytes()
+        seconds = step.decodes.get(group.name)
+        if seconds is None:
+            seconds = machine.decode_seconds(
+                state.nbytes, nbytes, state.factor_bytes, first.shape[0], nbytes // first.itemsize
+            )
+        pieces = [Piece(place, state.nbytes, owner, 0)]
+        return [Weight(group.name, pieces, nbytes, True, state.nbytes == nbytes, seconds)]
+    if wrapped.is_wrapper(first):
+        parts = [part for part in parts_of(first) if not wrapped.stays(part)]
+        sizes = [part.untyped_storage().nbytes() for part in parts]
+        return [_plain(group.name, size, place, owner, machine) for size in sizes]
+    return [_plain(group.name, group.nbytes, place, owner, machine)]
+
+
+def _plain(name: str, nbytes: int, place: str, owner: int, machine: _Machine) -> Weight:
+    places = place.split("+")
+    sizes = _donors.stripe_sizes(nbytes, places, machine.compute)
+    pieces = [Piece(p, size, owner, 0) for p, size in zip(places, sizes, strict=True)]
+    return Weight(name, pieces, nbytes, False, False, 0.0)
+
+
+def _row(group: Group) -> int:
+    """Bytes of a row of a table on its donor."""
+    stored = _ops.state(group.first).nbytes if _ops.is_sharded(group.first) else group.nbytes
+    return stored // max(group.first.shape[0], 1)
+
+
+def _takes_rows(group: Group, weight: Weight, rows: int, ring_bytes: int) -> bool:
+    """Whether only the rows that are asked for are brought, as csrc/hook/embedding.cpp decides."""
+    if rows * _TABLE_SHARE >= group.first.shape[0]:
+        return False
+    return weight.encoded or weight.nbytes > ring_bytes
+
+
+class _Machine:
+    """The links to one compute device and its speed, as they were measured."""
+
+    def __init__(self, compute: str, measured: Calibration) -> None:
+        self.compute = compute
+        self._links = {link.donor: link for link in measured.links if link.compute == compute}
+        self._to_host = {link.donor: link for link in measured.links if link.compute == "cpu"}
+        self._speed = measured.speed(compute)
+
+    def _link(self, place: str) -> Link:
+        found = self._links.get(place)
+        if found is None:
+            raise PlacementError(
+                f"what the link from {place!r} to {self.compute!r} carries is not known; measure "
+                "it with distorch.calibrate()"
+            )
+        return found
+
+    def _known_speed(self) -> Any:
+        if self._speed is None:
+            raise PlacementError(
+                f"how fast {self.compute!r} computes is not known; measure it with "
+                "distorch.calibrate()"
+            )
+        return self._speed
+
+    def costs(self) -> tuple[float, float]:
+        """What the host pays for each operator or copy that it issues, and for each event."""
+        if self.compute == "cpu":
+            return 0.0, 0.0  # operators take the host's time anyway
+        speed = self._known_speed()
+        return speed.issue, speed.event
+
+    def without_issuing(self, use: Use) -> float:
+        """Seconds of the device alone."""
+        if not use.idle:
+            return use.seconds
+        return max(0.0, use.seconds - use.operators * self.costs()[0])
+
+    def links_for(
+        self, weights: Sequence[Weight], copies: bool
+    ) -> tuple[list[tuple[str, float, float, int]], list[float]]:
+        """(from, bytes per second, latency, group) of each link in use, and the groups' rates.
+        `copies`: the step copies from RAM by itself.
+        """
+        places = sorted({piece.place for weight in weights for piece in weight.pieces})
+        if copies:
+            places = sorted({*places, "cpu"})
+        if self.compute == "cpu":
+            return [], []
+        if "disk" in places:  # what is read from a disk goes on over the host's link
+            places = sorted({*places, "cpu"} - {"disk"})
+        found, groups = [], []
+        others = [self._link(place) for place in places if place != self.compute]
+        whole, together = (sum(getattr(k, key) for k in others) for key in ("rate", "together"))
+        group = -1
+        if len(others) > 1 and together < _SHARED * whole:
+            group = 0
+            groups.append(together)
+        for link in others:
+            found.append((link.donor, link.rate, link.latency, group))
+        if self.compute in places:  # copies within the device read and write
+            found.append((self.compute, self._known_speed().memory / 2, 0.0, -1))
+        return found, groups
+
+    def disk_for(self, weights: Sequence[Weight]) -> tuple[float, float]:
+        """Bytes per second and latency of reads, if any weight needs them."""
+        if not any(piece.place == "disk" for weight in weights for piece in weight.pieces):
+            return 1.0, 0.0
+        disk = self._link("disk")
+        if self.compute == "cpu":
+            return disk.rate, disk.latency
+        # It was measured from the file to the device, in parts that each have the latency. What is
+        # left is the read.
+        up = self._link("cpu")
+        latency = max(0.0, disk.latency - up.latency)
+        seconds = max(1 / disk.rate - 1 / up.rate - latency / _READ_PART, 1e-15)
+        return 1 / seconds, latency
+
+    def row_seconds(self, place: str, nbytes: int) -> float:
+        """Of bringing rows of a table."""
+        if self.compute == "cpu" and place != "disk":
+            return 0.0
+        link = self._link(place.split("+", maxsplit=1)[0])
+        return link.latency + nbytes / link.rate
+
+    def decode_seconds(
+        self, stored: int, decoded: int, factors: int, rows: int, elements: int
+    ) -> float:
+        """Of decoding a matrix on the compute device: memory traffic, or products of patches."""
+        speed = self._known_speed()
+        columns = max(elements // max(rows, 1), 1)
+        rank = factors / (4 * (rows + columns)) if stored == decoded else 0.0
+        return float(
+            max((stored + decoded + factors) / speed.memory, 2 * elements * rank / speed.flops)
+        )
