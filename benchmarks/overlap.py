@@ -298,23 +298,29 @@ def bounce() -> dict[str, Any]:
             "races": len(sim.races())}  # fmt: skip
 
 
+def disk_model(ratio: float) -> tuple[nn.Module, tuple[int, int], float]:
+    """A model, the shape of its input, and the seconds in which a simulated disk reads all of it.
+    The machine computes in `ratio` times as long.
+    """
+    width, blocks, rate, tokens = 2048, 12, 3e9, 16
+    module = nn.Sequential(
+        *(nn.Linear(width, width, bias=False, dtype=DTYPE) for _ in range(blocks))
+    )
+    seconds = sum(p.nbytes for p in module.parameters()) / rate
+    flops = 2 * tokens * width * width * blocks / (ratio * seconds)
+    sim.configure(flops=flops, memory_bandwidth=1e15, links={("cpu", "sim:0"): (RATE, LATENCY)},
+                  disk=(rate, 80e-6), mode="eager")  # fmt: skip
+    return module, (tokens, width), seconds
+
+
 def disk() -> Iterator[dict[str, Any]]:
     """All weights in files, read through pinned memory: real bytes at a simulated disk's rate."""
-    width, blocks, rate = 2048, 12, 3e9
     for ratio in RATIOS:
-        module = nn.Sequential(
-            *(nn.Linear(width, width, bias=False, dtype=DTYPE) for _ in range(blocks))
-        )
+        module, shape, link = disk_model(ratio)
         total = sum(p.nbytes for p in module.parameters())
-        tokens, link = 16, total / rate
-        flops = 2 * tokens * width * width * blocks / (ratio * link)
-        links = {("cpu", "sim:0"): (RATE, LATENCY)}
-        sim.configure(flops=flops, memory_bandwidth=1e15, links=links, disk=(rate, 80e-6),
-                      mode="eager")  # fmt: skip
-        distorch.distribute(
-            module, "sim:0,0b;disk,*", min_bytes=0, prefetch=2 * width * width * DTYPE.itemsize
-        )
-        step = steps(module, (tokens, width), 6, 3)
+        ring = 2 * max(p.nbytes for p in module.parameters())
+        distorch.distribute(module, "sim:0,0b;disk,*", min_bytes=0, prefetch=ring)
+        step = steps(module, shape, 6, 3)
         yield {
             "compute_to_read": ratio, "GB": total / 1e9, "step_s": step, "compute_s": ratio * link,
             "read_s": link, "over_floor": step / max(ratio * link, link),

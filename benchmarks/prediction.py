@@ -30,6 +30,7 @@ from overlap import (
     SHARES,
     Chain,
     configure,
+    disk_model,
     flops_for,
     largest_block,
     show,
@@ -229,19 +230,12 @@ def uneven(seed: int) -> dict[str, Any]:
 
 def disk() -> Iterator[dict[str, Any]]:
     """overlap.py's weights in files, read through pinned memory."""
-    width, blocks, rate, tokens = 2048, 12, 3e9, 16
     for ratio in RATIOS:
-        module = nn.Sequential(
-            *(nn.Linear(width, width, bias=False, dtype=DTYPE) for _ in range(blocks))
-        )
-        link = sum(p.nbytes for p in module.parameters()) / rate
-        flops = 2 * tokens * width * width * blocks / (ratio * link)
-        sim.configure(flops=flops, memory_bandwidth=1e15, disk=(rate, 80e-6), mode="eager",
-                      links={("cpu", "sim:0"): (RATE, LATENCY)})  # fmt: skip
-        ring = 2 * width * width * DTYPE.itemsize
+        module, shape, _ = disk_model(ratio)
+        ring = 2 * max(p.nbytes for p in module.parameters())
         distorch.distribute(module, "sim:0,*", progress=False)
         distorch.calibrate(progress=False)
-        x = torch.zeros(tokens, width, dtype=DTYPE, device="sim:0")
+        x = torch.zeros(shape, dtype=DTYPE, device="sim:0")
         step = recorded(module, x)
         found = compared(module, step, "sim:0,0b;disk,*", x, min_bytes=0, prefetch=ring)
         yield {"compute_to_read": ratio, **found}

@@ -53,6 +53,7 @@ def rehearse(
     links: list[tuple[str, float, float, int]],
     groups: list[float],
     disk: tuple[float, float],
+    readers: tuple[int, int],
     costs: tuple[float, float],
     weights: Sequence[tuple[str, list[tuple[str, int, int, int]], int, bool, bool, float]],
     uses: Sequence[tuple[float, int, list[int], int, bool]],

@@ -117,7 +117,8 @@ def _in_utf8(folder: Path) -> str:
     return path
 
 
-def _io_threads() -> int:
+def io_threads() -> int:
+    """How many threads read files for one compute device. SpecError on a wrong number."""
     chosen = os.environ.get("DISTORCH_IO_THREADS", str(_IO_THREADS))
     if not chosen.isdecimal() or len(chosen) > 4 or not 1 <= int(chosen) <= _MOST_IO_THREADS:
         raise SpecError(
@@ -128,7 +129,7 @@ def _io_threads() -> int:
 
 _C.set_error_classes(PlacementError, FormatError, FetchError)
 _C.set_scratch_directory(_in_utf8(scratch_folder()))
-_C.set_io_threads(_io_threads())
+_C.set_io_threads(io_threads())
 CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
 _C.set_cuda_library(str(CUDA_LIBRARY))
 

@@ -19,11 +19,6 @@ from distorch.timeline import Span, Timeline
 _tracing = threading.Lock()  # held while a trace is running
 
 
-def is_tracing() -> bool:
-    """Whether a trace is running in this process."""
-    return _tracing.locked()
-
-
 @contextmanager
 def trace(module: nn.Module, path: str | os.PathLike[str] | None = None) -> Iterator[Timeline]:
     """Records what happens inside of the `with` block.
@@ -57,7 +52,9 @@ def trace(module: nn.Module, path: str | os.PathLike[str] | None = None) -> Iter
     if path is not None and not (folder := Path(path).parent).is_dir():
         raise FileNotFoundError(f"trace: the folder {str(folder)!r} is not there; make it")
     if not _tracing.acquire(blocking=False):
-        raise PlacementError("a trace is running already: end it before the next one")
+        raise PlacementError(
+            "a trace is running already (record_step makes one, too): end it before the next one"
+        )
     try:
         _native.start_trace(compute)
         timeline = Timeline()

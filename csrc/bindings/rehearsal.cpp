@@ -27,8 +27,8 @@ using Span = std::tuple<std::string, std::string, double, double, uint64_t>;
 // As a dict, by the names of Rehearsal.
 py::dict rehearsed(const std::string& compute, uint64_t ring_bytes, const std::vector<Link>& links,
                    const std::vector<double>& groups, const std::pair<double, Time>& disk,
-                   const Seconds& costs, const std::vector<Weight>& weights,
-                   const std::vector<Use>& uses) {
+                   const std::pair<uint32_t, uint32_t>& readers, const Seconds& costs,
+                   const std::vector<Weight>& weights, const std::vector<Use>& uses) {
   Script script;
   script.compute = compute;
   script.host_computes = compute == "cpu";
@@ -38,6 +38,7 @@ py::dict rehearsed(const std::string& compute, uint64_t ring_bytes, const std::v
   }
   script.groups = groups;
   std::tie(script.disk_rate, script.disk_latency) = disk;
+  std::tie(script.readers, script.urgent_readers) = readers;
   std::tie(script.issue_seconds, script.event_seconds) = costs;
   for (const auto& [name, pieces, bytes, encoded, in_place, decode_seconds] : weights) {
     Script::Weight weight{name, {}, bytes, encoded, in_place, decode_seconds};
@@ -70,8 +71,8 @@ py::dict rehearsed(const std::string& compute, uint64_t ring_bytes, const std::v
 
 void install_rehearsal(py::module_& module) {
   module.def("rehearse", &rehearsed, py::kw_only(), py::arg("compute"), py::arg("ring_bytes"),
-             py::arg("links"), py::arg("groups"), py::arg("disk"), py::arg("costs"),
-             py::arg("weights"), py::arg("uses"));
+             py::arg("links"), py::arg("groups"), py::arg("disk"), py::arg("readers"),
+             py::arg("costs"), py::arg("weights"), py::arg("uses"));
 }
 
 }  // namespace distorch

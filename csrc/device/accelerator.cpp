@@ -18,7 +18,6 @@ namespace distorch {
 namespace {
 
 constexpr uint64_t kBounceBytes = 2 << 20;
-constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
 
 // A number that no other stream has.
 uint64_t number_of(const c10::Stream& stream) {
@@ -215,15 +214,7 @@ void Accelerator::bring(const DeviceSlotPtr& slot, Range part) {
     const uint64_t bytes = slot->source.donor->size();
     extents = {{0, bytes, "cpu", slot->staged_data, slot->staged.get(), nullptr}};
   }
-  for (Extent extent : extents) {
-    const uint64_t from = std::max(part.begin, extent.begin);
-    const uint64_t to = std::min(part.end, extent.begin + extent.bytes);
-    if (from > to || (from == to && extent.bytes > 0)) continue;
-    extent.data += from - extent.begin;
-    extent.begin = from;
-    extent.bytes = to - from;
-    ask(extent, slot);
-  }
+  for (const Extent& extent : within(std::move(extents), part)) ask(extent, slot);
   // Last, so that a slot whose copies could not be queued is not decoded.
   if (slot->source.decoder != nullptr) to_decode_.push_back(slot);
 }
@@ -234,10 +225,9 @@ void Accelerator::ask(const Extent& extent, const DeviceSlotPtr& slot) {
   std::byte* to = slot->landing + extent.begin;
   if (!waiting.empty()) {
     Copy& last = waiting.back();
-    const auto gap = static_cast<uint64_t>(to - (last.to + last.bytes));
-    if (last.owner == extent.owner && to >= last.to + last.bytes && gap < kMergeGap &&
-        extent.data == last.from + last.bytes + gap) {
-      last.bytes += gap + extent.bytes;
+    const auto gap = gap_between(last.from + last.bytes, last.to + last.bytes, extent.data, to);
+    if (gap && last.owner == extent.owner) {
+      last.bytes += *gap + extent.bytes;
       last.slots.push_back(slot);
       last.pending.push_back(extent.pending);
       return;

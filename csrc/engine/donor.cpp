@@ -14,6 +14,7 @@ namespace distorch {
 namespace {
 
 constexpr size_t kBulkThreads = 4;
+constexpr uint64_t kMergeGap = 512;  // padding between neighbours that is copied along
 
 struct Scratch {
   Mutex mutex;
@@ -25,6 +26,27 @@ struct Scratch {
 Scratch& shared = *new Scratch;
 
 }  // namespace
+
+std::vector<Extent> within(std::vector<Extent> extents, Range part) {
+  std::vector<Extent> found;
+  for (Extent& extent : extents) {
+    const uint64_t from = std::max(part.begin, extent.begin);
+    const uint64_t to = std::min(part.end, extent.begin + extent.bytes);
+    if (from > to || (from == to && extent.bytes > 0)) continue;
+    extent.data += from - extent.begin;
+    extent.begin = from;
+    extent.bytes = to - from;
+    found.push_back(std::move(extent));
+  }
+  return found;
+}
+
+std::optional<uint64_t> gap_between(const std::byte* from_end, const std::byte* to_end,
+                                    const std::byte* from, const std::byte* to) {
+  if (to < to_end) return std::nullopt;
+  const auto gap = static_cast<uint64_t>(to - to_end);
+  return gap < kMergeGap && from == from_end + gap ? std::optional(gap) : std::nullopt;
+}
 
 void Donor::gather(std::span<const int64_t> rows, uint64_t row_bytes, std::byte* into) const {
   for (const int64_t row : rows) {

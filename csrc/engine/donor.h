@@ -5,11 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "core/arena.h"
 #include "core/file.h"
 #include "core/mutex.h"
 
@@ -55,6 +57,16 @@ struct Extent {
   const void* owner;
   const PendingCopies* pending;
 };
+
+// What of these pieces lies within a part of the weight, in their order. An empty piece does, at
+// any place within.
+std::vector<Extent> within(std::vector<Extent> extents, Range part);
+
+// Bytes between two pieces if one copy may bring both: the second one lies behind the first, where
+// it comes from as where it goes to, and not far. Nothing if not. `from_end` and `to_end` are where
+// the first one ends.
+std::optional<uint64_t> gap_between(const std::byte* from_end, const std::byte* to_end,
+                                    const std::byte* from, const std::byte* to);
 
 // One weight's bytes on a donor. Thread-safe for reads; writes are as safe as
 // writes to a plain tensor, that is, they are the caller's to order.

@@ -25,7 +25,17 @@ class TraceLog {
   // The one log of this process. It costs one atomic load while nobody traces.
   static TraceLog& instance();
 
-  bool active() const { return active_.load(std::memory_order_relaxed); }
+  bool active() const { return active_.load(std::memory_order_relaxed) && !quiet_; }
+
+  // What this thread does meanwhile is in no trace: a rehearsal runs code that notes its work.
+  class Quiet {
+   public:
+    Quiet() { quiet_ = true; }
+    ~Quiet() { quiet_ = false; }
+    Quiet(const Quiet&) = delete;
+    Quiet& operator=(const Quiet&) = delete;
+  };
+
   void start();
   // Ends the trace; resolves what devices knew.
   std::vector<TraceSpan> stop();
@@ -37,6 +47,7 @@ class TraceLog {
   void add_later(std::function<TraceSpan()> resolve);
 
  private:
+  static inline thread_local bool quiet_ = false;
   std::atomic<bool> active_{false};
   mutable Mutex mutex_;
   std::chrono::steady_clock::time_point begin_ GUARDED_BY(mutex_);

@@ -17,8 +17,9 @@
 namespace distorch {
 namespace {
 
-// Steps to learn the order of weights, and at the end those whose end the host waits for.
-constexpr int kLearning = 3, kWaited = 3;
+// Steps to learn the order of weights, and at the end those whose end the host waits for: some to
+// settle, and six that count, since some take turns by two or three.
+constexpr int kLearning = 3, kSettling = 3, kWaited = 6;
 // Uses that are played until a step has settled, and then those that count.
 constexpr size_t kSettlingUses = 4000, kCountedUses = 2000;
 
@@ -65,6 +66,7 @@ class Play {
  private:
   MarkPtr step();
   void use(const Script::Use& use);
+  void forget_spans();
   void collect_stalls();
   void add_up(Time begin, Time end, double steps, Rehearsal& result);
   std::vector<TraceSpan> spans_between(Time begin, Time end);
@@ -104,6 +106,7 @@ Play::Play(const Script& script) : script_(script), stage_(script) {
     ring_->suggest(*weights_[i], weights_[(i + 1) % weights_.size()]->id());
   }
   for (const Script::Use& use : script.uses) {
+    if (use.operators == 0) throw std::invalid_argument("a use of no operator");
     for (const uint32_t index : use.weights) {
       if (index >= weights_.size())
         throw std::invalid_argument("a use of a weight that is not there");
@@ -116,6 +119,8 @@ Play::Play(const Script& script) : script_(script), stage_(script) {
 void Play::use(const Script::Use& use) {
   const bool on_host = script_.host_computes;
   VirtualTime& time = stage_.time();
+  const std::string name =
+      use.weights.empty() ? "without a weight" : weights_[use.weights.front()]->name();
   std::vector<std::shared_ptr<void>> held;
   for (const uint32_t index : use.weights) {
     const Time start = time.host();
@@ -131,14 +136,9 @@ void Play::use(const Script::Use& use) {
   if (on_host) {
     const Time start = time.host();
     time.host_works(use.seconds);
-    if (!use.weights.empty()) {
-      own_spans_.push_back(
-          {"compute cpu", weights_[use.weights.front()]->name(), start, time.host(), 0});
-    }
+    own_spans_.push_back({"compute cpu", name, start, time.host(), 0});
     return;
   }
-  const std::string name =
-      use.weights.empty() ? "without a weight" : weights_[use.weights.front()]->name();
   if (use.copied > 0) {
     stage_.copy(stage_.compute_stream(), "the model's own", "cpu", use.copied);
   } else {
@@ -166,6 +166,7 @@ Rehearsal Play::run() {
     stage_.time().await(end);
     if (i == 0) result.first = end->time;
   }
+  forget_spans();
   // From here on the host is ahead of the device, if it can be. Steps of few operators are played
   // more often: some settle late, or take turns.
   const size_t uses = std::max<size_t>(script_.uses.size(), 1);
@@ -177,11 +178,12 @@ Rehearsal Play::run() {
   for (size_t i = 0; i < counted; ++i) ends.push_back(step());
   const auto overflows = static_cast<double>(counters_->overflows - before);
   stage_.time().await(ends.back());
-  for (int i = 0; i < kWaited; ++i) {
-    const Time start = stage_.time().host();
+  Time start = 0;
+  for (int i = 0; i < kSettling + kWaited; ++i) {
+    if (i == kSettling) start = stage_.time().host();
     stage_.time().await(step());
-    result.waited = stage_.time().host() - start;
   }
+  result.waited = (stage_.time().host() - start) / kWaited;
   collect_stalls();
   const Time begin = ends[settling - 1]->time, end = ends.back()->time;
   const auto steps = static_cast<double>(counted);
@@ -197,7 +199,7 @@ void Play::add_up(Time begin, Time end, double steps, Rehearsal& result) {
   std::vector<TraceSpan> spans = spans_between(begin, end);
   std::sort(spans.begin(), spans.end(),
             [](const TraceSpan& a, const TraceSpan& b) { return a.start < b.start; });
-  std::map<std::string, Time> waited, busy_until;
+  std::map<std::string, Time> busy_until;
   for (const TraceSpan& span : spans) {
     Rehearsal::Traffic& traffic = result.traffic[span.track];
     Time& until = busy_until[span.track];
@@ -205,10 +207,16 @@ void Play::add_up(Time begin, Time end, double steps, Rehearsal& result) {
     until = std::max(until, span.end);
     traffic.bytes += static_cast<double>(span.bytes) / steps;
     if (span.track.starts_with("stalls")) {
-      waited[span.name] += (span.end - span.start) / steps;
+      result.stalls[span.name] += (span.end - span.start) / steps;
     }
   }
-  for (const Script::Weight& weight : script_.weights) result.stalls.push_back(waited[weight.name]);
+}
+
+// Of what was played until now.
+void Play::forget_spans() {
+  stage_.time().spans().clear();
+  own_spans_.clear();
+  if (device_ != nullptr) device_->take_stalls();
 }
 
 void Play::collect_stalls() {
@@ -246,6 +254,9 @@ std::vector<TraceSpan> Play::spans_between(Time begin, Time end) {
 
 }  // namespace
 
-Rehearsal rehearse(const Script& script) { return Play(script).run(); }
+Rehearsal rehearse(const Script& script) {
+  const TraceLog::Quiet quiet;
+  return Play(script).run();
+}
 
 }  // namespace distorch

@@ -69,6 +69,8 @@ struct Script {
   std::vector<double> groups;  // bytes per second
   double disk_rate = 1e9;
   Time disk_latency = 0;
+  // Reads that the host makes at once: ahead of a use, and of weights that somebody waits for.
+  uint32_t readers = 2, urgent_readers = 1;
   // What the host pays for each operator or copy that it issues, and for each event.
   Time issue_seconds = 0, event_seconds = 0;
   std::vector<Weight> weights;  // in the order in which the ring takes them to be used
@@ -83,14 +85,15 @@ struct Rehearsal {
   };
   Time first = 0;   // the first step, in which nothing is known but the order
   Time step = 0;    // one of the counted steps, on average; the host is ahead of the device
-  Time waited = 0;  // one step whose end the host waits for, among others of that kind
-  std::vector<Time> stalls;                // of each weight in a counted step, on average
+  Time waited = 0;  // one of several steps whose end the host waits for, on average
+  std::map<std::string, Time> stalls;      // by weight, in a counted step, on average
   std::map<std::string, Traffic> traffic;  // by track, such as "copies cpu->cuda:0"
   double overflows = 0;  // fetches of a counted step for which the ring had no room, on average
   std::vector<TraceSpan> spans;  // of the last counted step, from 0 on
 };
 
-// Throws std::invalid_argument on a place without a link, or on a use of no weight.
+// Throws std::invalid_argument on a place without a link, a use of a weight that is not there, or a
+// use of no operator.
 Rehearsal rehearse(const Script& script);
 
 }  // namespace distorch

@@ -8,15 +8,6 @@
 #include "engine/reads.h"
 
 namespace distorch {
-namespace {
-
-constexpr uint64_t kMergeGap = 512;  // as Accelerator's
-
-RehearsedDonor& donor_of(const Slot& slot) {
-  return static_cast<RehearsedDonor&>(*slot.source.donor);
-}
-
-}  // namespace
 
 // As distorch::UseOrder, with marks for events.
 struct RehearsedDevice::UseOrder {
@@ -49,8 +40,7 @@ struct RehearsedDevice::DeviceSlot : Slot {
   using Slot::Slot;
   std::byte* landing = nullptr;
   uint64_t landing_at = 0;
-  bool staged = false;  // readers bring the bytes to host memory, from where they are copied
-  std::shared_ptr<std::byte> staged_data;
+  std::shared_ptr<std::byte> staged;  // host memory that readers fill, and that is copied from
   MarkPtr behind;
   bool asked = false;
   std::vector<MarkPtr> arrived;  // behind the copies, or behind the decoding
@@ -79,8 +69,7 @@ SlotPtr RehearsedDevice::make_slot(const std::string& name, Source source, uint6
     slot->landing_at = slot->room_bytes;
     slot->room_bytes += round_up_room(from.donor->size(), granule());
   }
-  slot->staged = donor_of(*slot).is_file();
-  if (slot->staged) slot->staged_data = stage_.no_memory(from.donor->size());
+  if (from.donor->extents().empty()) slot->staged = stage_.no_memory(from.donor->size());
   return slot;
 }
 
@@ -95,7 +84,7 @@ void RehearsedDevice::place(Slot& slot, std::byte* memory, std::shared_ptr<void>
 
 void RehearsedDevice::start(const SlotPtr& slot, Reads& reads, Executor::Urgency urgency) {
   const DeviceSlot& own = device_slot(*slot);
-  if (own.staged) reads.queue(*this, slot, own.staged_data.get(), urgency);
+  if (own.staged != nullptr) reads.queue(*this, slot, own.staged.get(), urgency);
 }
 
 void RehearsedDevice::was_read(const SlotPtr& slot, std::optional<Failure> failure) {
@@ -105,7 +94,7 @@ void RehearsedDevice::was_read(const SlotPtr& slot, std::optional<Failure> failu
 
 void RehearsedDevice::grew(const SlotPtr& slot, Range part) {
   const auto own = std::static_pointer_cast<DeviceSlot>(slot);
-  if (own->staged) {
+  if (own->staged != nullptr) {
     own->behind = order_->now();
     return;
   }
@@ -119,7 +108,7 @@ void RehearsedDevice::grew(const SlotPtr& slot, Range part) {
 
 bool RehearsedDevice::dropped(Slot& slot) {
   DeviceSlot& own = device_slot(slot);
-  if (own.staged && !own.asked) {
+  if (own.staged != nullptr && !own.asked) {
     const auto same = [&](const DeviceSlotPtr& staged) { return staged.get() == &own; };
     if (std::erase_if(staged_, same) > 0) fail(slot);
     return true;
@@ -142,36 +131,28 @@ RehearsedDevice::Link& RehearsedDevice::link_from(const std::string& place) {
 
 void RehearsedDevice::bring(const DeviceSlotPtr& slot, Range part) {
   asked_ = true;
-  if (slot->staged) {
-    const auto address = reinterpret_cast<uint64_t>(slot->staged_data.get());
-    ask(link_from("cpu"), {address, address, slot->landing, slot->source.donor->size(), {slot}});
-  } else {
-    uint64_t begin = 0;
-    for (const Script::Piece& piece : donor_of(*slot).pieces()) {
-      const uint64_t from = std::max(part.begin, begin);
-      const uint64_t to = std::min(part.end, begin + piece.bytes);
-      if (from < to || (from == to && piece.bytes == 0)) {
-        ask(link_from(piece.place),
-            {piece.owner, piece.address + (from - begin), slot->landing + from, to - from, {slot}});
-      }
-      begin += piece.bytes;
-    }
+  std::vector<Extent> extents = slot->source.donor->extents();
+  if (slot->staged != nullptr) {
+    const uint64_t bytes = slot->source.donor->size();
+    extents = {{0, bytes, "cpu", slot->staged.get(), slot->staged.get(), nullptr}};
   }
+  for (const Extent& extent : within(std::move(extents), part)) ask(extent, slot);
   if (slot->source.decoder != nullptr) to_decode_.push_back(slot);
 }
 
-void RehearsedDevice::ask(Link& link, Copy copy) {
-  if (!link.waiting.empty()) {
-    Copy& last = link.waiting.back();
-    const auto gap = static_cast<uint64_t>(copy.to - (last.to + last.bytes));
-    if (last.owner == copy.owner && copy.to >= last.to + last.bytes && gap < kMergeGap &&
-        copy.from == last.from + last.bytes + gap) {
-      last.bytes += gap + copy.bytes;
-      last.slots.push_back(copy.slots.front());
+void RehearsedDevice::ask(const Extent& extent, const DeviceSlotPtr& slot) {
+  std::vector<Copy>& waiting = link_from(extent.place).waiting;
+  std::byte* to = slot->landing + extent.begin;
+  if (!waiting.empty()) {
+    Copy& last = waiting.back();
+    const auto gap = gap_between(last.from + last.bytes, last.to + last.bytes, extent.data, to);
+    if (gap && last.owner == extent.owner) {
+      last.bytes += *gap + extent.bytes;
+      last.slots.push_back(slot);
       return;
     }
   }
-  link.waiting.push_back(std::move(copy));
+  waiting.push_back({extent.data, extent.owner, to, extent.bytes, {slot}});
 }
 
 bool RehearsedDevice::bring_staged() {
@@ -207,7 +188,7 @@ bool RehearsedDevice::issue() {
 }
 
 void RehearsedDevice::follow_users(Link& link, const std::vector<Copy>& copies) {
-  const auto is_staged = [](const Copy& copy) { return copy.slots.front()->staged; };
+  const auto is_staged = [](const Copy& copy) { return copy.slots.front()->staged != nullptr; };
   if (order_->count == link.behind || std::all_of(copies.begin(), copies.end(), is_staged)) return;
   stage_.wait(link.stream, order_->now());
   link.behind = order_->count;

@@ -52,7 +52,8 @@ class RehearsedDevice : public Transfer {
   struct Lease;
 
   struct Copy {
-    uint64_t owner, from;
+    const std::byte* from;
+    const void* owner;
     std::byte* to;
     uint64_t bytes;
     std::vector<DeviceSlotPtr> slots;
@@ -68,7 +69,7 @@ class RehearsedDevice : public Transfer {
   static DeviceSlot& device_slot(Slot& slot);
   Link& link_from(const std::string& place);
   void bring(const DeviceSlotPtr& slot, Range part);
-  void ask(Link& link, Copy copy);
+  void ask(const Extent& extent, const DeviceSlotPtr& slot);
   bool bring_staged();
   void follow_users(Link& link, const std::vector<Copy>& copies);
   void issue_copy(Link& link, const Copy& copy);

@@ -22,9 +22,6 @@ class RehearsedDonor : public Donor {
     for (const Script::Piece& piece : pieces) bytes_ += piece.bytes;
   }
 
-  const std::vector<Script::Piece>& pieces() const { return pieces_; }
-  bool is_file() const { return pieces_.front().place == "disk"; }
-
   std::string tier() const override { return pieces_.front().place; }
   uint64_t size() const override { return bytes_; }
   std::string describe() const override { return "a donor of a rehearsal"; }
@@ -32,10 +29,12 @@ class RehearsedDonor : public Donor {
   std::shared_ptr<std::byte> map() override { throw std::logic_error("no bytes to map"); }
   std::vector<Extent> extents() const override {
     std::vector<Extent> found;
-    if (is_file()) return found;
+    if (pieces_.front().place == "disk") return found;
     uint64_t begin = 0;
     for (const Script::Piece& piece : pieces_) {
-      found.push_back({begin, piece.bytes, piece.place, nullptr, nullptr, nullptr});
+      found.push_back({begin, piece.bytes, piece.place,
+                       reinterpret_cast<const std::byte*>(piece.address),
+                       reinterpret_cast<const void*>(piece.owner), nullptr});
       begin += piece.bytes;
     }
     return found;

@@ -28,7 +28,10 @@ Stage::Stage(const Script& script)
       links_[link.from] = {time_.add_resource(link.from, link.rate, link.latency, link.group), 1};
     }
   }
-  for (int& reader : readers_) reader = new_stream("reads");
+  for (uint32_t i = 0; i < script.readers; ++i) readers_.push_back(new_stream("reads"));
+  for (uint32_t i = 0; i < script.urgent_readers; ++i) {
+    urgent_readers_.push_back(new_stream("reads"));
+  }
 }
 
 int Stage::new_stream(std::string track) {
@@ -76,7 +79,10 @@ std::shared_ptr<std::byte> Stage::no_memory(uint64_t bytes) {
 }
 
 void* Stage::begin(uint64_t bytes, bool urgent) {
-  const int reader = readers_[urgent ? 2 : next_reader_++ % 2];
+  std::deque<int>& readers = urgent ? urgent_readers_ : readers_;
+  const int reader = readers.front();
+  readers.pop_front();
+  readers.push_back(reader);
   time_.issue(reader, {"read", disk_, static_cast<double>(bytes), nullptr, nullptr});
   auto mark = std::make_unique<MarkPtr>(std::make_shared<Mark>());
   time_.record(reader, *mark);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -45,7 +46,7 @@ class Stage : public ReadClock {
   // Addresses that nothing else has. Nobody may look at what is there.
   std::shared_ptr<std::byte> no_memory(uint64_t bytes);
 
-  // --- ReadClock: the disk, with two readers in turn and one for urgent reads ---
+  // --- ReadClock: the disk, with its readers in turn ---
   void* begin(uint64_t bytes, bool urgent) override;
   bool ended(void* read) override;
   void wait(void* read) override;
@@ -65,8 +66,8 @@ class Stage : public ReadClock {
   std::map<std::string, Link> links_;
   int compute_, disk_;  // resources
   int compute_stream_;
-  int readers_[3];
-  size_t next_reader_ = 0;
+  // Streams. The next read of that kind is for the first one of its list.
+  std::deque<int> readers_, urgent_readers_;
   uint64_t next_address_;
 };
 

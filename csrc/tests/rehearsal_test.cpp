@@ -36,7 +36,7 @@ void the_slower_of_both_binds() {
   CHECK(near(copying.traffic.at("copies cpu->sim:0").bytes, 12e6));
   CHECK(near(copying.traffic.at("copies cpu->sim:0").busy, 12e-3));
   double waited = 0;
-  for (const Time stall : copying.stalls) waited += stall;
+  for (const auto& [weight, stall] : copying.stalls) waited += stall;
   CHECK(near(waited, 12 * 0.8e-3));
 }
 
@@ -116,6 +116,9 @@ void what_cannot_be_is_refused() {
   CHECK(refused(script));
   script = chain(2, 1e-3, 1e9);
   script.uses[0].weights = {9};
+  CHECK(refused(script));
+  script = chain(2, 1e-3, 1e9);
+  script.uses[0].operators = 0;
   CHECK(refused(script));
   script = chain(2, 1e-3, 1e9);
   script.weights[0].pieces.clear();

@@ -11,19 +11,21 @@ from distorch.errors import PlacementError, SpecError
 from distorch.loading import plan as plan_of
 from distorch.planner import Plan
 from distorch.prediction.predicted import LinkUse, Prediction
+from distorch.prediction.recording import form_of
 from distorch.prediction.script import Script, script_of
 from distorch.prediction.step import Step
 from distorch.runtime.changes import alone
-from distorch.runtime.distribution import distribution_of, known_distribution
-from distorch.runtime.groups import Group, group_members, shape_of
+from distorch.runtime.distribution import distribution_of, inventory_now, known_distribution
+from distorch.runtime.groups import Group, group_members
 from distorch.runtime.links import known_links
-from distorch.runtime.options import Options, PlacementOptions, check_module
+from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
+from distorch.runtime.planning import check_plan_fits
 from distorch.runtime.ring_room import ring_bytes
 from distorch.timeline import Span, Timeline
-from distorch.tracing import is_tracing
 
 _LINKS = ("copies", "reads")  # the first words of tracks
 _COMPUTING = ("compute", "decodes")
+_ARGUMENTS = ("spec", "plan", "virtual_vram", "donor")
 
 
 def predict(
@@ -56,53 +58,58 @@ def predict(
 
     Raises:
         SpecError: The spec or an option is wrong.
-        PlacementError: The placement cannot be done, a link was never measured, the step is of
-            another model or another device, or a trace is running.
+        PlacementError: The placement cannot be done, a link was never measured, or the step is of
+            another model or another device.
     """
     check_module(module)
     if not isinstance(step, Step):
         raise SpecError(
-            f"predict: expected a step from distorch.record_step, got a {type(step).__name__}"
+            "predict: expected a step, from `with distorch.record_step(model) as step:` or from "
+            f"distorch.Step.load(path), got {type(step).__name__}"
         )
-    if is_tracing():
-        raise PlacementError("a trace is running: predict when its block has ended")
+    step.check()
     measured = known_links()
     if measured is None:
         raise PlacementError(
             "the links of this machine were not measured: call distorch.calibrate() once"
         )
-    state = known_distribution(module)
-    before = state.lasting_options() if state is not None else None
-    opts = Options.of(options, ("spec", "plan", "virtual_vram", "donor"), before)
-    given = [spec, plan, virtual_vram]
-    if not options and all(one is None for one in given):
-        chosen = distribution_of(module).plan
-    elif plan is not None:
-        chosen, opts = plan, opts.as_planned(plan, options)
-    else:
-        chosen = plan_of(module, spec, virtual_vram=virtual_vram, donor=donor, **options)
+    placed_now = spec is None and plan is None and virtual_vram is None and donor is None
+    if not placed_now:
+        check_one_placement(spec, plan, virtual_vram, donor)
     with alone(module, nested=True):  # not in the middle of a change
+        state = distribution_of(module) if placed_now else known_distribution(module)
+        before = state.lasting_options() if state is not None else None
+        opts = Options.of(options, _ARGUMENTS, before)
         groups = group_members(module)
-        _check_step(step, groups, chosen)
+        if placed_now:
+            plan = distribution_of(module).plan
+            opts = opts.as_planned(plan, options)
+        elif plan is not None:
+            check_plan_fits(plan, inventory_now(module, groups))
+            opts = opts.as_planned(plan, options)
+        else:
+            plan = plan_of(module, spec, virtual_vram=virtual_vram, donor=donor, **options)
+        _check_fits(step, groups, plan)
         # Models on one device share a ring, and the largest reservation counts.
-        own = state.reservation if state is not None else None
-        ring = max(ring_bytes(groups, chosen, opts), _native.reserved_beside(chosen.compute, own))
-        script = script_of(groups, chosen, step, ring, measured)
-    return _rehearsed(script, chosen)
+        others = _native.reserved_beside(plan.compute, state.reservation if state else None)
+        ring = max(ring_bytes(groups, plan, opts), others)
+        script = script_of(groups, plan, step, ring, measured)
+    return _rehearsed(script, plan)
 
 
-def _check_step(step: Step, groups: list[Group], plan: Plan) -> None:
+def _check_fits(step: Step, groups: list[Group], plan: Plan) -> None:
     if not step.uses:
         raise PlacementError(
-            "the step is empty: run the model inside of the block of distorch.record_step"
+            "the step is empty: run the model inside of the block of distorch.record_step, in the "
+            "same thread"
         )
-    shapes = {group.name: shape_of(group.first) for group in groups}
-    for name, shape in step.shapes.items():
-        if shapes.get(name) != shape:
-            there = f"has it as {list(shapes[name])}" if name in shapes else "does not have it"
+    forms = {group.name: form_of(group.first) for group in groups}
+    for name, form in step.forms.items():
+        if forms.get(name) != form:
+            there = f"has it as {forms[name]}" if name in forms else "does not have it"
             raise PlacementError(
-                f"the step uses {name!r} {list(shape)}, and this model {there}; record a step of "
-                "this model with distorch.record_step"
+                f"the step uses {name!r} ({form}), and this model {there}; record a step of this "
+                "model with distorch.record_step"
             )
     if step.compute != plan.compute:
         raise PlacementError(
@@ -113,10 +120,6 @@ def _check_step(step: Step, groups: list[Group], plan: Plan) -> None:
 
 def _rehearsed(script: Script, plan: Plan) -> Prediction:
     found = _native.rehearse(**script.arguments())
-    stalls: dict[str, float] = {}
-    for weight, waited in zip(script.weights, found["stalls"], strict=True):
-        if waited > 0:
-            stalls[weight.name] = stalls.get(weight.name, 0.0) + waited
     links, device = {}, 0.0
     for track, (nbytes, busy) in found["traffic"].items():
         kind = track.split(" ", maxsplit=1)[0]
@@ -133,7 +136,7 @@ def _rehearsed(script: Script, plan: Plan) -> Prediction:
         first_seconds=found["first"],
         compute_seconds=_native.rehearse(**script.resident().arguments())["step"],
         busy_seconds=min(device, found["step"]),
-        stalls=stalls,
+        stalls={name: seconds for name, seconds in found["stalls"].items() if seconds > 0},
         links=links,
         ring_bytes=script.ring_bytes,
         overflows=found["overflows"],

@@ -34,8 +34,8 @@ class Prediction:
         plan: The placement that it is about.
         seconds: Of one step among several, once the order of weights is learned. The host runs
             ahead of the device, as it does if nothing reads the results in between.
-        waited_seconds: The same if the host waits for each step's end, as loops do that print a
-            number of each. Copies for the next step then begin later.
+        waited_seconds: The same if the host waits for the last operator of each step (`.item()`,
+            `.cpu()`), as loops do that print a number of each. Copies may then be asked for later.
         first_seconds: Of the first step.
         compute_seconds: Of a step with all weights resident.
         busy_seconds: In which the compute device computes or decodes.
@@ -71,7 +71,8 @@ class Prediction:
         busiest = max(self.links, key=lambda name: self.links[name].busy_seconds, default="")
         if busiest and self.links[busiest].busy_seconds >= full:
             return busiest
-        return "host" if self.compute_seconds >= full else "ring"
+        host = self.plan.compute != "cpu" and self.compute_seconds >= full
+        return "host" if host else "ring"
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON types."""

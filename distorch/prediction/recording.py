@@ -2,16 +2,17 @@
 """Records which weights each operator of a step uses, and how long it takes.
 
 A dispatch mode sees every operator that reaches a device, with its arguments. A weight is known by
-its storage, so views of it count as uses of it.
+its bytes in a storage, so views of it count as uses of it.
 
-Time on a device is taken by events: one before and one behind each operator on weights. What the
-device waited for weights in between is in the trace, and is taken off. A device that is idle also
-waits for the host. The first event is then recorded just before the operator is issued, and the use
-is marked: `predict` takes off what the host needs to issue one.
+Time on a device is taken by an event behind each operator. What the device waited for weights in
+between is in the trace, and is taken off. A device that is idle also waits for the host. Then
+another event is recorded just before the operator is issued, and the use is marked: `predict` takes
+off what the host needs to issue one.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,17 +21,20 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from distorch import _ops
 from distorch.errors import PlacementError
 from distorch.prediction.step import Step, Use
+from distorch.runtime import machine
 from distorch.runtime.distribution import distribution_of
-from distorch.runtime.groups import group_members, parts_of, shape_of
+from distorch.runtime.groups import byte_extent, group_members, has_bytes, parts_of, shape_of
 from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
 
 _LOOKUPS = frozenset({"aten::embedding"})
-_COPIES = frozenset({"aten::_to_copy", "aten::copy_"})
+_MASKS = (torch.bool, torch.uint8)
 
 
 @contextmanager
@@ -39,29 +43,31 @@ def record_step(module: nn.Module) -> Iterator[Step]:
 
     Example::
 
-        model(x)  # once before, so that nothing is compiled or chosen while it is measured
+        model(x)  # once before, so that nothing is compiled or chosen while it is recorded
         with distorch.record_step(model) as step:
             model(x)
         print(distorch.predict(model, step, "cuda:0,4gb;cpu,*"))
 
-    The placement does not matter: what operators wait for weights is taken off. Operators inside of
-    compiled code (torch.compile) are not seen. The step is filled when the block ends without an
-    error.
+    Run one step in the block. Everything that this thread computes there counts, also a backward
+    pass. A step of another batch or resolution is another step. The block fills the step when it
+    ends without an error. Compiled modules run as plain code in it.
 
     Args:
-        module: A distributed module.
+        module: A distributed module, placed in any way.
 
     Returns:
         A context manager that gives a `Step`.
 
     Raises:
-        PlacementError: The module is not distributed, a trace is running, or the module was placed
-            anew inside of the block.
+        PlacementError: The module is not distributed, a trace or another recording is running, or
+            the module was placed anew inside of the block.
     """
     placed = distribution_of(module)
     compute, plan = placed.plan.compute, placed.plan
     step = Step(compute)
-    recorder = _Recorder(_names(module), torch.device(compute))
+    recorder = _Recorder(_Names(module), torch.device(compute))
+    if compute != "cpu":
+        machine.synchronize(compute)  # what was fetched ahead is decoded, and disturbs no operator
     with trace(module) as timeline, recorder:
         yield step
     if distribution_of(module).plan is not plan:
@@ -70,21 +76,44 @@ def record_step(module: nn.Module) -> Iterator[Step]:
         )
     step.uses += recorder.uses(timeline)
     used = set(step.weights)
-    groups = {group.name: group for group in group_members(module)}
-    step.shapes |= {name: shape_of(groups[name].first) for name in groups if name in used}
+    for group in group_members(module):
+        if group.name in used:
+            step.forms[group.name] = form_of(group.first)
     if compute == "cpu":
         for span in timeline.spans:
-            if span.track == "decodes":
-                step.decodes[span.name] = span.end - span.start
+            if span.track == "decodes" and span.bytes:
+                step.decodes[span.name] = (span.end - span.start) / span.bytes
 
 
-def _names(module: nn.Module) -> dict[int, list[str]]:
-    """Storage -> first names of the weights in it."""
-    found: dict[int, list[str]] = {}
-    for group in group_members(module):
-        for part in parts_of(group.first):
-            found.setdefault(_storage(part), []).append(group.name)
-    return found
+def form_of(weight: torch.Tensor) -> str:
+    """Dtype and shape, such as "float32 [4, 4]"."""
+    return f"{str(weight.dtype).removeprefix('torch.')} {list(shape_of(weight))}"
+
+
+class _Names:
+    """The weights of a module, by their bytes in storages."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._known: dict[int, list[tuple[int, float, str]]] = {}  # begin, end, first name
+        for group in group_members(module):
+            whole = group.first
+            alone = not has_bytes(whole) or (_ops.is_sharded(whole) and _ops.state(whole).decoded)
+            begin, end = (0, math.inf) if alone else (group.begin, group.end)
+            for part in parts_of(whole):
+                if has_bytes(part):
+                    self._known.setdefault(_storage(part), []).append((begin, end, group.name))
+
+    def of(self, tensor: torch.Tensor) -> Iterator[str]:
+        """The weights whose bytes a tensor shows; none for one that is no plain memory."""
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                yield from self.of(getattr(tensor, name))
+        elif has_bytes(tensor) and (known := self._known.get(_storage(tensor))):
+            if len(known) == 1:
+                yield known[0][2]
+                return
+            first, last = byte_extent(tensor)
+            yield from (name for begin, end, name in known if begin < last and first < end)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -92,102 +121,73 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class _Noted(NamedTuple):
-    """A use, with two points in time in place of its seconds."""
+    """A use, with two marks in place of its seconds: their places in the list of all marks."""
 
-    before: Any
-    behind: Any
+    before: int
+    behind: int
     use: Use
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every use."""
+    """Notes every operator."""
 
-    def __init__(self, names: dict[int, list[str]], device: torch.device) -> None:
+    supports_higher_order_operators = True  # torch.cond, flex_attention: each counts as one
+
+    def __init__(self, names: _Names, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
         self._device = device
         self._on_host = device.type == "cpu"
-        self._mark: Callable[[], Any] = time.perf_counter if self._on_host else _events_of(device)
+        self._now: Callable[[], Any] = time.perf_counter if self._on_host else _events_of(device)
+        self._marks: list[Any] = []
         self._noted: list[_Noted] = []
-        self._others = 0  # operators on no weight since the last mark, on a device
-        self._others_idle = False  # the device, when the first of them was issued
-        self._first: Any = None
-        self._last: Any = None
 
     def __enter__(self) -> _Recorder:
-        self._first = self._last = self._mark()
+        self._mark()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._end_others()
+    def _mark(self) -> int:
+        self._marks.append(self._now())
+        return len(self._marks) - 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.is_view:
+        known = isinstance(func, OpOverload)
+        if known and func.is_view:
             return func(*args, **kwargs)
-        given = (*args, *kwargs.values())
-        if weights := tuple(dict.fromkeys(self._weights_in(given))):
-            rows = args[1].numel() if func._schema.name in _LOOKUPS else 0
-            return self._note(func, args, kwargs, Use(0.0, 1, weights, rows))
-        if not self._on_host and (copied := self._copied_by(func, given)):
-            return self._note(func, args, kwargs, Use(0.0, 1, copied=copied))
+        weights = dict.fromkeys(
+            name for tensor in _tensors_in((*args, *kwargs.values()))
+            for name in self._names.of(tensor)
+        )  # fmt: skip
+        rows = args[1].numel() if known and func._schema.name in _LOOKUPS and weights else 0
+        idle = not self._on_host and self._marks[-1].query()
+        before = self._mark() if idle or self._on_host else len(self._marks) - 1
+        result = func(*args, **kwargs)
+        behind = self._mark()
+        copied, waits = self._of_the_host(func, args, kwargs) if known else (0, False)
+        use = Use(0.0, 1, tuple(weights), rows, copied, int(idle), waits)
+        self._noted.append(_Noted(before, behind, use))
+        return result
+
+    def _of_the_host(self, func: OpOverload, args: Any, kwargs: Any) -> tuple[int, bool]:
+        """Bytes that the operator copies from RAM, and whether the host waits for it."""
         if self._on_host:
-            return self._note(func, args, kwargs, Use(0.0))
-        if not self._others:
-            self._others_idle = self._last.query()
-        self._others += 1
-        result = func(*args, **kwargs)
-        if self._tells_the_host(given, result):
-            self._end_others(host_waits=True)
-        return result
-
-    def _note(self, func: Any, args: Any, kwargs: Any, use: Use) -> Any:
-        """Calls an operator, and notes it alone."""
-        self._end_others()
-        idle = not self._on_host and self._last.query()
-        before = self._mark() if idle or self._on_host else self._last
-        result = func(*args, **kwargs)
-        self._last = self._mark()
-        waits = not self._on_host and self._tells_the_host((*args, *kwargs.values()), result)
-        self._noted.append(_Noted(before, self._last, use._replace(idle=idle, host_waits=waits)))
-        return result
-
-    def _end_others(self, host_waits: bool = False) -> None:
-        """What ran since the last operator on weights becomes one use."""
-        if not self._others:
-            return
-        now = self._mark()
-        use = Use(0.0, self._others, idle=self._others_idle, host_waits=host_waits)
-        self._noted.append(_Noted(self._last, now, use))
-        self._last, self._others = now, 0
-
-    def _weights_in(self, values: Iterable[Any]) -> Iterator[str]:
-        for tensor in _tensors_in(values):
-            for part in parts_of(tensor):
-                if part.layout is torch.strided:
-                    yield from self._names.get(_storage(part), ())
-
-    def _copied_by(self, func: Any, given: Iterable[Any]) -> int:
-        """Bytes that the operator copies from RAM to the compute device."""
-        if func._schema.name not in _COPIES:
-            return 0
-        devices = [value for value in given if isinstance(value, torch.device)]
-        tensors = list(_tensors_in(given))
-        there = any(device.type == self._device.type for device in devices) or (
-            tensors[0].device == self._device
-        )
-        return tensors[-1].nbytes if there and tensors[-1].device.type == "cpu" else 0
-
-    def _tells_the_host(self, given: Iterable[Any], result: Any) -> bool:
-        """Whether the host gets a number, or a tensor of its own, from tensors of the device."""
-        results = list(_tensors_in((result,)))
-        if results and all(tensor.device == self._device for tensor in results):
-            return any(tensor.device.type == "cpu" for tensor in _tensors_in(given))
-        return any(tensor.device == self._device for tensor in _tensors_in(given))
+            return 0, False
+        if (copy := _copy_by(func, args, kwargs)) is not None:
+            source, target, non_blocking = copy
+            if source.device.type == "cpu" and _same_device(target, self._device):
+                return source.nbytes, not (non_blocking and source.is_pinned())
+            leaves = source.device == self._device and not _same_device(target, self._device)
+            return 0, leaves and not non_blocking
+        there = [t for t in _tensors_in((*args, *kwargs.values())) if t.device == self._device]
+        if not there or not _needs_values(func):
+            return 0, False
+        # An index of numbers is an ordinary operator. One of booleans has to be counted.
+        masks = any(tensor.dtype in _MASKS for tensor in there)
+        return 0, func._schema.name != "aten::index" or masks
 
     def uses(self, timeline: Timeline) -> list[Use]:
         """What was noted, in seconds, without the waits that the trace has.
@@ -199,19 +199,74 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def times(*kinds: str) -> _Times:
             return _Times(span for span in timeline.spans if span.track.startswith(kinds))
 
-        if self._on_host:
-            waits = times("stalls", "decodes")
-            waits_and_decodes = times("stalls", "decodes")
-        else:
-            waits, waits_and_decodes = times("stalls "), times("stalls ", "decodes ")
-        found = []
+        at = self._seconds_of_marks()
+        waits = times("stalls", "decodes") if self._on_host else times("stalls ")
+        decodes = times() if self._on_host else times("stalls ", "decodes ")
+        found: list[Use] = []
         for before, behind, use in self._noted:
-            begin, end = (_seconds_between(self._first, mark) for mark in (before, behind))
+            begin, end = at[before], at[behind]
             waited = waits.between(begin, end)
-            shared = waits_and_decodes.between(begin, end) - waited
-            seconds = max(end - begin - waited - shared / 2, 0.0)
-            found.append(use._replace(seconds=seconds))
+            shared = max(0.0, decodes.between(begin, end) - waited)
+            timed = use._replace(seconds=max(end - begin - waited - shared / 2, 0.0))
+            if found and _are_one(found[-1], timed):
+                timed = _joined(found.pop(), timed)
+            found.append(timed)
         return found
+
+    def _seconds_of_marks(self) -> list[float]:
+        """Since the first one. Devices tell short times more exactly than long ones."""
+        at = [0.0]
+        for mark, following in zip(self._marks, self._marks[1:], strict=False):
+            at.append(at[-1] + _seconds_between(mark, following))
+        return at
+
+
+def _are_one(first: Use, then: Use) -> bool:
+    """Whether both are operators on no weight, in a run of such."""
+    plain = not (first.weights or then.weights or first.copied or then.copied)
+    return plain and not first.host_waits
+
+
+def _joined(first: Use, then: Use) -> Use:
+    return then._replace(
+        seconds=first.seconds + then.seconds,
+        operators=first.operators + then.operators,
+        idle=first.idle + then.idle,
+    )
+
+
+def _needs_values(func: OpOverload) -> bool:
+    """Whether the host has to know numbers that a device computes, before it can go on."""
+    tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return any(tag in func.tags for tag in tags)
+
+
+def _copy_by(
+    func: OpOverload, args: Any, kwargs: Any
+) -> tuple[torch.Tensor, torch.device, bool] | None:
+    """Source, target and `non_blocking` of an operator that copies; None: it does not."""
+    if func._schema.name == "aten::_to_copy":
+        target = kwargs.get("device")
+        target = args[0].device if target is None else torch.device(target)
+        return args[0], target, bool(kwargs.get("non_blocking", False))
+    if func._schema.name == "aten::copy_":
+        return args[1], args[0].device, bool(args[2] if len(args) > 2 else False)
+    return None
+
+
+def _same_device(named: torch.device, device: torch.device) -> bool:
+    """Whether a device that may be named without a number ("cuda") is this one."""
+    if named.type != device.type or named.index is not None:
+        return named == device
+    return device.index == torch.accelerator.current_device_index()
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
 
 
 class _Times:
@@ -231,14 +286,6 @@ class _Times:
         while self._spans and self._spans[0][1] <= end:
             self._spans.popleft()
         return found
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
 
 
 def _events_of(device: torch.device) -> Callable[[], torch.Event]:

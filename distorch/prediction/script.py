@@ -9,17 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distorch import _donors, _ops
+from distorch import _donors, _native, _ops
 from distorch.errors import PlacementError
 from distorch.planner import Plan
 from distorch.prediction.step import Step, Use
 from distorch.runtime import wrapped
 from distorch.runtime.groups import Group, parts_of
-from distorch.runtime.links import Calibration, Link
+from distorch.runtime.links import Calibration, Link, is_simulated
 from distorch.runtime.staging import packed_places, planned_place
 
 _TABLE_SHARE = 4  # see csrc/hook/embedding.cpp
 _READ_PART = 4 << 20  # bytes; see csrc/engine/reads.cpp
+_MEASURE = (
+    "is not known; measure it with distorch.calibrate() (on a machine with an accelerator it "
+    "measures only what computes there)"
+)
 _SHARED = 0.9  # links that together carry less than this part of their sum share hardware
 _PIECES = 1 << 32  # owners: from here on, pieces of memory that several weights share
 
@@ -56,13 +60,14 @@ class Played(NamedTuple):
 
 @dataclass
 class Script:
-    """The arguments of `_native.rehearse`, and the bytes that lookups bring beside it."""
+    """The arguments of `_native.rehearse`, and the same step with nothing to fetch."""
 
     compute: str
     ring_bytes: int
     links: list[tuple[str, float, float, int]]
     groups: list[float]
     disk: tuple[float, float]
+    readers: tuple[int, int]
     costs: tuple[float, float]
     weights: list[Weight]
     uses: list[Played]
@@ -124,7 +129,7 @@ def script_of(
     copies = any(use.copied for use in step.uses)
     return Script(
         plan.compute, ring_bytes, *machine.links_for(weights, copies), machine.disk_for(weights),
-        machine.costs(), weights, uses, plain,
+        machine.readers(), machine.costs(), weights, uses, plain,
     )  # fmt: skip
 
 
@@ -144,8 +149,9 @@ def _weights_of(
     if decoded:
         state = _ops.state(first)
         nbytes = first.untyped_storage().nbytes()
-        seconds = step.decodes.get(group.name)
-        if seconds is None:
+        if machine.compute == "cpu":
+            seconds = _decode_seconds_on_host(group.name, state.nbytes, step)
+        else:
             seconds = machine.decode_seconds(
                 state.nbytes, nbytes, state.factor_bytes, first.shape[0], nbytes // first.itemsize
             )
@@ -156,6 +162,17 @@ def _weights_of(
         sizes = [part.untyped_storage().nbytes() for part in parts]
         return [_plain(group.name, size, place, owner, machine) for size in sizes]
     return [_plain(group.name, group.nbytes, place, owner, machine)]
+
+
+def _decode_seconds_on_host(name: str, stored: int, step: Step) -> float:
+    """From what the step took for this weight, or for the others. PlacementError: for none."""
+    if not step.decodes:
+        raise PlacementError(
+            f"how long {name!r} takes to decode is not known, since nothing was decoded in the "
+            "step: the ring had all. Record it with a small one, such as prefetch='1mb'"
+        )
+    mean = sum(step.decodes.values()) / len(step.decodes)
+    return step.decodes.get(name, mean) * stored
 
 
 def _plain(name: str, nbytes: int, place: str, owner: int, machine: _Machine) -> Weight:
@@ -184,24 +201,19 @@ class _Machine:
     def __init__(self, compute: str, measured: Calibration) -> None:
         self.compute = compute
         self._links = {link.donor: link for link in measured.links if link.compute == compute}
-        self._to_host = {link.donor: link for link in measured.links if link.compute == "cpu"}
         self._speed = measured.speed(compute)
 
     def _link(self, place: str) -> Link:
         found = self._links.get(place)
         if found is None:
             raise PlacementError(
-                f"what the link from {place!r} to {self.compute!r} carries is not known; measure "
-                "it with distorch.calibrate()"
+                f"what the link from {place!r} to {self.compute!r} carries {_MEASURE}"
             )
         return found
 
     def _known_speed(self) -> Any:
         if self._speed is None:
-            raise PlacementError(
-                f"how fast {self.compute!r} computes is not known; measure it with "
-                "distorch.calibrate()"
-            )
+            raise PlacementError(f"how fast {self.compute!r} computes {_MEASURE}")
         return self._speed
 
     def costs(self) -> tuple[float, float]:
@@ -211,11 +223,15 @@ class _Machine:
         speed = self._known_speed()
         return speed.issue, speed.event
 
+    def readers(self) -> tuple[int, int]:
+        """How many reads the host makes at once: ahead of a use, and for somebody who waits."""
+        if is_simulated(self.compute):
+            return 2, 1  # csrc/sim/machine.h
+        return _native.io_threads(), _native.io_threads()
+
     def without_issuing(self, use: Use) -> float:
         """Seconds of the device alone."""
-        if not use.idle:
-            return use.seconds
-        return max(0.0, use.seconds - use.operators * self.costs()[0])
+        return max(0.0, use.seconds - use.idle * self.costs()[0])
 
     def links_for(
         self, weights: Sequence[Weight], copies: bool
@@ -254,7 +270,8 @@ class _Machine:
         # left is the read.
         up = self._link("cpu")
         latency = max(0.0, disk.latency - up.latency)
-        seconds = max(1 / disk.rate - 1 / up.rate - latency / _READ_PART, 1e-15)
+        at_once = self.readers()[1]
+        seconds = max(1 / disk.rate - 1 / up.rate - latency / _READ_PART / at_once, 1e-15)
         return 1 / seconds, latency
 
     def row_seconds(self, place: str, nbytes: int) -> float:
@@ -262,7 +279,8 @@ class _Machine:
         if self.compute == "cpu" and place != "disk":
             return 0.0
         link = self._link(place.split("+", maxsplit=1)[0])
-        return link.latency + nbytes / link.rate
+        # Their numbers go to the host, and the rows come back with their new numbers.
+        return 3 * link.latency + nbytes / link.rate
 
     def decode_seconds(
         self, stored: int, decoded: int, factors: int, rows: int, elements: int

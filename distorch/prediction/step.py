@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from distorch._small_files import MOST_TRACE, read_json, write_atomically
 from distorch.display.tables import html_table, text_table
-from distorch.errors import FormatError
+from distorch.errors import FormatError, SpecError
 
 _VERSION = 1
 _WRITER = "distorch step"
 _SHOWN = 8
+_LONGEST = 1e9  # seconds: no operator takes longer
 
 
 class Use(NamedTuple):
@@ -28,8 +29,8 @@ class Use(NamedTuple):
         weights: Their first names, each one once.
         rows: How many rows an embedding looks up in its table; 0 for all other operators.
         copied: Bytes that the operator itself brings from RAM to the compute device.
-        idle: The device had nothing to do when the operator was issued. So `seconds` has what the
-            host took to issue it, too.
+        idle: Of how many of them the device had nothing to do when they were issued. Their
+            `seconds` have what the host took to issue them, too.
         host_waits: The host then waits for the device, because it needs a result.
     """
 
@@ -38,7 +39,7 @@ class Use(NamedTuple):
     weights: tuple[str, ...] = ()
     rows: int = 0
     copied: int = 0
-    idle: bool = False
+    idle: int = 0
     host_waits: bool = False
 
 
@@ -50,13 +51,14 @@ class Step:
         compute: The device that ran it.
         uses: A `Use` for each operator on weights, and for each run of other operators between
             them. `record_step` fills the list when its block ends.
-        shapes: Weight -> its shape, for those that are used.
-        decodes: Weight -> seconds that the host took to decode it, where it was decoded there.
+        forms: Weight -> its dtype and shape ("float32 [4, 4]"), for those that are used.
+        decodes: Weight -> seconds for each stored byte that the host took to decode it, if it did
+            so in the step.
     """
 
     compute: str = ""
     uses: list[Use] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
     decodes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -82,7 +84,7 @@ class Step:
         return {
             "writer": _WRITER, "version": _VERSION, "compute": self.compute,
             "uses": [list(use) for use in self.uses],
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "forms": self.forms,
             "decodes": self.decodes,
         }  # fmt: skip
 
@@ -109,6 +111,15 @@ class Step:
             raise FormatError(
                 f"the step {str(path)!r} is damaged; record it again with distorch.record_step "
                 f"({type(error).__name__}: {error})"
+            ) from error
+
+    def check(self) -> None:
+        """SpecError if any number of it can be none that was recorded."""
+        try:
+            _believed(self.to_dict())
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SpecError(
+                f"predict: expected a step as distorch.record_step makes it, found {error}"
             ) from error
 
     def _rows(self) -> list[tuple[str, str, str]]:
@@ -150,17 +161,17 @@ def _believed(told: dict[str, Any]) -> Step:
             raise TypeError("a weight without a name")
         uses.append(
             Use(_seconds(seconds), _count(operators, 1), tuple(dict.fromkeys(weights)),
-                _count(rows), _count(copied), _flag(idle), _flag(host_waits))
+                _count(rows), _count(copied), _count(idle), _flag(host_waits))
         )  # fmt: skip
-    shapes = {str(name): tuple(map(_count, shape)) for name, shape in told["shapes"].items()}
+    forms = {str(name): str(form) for name, form in told["forms"].items()}
     decodes = {str(name): _seconds(value) for name, value in told["decodes"].items()}
-    return Step(told["compute"], uses, shapes, decodes)
+    return Step(told["compute"], uses, forms, decodes)
 
 
 def _seconds(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} seconds")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= _LONGEST:
         raise ValueError(f"{value!r} seconds")
     return float(value)
 

@@ -134,7 +134,7 @@ def _cache_file() -> Path:
     return _native.cache_folder() / f"links-{_machine_key()}.json"
 
 
-def _is_simulated(device: str) -> bool:
+def is_simulated(device: str) -> bool:
     return device.partition(":")[0] == torch._C._get_privateuse1_backend_name()
 
 
@@ -251,7 +251,7 @@ def calibrate(*, progress: Progress = None) -> Calibration:
             done(1)
     speeds = tuple(_speed(compute) for compute in computes)
     found = _remember(Calibration(tuple(_with_others(links)), speeds))
-    if not any(_is_simulated(compute) for compute in computes):
+    if not any(is_simulated(compute) for compute in computes):
         with suppress(OSError):  # there is no home folder, or it cannot be written to
             _native.made_cache_folder()
             content = {"version": _CACHE_VERSION, **found.to_dict()}
@@ -289,12 +289,16 @@ class _Clock:
 
 def _fetch_seconds(nbytes: int, tier: str, compute: torch.device) -> float:
     """The best of a few fetches of so many bytes. Each is of a new weight, since the ring of a
-    model that is there may keep one.
+    model that is there may keep one. A file that was just written is read once before: the first
+    read waits until the bytes are on the disk.
     """
     times = []
+    place = "cpu" if machine.needs_values(compute) else "meta"
     for _ in range(1 + _REPEATS):
-        data = torch.empty(nbytes, dtype=torch.uint8)
+        data = torch.empty(nbytes, dtype=torch.uint8, device=place)
         weight = _donors.shard_on(tier, data, compute, "calibration")
+        if tier == "disk":
+            _ops.read_donor(weight, 0, torch.empty(nbytes, dtype=torch.uint8))
         times.append(_seconds_of(lambda weight=weight: weight[:1].clone(), compute))  # type: ignore[misc]
     return min(times[1:])  # the first one warms up
 
@@ -327,7 +331,7 @@ def _speed(compute: str) -> Speed:
     device = torch.device(compute)
     source = torch.zeros(_LARGE, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    squares = [torch.zeros(side, side, device=device) for side in _SIDES]
+    squares = [torch.zeros(side, side, dtype=torch.float32, device=device) for side in _SIDES]
 
     def copies(count: int) -> float:
         return _best_seconds(lambda: [target.copy_(source) for _ in range(count)], device)
@@ -335,13 +339,15 @@ def _speed(compute: str) -> Speed:
     def product(square: torch.Tensor) -> float:
         return _best_seconds(lambda: square @ square, device)
 
-    # The smaller work is taken off each time: both wait alike for the host to issue them.
-    memory = 2 * _LARGE / max(copies(2) - copies(1), 1e-9)
+    # The smaller work is taken off each time: both wait alike for the host to issue them. Noise may
+    # make the rest too small, but not smaller than half of the whole.
+    four, large = copies(4), product(squares[1])
+    memory = 2 * 3 * _LARGE / max(four - copies(1), four / 2)
     operations = 2 * (_SIDES[1] ** 3 - _SIDES[0] ** 3)
-    flops = operations / max(product(squares[1]) - product(squares[0]), 1e-9)
+    flops = operations / max(large - product(squares[0]), large / 2)
     if compute == "cpu":
         return Speed(compute, memory, flops, 0.0, 0.0)
-    one = torch.zeros(1, device=device)
+    one = torch.zeros(1, dtype=torch.float32, device=device)
     event = torch.Event(device, enable_timing=True)
     stream = torch.accelerator.current_stream(device)
 

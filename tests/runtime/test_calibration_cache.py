@@ -13,6 +13,8 @@ from distorch.runtime import links
 
 LINK = {"donor": "cpu", "compute": "sim:0", "rate": 2e9, "latency": 1e-5, "together": 1e9,
         "back": None}  # fmt: skip
+SPEED = {"device": "sim:0", "memory": 9e11, "flops": 2e13, "issue": 2e-6, "event": 3e-7}
+RIGHT = {"version": 2, "links": [LINK], "speeds": [SPEED]}
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("distorch._donors.link_rates", {})
     monkeypatch.setattr(links, "_measure", lambda donor, compute: links.Link(**LINK))
     monkeypatch.setattr(links, "_with_others", lambda found: found)
-    monkeypatch.setattr(links, "_is_simulated", lambda compute: False)
+    monkeypatch.setattr(links, "is_simulated", lambda compute: False)
     return links._cache_file()
 
 
@@ -64,18 +66,26 @@ WRONG = {
     "not JSON": "{",
     "deep": "[" * 100_000,
     "a list": "[]",
-    "no links": '{"version": 1}',
-    "another version": json.dumps({"version": 2, "links": [LINK]}),
-    "of no version": json.dumps({"links": [LINK]}),
-    "a name more": json.dumps({"version": 1, "links": [LINK | {"more": 1}]}),
+    "no links": '{"version": 2, "speeds": []}',
+    "no speeds": json.dumps({"version": 2, "links": [LINK]}),
+    "another version": json.dumps(RIGHT | {"version": 1}),
+    "of no version": json.dumps({"links": [LINK], "speeds": [SPEED]}),
+    "a name more": json.dumps(RIGHT | {"links": [LINK | {"more": 1}]}),
     "binary": "\x80\x81",
     **{
-        f"{key} {value!r:.12}": json.dumps({"version": 1, "links": [LINK | {key: value}]})
+        f"{key} {value!r:.12}": json.dumps(RIGHT | {"links": [LINK | {key: value}]})
         for key, value in [
             ("rate", 0), ("rate", -1), ("rate", math.nan), ("rate", math.inf), ("rate", "1"),
             ("rate", True), ("rate", None), ("rate", 10**400), ("together", 0), ("back", -2.0),
             ("rate", 1e308), ("rate", 1e-300), ("together", 1e300),
             ("latency", -1), ("latency", math.nan), ("donor", 3), ("compute", None),
+        ]
+    },
+    **{
+        f"{key} {value!r:.12}": json.dumps(RIGHT | {"speeds": [SPEED | {key: value}]})
+        for key, value in [
+            ("device", 3), ("memory", 0), ("memory", math.inf), ("flops", -1.0), ("flops", "1"),
+            ("issue", -1e-6), ("issue", math.nan), ("event", None), ("event", True),
         ]
     },
 }  # fmt: skip
@@ -101,7 +111,7 @@ def test_what_others_may_have_written_is_not_believed(cache, kind):
     elif kind == "folder":
         cache.mkdir()
     else:
-        cache.write_text(json.dumps({"version": 1, "links": [LINK]}))
+        cache.write_text(json.dumps(RIGHT))
         cache.chmod(0o600)
         assert links.known_links() is not None
         forget()
@@ -112,7 +122,7 @@ def test_what_others_may_have_written_is_not_believed(cache, kind):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 def test_files_of_another_user_are_not_believed(cache):
     cache.parent.mkdir(parents=True, mode=0o700)
-    cache.write_text(json.dumps({"version": 1, "links": [LINK]}))
+    cache.write_text(json.dumps(RIGHT))
     cache.chmod(0o600)
     os.chown(cache, 12345, -1)
     assert links.known_links() is None

@@ -40,9 +40,32 @@ def test_shared_links_are_found_out():
     both = {("cpu", "sim:0"): (10e9, 0.0), ("sim:1", "sim:0"): (10e9, 0.0)}
     sim.configure(devices=2, links=both, shared=[set(both)])
     for link in distorch.calibrate().links:
-        if link.compute == "sim:0":
+        if (link.donor, link.compute) in both:
             assert link.rate == pytest.approx(10e9, rel=0.01)
             assert link.together == pytest.approx(5e9, rel=0.02)
+
+
+def test_the_ring_of_a_model_that_is_there_changes_nothing():
+    """It may keep a weight of 64 MiB, and a second fetch of that takes no time."""
+    sim.configure(devices=2, links=KNOWN, memory="2gb")
+    module = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(20)))
+    distorch.distribute(module, "sim:0,0b;cpu,*", prefetch="256mb")
+    module(torch.zeros(1, 2048, device="sim:0"))
+    found = distorch.calibrate()
+    for (donor, compute), (rate, latency) in KNOWN.items():
+        link = next(k for k in found.links if (k.donor, k.compute) == (donor, compute))
+        assert link.rate == pytest.approx(rate, rel=0.01)
+        assert link.latency == pytest.approx(latency, rel=0.1)
+
+
+def test_the_speed_of_a_device_is_found():
+    sim.configure(flops=20e12, memory_bandwidth=300e9)
+    speed = distorch.calibrate().speed("sim:0")
+    assert speed.memory == pytest.approx(300e9, rel=0.01)
+    assert speed.flops == pytest.approx(20e12, rel=0.01)
+    assert speed.issue == pytest.approx(2e-6, rel=0.01)  # what the simulator's host needs
+    assert speed.event == pytest.approx(0.3e-6, rel=0.05)
+    assert distorch.calibrate().speed("sim:1") is None
 
 
 def test_stripes_follow_the_rates():
@@ -53,7 +76,7 @@ def test_stripes_follow_the_rates():
     cpu, peer = _donors.stripe_sizes(nbytes, ["cpu", "sim:1"], "sim:0")
     assert cpu + peer == nbytes and cpu / nbytes == pytest.approx(6.8 / 26.8, rel=0.02)
     striped = distorch.shard(torch.zeros(nbytes // 4), "cpu+sim:1", compute="sim:0")
-    seconds = links._fetch_seconds(striped, torch.device("sim:0"))
+    seconds = links._best_seconds(lambda: striped[:1].clone(), torch.device("sim:0"))
     assert nbytes / seconds >= 0.97 * (6.8e9 + 20e9)
 
 
