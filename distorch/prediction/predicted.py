@@ -26,7 +26,7 @@ class LinkUse:
     busy_seconds: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Prediction:
     """What a step will take. It prints as a table, and `plot` draws the step.
 

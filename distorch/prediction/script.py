@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from distorch.planner import Plan
 from distorch.prediction.step import Step, Use
 from distorch.runtime import wrapped
 from distorch.runtime.groups import Group, parts_of
-from distorch.runtime.links import Calibration, Link, is_simulated
+from distorch.runtime.links import Calibration, Link, Speed, is_simulated
 from distorch.runtime.staging import packed_places, planned_place
 
 _TABLE_SHARE = 4  # see csrc/hook/embedding.cpp
@@ -90,47 +90,51 @@ def script_of(
     Weights that it does not use are there, too: the ring takes them to come until it knows better.
     """
     machine = _Machine(plan.compute, measured)
-    weights: list[Weight] = []
-    parts: dict[str, list[int]] = {}  # name -> indices in `weights`
-    packed = packed_places(
-        [group for group in groups if planned_place(group, plan) == "cpu"],
-        torch.device(plan.compute),
-    )
-    for owner, group in enumerate(groups):
-        own = _weights_of(group, planned_place(group, plan), owner, machine, step)
-        if (
-            id(group) in packed and own and not own[0].encoded
-        ):  # copies of neighbours may become one
-            piece, begin = packed[id(group)]
-            own = [own[0]._replace(pieces=[Piece("cpu", own[0].nbytes, _PIECES + piece, begin)])]
-        parts[group.name] = list(range(len(weights), len(weights) + len(own)))
-        weights += own
-    tables = {group.name: group for group in groups if parts[group.name]}
-    uses: list[Played] = []
-    plain: list[Played] = []
-    waits_before: list[int] = []
+    places = {group.name: planned_place(group, plan) for group in groups}
+    fetched = _fetched(groups, places, machine, step)
+    weights = [weight for own in fetched.values() for weight in own]
+    indices: dict[str, list[int]] = {}
+    for index, weight in enumerate(weights):
+        indices.setdefault(weight.name, []).append(index)
+    tables = {group.name: group for group in groups if group.name in indices}
+    uses, plain = list[Played](), list[Played]()
+    looks_up = []  # the uses before which the host waits
     for use in step.uses:
-        seconds, indices = machine.without_issuing(use), list[int]()
-        plain.append(Played(seconds, use.operators, [], use.copied, use.host_waits))
-        for name in use.weights:
-            if name not in tables:
-                continue
-            group = tables[name]
-            if use.rows and _takes_rows(group, weights[parts[name][0]], use.rows, ring_bytes):
-                # The host has to know which rows, and brings them alone.
-                waits_before.append(len(uses) - 1)  # -1: the last use of the step before
-                seconds = machine.row_seconds(planned_place(group, plan), use.rows * _row(group))
-            else:
-                indices += parts[name]
-        uses.append(Played(seconds, use.operators, indices, use.copied, use.host_waits))
-    if plan.compute != "cpu":
-        for position in waits_before:
-            uses[position] = uses[position]._replace(host_waits=True)
+        alone = Played(machine.without_issuing(use), use.operators, [], use.copied, use.host_waits)
+        plain.append(alone)
+        names = [name for name in use.weights if name in indices]
+        table = tables[names[0]] if use.rows and names else None
+        if table is not None and _takes_rows(table, fetched[table.name][0], use.rows, ring_bytes):
+            looks_up.append(len(uses))
+            seconds = machine.row_seconds(places[table.name], use.rows * _row(table))
+            uses.append(alone._replace(seconds=seconds))
+        else:
+            uses.append(alone._replace(weights=[i for name in names for i in indices[name]]))
+    for position in looks_up if plan.compute != "cpu" else ():
+        # The host has to know which rows. Before the first use is the last one of another step.
+        uses[position - 1] = uses[position - 1]._replace(host_waits=True)
     copies = any(use.copied for use in step.uses)
     return Script(
         plan.compute, ring_bytes, *machine.links_for(weights, copies), machine.disk_for(weights),
         machine.readers(), machine.costs(), weights, uses, plain,
     )  # fmt: skip
+
+
+def _fetched(
+    groups: Sequence[Group], places: Mapping[str, str], machine: _Machine, step: Step
+) -> dict[str, list[Weight]]:
+    """Name -> what a fetch brings, for all weights that operators do not use where they are."""
+    in_ram = [group for group in groups if places[group.name] == "cpu"]
+    packed = packed_places(in_ram, torch.device(machine.compute))
+    found = {}
+    for owner, group in enumerate(groups):
+        own = _weights_of(group, places[group.name], owner, machine, step)
+        if id(group) in packed and own and not own[0].encoded:
+            piece, begin = packed[id(group)]  # its neighbours may travel with it
+            own = [own[0]._replace(pieces=[Piece("cpu", own[0].nbytes, _PIECES + piece, begin)])]
+        if own:
+            found[group.name] = own
+    return found
 
 
 def _weights_of(
@@ -143,8 +147,7 @@ def _weights_of(
     """What a fetch of this group brings; nothing if operators use it where it is."""
     first = group.first
     decoded = _ops.is_sharded(first) and _ops.state(first).decoded
-    in_place = place == machine.compute  # or in RAM, for a CPU
-    if not decoded and in_place:
+    if not decoded and place == machine.compute:
         return []
     if decoded:
         state = _ops.state(first)
@@ -166,6 +169,8 @@ def _weights_of(
 
 def _decode_seconds_on_host(name: str, stored: int, step: Step) -> float:
     """From what the step took for this weight, or for the others. PlacementError: for none."""
+    if name not in step.weights:
+        return 0.0
     if not step.decodes:
         raise PlacementError(
             f"how long {name!r} takes to decode is not known, since nothing was decoded in the "
@@ -211,9 +216,9 @@ class _Machine:
             )
         return found
 
-    def _known_speed(self) -> Any:
+    def _known_speed(self) -> Speed:
         if self._speed is None:
-            raise PlacementError(f"how fast {self.compute!r} computes {_MEASURE}")
+            raise PlacementError(f"the speed of computing on {self.compute!r} {_MEASURE}")
         return self._speed
 
     def costs(self) -> tuple[float, float]:
@@ -289,6 +294,4 @@ class _Machine:
         speed = self._known_speed()
         columns = max(elements // max(rows, 1), 1)
         rank = factors / (4 * (rows + columns)) if stored == decoded else 0.0
-        return float(
-            max((stored + decoded + factors) / speed.memory, 2 * elements * rank / speed.flops)
-        )
+        return max((stored + decoded + factors) / speed.memory, 2 * elements * rank / speed.flops)
