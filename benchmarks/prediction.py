@@ -42,7 +42,8 @@ from torch import nn
 import distorch
 from distorch.testing import sim
 
-WARM, MEASURED = 5, 4
+USES = 4000  # that are played before anything is measured: some steps settle late
+WAITED = 6  # steps
 
 
 def recorded(module: nn.Module, *inputs: torch.Tensor) -> distorch.Step:
@@ -54,8 +55,9 @@ def recorded(module: nn.Module, *inputs: torch.Tensor) -> distorch.Step:
     return step
 
 
-def measured(module: nn.Module, *inputs: torch.Tensor) -> tuple[float, float]:
-    """Virtual seconds of a step: among others, and if the host waits for its end."""
+def measured(module: nn.Module, uses: int, *inputs: torch.Tensor) -> tuple[float, float]:
+    """Virtual seconds of a step of so many uses: in a row, and if the host waits for its end."""
+    warm, counted = (min(max(12, total // uses), 100) for total in (USES, USES // 2))
     stream = torch.accelerator.current_stream(inputs[0].device)
 
     def mark() -> torch.Event:
@@ -64,18 +66,25 @@ def measured(module: nn.Module, *inputs: torch.Tensor) -> tuple[float, float]:
         return event
 
     with torch.no_grad():
-        for _ in range(WARM):
+        for _ in range(WAITED):  # the order is learned, and the host is not behind
+            module(*inputs)
+            mark().synchronize()
+        for _ in range(warm):
             module(*inputs)
         first = mark()
-        for _ in range(MEASURED):
+        for _ in range(counted):
             module(*inputs)
         last = mark()
         last.synchronize()
-        for _ in range(3):
-            start = sim.now()
+        for _ in range(WAITED):
             module(*inputs)
             mark().synchronize()
-        return first.elapsed_time(last) / 1e3 / MEASURED, sim.now() - start
+        start = sim.now()
+        for _ in range(WAITED):
+            module(*inputs)
+            mark().synchronize()
+        waited = (sim.now() - start) / WAITED
+        return first.elapsed_time(last) / 1e3 / counted, waited
 
 
 def compared(
@@ -86,7 +95,7 @@ def compared(
     predicted = distorch.predict(module, step, spec, **options)
     took = time.perf_counter() - start
     distorch.redistribute(module, spec, progress=False, **options)
-    seconds, waited = measured(module, *inputs)
+    seconds, waited = measured(module, len(step.uses), *inputs)
     return {
         "predicted_s": predicted.seconds, "measured_s": seconds,
         "error": predicted.seconds / seconds - 1,

@@ -21,7 +21,7 @@ namespace {
 // settle, and six that count, since some take turns by two or three.
 constexpr int kLearning = 3, kSettling = 3, kWaited = 6;
 // Uses that are played until a step has settled, and then those that count.
-constexpr size_t kSettlingUses = 4000, kCountedUses = 2000;
+constexpr size_t kSettlingUses = 8000, kCountedUses = 3000;
 
 // The host computes: reads go on while it does, and it stands still while it waits for one.
 class RehearsedHost : public HostTransfer {
@@ -168,10 +168,10 @@ Rehearsal Play::run() {
   }
   forget_spans();
   // From here on the host is ahead of the device, if it can be. Steps of few operators are played
-  // more often: some settle late, or take turns.
+  // more often. Some settle late, after dozens of steps, or take turns.
   const size_t uses = std::max<size_t>(script_.uses.size(), 1);
-  const size_t settling = std::clamp<size_t>(kSettlingUses / uses, 4, 24);
-  const size_t counted = std::clamp<size_t>(kCountedUses / uses, 4, 12);
+  const size_t settling = std::clamp<size_t>(kSettlingUses / uses, 5, 120);
+  const size_t counted = std::clamp<size_t>(kCountedUses / uses, 5, 24);
   std::vector<MarkPtr> ends;
   for (size_t i = 0; i < settling; ++i) ends.push_back(step());
   const uint64_t before = counters_->overflows;

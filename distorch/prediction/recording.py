@@ -4,10 +4,9 @@
 A dispatch mode sees every operator that reaches a device, with its arguments. A weight is known by
 its bytes in a storage, so views of it count as uses of it.
 
-Time on a device is taken by an event behind each operator. What the device waited for weights in
-between is in the trace, and is taken off. A device that is idle also waits for the host. Then
-another event is recorded just before the operator is issued, and the use is marked: `predict` takes
-off what the host needs to issue one.
+Time on a device is taken by an event before each operator and one behind it. What the device waited
+for weights in between is in the trace, and is taken off. A device that is idle also waits for the
+host: such a use is marked, and `predict` takes off what the host needs to issue an operator.
 """
 
 from __future__ import annotations
@@ -34,6 +33,11 @@ from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
 
 _LOOKUPS = frozenset({"aten::embedding"})
+# They give memory or an answer, and give a device nothing to do. Nor do views.
+_NO_WORK = frozenset({
+    "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
+    "aten::new_empty_strided", "aten::is_pinned",
+})  # fmt: skip
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -156,19 +160,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         known = isinstance(func, OpOverload)
-        if known and func.is_view:
+        if known and (func.is_view or func._schema.name in _NO_WORK):
             return func(*args, **kwargs)
         weights = dict.fromkeys(
             name for tensor in _tensors_in((*args, *kwargs.values()))
             for name in self._names.of(tensor)
         )  # fmt: skip
         rows = args[1].numel() if known and func._schema.name in _LOOKUPS and weights else 0
-        idle = not self._on_host and self._marks[-1].query()
-        before = self._mark() if idle or self._on_host else len(self._marks) - 1
+        idle = float(not self._on_host and self._marks[-1].query())
+        before = self._mark()
         result = func(*args, **kwargs)
+        if not (self._on_host or idle) and self._marks[before].query():
+            idle = 0.5  # it ran dry while the operator was issued: for half of that time, say
         behind = self._mark()
         copied, waits = self._of_the_host(func, args, kwargs) if known else (0, False)
-        use = Use(0.0, 1, tuple(weights), rows, copied, int(idle), waits)
+        use = Use(0.0, 1, tuple(weights), rows, copied, idle, waits)
         self._noted.append(_Noted(before, behind, use))
         return result
 

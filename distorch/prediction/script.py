@@ -24,6 +24,7 @@ _MEASURE = (
     "is not known; measure it with distorch.calibrate() (on a machine with an accelerator it "
     "measures only what computes there)"
 )
+_HALVINGS = 40
 _SHARED = 0.9  # links that together carry less than this part of their sum share hardware
 _PIECES = 1 << 32  # owners: from here on, pieces of memory that several weights share
 
@@ -200,6 +201,41 @@ def _takes_rows(group: Group, weight: Weight, rows: int, ring_bytes: int) -> boo
     return weight.encoded or weight.nbytes > ring_bytes
 
 
+def _shared_capacity(links: Sequence[Link]) -> float | None:
+    """Bytes per second of the hardware that these links share; None: they share none.
+
+    `together` was measured with bytes in proportion to the links' own rates, and all links that are
+    busy share alike. The capacity is found with which that takes as long as it took.
+    """
+    whole, together = sum(k.rate for k in links), sum(k.together for k in links)
+    if len(links) < 2 or together >= _SHARED * whole:
+        return None
+    low, high = max(link.rate for link in links), whole  # each alone has its own rate
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if _seconds_together(links, middle) < whole / together:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _seconds_together(links: Sequence[Link], capacity: float) -> float:
+    """Until all have brought what each alone brings in a second."""
+    left = {link.donor: link.rate for link in links}
+    seconds = 0.0
+    while left:
+        rates = {k.donor: min(k.rate, capacity / len(left)) for k in links if k.donor in left}
+        first = min(left[donor] / rates[donor] for donor in left)
+        seconds += first
+        left = {
+            donor: left[donor] - first * rates[donor]
+            for donor in left
+            if left[donor] > first * rates[donor] * (1 + 1e-9)
+        }
+    return seconds
+
+
 class _Machine:
     """The links to one compute device and its speed, as they were measured."""
 
@@ -253,11 +289,11 @@ class _Machine:
             places = sorted({*places, "cpu"} - {"disk"})
         found, groups = [], []
         others = [self._link(place) for place in places if place != self.compute]
-        whole, together = (sum(getattr(k, key) for k in others) for key in ("rate", "together"))
+        capacity = _shared_capacity(others)
         group = -1
-        if len(others) > 1 and together < _SHARED * whole:
+        if capacity is not None:
             group = 0
-            groups.append(together)
+            groups.append(capacity)
         for link in others:
             found.append((link.donor, link.rate, link.latency, group))
         if self.compute in places:  # copies within the device read and write

@@ -29,8 +29,8 @@ class Use(NamedTuple):
         weights: Their first names, each one once.
         rows: How many rows an embedding looks up in its table; 0 for all other operators.
         copied: Bytes that the operator itself brings from RAM to the compute device.
-        idle: Of how many of them the device had nothing to do when they were issued. Their
-            `seconds` have what the host took to issue them, too.
+        idle: For how many of them the device had nothing to do when they were issued; half of one,
+            if it ran dry meanwhile. Their `seconds` have what the host took to issue them, too.
         host_waits: The host then waits for the device, because it needs a result.
     """
 
@@ -39,7 +39,7 @@ class Use(NamedTuple):
     weights: tuple[str, ...] = ()
     rows: int = 0
     copied: int = 0
-    idle: int = 0
+    idle: float = 0.0
     host_waits: bool = False
 
 
@@ -161,7 +161,7 @@ def _believed(told: dict[str, Any]) -> Step:
             raise TypeError("a weight without a name")
         uses.append(
             Use(_seconds(seconds), _count(operators, 1), tuple(dict.fromkeys(weights)),
-                _count(rows), _count(copied), _count(idle), _flag(host_waits))
+                _count(rows), _count(copied), _seconds(idle), _flag(host_waits))
         )  # fmt: skip
     forms = {str(name): str(form) for name, form in told["forms"].items()}
     decodes = {str(name): _seconds(value) for name, value in told["decodes"].items()}
