@@ -197,7 +197,7 @@ def test_the_rate_of_the_disk(monkeypatch, tmp_path):
 
 
 def test_the_rate_is_that_of_a_read(monkeypatch):
-    monkeypatch.setattr(links, "_fetch_seconds", lambda weight, device: weight.numel() / 2e9)
+    monkeypatch.setattr(links, "_fetch_seconds", lambda nbytes, tier, device: nbytes / 2e9)
     assert links.measure_disk() == pytest.approx(2e9)
 
 
