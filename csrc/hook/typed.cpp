@@ -14,8 +14,6 @@
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "hook/errors.h"
 
 namespace distorch {
@@ -58,13 +56,8 @@ struct Typed<Op, kAsks, Result(Args...)> {
     return at_border([&] {
       Call call;
       const Likeness like = likeness<kAsks>();
-      return call.run([&] {
-        // Braces: the weights are fetched in the order of the arguments, as the fallback does it.
-        // Whoever predicts a step has to know that order.
-        const std::tuple<decltype(swapped(call, like, args))...> real{swapped(call, like, args)...};
-        return std::apply(
-            [&](const auto&... each) { return Op::redispatch(below_hook(keys), each...); }, real);
-      });
+      return call.run(
+          [&] { return Op::redispatch(below_hook(keys), swapped(call, like, args)...); });
     });
   }
 };

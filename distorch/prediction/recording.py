@@ -33,6 +33,12 @@ from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
 
 _LOOKUPS = frozenset({"aten::embedding"})
+# The hook fetches the weights of these from the last argument to the first, since compilers evaluate
+# the arguments of a call in that order (csrc/hook/typed.cpp). Of all others, the first comes first.
+_LAST_FIRST = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::linear",
+    "aten::native_layer_norm", "aten::_scaled_mm",
+})  # fmt: skip
 # They give memory or an answer, and give a device nothing to do. Nor do views.
 _NO_WORK = frozenset({
     "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
@@ -162,10 +168,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = isinstance(func, OpOverload)
         if known and (func.is_view or func._schema.name in _NO_WORK):
             return func(*args, **kwargs)
-        weights = dict.fromkeys(
-            name for tensor in _tensors_in((*args, *kwargs.values()))
-            for name in self._names.of(tensor)
-        )  # fmt: skip
+        given = list(_tensors_in((*args, *kwargs.values())))
+        if known and func._schema.name in _LAST_FIRST:
+            given.reverse()
+        weights = dict.fromkeys(name for tensor in given for name in self._names.of(tensor))
         rows = args[1].numel() if known and func._schema.name in _LOOKUPS and weights else 0
         idle = float(not self._on_host and self._marks[-1].query())
         before = self._mark()

@@ -250,8 +250,7 @@ def test_a_checkpoint_that_is_gone_while_it_is_used(files):
     model = distorch.load(on_meta(), files / "m.safetensors", "disk,*", min_bytes=0)
     with (files / "m.safetensors").open("r+b") as file:
         file.truncate(600)
-    # Weights are fetched in the order of the operator's arguments: addmm(bias, x, weight).
-    with pytest.raises(FetchError, match=r"'0\.bias'.*m\.safetensors"):
+    with pytest.raises(FetchError, match=r"'0\.weight'.*m\.safetensors"):
         model(torch.ones(1, 64))
 
 
