@@ -44,6 +44,20 @@ def _add_numbers(writer, config):
             add(value)
 
 
+def write_blocks(path, layers, width):
+    """Square matrices "0.weight", "1.weight", ... of random Q8_0 blocks with small scales."""
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "test")
+    for i in range(layers):
+        blocks = generator.integers(0, 256, (width, width // 32 * 34), dtype=np.uint8)
+        blocks.reshape(-1, 34)[:, :2] = np.float16(0.01).reshape(1).view(np.uint8)
+        writer.add_tensor(f"{i}.weight", blocks, raw_dtype=Q.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def permuted(weight, heads):
     """As llama.cpp's converter stores q and k: the two halves of a head's rows alternate."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

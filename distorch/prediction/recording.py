@@ -33,8 +33,8 @@ from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
 
 _LOOKUPS = frozenset({"aten::embedding"})
-# The hook fetches the weights of these from the last argument to the first: compilers evaluate the
-# arguments of a call so (csrc/hook/typed.cpp). Of all others, the first comes first.
+# The hook fetches the weights of these from the last argument to the first: in this order GCC
+# evaluates the arguments of a call (csrc/hook/typed.cpp). Of all others, the first comes first.
 _LAST_FIRST = frozenset({
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::linear",
     "aten::native_layer_norm", "aten::_scaled_mm",

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import distorch
+from tests.gguf_files import write_blocks
 from tests.prediction.programs import (
     ALL_AWAY,
     CPU,
@@ -37,22 +38,6 @@ def _fp8(path: Any, layers: int, width: int) -> None:
     save_file(state, path)
 
 
-def _gguf(path: Any, layers: int, width: int) -> None:
-    gguf = pytest.importorskip("gguf")
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "test")
-    for i in range(layers):
-        blocks = generator.integers(0, 256, (width, width // 32 * 34), dtype=np.uint8)
-        blocks.reshape(-1, 34)[:, :2] = np.float16(0.01).reshape(1).view(np.uint8)
-        writer.add_tensor(f"{i}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("spec", [ALL_AWAY, "sim:0,50%;cpu,*", "sim:0,20%;disk,*"])
 @pytest.mark.parametrize("kind", ["fp8", "gguf"])
 def test_narrow_weights(tmp_path, kind, spec):
@@ -61,7 +46,7 @@ def test_narrow_weights(tmp_path, kind, spec):
     """
     configure(mode="eager", flops=5e11, memory_bandwidth=20e9, disk=(3e9, 80e-6))
     path = tmp_path / ("m.gguf" if kind == "gguf" else "m.safetensors")
-    (_gguf if kind == "gguf" else _fp8)(path, 8, 512)
+    (write_blocks if kind == "gguf" else _fp8)(path, 8, 512)
     module = nn.Sequential(*(nn.Linear(512, 512, bias=False, dtype=DTYPE) for _ in range(8)))
     distorch.load(module, path, "sim:0,*", min_bytes=0)
     x = torch.zeros(32, 512, dtype=DTYPE).to("sim:0")

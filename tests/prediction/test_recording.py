@@ -11,8 +11,10 @@ from torch import nn
 
 import distorch
 from distorch import _native
+from distorch.prediction.recording import _Names, _Recorder
 from distorch.runtime import links
 from distorch.testing import sim
+from tests.gguf_files import write_blocks
 from tests.prediction.programs import (
     ALL_AWAY,
     CPU,
@@ -60,8 +62,16 @@ def test_the_host_waits_only_for_what_it_needs(what):
 
 
 def test_masks_have_to_be_counted():
-    tags = torch.ops.aten.index.Tensor.tags
-    assert torch.Tag.dynamic_output_shape in tags  # what the rule for boolean indices goes by
+    """How many numbers a mask picks, only the device knows. (The simulator runs no such operator.)"""
+    configure(mode="eager")
+    module = resident(nn.Linear(4, 4))
+    recorder = _Recorder(_Names(module), torch.device("sim:0"))
+    x = torch.ones(4).to("sim:0")
+    index = torch.ops.aten.index.Tensor
+    assert recorder._of_the_host(index, (x, [x > 0]), {}) == (0, True)
+    assert recorder._of_the_host(index, (x, [x.long()]), {}) == (0, False)
+    assert recorder._of_the_host(torch.ops.aten.nonzero.default, (x,), {}) == (0, True)
+    assert recorder._of_the_host(torch.ops.aten.nonzero.default, (torch.ones(4),), {}) == (0, False)
 
 
 def test_a_host_that_is_the_limit():
@@ -239,17 +249,7 @@ def test_a_cpu_that_reads_ahead():
 
 @pytest.mark.usefixtures("measured")
 def test_a_cpu_that_decodes(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    import numpy as np
-
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "test")
-    for i in range(4):
-        blocks = np.zeros((512, 512 // 32 * 34), dtype=np.uint8)
-        writer.add_tensor(f"{i}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_blocks(tmp_path / "m.gguf", 4, 512)
     module = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     distorch.load(module, tmp_path / "m.gguf", "cpu,*", prefetch="64mb", min_bytes=0)
     run = inference(module, torch.zeros(1, 512))

@@ -8,6 +8,7 @@ from torch import nn
 
 import distorch
 from distorch.testing import sim
+from tests.gguf_files import write_blocks
 
 SPECS = [
     "sim:0,0b;cpu,*",
@@ -86,20 +87,8 @@ def test_a_strength_moves_no_bytes_at_fetch(path):
 
 
 def test_blocks_are_decoded_on_the_device(tmp_path):
-    import gguf
-    import numpy as np
-
     sim.configure(devices=2, links={("sim:1", "sim:0"): (50e9, 5e-6)})
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "test")
-    for i in range(6):
-        blocks = generator.integers(0, 256, (64, 2 * 34), dtype=np.uint8)
-        blocks.reshape(-1, 34)[:, :2] = np.float16(0.01).reshape(1).view(np.uint8)
-        writer.add_tensor(f"{i}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_blocks(tmp_path / "x.gguf", 6, 64)
     options = {"min_bytes": 0, "prefetch": "64kb"}
     plain = distorch.load(net(), tmp_path / "x.gguf", "cpu,*", **options)
     x = torch.randn(3, 64).bfloat16()
