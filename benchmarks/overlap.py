@@ -197,18 +197,26 @@ def bound(
     return max((marks[-1] - marks[warm - 1]) / (passes - warm), sum(sizes.values()) / rate)
 
 
-def overlap(name: str, share: int, ratio: float) -> dict[str, Any]:
-    """One cell of the grid."""
+def cell_of_grid(
+    name: str, share: int, ratio: float
+) -> tuple[nn.Module, tuple[int, ...], str, int]:
+    """The model of a cell, resident on the cell's machine; the shape of its input; the placement
+    that is asked for, and the bytes of its ring.
+    """
     make, shape = MODELS[name]
     total = sum(p.nbytes for p in make().parameters())
-    flops = flops_for(make, shape, ratio * total * share / 100 / RATE)
-    configure(flops)
-    module = make()
-    ring = 2 * largest_block(module)
-    distorch.distribute(module, "sim:0,*")
+    configure(flops_for(make, shape, ratio * total * share / 100 / RATE))
+    module = distorch.distribute(make(), "sim:0,*")
+    return module, shape, f"sim:0,{100 - share}%;cpu,*", 2 * largest_block(module)
+
+
+def overlap(name: str, share: int, ratio: float) -> dict[str, Any]:
+    """One cell of the grid."""
+    module, shape, spec, ring = cell_of_grid(name, share, ratio)
+    total = sum(p.nbytes for p in module.parameters())
     compute = steps(module, shape, 2, 1)
     order = operators(module, shape)
-    distorch.redistribute(module, f"sim:0,{100 - share}%;cpu,*", prefetch=ring, min_bytes=0)
+    distorch.redistribute(module, spec, prefetch=ring, min_bytes=0)
     report = distorch.report(module)
     assert report.ok, report.problems
     sizes = {n: p.nbytes for n, p in module.named_parameters() if report.placement[n] == "cpu"}

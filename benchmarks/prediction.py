@@ -29,6 +29,7 @@ from overlap import (
     RATIOS,
     SHARES,
     Chain,
+    cell_of_grid,
     configure,
     disk_model,
     flops_for,
@@ -107,17 +108,10 @@ def compared(
 
 def cell(name: str, share: int, ratio: float) -> dict[str, Any]:
     """One cell of overlap.py's grid."""
-    make, shape = MODELS[name]
-    total = sum(p.nbytes for p in make().parameters())
-    configure(flops_for(make, shape, ratio * total * share / 100 / RATE))
-    module = make()
-    ring = 2 * largest_block(module)
-    distorch.distribute(module, "sim:0,*")
+    module, shape, spec, ring = cell_of_grid(name, share, ratio)
     distorch.calibrate(progress=False)
     x = torch.empty(shape, dtype=DTYPE, device="sim:0")
-    step = recorded(module, x)
-    spec = f"sim:0,{100 - share}%;cpu,*"
-    found = compared(module, step, spec, x, prefetch=ring, min_bytes=0)
+    found = compared(module, recorded(module, x), spec, x, prefetch=ring, min_bytes=0)
     return {"model": name, "offloaded_percent": share, "compute_to_transfer": ratio, **found}
 
 
