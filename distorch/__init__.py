@@ -16,11 +16,11 @@ from distorch.errors import (
     SpecError,
 )
 from distorch.loading import init_empty_weights, load, plan
+from distorch.machine.links import Calibration, calibrate, devices
 from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
 from distorch.prediction import LinkUse, Prediction, Step, Use, predict, record_step
 from distorch.reporting import Report, Stats, report, reset_stats, stats
-from distorch.runtime.links import Calibration, calibrate, devices
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
 from distorch.timeline import Span, Timeline
 from distorch.tracing import profiling, trace

@@ -160,7 +160,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from distorch.runtime.links import calibrate
+    from distorch.machine.links import calibrate
 
     found = calibrate()
     print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)

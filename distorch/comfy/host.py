@@ -20,8 +20,8 @@ import nodes
 import torch
 from comfy import model_patcher
 
+from distorch.machine import machine
 from distorch.planner import DeviceInfo
-from distorch.runtime import machine
 from distorch.runtime.options import compute_device
 
 _log = logging.getLogger("distorch")

@@ -19,8 +19,8 @@ from distorch.demo.model import DigitConfig, DigitTransformer
 from distorch.demo.sampling import sample, save_png, sheet
 from distorch.display.progress import progress_of
 from distorch.loading import init_empty_weights, load
+from distorch.machine.machine import default_compute
 from distorch.reporting import Report, Stats, report, reset_stats, stats
-from distorch.runtime.machine import default_compute
 from distorch.runtime.options import PlacementOptions
 
 # Small enough that this small model really streams: a few weights at a time.

@@ -20,6 +20,7 @@ from distorch.loading.bring import bring_all
 from distorch.loading.job import Job
 from distorch.loading.prepare import OF_LOAD, Ready, Request, Resident, prepare
 from distorch.lora import LoraSource
+from distorch.machine import machine
 from distorch.patching import (
     LoraMode,
     Original,
@@ -28,7 +29,7 @@ from distorch.patching import (
     widened_in,
 )
 from distorch.planner import Plan
-from distorch.runtime import distribution, groups, machine, placing
+from distorch.runtime import distribution, groups, placing
 from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.options import PlacementOptions, check_module
 from distorch.runtime.staging import Origin, current_place

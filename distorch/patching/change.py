@@ -15,6 +15,7 @@ from distorch.errors import PlacementError, warn_at_caller
 from distorch.formats.plain_names import base_name
 from distorch.formats.stored import StoredTensor
 from distorch.lora import Applied, LoraSource, Patches
+from distorch.machine import machine
 from distorch.patching.background import merge_in_background
 from distorch.patching.forms import Work, reads_file, redo
 from distorch.patching.reading import ReadAhead
@@ -30,7 +31,7 @@ from distorch.patching.state import (
 )
 from distorch.patching.widths import follow, input_layers
 from distorch.planner import Plan
-from distorch.runtime import distribution, machine, placing
+from distorch.runtime import distribution, placing
 from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.groups import Group, group_members, has_bytes
 from distorch.runtime.staging import current_place

@@ -4,6 +4,6 @@
 from distorch.prediction.predict import predict
 from distorch.prediction.predicted import LinkUse, Prediction
 from distorch.prediction.recording import record_step
-from distorch.prediction.step import Step, Use
+from distorch.step import Step, Use
 
 __all__ = ["LinkUse", "Prediction", "Step", "Use", "predict", "record_step"]

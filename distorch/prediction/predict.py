@@ -9,18 +9,18 @@ from typing_extensions import Unpack
 from distorch import _native
 from distorch.errors import PlacementError, SpecError
 from distorch.loading import plan as plan_of
+from distorch.machine.links import known_links
 from distorch.planner import Plan
 from distorch.prediction.predicted import LinkUse, Prediction
 from distorch.prediction.recording import form_of
 from distorch.prediction.script import Script, script_of
-from distorch.prediction.step import Step
 from distorch.runtime.changes import alone
 from distorch.runtime.distribution import distribution_of, inventory_now, known_distribution
 from distorch.runtime.groups import Group, group_members
-from distorch.runtime.links import known_links
 from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
 from distorch.runtime.planning import check_plan_fits
 from distorch.runtime.ring_room import ring_bytes
+from distorch.step import Step
 from distorch.timeline import Span, Timeline
 
 _LINKS = ("copies", "reads")  # the first words of tracks

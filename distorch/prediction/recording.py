@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from distorch import _ops
 from distorch.errors import PlacementError
-from distorch.prediction.step import Step, Use
-from distorch.runtime import machine
+from distorch.machine import machine
 from distorch.runtime.distribution import distribution_of
 from distorch.runtime.groups import byte_extent, group_members, has_bytes, parts_of, shape_of
+from distorch.step import Step, Use
 from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
 

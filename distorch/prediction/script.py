@@ -9,23 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distorch import _donors, _native, _ops
+from distorch import _donors, _ops
 from distorch.errors import PlacementError
+from distorch.machine.links import Calibration
+from distorch.machine.rates import Rates
 from distorch.planner import Plan
-from distorch.prediction.step import Step, Use
 from distorch.runtime import wrapped
 from distorch.runtime.groups import Group, parts_of
-from distorch.runtime.links import Calibration, Link, Speed, is_simulated
 from distorch.runtime.staging import packed_places, planned_place
+from distorch.step import Step
 
 _TABLE_SHARE = 4  # see csrc/hook/embedding.cpp
-_READ_PART = 4 << 20  # bytes; see csrc/engine/reads.cpp
-_MEASURE = (
-    "is not known; measure it with distorch.calibrate() (on a machine with an accelerator it "
-    "measures only what computes there)"
-)
-_HALVINGS = 40
-_SHARED = 0.9  # links that together carry less than this part of their sum share hardware
 _PIECES = 1 << 32  # owners: from here on, pieces of memory that several weights share
 
 
@@ -90,7 +84,7 @@ def script_of(
 
     Weights that it does not use are there, too: the ring takes them to come until it knows better.
     """
-    machine = _Machine(plan.compute, measured)
+    machine = Rates(plan.compute, measured)
     places = {group.name: planned_place(group, plan) for group in groups}
     fetched = _fetched(groups, places, machine, step)
     weights = [weight for own in fetched.values() for weight in own]
@@ -101,7 +95,13 @@ def script_of(
     uses, plain = list[Played](), list[Played]()
     looks_up = []  # the uses before which the host waits
     for use in step.uses:
-        alone = Played(machine.without_issuing(use), use.operators, [], use.copied, use.host_waits)
+        alone = Played(
+            machine.without_issuing(use.seconds, use.idle),
+            use.operators,
+            [],
+            use.copied,
+            use.host_waits,
+        )
         plain.append(alone)
         names = [name for name in use.weights if name in indices]
         table = tables[names[0]] if use.rows and names else None
@@ -114,15 +114,16 @@ def script_of(
     for position in looks_up if plan.compute != "cpu" else ():
         # The host has to know which rows. Before the first use is the last one of another step.
         uses[position - 1] = uses[position - 1]._replace(host_waits=True)
-    copies = any(use.copied for use in step.uses)
+    fetched_from = {piece.place for weight in weights for piece in weight.pieces}
+    copied_from = {"cpu"} if any(use.copied for use in step.uses) else set()
     return Script(
-        plan.compute, ring_bytes, *machine.links_for(weights, copies), machine.disk_for(weights),
-        machine.readers(), machine.costs(), weights, uses, plain,
+        plan.compute, ring_bytes, *machine.links_for(fetched_from | copied_from),
+        machine.disk_for(fetched_from), machine.readers(), machine.costs(), weights, uses, plain,
     )  # fmt: skip
 
 
 def _fetched(
-    groups: Sequence[Group], places: Mapping[str, str], machine: _Machine, step: Step
+    groups: Sequence[Group], places: Mapping[str, str], machine: Rates, step: Step
 ) -> dict[str, list[Weight]]:
     """Name -> what a fetch brings, for all weights that operators do not use where they are."""
     in_ram = [group for group in groups if places[group.name] == "cpu"]
@@ -142,7 +143,7 @@ def _weights_of(
     group: Group,
     place: str,
     owner: int,
-    machine: _Machine,
+    machine: Rates,
     step: Step,
 ) -> list[Weight]:
     """What a fetch of this group brings; nothing if operators use it where it is."""
@@ -181,7 +182,7 @@ def _decode_seconds_on_host(name: str, stored: int, step: Step) -> float:
     return step.decodes.get(name, mean) * stored
 
 
-def _plain(name: str, nbytes: int, place: str, owner: int, machine: _Machine) -> Weight:
+def _plain(name: str, nbytes: int, place: str, owner: int, machine: Rates) -> Weight:
     places = place.split("+")
     sizes = _donors.stripe_sizes(nbytes, places, machine.compute)
     pieces = [Piece(p, size, owner, 0) for p, size in zip(places, sizes, strict=True)]
@@ -199,135 +200,3 @@ def _takes_rows(group: Group, weight: Weight, rows: int, ring_bytes: int) -> boo
     if rows * _TABLE_SHARE >= group.first.shape[0]:
         return False
     return weight.encoded or weight.nbytes > ring_bytes
-
-
-def _shared_capacity(links: Sequence[Link]) -> float | None:
-    """Bytes per second of the hardware that these links share; None: they share none.
-
-    `together` was measured with bytes in proportion to the links' own rates, and all links that are
-    busy share alike. The capacity is found with which that takes as long as it took.
-    """
-    whole, together = sum(k.rate for k in links), sum(k.together for k in links)
-    if len(links) < 2 or together >= _SHARED * whole:
-        return None
-    low, high = max(link.rate for link in links), whole  # each alone has its own rate
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if _seconds_together(links, middle) < whole / together:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def _seconds_together(links: Sequence[Link], capacity: float) -> float:
-    """Until all have brought what each alone brings in a second."""
-    left = {link.donor: link.rate for link in links}
-    seconds = 0.0
-    while left:
-        rates = {k.donor: min(k.rate, capacity / len(left)) for k in links if k.donor in left}
-        first = min(left[donor] / rates[donor] for donor in left)
-        seconds += first
-        left = {
-            donor: left[donor] - first * rates[donor]
-            for donor in left
-            if left[donor] > first * rates[donor] * (1 + 1e-9)
-        }
-    return seconds
-
-
-class _Machine:
-    """The links to one compute device and its speed, as they were measured."""
-
-    def __init__(self, compute: str, measured: Calibration) -> None:
-        self.compute = compute
-        self._links = {link.donor: link for link in measured.links if link.compute == compute}
-        self._speed = measured.speed(compute)
-
-    def _link(self, place: str) -> Link:
-        found = self._links.get(place)
-        if found is None:
-            raise PlacementError(
-                f"what the link from {place!r} to {self.compute!r} carries {_MEASURE}"
-            )
-        return found
-
-    def _known_speed(self) -> Speed:
-        if self._speed is None:
-            raise PlacementError(f"the speed of computing on {self.compute!r} {_MEASURE}")
-        return self._speed
-
-    def costs(self) -> tuple[float, float]:
-        """What the host pays for each operator or copy that it issues, and for each event."""
-        if self.compute == "cpu":
-            return 0.0, 0.0  # operators take the host's time anyway
-        speed = self._known_speed()
-        return speed.issue, speed.event
-
-    def readers(self) -> tuple[int, int]:
-        """How many reads the host makes at once: ahead of a use, and for somebody who waits."""
-        if is_simulated(self.compute):
-            return 2, 1  # csrc/sim/machine.h
-        return _native.io_threads(), _native.io_threads()
-
-    def without_issuing(self, use: Use) -> float:
-        """Seconds of the device alone."""
-        return max(0.0, use.seconds - use.idle * self.costs()[0])
-
-    def links_for(
-        self, weights: Sequence[Weight], copies: bool
-    ) -> tuple[list[tuple[str, float, float, int]], list[float]]:
-        """(from, bytes per second, latency, group) of each link in use, and the groups' rates.
-        `copies`: the step copies from RAM by itself.
-        """
-        places = sorted({piece.place for weight in weights for piece in weight.pieces})
-        if copies:
-            places = sorted({*places, "cpu"})
-        if self.compute == "cpu":
-            return [], []
-        if "disk" in places:  # what is read from a disk goes on over the host's link
-            places = sorted({*places, "cpu"} - {"disk"})
-        found, groups = [], []
-        others = [self._link(place) for place in places if place != self.compute]
-        capacity = _shared_capacity(others)
-        group = -1
-        if capacity is not None:
-            group = 0
-            groups.append(capacity)
-        for link in others:
-            found.append((link.donor, link.rate, link.latency, group))
-        if self.compute in places:  # copies within the device read and write
-            found.append((self.compute, self._known_speed().memory / 2, 0.0, -1))
-        return found, groups
-
-    def disk_for(self, weights: Sequence[Weight]) -> tuple[float, float]:
-        """Bytes per second and latency of reads, if any weight needs them."""
-        if not any(piece.place == "disk" for weight in weights for piece in weight.pieces):
-            return 1.0, 0.0
-        disk = self._link("disk")
-        if self.compute == "cpu":
-            return disk.rate, disk.latency
-        # It was measured from the file to the device, in parts that each have the latency. What is
-        # left is the read.
-        up = self._link("cpu")
-        latency = max(0.0, disk.latency - up.latency)
-        at_once = self.readers()[1]
-        seconds = max(1 / disk.rate - 1 / up.rate - latency / _READ_PART / at_once, 1e-15)
-        return 1 / seconds, latency
-
-    def row_seconds(self, place: str, nbytes: int) -> float:
-        """Of bringing rows of a table."""
-        if self.compute == "cpu" and place != "disk":
-            return 0.0
-        link = self._link(place.split("+", maxsplit=1)[0])
-        # Their numbers go to the host, and the rows come back with their new numbers.
-        return 3 * link.latency + nbytes / link.rate
-
-    def decode_seconds(
-        self, stored: int, decoded: int, factors: int, rows: int, elements: int
-    ) -> float:
-        """Of decoding a matrix on the compute device: memory traffic, or products of patches."""
-        speed = self._known_speed()
-        columns = max(elements // max(rows, 1), 1)
-        rank = factors / (4 * (rows + columns)) if stored == decoded else 0.0
-        return max((stored + decoded + factors) / speed.memory, 2 * elements * rank / speed.flops)

@@ -12,8 +12,9 @@ from torch import nn
 from distorch import _donors, _native, _ops
 from distorch.display.progress import Progress, progress_of
 from distorch.errors import PlacementError
+from distorch.machine import machine
 from distorch.planner import Plan, can_leave
-from distorch.runtime import compiled, machine, wrapped
+from distorch.runtime import compiled, wrapped
 from distorch.runtime.changes import alone, at_rest
 from distorch.runtime.distribution import (
     Distribution,

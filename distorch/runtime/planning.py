@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from distorch.errors import PlacementError
+from distorch.machine import machine
 from distorch.planner import (
     DeviceInfo,
     Inventory,
@@ -23,7 +24,6 @@ from distorch.planner import (
     shares_of,
     virtual_vram_spec,
 )
-from distorch.runtime import machine
 from distorch.runtime.groups import Group, size_of, unique_buffers
 from distorch.runtime.options import Options, compute_device
 from distorch.runtime.staging import current_place

@@ -13,8 +13,9 @@ from torch import nn
 from distorch import _donors, _ops
 from distorch._behaviour import geometry_over
 from distorch.errors import DistorchError, PlacementError
+from distorch.machine import machine
 from distorch.planner import Plan
-from distorch.runtime import machine, wrapped
+from distorch.runtime import wrapped
 from distorch.runtime.groups import (
     Group,
     byte_extent,

@@ -14,7 +14,8 @@ from torch import nn
 
 from distorch import _ops
 from distorch._behaviour import replace_data
-from distorch.runtime import machine, wrapped
+from distorch.machine import machine
+from distorch.runtime import wrapped
 from distorch.runtime.groups import Group, unique_buffers
 from distorch.runtime.staging import current_place, member_tensor
 

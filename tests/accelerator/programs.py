@@ -17,7 +17,7 @@ from torch import nn
 
 import distorch
 from distorch import _donors
-from distorch.runtime import links
+from distorch.machine import links
 
 from .day_one import (
     COUNT,

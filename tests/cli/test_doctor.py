@@ -18,7 +18,7 @@ from distorch import _native, _ops
 from distorch.cli import doctor, main
 from distorch.cli.doctor import disks, gpus, nvidia
 from distorch.cli.doctor.findings import Check, Findings, tried
-from distorch.runtime import links
+from distorch.machine import links
 
 USABLE = "the folder for donor files can be used"
 RATE = "the disk is fast enough to stream from"

@@ -26,9 +26,9 @@ from distorch.errors import DistorchError, FetchError, FormatError
 from distorch.formats import unchanged
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.lora.files import read_lora
+from distorch.machine import links
 from distorch.planner import DeviceInfo, parse_spec
 from distorch.planner.spec import parse_bytes
-from distorch.runtime import links
 from distorch.timeline import Timeline
 from tests.fuzz import formats
 from tests.fuzz.choices import Choices

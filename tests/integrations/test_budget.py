@@ -17,7 +17,7 @@ DEVICES = {name: DeviceInfo(name, 64 * GB, 64 * GB) for name in ("cpu", "disk", 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """GPUs that are not there: planning needs none."""
-    monkeypatch.setattr("distorch.runtime.machine.with_exact", lambda devices, names: DEVICES)
+    monkeypatch.setattr("distorch.machine.machine.with_exact", lambda devices, names: DEVICES)
 
 
 def weights(sizes, kind="parameter"):
@@ -133,7 +133,7 @@ def test_patterns_that_begin_in_the_middle_of_a_parts_name():
 
 def test_a_part_larger_than_the_device(monkeypatch):
     small = {**DEVICES, "cuda:0": DeviceInfo("cuda:0", 64, 64)}
-    monkeypatch.setattr("distorch.runtime.machine.with_exact", lambda devices, names: small)
+    monkeypatch.setattr("distorch.machine.machine.with_exact", lambda devices, names: small)
     for order in ("interleaved", "sequential"):
         _, own = plan_together(
             {"transformer": part(*[10] * 10), "vae": part(30)}, "cuda:0,50b;cpu,*",

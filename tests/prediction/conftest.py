@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distorch import _donors
-from distorch.runtime import links as known_links
+from distorch.machine import links as known_links
 from distorch.testing import sim
 from tests.prediction.programs import configure
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import distorch
 from distorch import _native
+from distorch.machine import links
 from distorch.prediction.recording import _Names, _Recorder
-from distorch.runtime import links
 from distorch.testing import sim
 from tests.gguf_files import write_blocks
 from tests.prediction.programs import (

@@ -9,7 +9,7 @@ import stat
 import pytest
 
 import distorch
-from distorch.runtime import links
+from distorch.machine import links
 
 LINK = {"donor": "cpu", "compute": "sim:0", "rate": 2e9, "latency": 1e-5, "together": 1e9,
         "back": None}  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import distorch
-from distorch.runtime import machine
+from distorch.machine import machine
 
 
 def test_devices_print_as_a_table():

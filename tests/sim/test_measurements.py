@@ -10,7 +10,7 @@ from torch import nn
 import distorch
 from distorch import _donors
 from distorch.cli import main
-from distorch.runtime import links
+from distorch.machine import links
 from distorch.testing import sim
 
 KNOWN = {("cpu", "sim:0"): (6.8e9, 10e-6), ("sim:1", "sim:0"): (20e9, 5e-6)}

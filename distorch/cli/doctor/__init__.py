@@ -14,8 +14,8 @@ import distorch
 from distorch import _native
 from distorch.cli.doctor import disks, gpus, nvidia
 from distorch.cli.doctor.findings import Findings
-from distorch.runtime import machine
-from distorch.runtime.links import known_links
+from distorch.machine import machine
+from distorch.machine.links import known_links
 
 
 def examine() -> Findings:

@@ -15,7 +15,7 @@ from distorch import _native
 from distorch.cli.doctor.findings import Check, tried
 from distorch.cli.doctor.gpus import bits_check
 from distorch.display.tables import human_bytes
-from distorch.runtime.links import measure_disk
+from distorch.machine.links import measure_disk
 
 _LOW_BYTES = 1 << 30
 _SLOW = 0.3e9  # bytes per second: hard disks and most folders on a network are below

@@ -21,8 +21,8 @@ from distorch import _donors, _native, _ops
 from distorch._small_files import is_own, read_json, write_atomically
 from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.display.tables import html_table, human_bytes, text_table
+from distorch.machine import machine
 from distorch.planner import DeviceInfo
-from distorch.runtime import machine
 
 _SLOWEST, _FASTEST = 1e3, 1e15  # bytes per second: no link has less or more
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
