@@ -17,7 +17,7 @@ from setuptools.command.egg_info import egg_info
 ROOT = Path(__file__).parent
 MAX_JOBS = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are processors
 # csrc/tests are programs.
-ROOMS = ("core", "engine", "rehearsal", "device", "hook", "ops", "bindings")
+ROOMS = ("core", "engine", "rehearsal", "placement", "device", "hook", "ops", "bindings")
 # The simulated accelerator is a library of its own, which `import distorch` never loads.
 SIM_ROOMS = ("sim",)
 SHARED_WITH_SIM = ("csrc/core/arena.cpp", "csrc/core/virtual_time.cpp")

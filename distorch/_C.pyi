@@ -46,6 +46,26 @@ def scratch_directory() -> str: ...
 def set_scratch_directory(directory: str) -> None: ...
 def start_trace(device: str) -> None: ...
 def stop_trace() -> list[tuple[str, str, float, float, int]]: ...
+def find_placements(
+    *,
+    links: list[tuple[float, float]],
+    together: float,
+    tiers: list[tuple[int, list[tuple[int, float]]]],
+    weights: list[tuple[int, int, int]],
+    uses: list[tuple[float, list[int]]],
+    ring_bytes: int,
+    start: list[int],
+    most: int,
+) -> list[list[int]]: ...
+def step_bound(
+    *,
+    links: list[tuple[float, float]],
+    together: float,
+    tiers: list[tuple[int, list[tuple[int, float]]]],
+    weights: list[tuple[int, int, int]],
+    uses: list[tuple[float, list[int]]],
+    ring_bytes: int,
+) -> float: ...
 def rehearse(
     *,
     compute: str,
@@ -57,6 +77,8 @@ def rehearse(
     costs: tuple[float, float],
     weights: Sequence[tuple[str, list[tuple[str, int, int, int]], int, bool, bool, float]],
     uses: Sequence[tuple[float, int, list[int], int, bool]],
+    waits: bool = True,
+    brief: bool = False,
 ) -> dict[str, Any]: ...
 def decode_kernel(device_type: str) -> int: ...
 def set_decode_kernel(device_type: str, kernel: int) -> None: ...

@@ -19,7 +19,16 @@ from distorch.loading import init_empty_weights, load, plan
 from distorch.machine.links import Calibration, calibrate, devices
 from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
-from distorch.prediction import LinkUse, Prediction, Step, Use, predict, record_step
+from distorch.prediction import (
+    Curve,
+    LinkUse,
+    Prediction,
+    Step,
+    Use,
+    curve,
+    predict,
+    record_step,
+)
 from distorch.reporting import Report, Stats, report, reset_stats, stats
 from distorch.sharded import ShardedParameter, fetch_count, is_sharded, materialize, shard
 from distorch.timeline import Span, Timeline
@@ -29,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Curve",
     "DistorchError",
     "FetchError",
     "FormatError",
@@ -47,6 +57,7 @@ __all__ = [
     "Timeline",
     "Use",
     "calibrate",
+    "curve",
     "devices",
     "distribute",
     "fetch_count",

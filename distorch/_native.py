@@ -156,5 +156,7 @@ set_read_clock = _C.set_read_clock
 start_trace = _C.start_trace
 stop_trace = _C.stop_trace
 rehearse = _C.rehearse
+find_placements = _C.find_placements
+step_bound = _C.step_bound
 verify_file = _C.verify_file
 waiting_for_turn = _C.waiting_for_turn

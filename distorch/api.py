@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from distorch.display.progress import Progress, check_progress
 from distorch.errors import warn_at_caller
 from distorch.planner import Plan
+from distorch.rehearsal import arrangement
 from distorch.runtime import distribution, placing, planning
 from distorch.runtime.changes import alone
 from distorch.runtime.groups import group_members
@@ -54,7 +55,9 @@ def distribute(
         compute: The device that runs the model. If not given: the first accelerator of the spec,
             else the first one of this machine, else "cpu".
         order: "interleaved" spreads the weights that leave evenly over a step. "sequential" gives
-            the first bytes of the model to the first entry.
+            the first bytes of the model to the first entry. "optimal" looks for the placement
+            within the same shares whose step is predicted to be the shortest. It needs `step`.
+        step: A `Step` from `record_step`: how long operators take. Only for order="optimal".
         min_bytes: Tensors with fewer bytes, and 1-D ones, stay resident (1 MiB). With 0, every
             floating or quantised parameter may leave. With "auto", as many as needed leave, the
             largest first, where the compute device's share is too small for what would stay.
@@ -93,8 +96,9 @@ def distribute(
         else:
             devices = planning.devices_for(groups, module)
             plan = planning.plan_inventory(
-                inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor
-            )
+                inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor,
+                arrange=arrangement(opts, groups),
+            )  # fmt: skip
         placing.check_has_values(module, plan.compute)
         if problem := plan.over_budget():
             warn_at_caller(problem)

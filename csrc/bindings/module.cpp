@@ -11,6 +11,7 @@
 
 #include "bindings/errors.h"
 #include "bindings/frames.h"
+#include "bindings/placement.h"
 #include "bindings/rehearsal.h"
 #include "bindings/turns.h"
 #include "core/checksum.h"
@@ -187,4 +188,5 @@ PYBIND11_MODULE(_C, module) {
   distorch::install_frame_walkers(module);
   distorch::install_turns(module);
   distorch::install_rehearsal(module);
+  distorch::install_placement(module);
 }

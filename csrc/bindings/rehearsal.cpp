@@ -28,7 +28,8 @@ using Span = std::tuple<std::string, std::string, double, double, uint64_t>;
 py::dict rehearsed(const std::string& compute, uint64_t ring_bytes, const std::vector<Link>& links,
                    const std::vector<double>& groups, const std::pair<double, Time>& disk,
                    const std::pair<uint32_t, uint32_t>& readers, const Seconds& costs,
-                   const std::vector<Weight>& weights, const std::vector<Use>& uses) {
+                   const std::vector<Weight>& weights, const std::vector<Use>& uses, bool waits,
+                   bool brief) {
   Script script;
   script.compute = compute;
   script.host_computes = compute == "cpu";
@@ -37,6 +38,8 @@ py::dict rehearsed(const std::string& compute, uint64_t ring_bytes, const std::v
     script.links.push_back({from, rate, latency, group});
   }
   script.groups = groups;
+  script.waits = waits;
+  script.brief = brief;
   std::tie(script.disk_rate, script.disk_latency) = disk;
   std::tie(script.readers, script.urgent_readers) = readers;
   std::tie(script.issue_seconds, script.event_seconds) = costs;
@@ -72,7 +75,8 @@ py::dict rehearsed(const std::string& compute, uint64_t ring_bytes, const std::v
 void install_rehearsal(py::module_& module) {
   module.def("rehearse", &rehearsed, py::kw_only(), py::arg("compute"), py::arg("ring_bytes"),
              py::arg("links"), py::arg("groups"), py::arg("disk"), py::arg("readers"),
-             py::arg("costs"), py::arg("weights"), py::arg("uses"));
+             py::arg("costs"), py::arg("weights"), py::arg("uses"), py::arg("waits") = true,
+             py::arg("brief") = false);
 }
 
 }  // namespace distorch

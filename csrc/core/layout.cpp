@@ -10,8 +10,9 @@ namespace {
 // What a room costs, the most important first.
 using Cost = std::tuple<uint64_t, double, uint64_t, uint64_t>;
 
-Cost cost_of(const std::vector<Occupied>& taken, uint64_t capacity, uint64_t begin,
-             uint64_t bytes) {
+// A room that is complete later than the best one until now is not looked at any further.
+Cost cost_of(const std::vector<Occupied>& taken, uint64_t capacity, uint64_t begin, uint64_t bytes,
+             uint64_t best_until_now) {
   const uint64_t end = begin + bytes;
   uint64_t complete_after = 0;
   double waiting = 0;  // bytes x uses
@@ -20,6 +21,7 @@ Cost cost_of(const std::vector<Occupied>& taken, uint64_t capacity, uint64_t beg
     const uint64_t to = std::min(end, other.range.end);
     if (from >= to) continue;
     complete_after = std::max(complete_after, other.free_after);
+    if (complete_after > best_until_now) return {kNotKnown, 0, 0, 0};
     waiting += static_cast<double>(to - from) * static_cast<double>(other.free_after);
   }
   return {complete_after, waiting, std::min(begin, capacity - end), begin};
@@ -32,7 +34,8 @@ std::optional<uint64_t> choose_offset(const std::vector<Occupied>& taken, uint64
   if (bytes > capacity) return std::nullopt;
   Cost best{kNotKnown, 0, 0, 0};
   const auto consider = [&](uint64_t begin) {
-    if (begin <= capacity - bytes) best = std::min(best, cost_of(taken, capacity, begin, bytes));
+    if (begin > capacity - bytes) return;
+    best = std::min(best, cost_of(taken, capacity, begin, bytes, std::get<0>(best)));
   };
   consider(0);
   consider(capacity - bytes);

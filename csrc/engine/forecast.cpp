@@ -84,14 +84,17 @@ bool Forecast::wants(const Window& window, Id id) {
 }
 
 uint64_t Forecast::uses_until_done(const Window& window, Id id) const {
-  uint64_t here = 0, last = 0;
-  for (size_t i = 0; i < window.queue.size(); ++i) {
-    if (window.queue[i] != id) continue;
-    ++here;
-    last = i + 1;
-  }
   const auto known = outlooks_.find(id);
-  return known != outlooks_.end() && known->second.wanted > here ? kNotKnown : last;
+  const uint32_t wanted = known != outlooks_.end() ? known->second.wanted : 0;
+  if (wanted == 0 && known != outlooks_.end()) return 0;
+  // From the last use on, until all that are wanted have been seen. Most weights have one.
+  uint64_t here = 0, last = 0;
+  for (size_t i = window.queue.size(); i-- > 0;) {
+    if (window.queue[i] != id) continue;
+    if (here == 0) last = i + 1;
+    if (++here >= wanted) return last;
+  }
+  return wanted > here ? kNotKnown : last;
 }
 
 }  // namespace distorch

@@ -22,6 +22,7 @@ namespace {
 constexpr int kLearning = 3, kSettling = 3, kWaited = 6;
 // Uses that are played until a step has settled, and then those that count.
 constexpr size_t kSettlingUses = 8000, kCountedUses = 3000;
+constexpr size_t kBriefUses = 300;  // of each kind, if the rehearsal is to be brief
 
 // The host computes: reads go on while it does, and it stands still while it waits for one.
 class RehearsedHost : public HostTransfer {
@@ -170,8 +171,10 @@ Rehearsal Play::run() {
   // From here on the host is ahead of the device, if it can be. Steps of few operators are played
   // more often. Some settle late, after dozens of steps, or take turns.
   const size_t uses = std::max<size_t>(script_.uses.size(), 1);
-  const size_t settling = std::clamp<size_t>(kSettlingUses / uses, 5, 120);
-  const size_t counted = std::clamp<size_t>(kCountedUses / uses, 5, 24);
+  const bool brief = script_.brief;
+  const size_t few = std::clamp<size_t>(kBriefUses / uses, 3, 24);
+  const size_t settling = brief ? few : std::clamp<size_t>(kSettlingUses / uses, 5, 120);
+  const size_t counted = brief ? few : std::clamp<size_t>(kCountedUses / uses, 5, 24);
   std::vector<MarkPtr> ends;
   for (size_t i = 0; i < settling; ++i) ends.push_back(step());
   const uint64_t before = counters_->overflows;
@@ -179,11 +182,11 @@ Rehearsal Play::run() {
   const auto overflows = static_cast<double>(counters_->overflows - before);
   stage_.time().await(ends.back());
   Time start = 0;
-  for (int i = 0; i < kSettling + kWaited; ++i) {
+  for (int i = 0; i < kSettling + kWaited && script_.waits; ++i) {
     if (i == kSettling) start = stage_.time().host();
     stage_.time().await(step());
   }
-  result.waited = (stage_.time().host() - start) / kWaited;
+  if (script_.waits) result.waited = (stage_.time().host() - start) / kWaited;
   collect_stalls();
   const Time begin = ends[settling - 1]->time, end = ends.back()->time;
   const auto steps = static_cast<double>(counted);

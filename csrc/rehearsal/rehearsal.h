@@ -75,6 +75,10 @@ struct Script {
   Time issue_seconds = 0, event_seconds = 0;
   std::vector<Weight> weights;  // in the order in which the ring takes them to be used
   std::vector<Use> uses;
+  // Whether steps are played, too, whose end the host waits for.
+  bool waits = true;
+  // Whether few steps are played: good enough to compare placements.
+  bool brief = false;
 };
 
 struct Rehearsal {
@@ -85,7 +89,7 @@ struct Rehearsal {
   };
   Time first = 0;   // the first step, in which nothing is known but the order
   Time step = 0;    // one of the counted steps, on average; the host is ahead of the device
-  Time waited = 0;  // one of several steps whose end the host waits for, on average
+  Time waited = 0;  // one of several steps whose end the host waits for, on average; 0: none was
   std::map<std::string, Time> stalls;      // by weight, in a counted step, on average
   std::map<std::string, Traffic> traffic;  // by track, such as "copies cpu->cuda:0"
   double overflows = 0;  // fetches of a counted step for which the ring had no room, on average

@@ -13,9 +13,10 @@ from distorch.errors import SpecError, warn_at_caller
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.loading.prepare import OF_LOAD, LoadOptions, Request, prepare, ties_kept
 from distorch.planner import Plan
+from distorch.rehearsal import arrangement
 from distorch.runtime import distribution, planning
 from distorch.runtime.changes import alone
-from distorch.runtime.groups import group_members
+from distorch.runtime.groups import Group, group_members
 from distorch.runtime.options import check_module
 
 _ARGUMENTS = ("spec", "module", "virtual_vram", "donor", *OF_LOAD)
@@ -68,6 +69,7 @@ def plan(
             "fills. Give plan(FILE, spec, module=model, ...)"
         )
     before = None
+    groups: list[Group] | None = None
     if isinstance(source, nn.Module):
         with alone(source, nested=True):  # not in the middle of a change
             groups = group_members(source)
@@ -84,9 +86,11 @@ def plan(
             )
         inventory = open_checkpoint(source).inventory()
         devices = planning.devices_for((), None)
+    chosen = request.options(before)
     found = planning.plan_inventory(
-        inventory, spec, request.options(before), devices, virtual_vram=virtual_vram, donor=donor
-    )
+        inventory, spec, chosen, devices, virtual_vram=virtual_vram, donor=donor,
+        arrange=arrangement(chosen, groups),
+    )  # fmt: skip
     if problem := found.over_budget():
         warn_at_caller(problem)
     return found

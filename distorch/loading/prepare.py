@@ -32,6 +32,7 @@ from distorch.patching import (
     widened_in,
 )
 from distorch.planner import Inventory, Plan
+from distorch.rehearsal import arrangement
 from distorch.runtime import groups, planning
 from distorch.runtime.options import (
     Options,
@@ -261,7 +262,7 @@ def _prepared(module: nn.Module, file: Source, request: Request) -> Ready:
     if request.plan is None:
         plan = planning.plan_inventory(
             matched.inventory, request.spec, options, planning.devices_for((), None),
-            virtual_vram=request.virtual_vram, donor=request.donor,
+            virtual_vram=request.virtual_vram, donor=request.donor, arrange=arrangement(options),
         )  # fmt: skip
         ready = matched.placed(plan, options)
     else:

@@ -21,6 +21,7 @@ from distorch import _donors, _native, _ops
 from distorch._small_files import is_own, read_json, write_atomically
 from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.display.tables import html_table, human_bytes, text_table
+from distorch.errors import PlacementError
 from distorch.machine import machine
 from distorch.planner import DeviceInfo
 
@@ -150,6 +151,16 @@ def known_links() -> Calibration | None:
         return _remember(_believed(read_json(file)))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # `calibrate` writes it anew
+
+
+def measured_links() -> Calibration:
+    """The same. PlacementError if nothing was measured."""
+    found = known_links()
+    if found is None:
+        raise PlacementError(
+            "the links of this machine were not measured: call distorch.calibrate() once"
+        )
+    return found
 
 
 def _believed(stored: Any) -> Calibration:

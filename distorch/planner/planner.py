@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -27,7 +27,7 @@ from distorch.planner.spec import (
 
 # Fetches of smaller weights cost more than their bytes are worth.
 MIN_BYTES = 1 << 20
-ORDERS = ("interleaved", "sequential")
+ORDERS = ("interleaved", "sequential", "optimal")
 
 
 @dataclass
@@ -56,6 +56,43 @@ class _Sorted:
     free: list[WeightInfo] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Freedom:
+    """What may still be decided when all that must lie somewhere does.
+
+    Attributes:
+        free: Weights that may lie on the compute device or on a donor.
+        leaving: Weights that may lie on any donor.
+        ruled: Weights that a rule has sent to a donor -> that donor. Nothing may be decided there.
+        rooms: Device -> bytes that `free` and `leaving` may have there, the compute device first.
+        placement: Name -> device for `free` and `leaving`, as it is if nothing is decided.
+    """
+
+    free: tuple[WeightInfo, ...]
+    leaving: tuple[WeightInfo, ...]
+    ruled: tuple[tuple[WeightInfo, str], ...]
+    rooms: Mapping[str, int]
+    placement: Mapping[str, str]
+
+    @classmethod
+    def within(cls, plan: Plan, inventory: Inventory) -> Freedom:
+        """What could be decided otherwise with the bytes that a plan has on each device."""
+        movable = can_leave(inventory, plan.options["min_bytes"], plan.options["keep"])
+        free = tuple(weight for weight in inventory.weights if weight.name in movable)
+        placement = {weight.name: plan.placement[weight.name] for weight in free}
+        rooms = {plan.compute: 0}
+        for weight in free:
+            device = placement[weight.name]
+            rooms[device] = rooms.get(device, 0) + weight.nbytes
+        return cls(free, (), (), rooms, placement)
+
+
+# Name -> device for the weights of which it is decided -> the plan.
+PlanFor = Callable[[Mapping[str, str]], Plan]
+# Decides.
+Arrange = Callable[[Freedom, PlanFor], Mapping[str, str]]
+
+
 def make_plan(
     inventory: Inventory,
     spec: Spec | str,
@@ -69,6 +106,7 @@ def make_plan(
     rules: Sequence[tuple[str, str]] = (),
     reserve_bytes: int = 0,
     give_away: int | None = None,
+    arrange: Arrange | None = None,
 ) -> Plan:
     """Decides for every weight where it lives. All sizes in bytes.
 
@@ -77,7 +115,8 @@ def make_plan(
     `compute` and are counted first there; where they alone are more than its share,
     `Plan.over_budget` says so. `min_bytes="auto"` is `MIN_BYTES`, or less where the share asks for
     it. `reserve_bytes` is left free by a spec that is "auto". `give_away`: bytes that are not to
-    stay on `compute`, where the spec has it take the rest. Raises SpecError, PlacementError.
+    stay on `compute`, where the spec has it take the rest. `arrange` decides what else would be
+    spread evenly, within the same shares. Raises SpecError, PlacementError.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     parsed = _auto_spec(inventory, compute, devices, reserve_bytes) if parsed.auto else parsed
@@ -99,23 +138,63 @@ def make_plan(
     placement = {weight.name: compute for weight in sorted_.fixed}
     placement |= _place_ruled(sorted_, bins, compute)
     donors = [b for b in bins if b.device != compute]
+    rooms = {compute: 0} | {b.device: b.room() for b in bins}
     # What must leave goes to donors first: it has nowhere else to go.
-    placement |= _fill(sorted_.offloaded, donors, order, parsed)
-    placement |= _fill(sorted_.free, bins, order, parsed)
-    plan = Plan.build(
-        inventory,
-        placement,
-        compute=compute,
-        spec="auto" if not isinstance(spec, str) and spec.auto else parsed.text,
-        order=order,
-        floor=floor,
-        # What is given away is whole tensors: less than one more may stay than was asked for.
-        budget=budget if give_away is None or floor > (budget or 0) else None,
-        options={"min_bytes": least, "keep": list(keep), "offload": list(offload),
-                 "rules": [list(rule) for rule in rules]},
-    )  # fmt: skip
-    _check_capacity(plan, devices, inventory)
-    return plan
+    spread = _fill(sorted_.offloaded, donors, order, parsed)
+    spread |= _fill(sorted_.free, bins, order, parsed)
+
+    def plan_for(places: Mapping[str, str]) -> Plan:
+        plan = Plan.build(
+            inventory,
+            {**placement, **places},
+            compute=compute,
+            spec="auto" if not isinstance(spec, str) and spec.auto else parsed.text,
+            order=order,
+            floor=floor,
+            # What is given away is whole tensors: less than one more may stay than was asked for.
+            budget=budget if give_away is None or floor > (budget or 0) else None,
+            options={"min_bytes": least, "keep": list(keep), "offload": list(offload),
+                     "rules": [list(rule) for rule in rules]},
+        )  # fmt: skip
+        _check_capacity(plan, devices, inventory)
+        return plan
+
+    plan = plan_for(spread)
+    if arrange is None or not spread:
+        return plan
+    known = _known_rooms(rooms, sorted_, spread, compute=compute, devices=devices)
+    ruled = tuple((weight, device) for weight, device in sorted_.ruled if device != compute)
+    freedom = Freedom(tuple(sorted_.free), tuple(sorted_.offloaded), ruled, known, spread)
+    return plan_for(arrange(freedom, plan_for))
+
+
+def _known_rooms(
+    rooms: Mapping[str, float],
+    sorted_: _Sorted,
+    spread: Mapping[str, str],
+    *,
+    compute: str,
+    devices: Mapping[str, DeviceInfo],
+) -> dict[str, int]:
+    """Bytes for each device, also for the one that takes the rest.
+
+    On the compute device this is what an even spread leaves there: donors are to be filled. On a
+    donor it is what is free.
+    """
+    found = {}
+    for device, room in rooms.items():
+        used = sum(
+            weight.nbytes
+            for weight in (*sorted_.free, *sorted_.offloaded)
+            if spread[weight.name] == device
+        )
+        if device == compute:
+            found[device] = used if room == float("inf") else max(0, int(room))
+            continue
+        ruled = sum(weight.nbytes for weight, place in sorted_.ruled if place == device)
+        free = _joined(device, devices).free_bytes - ruled
+        found[device] = max(used, int(min(room, free)))
+    return found
 
 
 def shares_of(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step will take with a placement: recorded once, predicted for any other."""
 
+from distorch.prediction.curve import Curve, curve
 from distorch.prediction.predict import predict
 from distorch.prediction.predicted import LinkUse, Prediction
 from distorch.prediction.recording import record_step
 from distorch.step import Step, Use
 
-__all__ = ["LinkUse", "Prediction", "Step", "Use", "predict", "record_step"]
+__all__ = ["Curve", "LinkUse", "Prediction", "Step", "Use", "curve", "predict", "record_step"]

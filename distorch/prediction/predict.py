@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from typing_extensions import Unpack
 
 from distorch import _native
-from distorch.errors import PlacementError, SpecError
-from distorch.loading import plan as plan_of
-from distorch.machine.links import known_links
-from distorch.planner import Plan
+from distorch.errors import SpecError, warn_at_caller
+from distorch.machine.links import measured_links
+from distorch.machine.rates import Rates
+from distorch.planner import Freedom, Plan, PlanFor
 from distorch.prediction.predicted import LinkUse, Prediction
-from distorch.prediction.recording import form_of
-from distorch.prediction.script import Script, script_of
+from distorch.rehearsal import Problem, Script, arrangement, check_step_fits, problem_of, script_of
 from distorch.runtime.changes import alone
 from distorch.runtime.distribution import distribution_of, inventory_now, known_distribution
 from distorch.runtime.groups import Group, group_members
-from distorch.runtime.options import Options, PlacementOptions, check_module, check_one_placement
-from distorch.runtime.planning import check_plan_fits
+from distorch.runtime.options import Options, OptionsOfStep, check_module, check_one_placement
+from distorch.runtime.planning import check_plan_fits, devices_for, plan_inventory
 from distorch.runtime.ring_room import ring_bytes
 from distorch.step import Step
 from distorch.timeline import Span, Timeline
@@ -36,7 +37,7 @@ def predict(
     plan: Plan | None = None,
     virtual_vram: str | int | None = None,
     donor: str | None = None,
-    **options: Unpack[PlacementOptions],
+    **options: Unpack[OptionsOfStep],
 ) -> Prediction:
     """Says how long a step would take with a placement. Nothing moves.
 
@@ -68,58 +69,60 @@ def predict(
             f"distorch.Step.load(path), got {type(step).__name__}"
         )
     step.check()
-    measured = known_links()
-    if measured is None:
-        raise PlacementError(
-            "the links of this machine were not measured: call distorch.calibrate() once"
-        )
+    measured = measured_links()
     placed_now = spec is None and plan is None and virtual_vram is None and donor is None
     if not placed_now:
         check_one_placement(spec, plan, virtual_vram, donor)
     with alone(module, nested=True):  # not in the middle of a change
         state = distribution_of(module) if placed_now else known_distribution(module)
         before = state.lasting_options() if state is not None else None
-        opts = Options.of(options, _ARGUMENTS, before)
+        opts = Options.of({**options, "step": step}, _ARGUMENTS, before)
         groups = group_members(module)
+        inventory = inventory_now(module, groups)
+        noted = _Noted(opts, groups)
         if placed_now:
             plan = distribution_of(module).plan
             opts = opts.as_planned(plan, options)
         elif plan is not None:
-            check_plan_fits(plan, inventory_now(module, groups))
+            check_plan_fits(plan, inventory)
             opts = opts.as_planned(plan, options)
         else:
-            plan = plan_of(module, spec, virtual_vram=virtual_vram, donor=donor, **options)
-        _check_fits(step, groups, plan)
+            devices = devices_for(groups, module)
+            plan = plan_inventory(
+                inventory, spec, opts, devices,
+                virtual_vram=virtual_vram, donor=donor, arrange=noted,
+            )  # fmt: skip
+            if problem := plan.over_budget():
+                warn_at_caller(problem)
+        check_step_fits(step, groups, plan.compute)
         # Models on one device share a ring, and the largest reservation counts.
         others = _native.reserved_beside(plan.compute, state.reservation if state else None)
         ring = max(ring_bytes(groups, plan, opts), others)
         script = script_of(groups, plan, step, ring, measured)
-    return _rehearsed(script, plan)
+        freedom = noted.freedom or Freedom.within(plan, inventory)
+        rates = Rates(plan.compute, measured)
+        alternatives = problem_of(freedom, step, rates, ring)
+    return _rehearsed(script, plan, alternatives)
 
 
-def _check_fits(step: Step, groups: list[Group], plan: Plan) -> None:
-    if not step.uses:
-        raise PlacementError(
-            "the step is empty: run the model inside of the block of distorch.record_step, in the "
-            "same thread"
-        )
-    forms = {group.name: form_of(group.first) for group in groups}
-    for name, form in step.forms.items():
-        if forms.get(name) != form:
-            there = f"has it as {forms[name]}" if name in forms else "does not have it"
-            raise PlacementError(
-                f"the step uses {name!r} ({form}), and this model {there}; record a step of this "
-                "model with distorch.record_step"
-            )
-    if step.compute != plan.compute:
-        raise PlacementError(
-            f"the step was recorded on {step.compute!r}, and the placement computes on "
-            f"{plan.compute!r}; record one there"
-        )
+class _Noted:
+    """An `Arrange` that notes what could be decided."""
+
+    def __init__(self, options: Options, groups: list[Group]) -> None:
+        self._decide = arrangement(options, groups)
+        self.freedom: Freedom | None = None
+
+    def __call__(self, freedom: Freedom, plan_for: PlanFor) -> Mapping[str, str]:
+        self.freedom = freedom
+        return self._decide(freedom, plan_for) if self._decide else freedom.placement
 
 
-def _rehearsed(script: Script, plan: Plan) -> Prediction:
+def _rehearsed(script: Script, plan: Plan, alternatives: Problem) -> Prediction:
     found = _native.rehearse(**script.arguments())
+    computing = _native.rehearse(**script.resident().arguments())["step"]
+    bound = found["step"] if alternatives.is_decided else alternatives.bound()
+    if not alternatives.looks_up:  # the host's time counts, too
+        bound = max(bound, computing)
     links, device = {}, 0.0
     for track, (nbytes, busy) in found["traffic"].items():
         kind = track.split(" ", maxsplit=1)[0]
@@ -134,7 +137,8 @@ def _rehearsed(script: Script, plan: Plan) -> Prediction:
         seconds=found["step"],
         waited_seconds=found["waited"],
         first_seconds=found["first"],
-        compute_seconds=_native.rehearse(**script.resident().arguments())["step"],
+        compute_seconds=computing,
+        bound_seconds=bound,
         busy_seconds=min(device, found["step"]),
         stalls={name: seconds for name, seconds in found["stalls"].items() if seconds > 0},
         links=links,

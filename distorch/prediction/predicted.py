@@ -38,6 +38,9 @@ class Prediction:
             `.cpu()`), as loops do that print a number of each. Copies may then be asked for later.
         first_seconds: Of the first step.
         compute_seconds: Of a step with all weights resident.
+        bound_seconds: No placement within the same budgets makes a step faster, if each weight that
+            is not resident travels once in a step. (With `plan=` or as placed now: within the bytes
+            that the plan has on each device.)
         busy_seconds: In which the compute device computes or decodes.
         stalls: Weight -> seconds of such a step that operators wait for it; only those that wait.
         links: "cpu->cuda:0", or "disk" -> a `LinkUse` (bytes, busy_seconds) of one step.
@@ -51,6 +54,7 @@ class Prediction:
     waited_seconds: float
     first_seconds: float
     compute_seconds: float
+    bound_seconds: float
     busy_seconds: float
     stalls: dict[str, float]
     links: dict[str, LinkUse]
@@ -74,6 +78,11 @@ class Prediction:
         host = self.plan.compute != "cpu" and self.compute_seconds >= full
         return "host" if host else "ring"
 
+    @property
+    def gap(self) -> float:
+        """By which part the step is longer than `bound_seconds`: 0.05 is 5 %."""
+        return self.seconds / self.bound_seconds - 1 if self.bound_seconds > 0 else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON types."""
         return {
@@ -81,6 +90,7 @@ class Prediction:
             "waited_seconds": self.waited_seconds,
             "first_seconds": self.first_seconds,
             "compute_seconds": self.compute_seconds,
+            "bound_seconds": self.bound_seconds,
             "busy_seconds": self.busy_seconds,
             "binds": self.binds,
             "stalls": dict(self.stalls),

@@ -27,7 +27,13 @@ from distorch import _ops
 from distorch.errors import PlacementError
 from distorch.machine import machine
 from distorch.runtime.distribution import distribution_of
-from distorch.runtime.groups import byte_extent, group_members, has_bytes, parts_of, shape_of
+from distorch.runtime.groups import (
+    byte_extent,
+    form_of,
+    group_members,
+    has_bytes,
+    parts_of,
+)
 from distorch.step import Step, Use
 from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
@@ -93,11 +99,6 @@ def record_step(module: nn.Module) -> Iterator[Step]:
         for span in timeline.spans:
             if span.track == "decodes" and span.bytes:
                 step.decodes[span.name] = (span.end - span.start) / span.bytes
-
-
-def form_of(weight: torch.Tensor) -> str:
-    """Dtype and shape, such as "float32 [4, 4]"."""
-    return f"{str(weight.dtype).removeprefix('torch.')} {list(shape_of(weight))}"
 
 
 class _Names:

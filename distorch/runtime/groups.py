@@ -139,6 +139,11 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return (tensor.numel(),) if tensor.is_nested else tuple(tensor.shape)
 
 
+def form_of(weight: torch.Tensor) -> str:
+    """Dtype and shape, such as "float32 [4, 4]"."""
+    return f"{str(weight.dtype).removeprefix('torch.')} {list(shape_of(weight))}"
+
+
 def byte_extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The bytes [begin, end) of its storage that a tensor can reach; decoded: on its donor."""
     if _ops.is_sharded(tensor) and (state := _ops.state(tensor)).decoded:

@@ -13,13 +13,14 @@ from torch import nn
 
 from distorch.errors import SpecError
 from distorch.planner import MIN_BYTES, ORDERS, Plan, parse_bytes, parse_spec
+from distorch.step import Step
 
 
-class PlacementOptions(TypedDict, total=False):
-    """The options of `distribute`, as documented there. `Options` has their defaults."""
+class OptionsOfStep(TypedDict, total=False):
+    """The options of a placement for a step that is given otherwise."""
 
     compute: str | torch.device | None
-    order: Literal["interleaved", "sequential"]
+    order: Literal["interleaved", "sequential", "optimal"]
     min_bytes: int | str
     keep: str | Sequence[str]
     offload: str | Sequence[str]
@@ -28,12 +29,19 @@ class PlacementOptions(TypedDict, total=False):
     compress: Literal["auto", "never"]
 
 
+class PlacementOptions(OptionsOfStep, total=False):
+    """The options of `distribute`, as documented there. `Options` has their defaults."""
+
+    step: Step | None
+
+
 @dataclass
 class Options:
     """The options of `distribute`, checked: bytes are numbers or "auto", patterns are sequences."""
 
     compute: str | torch.device | None = None
     order: str = "interleaved"
+    step: Step | None = None
     min_bytes: int | str = MIN_BYTES
     keep: str | Sequence[str] = ()
     offload: str | Sequence[str] = ()
@@ -107,7 +115,14 @@ class Options:
                 "expected 'auto' or 'never'"
             )
         if self.order not in ORDERS:
-            raise SpecError(f"order={self.order!r}: expected 'interleaved' or 'sequential'")
+            raise SpecError(
+                f"order={self.order!r}: expected 'interleaved', 'sequential' or 'optimal'"
+            )
+        if self.step is not None and not isinstance(self.step, Step):
+            raise SpecError(
+                f"step=: expected a step, from `with distorch.record_step(model) as step:` or from "
+                f"distorch.Step.load(path), got {type(self.step).__name__}"
+            )
 
 
 # Options of other libraries: what is asked for with them here, by the option that does it.

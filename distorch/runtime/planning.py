@@ -14,6 +14,7 @@ from torch import nn
 from distorch.errors import PlacementError
 from distorch.machine import machine
 from distorch.planner import (
+    Arrange,
     DeviceInfo,
     Inventory,
     Plan,
@@ -116,8 +117,12 @@ def plan_inventory(
     *,
     virtual_vram: str | int | None = None,
     donor: str | None = None,
+    arrange: Arrange | None = None,
 ) -> Plan:
-    """A plan for weights that are known by name and size."""
+    """A plan for weights that are known by name and size.
+
+    `arrange` is from `distorch.rehearsal.arrangement`, which finds the optimal order.
+    """
     wish = Wish.of(spec, options.compute, devices, virtual_vram, donor)
     return make_plan(
         inventory,
@@ -129,6 +134,7 @@ def plan_inventory(
         offload=options.offload,
         rules=options.rules,
         give_away=None if virtual_vram is None else parse_bytes(virtual_vram),
+        arrange=arrange,
     )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from distorch.runtime.options import Options
 from distorch.runtime.staging import planned_place
 
 AUTO_RING_BYTES = 128 << 20
+_PAGE = 4096
 
 
 def _fetched_bytes(group: Group, plan: Plan) -> int:
@@ -37,12 +38,19 @@ def is_table(group: Group) -> bool:
 
 def ring_bytes(groups: Sequence[Group], plan: Plan, options: Options) -> int:
     """Bytes of look-ahead: at least two of the largest weights that are fetched whole."""
-    page = 4096
-    sizes = {g.name: n + 2 * page for g in groups if (n := _fetched_bytes(g, plan))}
+    sizes = {g.name: n for g in groups if (n := _fetched_bytes(g, plan))}
     tables = {group.name for group in groups if is_table(group)}
+    return look_ahead_bytes(sizes, tables, options.prefetch)
+
+
+def look_ahead_bytes(
+    fetched: Mapping[str, int], tables: Collection[str], prefetch: int | str
+) -> int:
+    """The same for weights of which only the bytes are known. `tables` are those of embeddings."""
+    sizes = {name: nbytes + 2 * _PAGE for name, nbytes in fetched.items()}
     largest = max((n for name, n in sizes.items() if name not in tables), default=0)
     wanted = max(2 * largest, AUTO_RING_BYTES)
-    if options.prefetch != "auto":
-        wanted = parse_bytes(options.prefetch)
+    if prefetch != "auto":
+        wanted = parse_bytes(prefetch)
     whole = sum(n for name, n in sizes.items() if name not in tables or n <= wanted)
     return min(whole, wanted)  # a ring that holds everything is never larger

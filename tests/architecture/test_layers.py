@@ -16,19 +16,20 @@ CSRC = {
     "core": ({"core"}, set()),
     "engine": ({"engine", "core"}, set()),
     "rehearsal": ({"rehearsal", "engine", "core"}, set()),
+    "placement": ({"placement", "core"}, set()),
     # ATen for one operator only: copy_, the one way to copy on any device's streams.
     # Of cuda, the table of its functions.
     "device": ({"device", "engine", "core", "cuda"}, {"c10", "ATen"}),
     "hook": ({"hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "ops": ({"ops", "hook", "device", "engine", "core"}, {"c10", "ATen", "torch"}),
     "bindings": (
-        {"bindings", "ops", "hook", "device", "rehearsal", "engine", "core"},
+        {"bindings", "ops", "hook", "device", "placement", "rehearsal", "engine", "core"},
         {"c10", "ATen", "torch", "pybind11"},
     ),
     # Of device, what a kernel that decodes is told: the simulator registers one.
     "sim": ({"sim", "core", "device/decode.h"}, {"c10", "ATen", "torch", "pybind11"}),
     "cuda": ({"cuda", "core"}, {"cuda_runtime", "cuda_fp16", "cuda_bf16"}),
-    "tests": ({"tests", "cuda", "rehearsal", "engine", "core"}, set()),
+    "tests": ({"tests", "cuda", "placement", "rehearsal", "engine", "core"}, set()),
 }
 _LIBRARIES = {
     "torch", "ATen", "c10", "pybind11", "cuda", "cuda_runtime", "cuda_fp16", "cuda_bf16", "Python",

@@ -16,7 +16,7 @@ from tests.compiler import COMPILER
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = sorted(path.stem for path in (CSRC / "tests").glob("*_test.cpp"))
-ROOMS = ("core", "engine", "rehearsal")  # without torch
+ROOMS = ("core", "engine", "rehearsal", "placement")  # without torch
 SOURCES = sorted(path for room in ROOMS for path in (CSRC / room).glob("*.cpp"))
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 

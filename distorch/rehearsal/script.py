@@ -15,7 +15,7 @@ from distorch.machine.links import Calibration
 from distorch.machine.rates import Rates
 from distorch.planner import Plan
 from distorch.runtime import wrapped
-from distorch.runtime.groups import Group, parts_of
+from distorch.runtime.groups import Group, form_of, parts_of
 from distorch.runtime.staging import packed_places, planned_place
 from distorch.step import Step
 
@@ -95,17 +95,14 @@ def script_of(
     uses, plain = list[Played](), list[Played]()
     looks_up = []  # the uses before which the host waits
     for use in step.uses:
-        alone = Played(
-            machine.without_issuing(use.seconds, use.idle),
-            use.operators,
-            [],
-            use.copied,
-            use.host_waits,
-        )
+        seconds = machine.without_issuing(use.seconds, use.idle)
+        alone = Played(seconds, use.operators, [], use.copied, use.host_waits)
         plain.append(alone)
         names = [name for name in use.weights if name in indices]
         table = tables[names[0]] if use.rows and names else None
-        if table is not None and _takes_rows(table, fetched[table.name][0], use.rows, ring_bytes):
+        if table is not None and takes_rows(
+            use.rows, table.first.shape[0], whole=_fits_whole(fetched[table.name][0], ring_bytes)
+        ):
             looks_up.append(len(uses))
             seconds = machine.row_seconds(places[table.name], use.rows * _row(table))
             uses.append(alone._replace(seconds=seconds))
@@ -195,8 +192,34 @@ def _row(group: Group) -> int:
     return stored // max(group.first.shape[0], 1)
 
 
-def _takes_rows(group: Group, weight: Weight, rows: int, ring_bytes: int) -> bool:
-    """Whether only the rows that are asked for are brought, as csrc/hook/embedding.cpp decides."""
-    if rows * _TABLE_SHARE >= group.first.shape[0]:
-        return False
-    return weight.encoded or weight.nbytes > ring_bytes
+def takes_rows(rows: int, of: int, *, whole: bool) -> bool:
+    """Whether only the rows that are asked for are brought, as csrc/hook/embedding.cpp decides.
+    `whole`: the table would fit into the ring, as it is used.
+    """
+    return rows * _TABLE_SHARE < of and not whole
+
+
+def _fits_whole(table: Weight, ring_bytes: int) -> bool:
+    return not table.encoded and table.nbytes <= ring_bytes
+
+
+def check_step_fits(step: Step, groups: Sequence[Group], compute: str) -> None:
+    """PlacementError unless the step was recorded of these weights on that device."""
+    if not step.uses:
+        raise PlacementError(
+            "the step is empty: run the model inside of the block of distorch.record_step, in the "
+            "same thread"
+        )
+    forms = {group.name: form_of(group.first) for group in groups}
+    for name, form in step.forms.items():
+        if forms.get(name) != form:
+            there = f"has it as {forms[name]}" if name in forms else "does not have it"
+            raise PlacementError(
+                f"the step uses {name!r} ({form}), and this model {there}; record a step of this "
+                "model with distorch.record_step"
+            )
+    if step.compute != compute:
+        raise PlacementError(
+            f"the step was recorded on {step.compute!r}, and the placement computes on "
+            f"{compute!r}; record one there"
+        )
