@@ -50,9 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     plan.add_argument("--plot", metavar="PICTURE", help=_PLOT)
     plan.add_argument(
-        "--order", default="interleaved", choices=["interleaved", "sequential"],
-        help="spread the weights of each device over the model (default), or keep them together",
+        "--order", default="interleaved", choices=["interleaved", "sequential", "optimal"],
+        help="spread the weights of each device over the model (default), keep them together, or "
+        "find the shortest step (needs --step)",
     )  # fmt: skip
+    plan.add_argument(
+        "--step", metavar="JSON", help="a step of the model, which Step.save wrote: for optimal"
+    )
     plan.add_argument(
         "--min-bytes", default="1mb", metavar="BYTES",
         help="smaller weights stay where the model computes; 0, 64kb or auto (default 1mb)",
@@ -110,10 +114,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from distorch.loading import plan
+    from distorch.step import Step
 
     made = plan(
-        arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes
-    )
+        arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes,
+        step=None if arguments.step is None else Step.load(arguments.step),
+    )  # fmt: skip
     return _show(made, arguments)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from distorch.errors import PlacementError
+from distorch.errors import PlacementError, SpecError
 from distorch.planner import (
     DeviceInfo,
     Entry,
@@ -68,6 +68,11 @@ def plan_together(
     """The plan of all parts together, with names as "transformer.blocks.0.weight"; and the plan of
     each. Raises SpecError, PlacementError.
     """
+    if options.order == "optimal":
+        raise SpecError(
+            "order='optimal': a step is one of a single model, and a pipeline has several; give "
+            "one part, such as pipe.transformer, to redistribute with order='optimal' and step="
+        )
     names = by_use(parts)
     weights = (_renamed(weight, name) for name in names for weight in parts[name].weights)
     whole = Inventory(tuple(weights))

@@ -29,6 +29,10 @@ class Rates:
         self._links = {link.donor: link for link in measured.links if link.compute == compute}
         self._speed = measured.speed(compute)
 
+    def knows(self, place: str) -> bool:
+        """Whether it was measured what comes from there."""
+        return place in self._links
+
     def _link(self, place: str) -> Link:
         found = self._links.get(place)
         if found is None:

@@ -101,7 +101,7 @@ def predict(
         script = script_of(groups, plan, step, ring, measured)
         freedom = noted.freedom or Freedom.within(plan, inventory)
         rates = Rates(plan.compute, measured)
-        alternatives = problem_of(freedom, step, rates, ring)
+        alternatives = problem_of(freedom, step, rates, ring, measured=False)
     return _rehearsed(script, plan, alternatives)
 
 

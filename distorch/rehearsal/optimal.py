@@ -23,6 +23,7 @@ _USES = 2500
 _FEWEST, _MOST = 2, 250
 _WHOLLY = 4  # of them, by whole rehearsals
 _CLOSE = 1.001  # to the bound: no other placement is worth a rehearsal
+_BOUNDLESS = 1e18  # bytes per second
 _WHOLE = 1 << 30  # bytes that are cut to see what part each donor of a stripe gets
 
 
@@ -56,21 +57,24 @@ class Problem:
         return True
 
 
-def problem_of(freedom: Freedom, step: Step, rates: Rates, ring: int) -> Problem:
-    """What may be decided, as numbers. `ring`: its bytes."""
+def problem_of(
+    freedom: Freedom, step: Step, rates: Rates, ring: int, *, measured: bool = True
+) -> Problem:
+    """What may be decided, as numbers. `ring`: its bytes. PlacementError if a link was not
+    `measured`; if that does not matter, such a link takes no time.
+    """
     compute = next(iter(freedom.rooms))
-    ruled = {weight.name: device for weight, device in freedom.ruled}
-    places = list(dict.fromkeys([*freedom.rooms, *ruled.values()]))
+    places = _places_of(freedom)
     known = [*freedom.free, *freedom.leaving, *(weight for weight, _ in freedom.ruled)]
     index = {weight.name: i for i, weight in enumerate(known)}
     looked_up = _rows_of(step)
     donors = [place for place in places if place != compute]
-    links, found, together = _links(donors, rates)
-    capacity = dict.fromkeys(places, 0) | dict(freedom.rooms)
+    links, found, together = _links(donors, rates, measured)
+    capacity = {place: freedom.rooms.get(place, 0) for place in places}
     for weight, device in freedom.ruled:
         capacity[device] += weight.nbytes
     tiers = [(capacity[place], _routes(place, found, compute)) for place in places]
-    everywhere = sum(1 << places.index(place) for place in freedom.rooms)
+    everywhere = sum(1 << i for i, place in enumerate(places) if place in freedom.rooms)
     donors_only = everywhere & ~1
     used = set(step.weights)
 
@@ -93,11 +97,19 @@ def problem_of(freedom: Freedom, step: Step, rates: Rates, ring: int) -> Problem
             table = known[index[use.weights[0]]]
             # Rows that are looked up on a donor may be there earlier than in the step.
             nbytes = use.rows * table.nbytes // max(table.shape[0], 1)
-            seconds = min([seconds, *(rates.row_seconds(place, nbytes) for place in donors)])
+            known_donors = [place for place in donors if rates.knows(place.split("+")[0])]
+            seconds = min([seconds, *(rates.row_seconds(d, nbytes) for d in known_donors)])
         uses.append((seconds, [index[name] for name in use.weights if name in index]))
     return Problem(
         links, together, tiers, weights, uses, ring, bool(looked_up.keys() & index.keys())
     )
+
+
+def _places_of(freedom: Freedom) -> list[str]:
+    """The compute device, and the donors that may hold anything."""
+    compute, *donors = freedom.rooms
+    used = [place for place in donors if freedom.rooms[place] > 0]
+    return list(dict.fromkeys([compute, *used, *(device for _, device in freedom.ruled)]))
 
 
 def _rows_of(step: Step) -> dict[str, int]:
@@ -110,16 +122,23 @@ def _rows_of(step: Step) -> dict[str, int]:
 
 
 def _links(
-    donors: Sequence[str], rates: Rates
+    donors: Sequence[str], rates: Rates, measured: bool
 ) -> tuple[list[tuple[float, float]], dict[str, int], float]:
     """(bytes per second, latency) of each link; place -> its link; bytes per second of all."""
     places = {place for donor in donors for place in donor.split("+")}
+    if "disk" in places and rates.compute != "cpu":
+        places.add("cpu")  # what was read goes on from host memory
+    unknown = [] if measured else sorted(place for place in places if not rates.knows(place))
+    places -= set(unknown)
     links, groups = rates.links_for(places)
     numbers = [(rate, latency) for _, rate, latency, _ in links]
     found = {place: i for i, (place, *_) in enumerate(links)}
     if "disk" in places:
         found["disk"] = len(numbers)
         numbers.append(rates.disk_for(places))
+    for place in unknown:
+        found[place] = len(numbers)
+        numbers.append((_BOUNDLESS, 0.0))
     return numbers, found, groups[0] if groups else 0.0
 
 
@@ -164,7 +183,7 @@ class Arrangement:
         problem = problem_of(freedom, self._step, rates, self._ring(freedom, spread))
         names = [w.name for w in (*freedom.free, *freedom.leaving)]
         ruled = [device for _, device in freedom.ruled]
-        places = list(dict.fromkeys([*freedom.rooms, *ruled]))
+        places = _places_of(freedom)
         start = [
             places.index(device) for device in (*(freedom.placement[n] for n in names), *ruled)
         ]
