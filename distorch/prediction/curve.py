@@ -28,7 +28,6 @@ from distorch.runtime.planning import Wish, devices_for
 from distorch.step import Step
 
 _HEADER = ("bytes", "size", "ms of a step", "")
-_MOST_POINTS = 200
 _GIB = 1 << 30
 # A corner of the curve is a knee if it bends there by this part of the steepest slope.
 _BEND = 0.25
@@ -190,8 +189,8 @@ def curve(
         PlacementError: As in `predict`.
     """
     check_module(module)
-    if isinstance(points, bool) or not isinstance(points, int) or not 2 <= points <= _MOST_POINTS:
-        raise SpecError(f"points={points!r}: expected a number from 2 to {_MOST_POINTS}")
+    if isinstance(points, bool) or not isinstance(points, int) or not 2 <= points <= 200:
+        raise SpecError(f"points={points!r}: expected a number from 2 to 200")
     if spec is None:
         spec = distribution_of(module).plan.spec
     first = predict(module, step, spec, **options)
