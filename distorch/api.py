@@ -97,7 +97,7 @@ def distribute(
             devices = planning.devices_for(groups, module)
             plan = planning.plan_inventory(
                 inventory, spec, opts, devices, virtual_vram=virtual_vram, donor=donor,
-                arrange=arrangement(opts, groups),
+                arrange=arrangement(opts, groups, before.reservation if before else None),
             )  # fmt: skip
         placing.check_has_values(module, plan.compute)
         if problem := plan.over_budget():

@@ -70,6 +70,7 @@ void install_placement(py::module_& module) {
             throw std::invalid_argument("a start on a tier that is not there");
           begin.push_back(static_cast<uint8_t>(tier));
         }
+        if (!problem.allows(begin)) throw std::invalid_argument("a start beyond the capacities");
         const py::gil_scoped_release released;
         std::vector<std::vector<uint32_t>> found;
         for (const Placement& each : find_placements(problem, begin, most)) {

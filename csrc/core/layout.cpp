@@ -10,9 +10,10 @@ namespace {
 // What a room costs, the most important first.
 using Cost = std::tuple<uint64_t, double, uint64_t, uint64_t>;
 
-// A room that is complete later than the best one until now is not looked at any further.
+// A room that is complete later than the best one until now (`latest_allowed`) is not looked at any
+// further.
 Cost cost_of(const std::vector<Occupied>& taken, uint64_t capacity, uint64_t begin, uint64_t bytes,
-             uint64_t best_until_now) {
+             uint64_t latest_allowed) {
   const uint64_t end = begin + bytes;
   uint64_t complete_after = 0;
   double waiting = 0;  // bytes x uses
@@ -21,7 +22,7 @@ Cost cost_of(const std::vector<Occupied>& taken, uint64_t capacity, uint64_t beg
     const uint64_t to = std::min(end, other.range.end);
     if (from >= to) continue;
     complete_after = std::max(complete_after, other.free_after);
-    if (complete_after > best_until_now) return {kNotKnown, 0, 0, 0};
+    if (complete_after > latest_allowed) return {kNotKnown, 0, 0, 0};
     waiting += static_cast<double>(to - from) * static_cast<double>(other.free_after);
   }
   return {complete_after, waiting, std::min(begin, capacity - end), begin};

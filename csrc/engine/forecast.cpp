@@ -87,7 +87,8 @@ uint64_t Forecast::uses_until_done(const Window& window, Id id) const {
   const auto known = outlooks_.find(id);
   const uint32_t wanted = known != outlooks_.end() ? known->second.wanted : 0;
   if (wanted == 0 && known != outlooks_.end()) return 0;
-  // From the last use on, until all that are wanted have been seen. Most weights have one.
+  // From the last use on, until all that are wanted have been seen. Most weights have one. All
+  // windows together want at least as many as this one has in its queue.
   uint64_t here = 0, last = 0;
   for (size_t i = window.queue.size(); i-- > 0;) {
     if (window.queue[i] != id) continue;

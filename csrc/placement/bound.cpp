@@ -82,6 +82,7 @@ class Bound {
 Time Bound::step() const {
   const Time computing = problem_.compute_seconds();
   double travelling = 0, largest = 0;
+  bool whole = true;  // no weight travels in part
   std::vector<bool> used(problem_.weights.size());
   for (const PlacementProblem::Use& use : problem_.uses) {
     double together = 0;
@@ -90,6 +91,7 @@ Time Bound::step() const {
       together += bytes;
       if (!used[index]) travelling += bytes;
       used[index] = true;
+      whole = whole && problem_.weights[index].travels == problem_.weights[index].bytes;
     }
     largest = std::max(largest, together);
   }
@@ -99,7 +101,7 @@ Time Bound::step() const {
   const double leaving = travelling - resident;
   if (leaving <= ring) return computing;
   const double kept = std::max(0.0, kCirculates * ring - leaving);
-  const Time links = seconds_for(leaving - kept, /*whole=*/kept == 0);
+  const Time links = seconds_for(leaving - kept, whole && kept == 0);
   return std::max({computing, links, of_runs(resident, ring)});
 }
 

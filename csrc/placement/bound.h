@@ -13,15 +13,16 @@ namespace distorch {
 //    into the ring all together, it stays there, and nothing travels.) A link carries its rate, a
 //    tier cannot send more than lies there, and weights are whole: a device takes no more than the
 //    largest sum of their sizes that fits.
-// 3. A run of operators, for all runs. All bytes of its weights that are not resident come while it
-//    lasts, but for what the ring had before. So the run lasts at least as long as that takes over
-//    all links, even if all resident weights are in this run; and the other operators come on top.
+// 3. Each run of operators, from the end of its first to the start of its last one. What its
+// weights
+//    have in bytes was resident, or was in the ring before the run, or has come during the run. The
+//    links need their time for the latter. All other operators take their time besides.
 //
 // Point 2 is about this ring. It fetches in the order of uses, and what was just used is the first
-// to go. So each weight travels once in a step if twice the ring's bytes or more leave. (In
-// measured steps a few small ones are kept by chance, which makes up to 1 % of a step.) If less
+// to go. So each weight travels once in a step if twice the ring's bytes or more leave. (A few
+// small ones are kept by chance. They make 1.4 % of a step at most, of 1,000 random ones.) If less
 // leaves, the ring may keep something, up to all of it where all of it fits. The bound counts on as
-// many bytes as are missing to twice the ring: more than was kept in some thousand random steps.
+// many bytes as are missing to twice the ring: more than was kept in any of these steps.
 Time step_bound(const PlacementProblem& problem);
 
 }  // namespace distorch

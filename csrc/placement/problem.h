@@ -46,6 +46,21 @@ struct PlacementProblem {
   bool may_lie(size_t weight, size_t tier) const {
     return (weights[weight].allowed >> tier & 1) != 0;
   }
+  std::vector<uint64_t> capacities() const {
+    std::vector<uint64_t> found;
+    for (const Tier& tier : tiers) found.push_back(tier.capacity);
+    return found;
+  }
+  // Whether such a placement is within the capacities, and each weight lies where it may.
+  bool allows(const std::vector<uint8_t>& placement) const {
+    std::vector<uint64_t> room = capacities();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const uint8_t tier = placement[i];
+      if (tier >= tiers.size() || !may_lie(i, tier) || weights[i].bytes > room[tier]) return false;
+      room[tier] -= weights[i].bytes;
+    }
+    return true;
+  }
   Time compute_seconds() const {
     Time found = 0;
     for (const Use& use : uses) found += use.seconds;

@@ -2,12 +2,14 @@
 #include "placement/search.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <optional>
 #include <utility>
 
 #include "placement/flow.h"
+#include "placement/numbers.h"
 
 namespace distorch {
 namespace {
@@ -22,20 +24,6 @@ constexpr uint64_t kMostChanges = 4000;           // of one beginning
 constexpr uint64_t kLight = 8;
 constexpr double kCloseEnough = 1.0002;  // to the operators' time
 constexpr uint64_t kFew = 20'000;        // placements that are all looked at
-
-// The same numbers on every run and machine.
-class Numbers {
- public:
-  uint64_t below(uint64_t limit) {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return state_ % limit;
-  }
-
- private:
-  uint64_t state_ = 88172645463325252ULL;
-};
 
 struct Found {
   Time seconds;
@@ -131,14 +119,22 @@ std::vector<double> Search::sent_by_each() const {
 }
 
 std::vector<uint64_t> Search::room_beside(const Placement& placement) const {
-  std::vector<uint64_t> room;
-  for (const PlacementProblem::Tier& tier : problem_.tiers) room.push_back(tier.capacity);
+  std::vector<uint64_t> room = problem_.capacities();
   for (size_t i = 0; i < placement.size(); ++i) room[placement[i]] -= problem_.weights[i].bytes;
   return room;
 }
 
-// Weights that hardly travel go to the slowest donors that have room.
+// Weights with one choice have it. Those that hardly travel go to the slowest donors that have
+// room.
 void Search::place_light(Placement& placement, std::vector<uint64_t>& room) const {
+  for (size_t i = 0; i < placement.size(); ++i) {
+    const uint32_t allowed = problem_.weights[i].allowed;
+    if (!std::has_single_bit(allowed)) continue;
+    const auto tier = static_cast<size_t>(std::countr_zero(allowed));
+    if (problem_.weights[i].bytes > room[tier]) continue;
+    placement[i] = static_cast<uint8_t>(tier);
+    room[tier] -= problem_.weights[i].bytes;
+  }
   const auto rate = [&](size_t tier) {
     double least = kNever;
     for (const PlacementProblem::Route& route : problem_.tiers[tier].routes) {
@@ -151,6 +147,7 @@ void Search::place_light(Placement& placement, std::vector<uint64_t>& room) cons
   std::stable_sort(tiers.begin(), tiers.end(),
                    [&](size_t a, size_t b) { return rate(a) < rate(b); });
   for (const uint32_t index : light_) {
+    if (std::has_single_bit(problem_.weights[index].allowed)) continue;
     const uint64_t bytes = problem_.weights[index].bytes;
     for (const size_t tier : tiers) {
       if (!problem_.may_lie(index, tier) || bytes > room[tier]) continue;
@@ -169,16 +166,26 @@ std::optional<Placement> Search::spread(double pile, double generosity, const St
   constexpr uint8_t kNowhere = 255;
   const size_t tiers = problem_.tiers.size();
   Placement placement(problem_.weights.size(), kNowhere);
-  std::vector<uint64_t> room;
-  for (const PlacementProblem::Tier& tier : problem_.tiers) room.push_back(tier.capacity);
+  std::vector<uint64_t> room = problem_.capacities();
   place_light(placement, room);
   const double most = pile * static_cast<double>(problem_.ring_bytes);
   std::vector<double> owed(tiers);
   for (size_t tier = 1; tier < tiers; ++tier) owed[tier] = std::min(most, shares_[tier]) / 2;
+  const auto owe_more = [&](size_t i, double size) {
+    const double part = computing_ > 0 ? generosity * until_next_[i] / computing_ : generosity;
+    for (size_t tier = 1; tier < tiers; ++tier) {
+      owed[tier] = std::min(owed[tier] + part * shares_[tier], std::max(most, size / 2));
+    }
+  };
   for (size_t i = 0; i < in_order_.size(); ++i) {
     const uint32_t index = in_order_[i];
     const uint64_t bytes = problem_.weights[index].bytes;
     const auto size = static_cast<double>(bytes);
+    if (placement[index] != kNowhere) {  // it had one choice
+      owed[placement[index]] -= size;
+      owe_more(i, size);
+      continue;
+    }
     std::optional<size_t> best;
     double longest = 0;
     const bool decided = stays != nullptr && (*stays)[index];
@@ -203,10 +210,7 @@ std::optional<Placement> Search::spread(double pile, double generosity, const St
     placement[index] = static_cast<uint8_t>(*best);
     room[*best] -= bytes;
     owed[*best] -= size;
-    const double part = computing_ > 0 ? generosity * until_next_[i] / computing_ : generosity;
-    for (size_t tier = 1; tier < tiers; ++tier) {
-      owed[tier] = std::min(owed[tier] + part * shares_[tier], std::max(most, size / 2));
-    }
+    owe_more(i, size);
   }
   const bool complete = std::find(placement.begin(), placement.end(), kNowhere) == placement.end();
   return complete ? std::optional(std::move(placement)) : std::nullopt;
@@ -273,7 +277,7 @@ void Search::improve(Found& found, uint64_t changes) {
   found.seconds = flow_.step(found.placement);
   std::vector<Time> stalls = flow_.stalls();
   std::vector<uint64_t> room = room_beside(found.placement);
-  std::vector<size_t> position(problem_.weights.size());  // in in_order_
+  std::vector<size_t> position(problem_.weights.size(), in_order_.size());  // there, or behind it
   for (size_t i = 0; i < in_order_.size(); ++i) position[in_order_[i]] = i;
   Numbers numbers;
   for (uint64_t tried = 0, looked = 0; tried < changes && looked < 8 * changes; ++looked) {
@@ -285,7 +289,7 @@ void Search::improve(Found& found, uint64_t changes) {
     size_t weight = 0;
     while (weight + 1 < stalls.size() && (at -= stalls[weight]) > 0) ++weight;
     if (stalls[weight] <= 0) continue;
-    if (numbers.below(4) == 0) {
+    if (numbers.below(4) == 0 && position[weight] < in_order_.size()) {
       const size_t before = numbers.below(6);
       weight = in_order_[(position[weight] + in_order_.size() - before % in_order_.size()) %
                          in_order_.size()];
@@ -387,8 +391,7 @@ void Search::search() {
 std::vector<Placement> Search::run(size_t most) {
   if (are_few()) {
     Placement placement = start_;
-    std::vector<uint64_t> room;
-    for (const PlacementProblem::Tier& tier : problem_.tiers) room.push_back(tier.capacity);
+    std::vector<uint64_t> room = problem_.capacities();
     look_at_all(placement, room, 0);
   } else {
     search();

@@ -8,6 +8,7 @@
 
 #include "placement/bound.h"
 #include "placement/flow.h"
+#include "placement/numbers.h"
 #include "placement/search.h"
 #include "tests/check.h"
 
@@ -18,21 +19,6 @@ namespace {
 constexpr uint64_t kMany = uint64_t{1} << 50;
 
 bool near(double found, double expected) { return std::abs(found - expected) <= 1e-3 * expected; }
-
-// The same numbers on every run.
-class Numbers {
- public:
-  explicit Numbers(uint64_t seed) : state_(seed * 2654435761ULL + 1) {}
-  uint64_t below(uint64_t limit) {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return state_ % limit;
-  }
-
- private:
-  uint64_t state_;
-};
 
 // `count` weights of 1 MB, each used once by an operator of so many seconds, and one donor over a
 // link of 1 GB/s.
@@ -169,6 +155,19 @@ void a_search_keeps_its_promises() {
   }
 }
 
+void light_weights_alone() {
+  PlacementProblem problem = chain(30, 1e-4, 4'000'000, 0);
+  for (PlacementProblem::Weight& weight : problem.weights) weight.travels = 1000;  // tables
+  const auto found = find_placements(problem, Placement(30, 1), 3);
+  CHECK(!found.empty());
+  for (const Placement& each : found) CHECK(problem.allows(each));
+  // A table travels in part, so that nothing is rounded to whole weights.
+  PlacementProblem mixed = chain(8, 0, 0, 1'000'000);
+  mixed.weights.push_back({8'000'000, 4000, 3});
+  mixed.uses.push_back({0, {8}});
+  CHECK(near(step_bound(mixed), 8e-3 + 4e-6));
+}
+
 void what_nothing_hides_stays() {
   // Large weights with no computation first, then small ones with much.
   PlacementProblem problem = chain(40, 1e-3, 10'000'000, 2'000'000);
@@ -189,6 +188,7 @@ int main() {
   a_bound_follows_from_the_numbers();
   no_placement_beats_the_bound();
   a_search_keeps_its_promises();
+  light_weights_alone();
   what_nothing_hides_stays();
   return 0;
 }

@@ -70,13 +70,15 @@ def plan(
         )
     before = None
     groups: list[Group] | None = None
+    reservation = None
     if isinstance(source, nn.Module):
         with alone(source, nested=True):  # not in the middle of a change
             groups = group_members(source)
             inventory = distribution.inventory_now(source, groups)
             devices = planning.devices_for(groups, source)
             if distribution.is_distributed(source):
-                before = distribution.distribution_of(source).lasting_options()
+                state = distribution.distribution_of(source)
+                before, reservation = state.lasting_options(), state.reservation
     else:
         if not isinstance(source, str | os.PathLike):
             kind = source.__name__ if isinstance(source, type) else type(source).__name__
@@ -89,7 +91,7 @@ def plan(
     chosen = request.options(before)
     found = planning.plan_inventory(
         inventory, spec, chosen, devices, virtual_vram=virtual_vram, donor=donor,
-        arrange=arrangement(chosen, groups),
+        arrange=arrangement(chosen, groups, reservation),
     )  # fmt: skip
     if problem := found.over_budget():
         warn_at_caller(problem)

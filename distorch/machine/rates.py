@@ -29,6 +29,11 @@ class Rates:
         self._links = {link.donor: link for link in measured.links if link.compute == compute}
         self._speed = measured.speed(compute)
 
+    def rate_and_latency(self, place: str) -> tuple[float, float]:
+        """Of the link from there."""
+        link = self._link(place)
+        return link.rate, link.latency
+
     def knows(self, place: str) -> bool:
         """Whether it was measured what comes from there."""
         return place in self._links
@@ -87,12 +92,17 @@ class Rates:
         return found, groups
 
     def disk_for(self, places: Collection[str]) -> tuple[float, float]:
-        """Bytes per second and latency of reads, if any bytes come from a disk."""
+        """Bytes per second and latency of reads, if any bytes come from a disk.
+
+        If the CPU computes, what comes from accelerators is read, too: all as from the slowest one.
+        """
+        if self.compute == "cpu":
+            sources = [self._link(place) for place in sorted(places) if place != "cpu"]
+            slowest = min(sources, key=lambda link: link.rate, default=None)
+            return (slowest.rate, slowest.latency) if slowest is not None else (1.0, 0.0)
         if "disk" not in places:
             return 1.0, 0.0
         disk = self._link("disk")
-        if self.compute == "cpu":
-            return disk.rate, disk.latency
         # It was measured from the file to the device, in parts that each have the latency. What is
         # left is the read.
         up = self._link("cpu")

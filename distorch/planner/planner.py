@@ -74,6 +74,11 @@ class Freedom:
     rooms: Mapping[str, int]
     placement: Mapping[str, str]
 
+    @property
+    def weights(self) -> tuple[WeightInfo, ...]:
+        """All three kinds, in this order."""
+        return (*self.free, *self.leaving, *(weight for weight, _ in self.ruled))
+
     @classmethod
     def within(cls, plan: Plan, inventory: Inventory) -> Freedom:
         """What could be decided otherwise with the bytes that a plan has on each device."""
@@ -188,11 +193,12 @@ def _known_rooms(
             for weight in (*sorted_.free, *sorted_.offloaded)
             if spread[weight.name] == device
         )
-        if device == compute:
-            found[device] = used if room == float("inf") else max(0, int(room))
+        if device == compute and room == float("inf"):
+            found[device] = used
             continue
-        ruled = sum(weight.nbytes for weight, place in sorted_.ruled if place == device)
-        free = _joined(device, devices).free_bytes - ruled
+        there = [weight for weight, place in sorted_.ruled if place == device]
+        there += sorted_.fixed if device == compute else []
+        free = _joined(device, devices).free_bytes - sum(weight.nbytes for weight in there)
         found[device] = max(used, int(min(room, free)))
     return found
 

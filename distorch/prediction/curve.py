@@ -43,6 +43,7 @@ class Curve:
         points: (bytes on the device, seconds of a step), by bytes.
         here: Bytes that the device has with `spec` itself.
         resident_seconds: Seconds of a step with all weights on the compute device.
+        skipped: Why some of the amounts are missing: the first reason.
     """
 
     device: str
@@ -50,6 +51,7 @@ class Curve:
     points: tuple[tuple[int, float], ...]
     here: int
     resident_seconds: float
+    skipped: tuple[str, ...] = ()
 
     @property
     def knees(self) -> tuple[tuple[int, float], ...]:
@@ -92,6 +94,7 @@ class Curve:
             "knees": [list(point) for point in self.knees],
             "here": self.here,
             "resident_seconds": self.resident_seconds,
+            "skipped": list(self.skipped),
         }
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
@@ -120,7 +123,7 @@ class Curve:
             less = min(amount, self.here - first)
             lost = self.at(self.here - less) - self.at(self.here)
             notes.append(f"-{human_bytes(less)} on {self.device} {_worth(-lost)}")
-        return notes
+        return [*notes, *(f"some amounts cannot be had: {reason}" for reason in self.skipped)]
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         knees = {nbytes for nbytes, _ in self.knees}
@@ -196,20 +199,22 @@ def curve(
     first = predict(module, step, spec, **options)
     shares = _Shares(module, first.plan, device)
     here = first.plan.bytes[shares.device]
-    found, problem = {here: first.seconds}, None
+    found, problems = {here: first.seconds}, list[PlacementError]()
     with progress_of(progress, points, "predicting", "placements") as done:
         for nbytes in shares.amounts(points):
             try:
                 own = predict(module, step, shares.spec_with(nbytes), **options)
             except PlacementError as error:  # the other devices do not hold the rest
-                problem = error
+                problems.append(error)
             else:
                 held = own.plan.bytes.get(shares.device, 0)
                 found[held] = min(own.seconds, found.get(held, own.seconds))
             done(1)
-    if problem is not None and len(found) < 2:
-        raise problem
-    return Curve(shares.device, spec, tuple(sorted(found.items())), here, first.compute_seconds)
+    if problems and len(found) < 2:
+        raise problems[0]
+    skipped = [str(problems[0])] if problems else []
+    known = tuple(sorted(found.items()))
+    return Curve(shares.device, spec, known, here, first.compute_seconds, tuple(skipped))
 
 
 class _Shares:

@@ -12,15 +12,24 @@ from distorch import _native
 from distorch.errors import SpecError, warn_at_caller
 from distorch.machine.links import measured_links
 from distorch.machine.rates import Rates
-from distorch.planner import Freedom, Plan, PlanFor
+from distorch.planner import Arrange, Freedom, Plan, PlanFor
 from distorch.prediction.predicted import LinkUse, Prediction
-from distorch.rehearsal import Problem, Script, arrangement, check_step_fits, problem_of, script_of
+from distorch.rehearsal import (
+    Problem,
+    Script,
+    arrangement,
+    check_step_fits,
+    encoded_in,
+    problem_of,
+    rows_of,
+    script_of,
+)
 from distorch.runtime.changes import alone
 from distorch.runtime.distribution import distribution_of, inventory_now, known_distribution
-from distorch.runtime.groups import Group, group_members
+from distorch.runtime.groups import group_members
 from distorch.runtime.options import Options, OptionsOfStep, check_module, check_one_placement
 from distorch.runtime.planning import check_plan_fits, devices_for, plan_inventory
-from distorch.runtime.ring_room import ring_bytes
+from distorch.runtime.ring_room import look_ahead_bytes, ring_bytes
 from distorch.step import Step
 from distorch.timeline import Span, Timeline
 
@@ -79,7 +88,8 @@ def predict(
         opts = Options.of({**options, "step": step}, _ARGUMENTS, before)
         groups = group_members(module)
         inventory = inventory_now(module, groups)
-        noted = _Noted(opts, groups)
+        reservation = state.reservation if state else None
+        noted = _Noted(arrangement(opts, groups, reservation))
         if placed_now:
             plan = distribution_of(module).plan
             opts = opts.as_planned(plan, options)
@@ -96,20 +106,29 @@ def predict(
                 warn_at_caller(problem)
         check_step_fits(step, groups, plan.compute)
         # Models on one device share a ring, and the largest reservation counts.
-        others = _native.reserved_beside(plan.compute, state.reservation if state else None)
+        others = _native.reserved_beside(plan.compute, reservation)
         ring = max(ring_bytes(groups, plan, opts), others)
         script = script_of(groups, plan, step, ring, measured)
         freedom = noted.freedom or Freedom.within(plan, inventory)
         rates = Rates(plan.compute, measured)
-        alternatives = problem_of(freedom, step, rates, ring, measured=False)
+        most = max(ring, _largest_ring(freedom, step, opts))
+        alternatives = problem_of(
+            freedom, step, rates, most, encoded=encoded_in(groups), measured=False
+        )
     return _rehearsed(script, plan, alternatives)
+
+
+def _largest_ring(freedom: Freedom, step: Step, options: Options) -> int:
+    """Bytes that a ring of any placement may have. Its size depends on what travels."""
+    everything = {weight.name: weight.nbytes for weight in freedom.weights}
+    return look_ahead_bytes(everything, rows_of(step).keys(), options.prefetch)
 
 
 class _Noted:
     """An `Arrange` that notes what could be decided."""
 
-    def __init__(self, options: Options, groups: list[Group]) -> None:
-        self._decide = arrangement(options, groups)
+    def __init__(self, decide: Arrange | None) -> None:
+        self._decide = decide
         self.freedom: Freedom | None = None
 
     def __call__(self, freedom: Freedom, plan_for: PlanFor) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from distorch import _donors, _ops
 from distorch.errors import PlacementError
 from distorch.machine.links import Calibration
 from distorch.machine.rates import Rates
-from distorch.planner import Plan
+from distorch.planner import Plan, WeightInfo
 from distorch.runtime import wrapped
 from distorch.runtime.groups import Group, form_of, parts_of
 from distorch.runtime.staging import packed_places, planned_place
@@ -53,6 +53,13 @@ class Played(NamedTuple):
     host_waits: bool
 
 
+class Table(NamedTuple):
+    """What is known of a weight in which rows are looked up."""
+
+    rows: int
+    row_bytes: int  # on its donor
+
+
 @dataclass
 class Script:
     """The arguments of `_native.rehearse`, and the same step with nothing to fetch."""
@@ -87,11 +94,45 @@ def script_of(
     machine = Rates(plan.compute, measured)
     places = {group.name: planned_place(group, plan) for group in groups}
     fetched = _fetched(groups, places, machine, step)
+    looked_up = {name for use in step.uses if use.rows for name in use.weights[:1]}
+    tables = {
+        group.name: Table(group.first.shape[0], _row(group))
+        for group in groups
+        if group.name in looked_up and group.name in fetched
+    }
+    return _script(fetched, tables, plan, step, ring_bytes, machine)
+
+
+def script_of_sizes(
+    weights: Sequence[WeightInfo], plan: Plan, step: Step, ring_bytes: int, measured: Calibration
+) -> Script:
+    """The same for weights of which only names and bytes are known, as of a file's."""
+    machine = Rates(plan.compute, measured)
+    fetched = {
+        weight.name: [_plain(weight.name, weight.nbytes, place, owner, machine)]
+        for owner, weight in enumerate(weights)
+        if (place := plan.placement[weight.name]) != plan.compute
+    }
+    tables = {
+        weight.name: Table(weight.shape[0], weight.nbytes // max(weight.shape[0], 1))
+        for weight in weights
+        if weight.name in fetched and weight.shape
+    }
+    return _script(fetched, tables, plan, step, ring_bytes, machine)
+
+
+def _script(  # noqa: PLR0917
+    fetched: Mapping[str, list[Weight]],
+    tables: Mapping[str, Table],
+    plan: Plan,
+    step: Step,
+    ring_bytes: int,
+    machine: Rates,
+) -> Script:
     weights = [weight for own in fetched.values() for weight in own]
     indices: dict[str, list[int]] = {}
     for index, weight in enumerate(weights):
         indices.setdefault(weight.name, []).append(index)
-    tables = {group.name: group for group in groups if group.name in indices}
     uses, plain = list[Played](), list[Played]()
     looks_up = []  # the uses before which the host waits
     for use in step.uses:
@@ -99,12 +140,13 @@ def script_of(
         alone = Played(seconds, use.operators, [], use.copied, use.host_waits)
         plain.append(alone)
         names = [name for name in use.weights if name in indices]
-        table = tables[names[0]] if use.rows and names else None
+        table = tables.get(names[0]) if use.rows and names else None
         if table is not None and takes_rows(
-            use.rows, table.first.shape[0], whole=_fits_whole(fetched[table.name][0], ring_bytes)
+            use.rows, table.rows, whole=_fits_whole(fetched[names[0]][0], ring_bytes)
         ):
             looks_up.append(len(uses))
-            seconds = machine.row_seconds(places[table.name], use.rows * _row(table))
+            place = plan.placement[names[0]]
+            seconds = machine.row_seconds(place, use.rows * table.row_bytes)
             uses.append(alone._replace(seconds=seconds))
         else:
             uses.append(alone._replace(weights=[i for name in names for i in indices[name]]))

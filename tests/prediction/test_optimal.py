@@ -14,6 +14,7 @@ from torch import nn
 import distorch
 from distorch.errors import PlacementError, SpecError
 from distorch.machine.links import Calibration, Link, Speed
+from distorch.planner import DeviceInfo, Inventory, WeightInfo, make_plan
 from tests.prediction.programs import (
     ALL_AWAY,
     DTYPE,
@@ -247,23 +248,98 @@ def test_the_options_hold():
     assert small.bytes == {"sim:0": 2 * 64 * 64 * 2}
 
 
-def test_rows_of_a_table_hardly_travel():
-    class Language(nn.Module):
+class Language(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(32768, 1024, dtype=DTYPE, device="meta")
+        self.body = chain(16, 1024)
+        self.head = linear(1024, 32768) if tied else nn.Identity()
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.body(self.embed(tokens)))
+
+
+def tokens(count=128):
+    return torch.zeros(count, dtype=torch.long, device="sim:0")
+
+
+@pytest.mark.parametrize("share", [20, 64])
+def test_rows_of_a_table_hardly_travel(share):
+    module = Language()
+    step = step_of(module, tokens())
+    spec = f"sim:0,{share * MB}b;cpu,*"
+    found, usual = both(module, step, spec, min_bytes=0, prefetch="5mb")
+    assert found.plan.placement["embed.weight"] == "cpu"
+    assert found.seconds <= usual.seconds * (1 + 1e-9)
+    assert found.bound_seconds <= found.seconds * 1.001
+
+
+def test_a_table_that_is_used_whole_as_well_is_no_light_one(tmp_path):
+    from safetensors.torch import save_file
+
+    module = Language(tied=True)
+    step = step_of(module, tokens())
+    file = tmp_path / "tied.safetensors"
+    save_file(
+        {name: torch.zeros(p.shape, dtype=DTYPE) for name, p in module.named_parameters()}, file
+    )
+    spec, options = f"sim:0,{66 * MB}b;cpu,*", {"min_bytes": 0, "prefetch": "5mb"}
+    usual = distorch.predict(module, step, spec, **options).seconds
+    for source in (module, file):
+        plan = distorch.plan(source, spec, order="optimal", step=step, **options)
+        where = {name: plan.placement[name] for name in sizes_of(module)}
+        assert placed(module, step, where, **options).seconds <= usual * (1 + 1e-9), source
+
+
+def test_tables_alone():
+    class Tables(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = nn.Embedding(32768, 1024, dtype=DTYPE, device="meta")
-            self.body = chain(16, 1024)
+            self.all = nn.ModuleList(
+                nn.Embedding(16384, 128, dtype=DTYPE, device="meta") for _ in range(26)
+            )
 
-        def forward(self, tokens):
-            return self.body(self.embed(tokens))
+        def forward(self, x):
+            return sum(table(x) for table in self.all)
 
-    module = Language()
-    step = step_of(module, torch.zeros(128, dtype=torch.long, device="sim:0"))
-    found = distorch.predict(
-        module, step, f"sim:0,{64 * MB}b;cpu,*", order="optimal", min_bytes=0, prefetch="5mb"
+    module = Tables()
+    step = step_of(module, tokens(8))
+    plan = distorch.plan(module, "sim:0,40mb;cpu,*", order="optimal", step=step, prefetch=0)
+    assert plan.bytes["sim:0"] <= 40 * MB and plan.total_bytes == 104 * MB
+
+
+def test_the_ring_depends_on_what_travels():
+    # A ring of "auto" holds two of the largest weights that travel.
+    module = Layers([(8, 4096, 20480)] + [(8, 1024, 5120)] * 24)
+    step, sizes = step_of(module), sizes_of(module)
+    largest = max(sizes.values())
+    where = {n: "cpu" if size == largest else "sim:0" for n, size in sizes.items()}
+    other = placed(module, step, where, min_bytes=0)
+    share = other.plan.bytes["sim:0"]
+    found = distorch.predict(module, step, f"sim:0,{share}b;cpu,*", min_bytes=0)
+    assert found.bound_seconds <= other.seconds * 1.001
+
+
+def test_free_memory_counts_not_only_the_share():
+    weights = tuple(WeightInfo(f"w{i}", 2 * MB, (1024, 1024), "bfloat16") for i in range(16))
+    devices = {
+        "cpu": DeviceInfo("cpu", 1 << 34, 1 << 34),
+        "sim:0": DeviceInfo("sim:0", 30 * MB, 19 * MB),
+    }
+    noted = []
+
+    def arrange(freedom, plan_for):
+        noted.append(freedom)
+        return freedom.placement
+
+    spec = "cpu,16mb;sim:0,28mb"
+    make_plan(
+        Inventory(weights), spec, compute="sim:0", devices=devices, min_bytes=0, arrange=arrange
     )
-    assert found.plan.placement["embed.weight"] == "cpu"
-    assert found.bound_seconds <= found.seconds
+    assert noted[0].rooms == {"sim:0": 19 * MB, "cpu": 16 * MB}
+    assert len(noted[0].free) == 16
 
 
 def test_the_cpu_computes(monkeypatch):
@@ -340,19 +416,26 @@ def _nothing_measured():
 def test_a_checkpoint_is_placed_while_it_is_loaded(tmp_path):
     from safetensors.torch import save_file
 
-    module, _, step = ready(6)
+    layers, spec, ring = UNEVEN[0]
+    module = Layers(layers)
+    step = step_of(module)
     file = tmp_path / "model.safetensors"
-    save_file({f"{i}.weight": torch.randn(1024, 1024).to(DTYPE) for i in range(6)}, file)
-    target = chain(6, 1024)
-    spec = "sim:0,50%;cpu,*"
-    options = {"order": "optimal", "step": step, "min_bytes": 0}
-    distorch.load(target, file, spec, progress=False, **options)
-    planned = distorch.plan(file, spec, module=chain(6, 1024), **options)
-    assert distorch.report(target).placement == planned.placement
-    assert distorch.plan(file, spec, **options).bytes == planned.bytes
+    save_file(
+        {name: torch.zeros(p.shape, dtype=DTYPE) for name, p in module.named_parameters()}, file
+    )
+    target = Layers(layers)
+    options = {"min_bytes": 0, "prefetch": ring}
+    distorch.load(target, file, spec, progress=False, order="optimal", step=step, **options)
+    found = distorch.predict(target, step, **options)
+    assert found.plan.order == "optimal"
+    assert found.seconds <= 0.9 * distorch.predict(module, step, spec, **options).seconds
+    agrees(found, measure(inference(target, there(1))))
+    planned = distorch.plan(
+        file, spec, module=Layers(layers), order="optimal", step=step, **options
+    )
+    assert planned.placement == found.plan.placement
     with pytest.raises(PlacementError, match=r"step=: expected one of this model"):
-        other = ready(7)[2]
-        distorch.plan(file, spec, **{**options, "step": other})
+        distorch.plan(file, spec, order="optimal", step=ready(7)[2], **options)
 
 
 _HASH = """
