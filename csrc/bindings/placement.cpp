@@ -17,16 +17,17 @@ namespace {
 namespace py = pybind11;
 
 // As plain tuples. The parts are those of PlacementProblem, in its order.
-using Link = std::pair<double, Time>;
-using Tier = std::pair<uint64_t, std::vector<std::pair<uint32_t, double>>>;
-using Weight = std::tuple<uint64_t, uint64_t, uint32_t>;
-using Use = std::pair<Time, std::vector<uint32_t>>;
+using LinkNumbers = std::pair<double, Time>;
+using TierNumbers = std::pair<uint64_t, std::vector<std::pair<uint32_t, double>>>;
+using WeightNumbers = std::tuple<uint64_t, uint64_t, uint32_t>;
+using UseNumbers = std::pair<Time, std::vector<uint32_t>>;
 
 constexpr size_t kMostTiers = 32;
 
-PlacementProblem problem_of(const std::vector<Link>& links, double together,
-                            const std::vector<Tier>& tiers, const std::vector<Weight>& weights,
-                            const std::vector<Use>& uses, uint64_t ring_bytes) {
+PlacementProblem problem_of(const std::vector<LinkNumbers>& links, double together,
+                            const std::vector<TierNumbers>& tiers,
+                            const std::vector<WeightNumbers>& weights,
+                            const std::vector<UseNumbers>& uses, uint64_t ring_bytes) {
   if (tiers.empty() || tiers.size() > kMostTiers) throw std::invalid_argument("1 to 32 tiers");
   PlacementProblem problem;
   problem.together = together;
@@ -59,8 +60,9 @@ PlacementProblem problem_of(const std::vector<Link>& links, double together,
 void install_placement(py::module_& module) {
   module.def(
       "find_placements",
-      [](const std::vector<Link>& links, double together, const std::vector<Tier>& tiers,
-         const std::vector<Weight>& weights, const std::vector<Use>& uses, uint64_t ring_bytes,
+      [](const std::vector<LinkNumbers>& links, double together,
+         const std::vector<TierNumbers>& tiers, const std::vector<WeightNumbers>& weights,
+         const std::vector<UseNumbers>& uses, uint64_t ring_bytes,
          const std::vector<uint32_t>& start, size_t most) {
         const auto problem = problem_of(links, together, tiers, weights, uses, ring_bytes);
         if (start.size() != weights.size()) throw std::invalid_argument("a start for each weight");
@@ -82,8 +84,9 @@ void install_placement(py::module_& module) {
       py::arg("uses"), py::arg("ring_bytes"), py::arg("start"), py::arg("most"));
   module.def(
       "step_bound",
-      [](const std::vector<Link>& links, double together, const std::vector<Tier>& tiers,
-         const std::vector<Weight>& weights, const std::vector<Use>& uses, uint64_t ring_bytes) {
+      [](const std::vector<LinkNumbers>& links, double together,
+         const std::vector<TierNumbers>& tiers, const std::vector<WeightNumbers>& weights,
+         const std::vector<UseNumbers>& uses, uint64_t ring_bytes) {
         const auto problem = problem_of(links, together, tiers, weights, uses, ring_bytes);
         const py::gil_scoped_release released;
         return step_bound(problem);

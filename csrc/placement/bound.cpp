@@ -9,7 +9,7 @@
 namespace distorch {
 namespace {
 
-constexpr int kHalvings = 60;
+constexpr int kHalvingsOfTime = 60;
 constexpr size_t kPoints = 256;  // of a table of times
 constexpr size_t kMostStarts = 1500;
 // If so many times the ring's bytes leave, the ring keeps none from one step to the next. If less
@@ -141,7 +141,7 @@ Time Bound::seconds_for(double bytes, bool whole) const {
   for (const PlacementProblem::Link& link : problem_.links) slowest = std::min(slowest, link.rate);
   Time low = 0, high = bytes / slowest * 2;
   if (carried_in(high, whole) < bytes) return 0;  // it does not fit anywhere: nothing is said
-  for (int i = 0; i < kHalvings; ++i) {
+  for (int i = 0; i < kHalvingsOfTime; ++i) {
     const Time middle = (low + high) / 2;
     (carried_in(middle, whole) < bytes ? low : high) = middle;
   }

@@ -82,7 +82,8 @@ class Freedom:
     @classmethod
     def within(cls, plan: Plan, inventory: Inventory) -> Freedom:
         """What could be decided otherwise with the bytes that a plan has on each device."""
-        movable = can_leave(inventory, plan.options["min_bytes"], plan.options["keep"])
+        options = plan.options
+        movable = can_leave(inventory, options.get("min_bytes", 0), options.get("keep", ()))
         free = tuple(weight for weight in inventory.weights if weight.name in movable)
         placement = {weight.name: plan.placement[weight.name] for weight in free}
         rooms = {plan.compute: 0}

@@ -112,9 +112,9 @@ def predict(
         freedom = noted.freedom or Freedom.within(plan, inventory)
         rates = Rates(plan.compute, measured)
         most = max(ring, _largest_ring(freedom, step, opts))
-        alternatives = problem_of(
-            freedom, step, rates, most, encoded=encoded_in(groups), measured=False
-        )
+        # With some ring only rows of a table travel, so the bound counts no more.
+        in_part = encoded_in(groups) | rows_of(step).keys()
+        alternatives = problem_of(freedom, step, rates, most, encoded=in_part, measured=False)
     return _rehearsed(script, plan, alternatives)
 
 
