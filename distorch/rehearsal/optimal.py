@@ -151,7 +151,8 @@ class Arrangement:
             except PlacementError:  # two entries share memory, and together it is too little
                 return None
             script = weights.script(plan, self._ring(weights, plan), self._measured)
-            return float(_native.rehearse(**script.arguments(), waits=False, brief=brief)["step"])
+            played = _native.rehearse(**script.arguments(), waits=False, brief=brief)
+            return float(f"{played['step']:.9g}")  # equal ones are to be equal
 
         return _shortest(freedom.placement, found, problem, seconds)
 

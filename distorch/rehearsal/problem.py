@@ -100,7 +100,7 @@ def problem_of(
             nbytes = use.rows * table.nbytes // max(table.shape[0], 1)
             known_donors = [place for place in donors if rates.knows(place.split("+")[0])]
             seconds = min([seconds, *(rates.row_seconds(d, nbytes) for d in known_donors)])
-        uses.append((seconds, [index[name] for name in use.weights if name in index]))
+        uses.append((_rounded(seconds), [index[name] for name in use.weights if name in index]))
     return Problem(
         links, together, tiers, weights, uses, ring, bool(looked_up.keys() & index.keys())
     )
@@ -146,7 +146,15 @@ def _links(
     for place in sorted(unknown):
         found[place] = len(numbers)
         numbers.append((_BOUNDLESS, 0.0))
-    return numbers, found, groups[0] if groups and not unknown else 0.0
+    known = [(_rounded(rate), _rounded(latency)) for rate, latency in numbers]
+    return known, found, groups[0] if groups and not unknown else 0.0
+
+
+def _rounded(measured: float) -> float:
+    """Without the last digits, which differ between two measurements of the same: the placement
+    shall not depend on them.
+    """
+    return float(f"{measured:.6g}")
 
 
 def _routes(place: str, links: Mapping[str, int], compute: str) -> list[tuple[int, float]]:

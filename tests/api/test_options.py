@@ -230,7 +230,7 @@ def test_editors_can_complete_options():
     for function in (distorch.distribute, distorch.redistribute, distorch.load, distorch.plan):
         hints = typing.get_type_hints(function)
         names = typing.get_type_hints(typing.get_args(hints["options"])[0])
-        assert typing.get_args(names["order"]) == ("interleaved", "sequential")
+        assert typing.get_args(names["order"]) == ("interleaved", "sequential", "optimal")
         options = vars(distorch.runtime.options.Options())
         assert options.keys() <= names.keys()
         for name in options.keys() & inspect.signature(function).parameters.keys():

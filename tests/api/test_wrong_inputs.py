@@ -89,7 +89,7 @@ OPTIONS = [
     ({"ordr": "sequential"}, "ordr=", "did you mean order=?"),
     ({"spek": "cpu,*"}, "spek=", "did you mean spec=?"),
     ({"lora": []}, "lora=", "there are compute, order"),
-    ({"order": "optimal"}, "'optimal'", "expected 'interleaved' or 'sequential'"),
+    ({"order": "best"}, "'best'", "expected 'interleaved', 'sequential' or 'optimal'"),
     ({"min_bytes": "lots"}, "min_bytes='lots'", "such as 1048576 or '1mb', or 'auto'"),
     ({"prefetch": -1}, "prefetch=-1", "expected bytes"),
     ({"keep": 3}, "keep=3", "expected name patterns"),
