@@ -116,6 +116,10 @@ def thousand() -> Iterator[dict[str, Any]]:
         _native.find_placements, _native.step_bound = search, bound
 
 
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
@@ -128,8 +132,10 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name}: {value:.4g}")
     if arguments.json:
-        content = {"torch": torch.__version__, "summary": found, "thousand": large, "cases": rows}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"torch": torch.__version__, "summary": found, "thousand": large}
+        table = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
+        text = json.dumps({**content, "cases": table})
+        arguments.json.write_text(text.replace("], [", "],\n[") + "\n")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ namespace distorch {
 //
 // Point 2 is about this ring. It fetches in the order of uses, and what was just used is the first
 // to go. So each weight travels once in a step if twice the ring's bytes or more leave. (A few
-// small ones are kept by chance. They make 1.4 % of a step at most, of 1,000 random ones.) If less
-// leaves, the ring may keep something, up to all of it where all of it fits. The bound counts on as
-// many bytes as are missing to twice the ring: more than was kept in any of these steps.
+// small ones are kept by chance: 0.1 % of a step in 1,000 random models, and 1 % where a slow link
+// carries little else.) If less leaves, the ring may keep something, up to all of it where all of
+// it fits. The bound counts on as many bytes as are missing to twice the ring: more than was kept
+// in any of these steps.
 Time step_bound(const PlacementProblem& problem);
 
 }  // namespace distorch
