@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from typing_extensions import Unpack
 
 # Capsules, which nothing but these functions can look into.
 Counters = object
@@ -46,26 +47,19 @@ def scratch_directory() -> str: ...
 def set_scratch_directory(directory: str) -> None: ...
 def start_trace(device: str) -> None: ...
 def stop_trace() -> list[tuple[str, str, float, float, int]]: ...
+
+class _Problem(TypedDict):
+    links: list[tuple[float, float]]
+    together: float
+    tiers: list[tuple[int, list[tuple[int, float]]]]
+    weights: list[tuple[int, int, int]]
+    uses: list[tuple[float, list[int]]]
+    ring_bytes: int
+
 def find_placements(
-    *,
-    links: list[tuple[float, float]],
-    together: float,
-    tiers: list[tuple[int, list[tuple[int, float]]]],
-    weights: list[tuple[int, int, int]],
-    uses: list[tuple[float, list[int]]],
-    ring_bytes: int,
-    start: list[int],
-    most: int,
+    *, start: list[int], most: int, **problem: Unpack[_Problem]
 ) -> list[list[int]]: ...
-def step_bound(
-    *,
-    links: list[tuple[float, float]],
-    together: float,
-    tiers: list[tuple[int, list[tuple[int, float]]]],
-    weights: list[tuple[int, int, int]],
-    uses: list[tuple[float, list[int]]],
-    ring_bytes: int,
-) -> float: ...
+def step_bound(**problem: Unpack[_Problem]) -> float: ...
 def rehearse(
     *,
     compute: str,

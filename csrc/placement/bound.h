@@ -13,10 +13,9 @@ namespace distorch {
 //    into the ring all together, it stays there, and nothing travels.) A link carries its rate, a
 //    tier cannot send more than lies there, and weights are whole: a device takes no more than the
 //    largest sum of their sizes that fits.
-// 3. Each run of operators, from the end of its first to the start of its last one. What its
-// weights
-//    have in bytes was resident, or was in the ring before the run, or has come during the run. The
-//    links need their time for the latter. All other operators take their time besides.
+// 3. Each run of operators, from the end of its first to the start of its last one. The bytes of
+//    its weights were resident, were in the ring before the run, or came during the run. The links
+//    need their time for those that came. All other operators take their time besides.
 //
 // Point 2 is about this ring. It fetches in the order of uses, and what was just used is the first
 // to go. So each weight travels once in a step if twice the ring's bytes or more leave. (A few

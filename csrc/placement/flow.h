@@ -20,7 +20,7 @@ namespace distorch {
 // * An operator starts when the one before has ended and the last byte of its weights is there.
 // * A weight that the ring must still hold is not fetched again.
 // It leaves out where in the ring a weight lies, and how far ahead the ring asks. So it is a little
-// faster than the ring. Who chooses by it looks at the best few with a rehearsal.
+// faster than the ring. The best few placements are rehearsed afterwards.
 class Flow {
  public:
   explicit Flow(const PlacementProblem& problem);

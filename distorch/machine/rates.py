@@ -35,7 +35,7 @@ class Rates:
         return link.rate, link.latency
 
     def knows(self, place: str) -> bool:
-        """Whether it was measured what comes from there."""
+        """Whether the link from there was measured."""
         return place in self._links
 
     def _link(self, place: str) -> Link:

@@ -93,9 +93,9 @@ class Freedom:
         return cls(free, (), (), rooms, placement)
 
 
-# Name -> device for the weights of which it is decided -> the plan.
+# The plan with these devices for `free` and `leaving`, by name.
 PlanFor = Callable[[Mapping[str, str]], Plan]
-# Decides.
+# Decides on a device for each of `free` and `leaving`, by name.
 Arrange = Callable[[Freedom, PlanFor], Mapping[str, str]]
 
 
