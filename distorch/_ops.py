@@ -163,7 +163,8 @@ def set_patches(weight: torch.Tensor, terms: Terms) -> None:
 
 
 def moves(weight: torch.Tensor) -> int:
-    """How often a sharded weight was given another source: for `adopt`."""
+    """Changes with every write to a sharded weight, and every other source that it gets: for
+    `adopt`."""
     return cast(int, _ops.moves(weight))
 
 

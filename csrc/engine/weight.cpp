@@ -162,9 +162,13 @@ bool Weight::end_write(const Source& written) {
   return source_.donor == written.donor && source_.decoder == nullptr;
 }
 
-// Another thread may have copied the weight, and may be about to have it adopt the copy. If it was
-// copied before the write, or in the middle of it, the copy has old bytes. Both counts refuse that.
-// A copy that was adopted between them gets the new bytes, too.
+void Weight::changed(const std::byte* written) {
+  ring_->written(*this, written);
+  const MutexLock lock(mutex_);  // not the ring's and ours at once: the ring asks for our source
+  ++moves_;
+}
+
+// See Note [Copies that a weight adopts].
 void Weight::store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes) {
   const Ring::Write writing(*ring_, *this);
   Source now = begin_write();

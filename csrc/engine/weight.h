@@ -65,6 +65,19 @@ struct Counters {
 // Every fetch of this process, whatever the model.
 inline std::atomic<uint64_t> process_fetches{0};
 
+// Note [Copies that a weight adopts]
+// A thread may copy a weight to a better place and then have the weight adopt the copy (adopt in
+// ops/ops.cpp). Another thread may write to the weight meanwhile, or move it. Then the copy may
+// have old bytes, and must not be adopted. So the first thread asks for moves() before it copies,
+// and move_to() refuses when the number has changed since.
+//
+// The number changes when a move or a write begins, because a copy may be under way that has read
+// old bytes. It changes again when the donor has the new bytes, because a copy that began in
+// between may have read some of both. It changes a third time in changed(). Until then, a copy may
+// read old bytes in a slot of the ring, or in the memory that operators use in place.
+//
+// A copy may be adopted while a write is under way. The write finds that out, and brings its bytes
+// to the adopted copy, too (Weight::store).
 class Weight {
  public:
   // `ring` brings the bytes of donors that cannot be used in place.
@@ -90,17 +103,21 @@ class Weight {
   Counters& counters() const { return *counters_.load(std::memory_order_acquire); }
   // From now on. A fetch that is under way goes on counting in the old ones.
   void count_in(std::shared_ptr<Counters> counters);
-  // How often the weight has moved, or was written to by store().
+  // See Note [Copies that a weight adopts].
   uint64_t moves() const;
   // From now on made of something else, unless moves() is not what was `expected`. False: it is
-  // not. What the ring holds is not touched: see Ring::written().
+  // not. Call changed() afterwards.
   bool move_to(Source source, std::optional<uint64_t> expected = std::nullopt);
 
   // Brings [begin, begin + bytes) of `whole`, which has all bytes of the weight, to the donor. A
   // checkpoint is never written: the weight moves to scratch memory or a scratch file first. A
   // weight that was decoded is plain bytes from then on. `total` other than size() resizes it.
-  // Throws Error(kFetch / kPlacement). The donor then has its old bytes.
+  // Throws Error(kFetch / kPlacement). The donor then has its old bytes. Call changed() afterwards.
   void store(const std::byte* whole, uint64_t total, uint64_t begin, uint64_t bytes);
+
+  // The last step of a move or a write. The ring drops the fetched bytes of the weight, which are
+  // the old ones. It keeps those at `written`, where an operator wrote the new ones. Null: nowhere.
+  void changed(const std::byte* written = nullptr);
 
   // The ring's own bookkeeping, guarded by the ring's mutex.
   struct InRing {

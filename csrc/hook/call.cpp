@@ -76,7 +76,7 @@ Call::~Call() {
   for (const Swapped& argument : swapped_) {
     if (!argument.writes || argument.committed) continue;
     Handle& handle = handle_of(argument.sharded);
-    handle.weight->ring().written(*handle.weight, nullptr);
+    handle.weight->changed();
   }
   if (fetched_.empty() || fetched_.front().device.is_cpu()) return;
   Ring& ring = fetched_.front().weight->ring();
@@ -202,8 +202,7 @@ void Call::commit(Swapped& argument) {
     const auto* bytes = brought ? brought->data : static_cast<const std::byte*>(memory.data());
     const auto [begin, length] = extent(argument.real);
     handle.weight->store(bytes, total, begin, length);
-    moved(handle);
-    handle.weight->ring().written(*handle.weight, bytes);
+    moved(handle, bytes);
   } else if (memory.device().is_cpu() && memory.data() != handle.weight->donor()->host()) {
     // An out= argument grew: its new memory is the donor now.
     handle.weight->move_to({std::make_shared<StorageDonor>(memory), nullptr});

@@ -115,12 +115,13 @@ at::Tensor make_real(const at::Tensor& sharded, c10::Storage memory, Likeness li
   return real;
 }
 
-void moved(Handle& handle) {
+void moved(Handle& handle, const std::byte* written) {
   Source now;  // ends after the mutex was given up
   handle.in_place.renew([&] {
     now = handle.weight->source();
     return in_place_memory(now, handle.compute);
   });
+  handle.weight->changed(written);
 }
 
 c10::Storage fetch(Handle& handle) {

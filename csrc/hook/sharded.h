@@ -75,8 +75,8 @@ struct Handle {
 
 // To be called after Weight::move_to() and Weight::store(). What operators use in place is from now
 // on that of the weight's source. Another thread may give the weight another source meanwhile, and
-// calls this after that: then the later source counts.
-void moved(Handle& handle);
+// calls this after that: then the later source counts. Last comes Weight::changed(written).
+void moved(Handle& handle, const std::byte* written = nullptr);
 
 inline bool is_sharded(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->key_set().has(kHookKey);

@@ -59,7 +59,6 @@ at::Tensor& copy_(c10::DispatchKeySet keys, at::Tensor& self, const at::Tensor& 
       handle.weight->store(static_cast<const std::byte*>(whole.data_ptr()), whole.nbytes(), 0,
                            whole.nbytes());
       moved(handle);
-      handle.weight->ring().written(*handle.weight, nullptr);
       return self;
     }
     at::Tensor to = call.real(self, /*writes=*/true);

@@ -258,12 +258,12 @@ at::Tensor patched(const at::Tensor& weight, at::TensorList ups, at::TensorList 
 void set_patches(const at::Tensor& weight, at::TensorList ups, at::TensorList downs,
                  at::ArrayRef<double> strengths, at::IntArrayRef first_rows) {
   at_border([&] {
-    Weight& known = *handle_of(weight).weight;
-    Source source = known.source();
+    Handle& handle = handle_of(weight);
+    Source source = handle.weight->source();
     TORCH_CHECK_VALUE(source.decoder != nullptr, "set_patches takes a decoded weight");
     source.decoder = patched_decoder(weight, source, terms_of(ups, downs, strengths, first_rows));
-    known.move_to(std::move(source));
-    known.ring().written(known, nullptr);
+    handle.weight->move_to(std::move(source));
+    moved(handle);
   });
 }
 
@@ -283,7 +283,6 @@ bool adopt(const at::Tensor& weight, const at::Tensor& same, int64_t moves) {
                       "adopt takes a weight of as many bytes for the same device");
     if (!handle.weight->move_to(std::move(source), static_cast<uint64_t>(moves))) return false;
     moved(handle);
-    handle.weight->ring().written(*handle.weight, nullptr);  // what it was read from may go
     return true;
   });
 }

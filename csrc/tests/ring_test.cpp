@@ -465,6 +465,38 @@ void a_donor_ends_with_the_fetch_that_needed_it() {
   CHECK(Watched::ended == 2);
 }
 
+// See Note [Copies that a weight adopts]. Between the end of a write or a move and changed(), the
+// ring may still have old bytes. Whoever copies those is refused.
+void a_copy_of_old_bytes_is_not_adopted() {
+  constexpr uint64_t kBytes = 30'000;
+  const auto filled = [](int value) {
+    auto donor = HostDonor::make(kBytes);
+    std::memset(donor->host(), value, kBytes);
+    return Source{std::move(donor), nullptr, kLooseAlign};
+  };
+  const std::vector<std::byte> written(kBytes, std::byte{1});
+  const std::vector<std::function<void(Weight&)>> changes = {
+      [&](Weight& weight) { weight.store(written.data(), kBytes, 0, kBytes); },
+      [&](Weight& weight) { weight.move_to(filled(1)); }};
+  for (const auto& change : changes) {
+    const auto ring = make_ring();
+    const uint64_t ticket = ring->reserve(100'000);
+    Weight weight("weight", filled(0), ring, Counters::make());
+    const auto first_byte = [&] {
+      return *static_cast<Wrapped*>(ring->acquire(weight).get())->data;
+    };
+    CHECK(first_byte() == std::byte{0});
+    change(weight);
+    const uint64_t moves = weight.moves();
+    CHECK(first_byte() == std::byte{0});  // what a copy would read now
+    weight.changed();
+    CHECK(!weight.move_to(filled(0), moves));
+    CHECK(first_byte() == std::byte{1});
+    CHECK(weight.move_to(filled(2), weight.moves()));
+    ring->release(ticket);
+  }
+}
+
 // Whoever lets go of a slot, the ring's mutex is not held when the slot's donor ends.
 void donors_end_outside_the_lock() {
   const auto [ring, late] = late_ring<StagedMemory>(70'000);
@@ -513,6 +545,7 @@ int main() {
   a_weight_that_is_written_to_is_not_brought_ahead();
   a_weight_that_is_written_to_does_not_grow();
   a_weight_that_moves_while_it_is_read();
+  a_copy_of_old_bytes_is_not_adopted();
   faults_of_every_kind();
   a_refused_copy_fails_its_own_weight();
   a_prediction_fails_no_operator();
