@@ -16,7 +16,9 @@ from distorch.errors import (
     SpecError,
 )
 from distorch.loading import init_empty_weights, load, plan
-from distorch.machine.links import Calibration, calibrate, devices
+from distorch.machine.calibration import Calibration
+from distorch.machine.links import calibrate, devices
+from distorch.machine.profiles import Machine
 from distorch.patching import finish_merging, set_loras
 from distorch.planner import Plan
 from distorch.prediction import (
@@ -26,6 +28,7 @@ from distorch.prediction import (
     Step,
     Use,
     curve,
+    estimate_step,
     predict,
     record_step,
 )
@@ -45,6 +48,7 @@ __all__ = [
     "PlacementError",
     "PlacementWarning",
     "LinkUse",
+    "Machine",
     "Picture",
     "Plan",
     "Prediction",
@@ -60,6 +64,7 @@ __all__ = [
     "curve",
     "devices",
     "distribute",
+    "estimate_step",
     "fetch_count",
     "finish_merging",
     "init_empty_weights",

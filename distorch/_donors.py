@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -14,6 +16,19 @@ _STRIPE_ALIGN = 4096  # stripes end at whole pages
 
 # (donor, compute device) -> bytes per second, as far as links were measured.
 link_rates: dict[tuple[str, str], float] = {}
+_others_rates: ContextVar[Mapping[tuple[str, str], float] | None] = ContextVar(
+    "others_rates", default=None
+)
+
+
+@contextmanager
+def other_link_rates(rates: Mapping[tuple[str, str], float]) -> Iterator[None]:
+    """Inside of the block, stripes of this thread are cut for the links of another machine."""
+    before = _others_rates.set(rates)
+    try:
+        yield
+    finally:
+        _others_rates.reset(before)
 
 
 def shard_on(tier: str, data: torch.Tensor, compute: torch.device, name: str) -> torch.Tensor:
@@ -58,7 +73,9 @@ def stripe_sizes(nbytes: int, donors: Sequence[str], compute: str) -> list[int]:
 
     If a link was not measured, all count alike.
     """
-    measured = [link_rates.get((donor, compute), 0.0) for donor in donors]
+    others = _others_rates.get()
+    known = link_rates if others is None else others
+    measured = [known.get((donor, compute), 0.0) for donor in donors]
     rates = measured if all(measured) else [1.0] * len(donors)
     sizes: list[int] = []
     left = nbytes

@@ -45,7 +45,7 @@ class Use(NamedTuple):
 
 @dataclass(repr=False)
 class Step:
-    """One pass over a model, as `record_step` saw it. It prints as a table.
+    """One pass over a model, from `record_step` or `estimate_step`. It prints as a table.
 
     Attributes:
         compute: The device that ran it.
@@ -54,12 +54,15 @@ class Step:
         forms: Weight -> its dtype and shape ("float32 [4, 4]"), for those that are used.
         decodes: Weight -> seconds for each stored byte that the host took to decode it, if it did
             so in the step.
+        machine: The name of the machine for which it was estimated; "" if it was recorded, or
+            estimated for the machine at hand.
     """
 
     compute: str = ""
     uses: list[Use] = field(default_factory=list)
     forms: dict[str, str] = field(default_factory=dict)
     decodes: dict[str, float] = field(default_factory=dict)
+    machine: str = ""
 
     @property
     def seconds(self) -> float:
@@ -83,6 +86,7 @@ class Step:
         """The step as JSON types."""
         return {
             "writer": _WRITER, "version": _VERSION, "compute": self.compute,
+            "machine": self.machine,
             "uses": [list(use) for use in self.uses],
             "forms": self.forms,
             "decodes": self.decodes,
@@ -135,9 +139,11 @@ class Step:
         if not self.uses:
             return "no operator was recorded: nothing ran, or the block has not ended"
         operators = sum(use.operators for use in self.uses)
+        device = f"{self.compute} of {self.machine}" if self.machine else self.compute
         return (
-            f"step of {operators} operators on {self.compute}: {self.seconds * 1e3:.3f} ms without "
-            f"waiting, {len(self.weights)} weights. The longest operators on weights:"
+            f"step of {operators} operators on {device}: "
+            f"{self.seconds * 1e3:.3f} ms without waiting, {len(self.weights)} weights. The "
+            "longest operators on weights:"
         )
 
     def __str__(self) -> str:
@@ -165,7 +171,7 @@ def _believed(told: dict[str, Any]) -> Step:
         )  # fmt: skip
     forms = {str(name): str(form) for name, form in told["forms"].items()}
     decodes = {str(name): _seconds(value) for name, value in told["decodes"].items()}
-    return Step(told["compute"], uses, forms, decodes)
+    return Step(told["compute"], uses, forms, decodes, str(told.get("machine", "")))
 
 
 def _seconds(value: Any) -> float:

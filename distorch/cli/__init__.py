@@ -12,17 +12,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distorch import __version__
+from distorch.cli import plan
+from distorch.cli.output import PLOT, show
 from distorch.errors import DistorchError, SpecError, printable
-
-if TYPE_CHECKING:
-    from distorch.planner import Plan
-    from distorch.timeline import Timeline
-
-
-_PLOT = "also draw it: a file that ends in .svg, or in .png (needs Pillow)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,26 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how much of a LoRA fits that file; exits with 1 if nothing does",
     )
 
-    plan = commands.add_parser("plan", help="where the weights of a file would go; nothing moves")
-    plan.add_argument("file", help="safetensors, GGUF or torch file, index, or folder")
-    plan.add_argument(
-        "spec",
-        help="devices with what each may hold, such as 'cuda:0,2.5gb;cpu,*'; * is the rest",
-    )
-    plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
-    plan.add_argument("--plot", metavar="PICTURE", help=_PLOT)
-    plan.add_argument(
-        "--order", default="interleaved", choices=["interleaved", "sequential", "optimal"],
-        help="spread the weights of each device over the model (default), keep them together, or "
-        "find the shortest step (needs --step)",
-    )  # fmt: skip
-    plan.add_argument(
-        "--step", metavar="JSON", help="a step of the model, which Step.save wrote: for optimal"
-    )
-    plan.add_argument(
-        "--min-bytes", default="1mb", metavar="BYTES",
-        help="smaller weights stay where the model computes; 0, 64kb or auto (default 1mb)",
-    )  # fmt: skip
+    plan.add_command(commands)
 
     verify = commands.add_parser(
         "verify",
@@ -78,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="what ran when, from a file that a trace wrote")
     trace.add_argument("file", help="the JSON file that distorch.trace wrote")
     trace.add_argument("--json", action="store_true", help="print JSON")
-    trace.add_argument("--plot", metavar="PICTURE", help=_PLOT)
+    trace.add_argument("--plot", metavar="PICTURE", help=PLOT)
 
     doctor = commands.add_parser(
         "doctor",
@@ -112,17 +87,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 1 if facts.fits is not None and facts.fits["targets"] == 0 else 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    from distorch.loading import plan
-    from distorch.step import Step
-
-    made = plan(
-        arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes,
-        step=None if arguments.step is None else Step.load(arguments.step),
-    )  # fmt: skip
-    return _show(made, arguments)
-
-
 def _verify(arguments: argparse.Namespace) -> int:
     from distorch.display.tables import human_bytes, text_table
     from distorch.formats.verify import compare_whole, forget
@@ -144,17 +108,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _trace(arguments: argparse.Namespace) -> int:
     from distorch.timeline import Timeline
 
-    return _show(Timeline.load(arguments.file), arguments)
-
-
-def _show(found: Plan | Timeline, arguments: argparse.Namespace) -> int:
-    """Prints it as a table or as JSON, and draws it if that is wanted."""
-    if arguments.plot:
-        found.plot(arguments.plot)
-    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
-    if arguments.plot and not arguments.json:
-        print(f"picture: {arguments.plot}")
-    return 0
+    return show(Timeline.load(arguments.file), arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -186,7 +140,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "inspect": _inspect,
-    "plan": _plan,
+    "plan": plan.run,
     "verify": _verify,
     "trace": _trace,
     "doctor": _doctor,
@@ -197,7 +151,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(plan.with_file(sys.argv[1:] if arguments is None else arguments))
     with warnings.catch_warnings():
         warnings.showwarning = _told  # type: ignore[assignment]
         return _run(parsed)

@@ -12,6 +12,8 @@ from typing_extensions import Unpack
 from distorch.errors import SpecError, warn_at_caller
 from distorch.formats.checkpoint import open_checkpoint
 from distorch.loading.prepare import OF_LOAD, LoadOptions, Request, prepare, ties_kept
+from distorch.machine.profiles import Machine, machine_of
+from distorch.machine.supposed import supposing
 from distorch.planner import Plan
 from distorch.rehearsal import arrangement
 from distorch.runtime import distribution, planning
@@ -19,7 +21,7 @@ from distorch.runtime.changes import alone
 from distorch.runtime.groups import Group, group_members
 from distorch.runtime.options import check_module
 
-_ARGUMENTS = ("spec", "module", "virtual_vram", "donor", *OF_LOAD)
+_ARGUMENTS = ("spec", "module", "virtual_vram", "donor", "machine", *OF_LOAD)
 
 
 def plan(
@@ -29,6 +31,7 @@ def plan(
     module: nn.Module | None = None,
     virtual_vram: str | int | None = None,
     donor: str | None = None,
+    machine: Machine | str | None = None,
     **options: Unpack[LoadOptions],
 ) -> Plan:
     """Says where every weight would go. Nothing moves.
@@ -42,6 +45,8 @@ def plan(
             `load(module, source, ...)` does.
         virtual_vram: Bytes to give away, in place of a spec.
         donor: Where the bytes of `virtual_vram` go.
+        machine: Another machine than this one: a `Machine`, its name ("rtx3090-pcie4x16-64gb"), or
+            the path of its file.
         options: Those of `distribute`, and with `module=` those of `load`, too.
 
     Returns:
@@ -50,8 +55,21 @@ def plan(
     Raises:
         SpecError: The spec or an option is wrong.
         PlacementError: The placement cannot be done.
-        FormatError: The file is missing, damaged, or does not fit the module.
+        FormatError: The file is missing, damaged, or does not fit the module; or that of the
+            machine is.
     """
+    with supposing(machine_of(machine)):
+        return _plan(source, spec, module, virtual_vram, donor, options)
+
+
+def _plan(  # noqa: PLR0917
+    source: nn.Module | str | os.PathLike[str],
+    spec: str | None,
+    module: nn.Module | None,
+    virtual_vram: str | int | None,
+    donor: str | None,
+    options: LoadOptions,
+) -> Plan:
     request = Request.of(spec, virtual_vram, donor, options, _ARGUMENTS)
     request.verifies()  # says what is wrong with it; a plan reads no weights
     request = replace(request, verify=False)

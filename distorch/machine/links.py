@@ -6,12 +6,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,97 +21,19 @@ from distorch.display.progress import Progress, check_progress, progress_of
 from distorch.display.tables import html_table, human_bytes, text_table
 from distorch.errors import PlacementError
 from distorch.machine import machine
+from distorch.machine.calibration import Calibration, Link, Speed, believed
+from distorch.machine.supposed import supposed
 from distorch.planner import DeviceInfo
 
-_SLOWEST, _FASTEST = 1e3, 1e15  # bytes per second: no link has less or more
 _SMALL, _LARGE = 256 << 10, 64 << 20  # bytes of the two fetches that give latency and rate
 _REPEATS = 3
 _IN_A_ROW = 16  # small copies on one stream: what each of them costs beside its bytes
 _TINY = 200  # operators or events in a row, for which the device waits
-_SIDES = (1024, 1536)  # of square matrices, whose two products give the speed of a device
-_CACHE_VERSION = 2  # of what the cache file says; a file of another one is not believed
-_HEADER = ("from", "to", "GB/s", "latency us", "GB/s with all others", "GB/s back")
-_SPEED_HEADER = ("device", "GB/s in its memory", "TFLOP/s (float32)", "us to issue an operator")
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a link carries: bytes per second alone, while all other links to the same device are
-    busy, and in the other direction (None where weights cannot go back); latency in seconds.
-    """
-
-    donor: str
-    compute: str
-    rate: float
-    latency: float
-    together: float
-    back: float | None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a device computes: bytes per second that it reads and writes in its own memory,
-    operations per second in the product of two float32 matrices, and seconds that the host needs
-    to issue it an operator and to record an event.
-    """
-
-    device: str
-    memory: float
-    flops: float
-    issue: float
-    event: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured of every link and compute device of this machine. It prints as a table."""
-
-    links: tuple[Link, ...]
-    speeds: tuple[Speed, ...] = ()
-
-    def rate(self, donor: str, compute: str) -> float | None:
-        """Bytes per second from a donor to a compute device, if that was measured."""
-        found = (k.rate for k in self.links if (k.donor, k.compute) == (donor, compute))
-        return next(found, None)
-
-    def speed(self, device: str) -> Speed | None:
-        """What a compute device does in a second, if that was measured."""
-        return next((speed for speed in self.speeds if speed.device == device), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The links and devices as JSON types."""
-        return {
-            "links": [dataclasses.asdict(link) for link in self.links],
-            "speeds": [dataclasses.asdict(speed) for speed in self.speeds],
-        }
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (k.donor, k.compute, f"{k.rate / 1e9:.2f}", f"{k.latency * 1e6:.0f}",
-             f"{k.together / 1e9:.2f}", "" if k.back is None else f"{k.back / 1e9:.2f}")
-            for k in self.links
-        ]  # fmt: skip
-
-    def _speed_rows(self) -> list[tuple[str, ...]]:
-        return [
-            (k.device, f"{k.memory / 1e9:.1f}", f"{k.flops / 1e12:.2f}", f"{k.issue * 1e6:.2f}")
-            for k in self.speeds
-        ]
-
-    def __str__(self) -> str:
-        return "\n".join(
-            (
-                text_table(_HEADER, self._rows(), "measured links"),
-                text_table(_SPEED_HEADER, self._speed_rows(), "measured devices"),
-            )
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(_HEADER, self._rows(), "measured links") + html_table(
-            _SPEED_HEADER, self._speed_rows(), "measured devices"
-        )
+# Sides of square matrices, whose two products give the speed of a device.
+_SIDES = (1024, 1536)
+_HALF_SIDES = (3072, 4096)  # of bfloat16: a GPU is done with small ones before it is told
+_HALF_SIDES_ON_HOST = (512, 768)  # a processor may have to emulate it
+_CACHE_VERSION = 3  # of what the cache file says; a file of another one is not believed
 
 
 _known: dict[str, Calibration] = {}  # by machine
@@ -140,7 +60,11 @@ def is_simulated(device: str) -> bool:
 
 
 def known_links() -> Calibration | None:
-    """What `calibrate` measured on this machine, in this process or an earlier one."""
+    """What `calibrate` measured on this machine, in this process or an earlier one. While another
+    machine is supposed: what is known of that.
+    """
+    if (other := supposed()) is not None:
+        return other.calibration
     key = _machine_key()
     if key in _known:
         return _known[key]
@@ -148,7 +72,10 @@ def known_links() -> Calibration | None:
         file = _cache_file()
         if not is_own(file):
             return None
-        return _remember(_believed(read_json(file)))
+        stored = read_json(file)
+        if stored["version"] != _CACHE_VERSION:
+            return None
+        return _remember(believed(stored))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # `calibrate` writes it anew
 
@@ -161,32 +88,6 @@ def measured_links() -> Calibration:
             "the links of this machine were not measured: call distorch.calibrate() once"
         )
     return found
-
-
-def _believed(stored: Any) -> Calibration:
-    """A calibration from the cache. ValueError, KeyError or TypeError if it can be none."""
-    if stored["version"] != _CACHE_VERSION:
-        raise ValueError("of another version")
-    links = tuple(Link(**link) for link in stored["links"])
-    for link in links:
-        rates = [link.rate, link.together, *([] if link.back is None else [link.back])]
-        named = isinstance(link.donor, str) and isinstance(link.compute, str)
-        if not named or not all(_is_amount(r) and _SLOWEST <= r <= _FASTEST for r in rates):
-            raise ValueError("a link that nobody measured")
-        if not _is_amount(link.latency):
-            raise ValueError("a latency that nobody measured")
-    speeds = tuple(Speed(**speed) for speed in stored["speeds"])
-    for speed in speeds:
-        fast, slow = (speed.memory, speed.flops), (speed.issue, speed.event)
-        known = all(_is_amount(value) for value in (*fast, *slow)) and all(fast)
-        if not isinstance(speed.device, str) or not known:
-            raise ValueError("a speed that nobody measured")
-    return Calibration(links, speeds)
-
-
-def _is_amount(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
 
 
 class Devices(dict[str, DeviceInfo]):
@@ -338,26 +239,30 @@ def _small_copy_seconds(donor: str, compute: torch.device) -> float:
 
 
 def _speed(compute: str) -> Speed:
-    """What a device does in a second, from one large copy and two products of matrices."""
+    """What a device does in a second, from large copies and products of matrices."""
     device = torch.device(compute)
     source = torch.zeros(_LARGE, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    squares = [torch.zeros(side, side, dtype=torch.float32, device=device) for side in _SIDES]
 
     def copies(count: int) -> float:
         return _best_seconds(lambda: [target.copy_(source) for _ in range(count)], device)
 
-    def product(square: torch.Tensor) -> float:
-        return _best_seconds(lambda: square @ square, device)
-
     # The smaller work is taken off each time: both wait alike for the host to issue them. Noise may
     # make the rest too small, but not smaller than half of the whole.
-    four, large = copies(4), product(squares[1])
+    def flops(sides: tuple[int, int], dtype: torch.dtype) -> float:
+        small, large = (
+            _best_seconds(lambda square=square: square @ square, device)  # type: ignore[misc]
+            for square in (torch.zeros(side, side, dtype=dtype, device=device) for side in sides)
+        )
+        return 2 * (sides[1] ** 3 - sides[0] ** 3) / max(large - small, large / 2)
+
+    four = copies(4)
     memory = 2 * 3 * _LARGE / max(four - copies(1), four / 2)
-    operations = 2 * (_SIDES[1] ** 3 - _SIDES[0] ** 3)
-    flops = operations / max(large - product(squares[0]), large / 2)
+    on_host = compute == "cpu" or is_simulated(compute)
+    half_sides = _HALF_SIDES_ON_HOST if on_host else _HALF_SIDES
+    speeds = memory, flops(_SIDES, torch.float32), flops(half_sides, torch.bfloat16)
     if compute == "cpu":
-        return Speed(compute, memory, flops, 0.0, 0.0)
+        return Speed(compute, *speeds, issue=0.0, event=0.0)
     one = torch.zeros(1, dtype=torch.float32, device=device)
     event = torch.Event(device, enable_timing=True)
     stream = torch.accelerator.current_stream(device)
@@ -371,7 +276,7 @@ def _speed(compute: str) -> Speed:
             event.record(stream)
 
     issue, record = (_best_seconds(work, device) / _TINY for work in (operators, events))
-    return Speed(compute, memory, flops, issue, record)
+    return Speed(compute, *speeds, issue=issue, event=record)
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from distorch import _native
 from distorch._memory import host_memory
+from distorch.machine.supposed import supposed
 from distorch.planner import DeviceInfo
 
 # The host of a dry run stores nothing.
@@ -54,6 +55,8 @@ def with_exact(known: dict[str, DeviceInfo], placed: Collection[str]) -> dict[st
     A device that this process uses already is known exactly.
     """
     found = dict(known)
+    if supposed() is not None:
+        return found
     for name in placed:
         kind, _, index = name.partition(":")
         if name in known and index and not _has_context(kind, int(index)):
@@ -63,7 +66,9 @@ def with_exact(known: dict[str, DeviceInfo], placed: Collection[str]) -> dict[st
 
 
 def devices() -> dict[str, DeviceInfo]:
-    """Every tier of this machine with total and free bytes."""
+    """Every tier of this machine, or of the supposed one, with total and free bytes."""
+    if (other := supposed()) is not None:
+        return other.memory()
     found = {"cpu": DeviceInfo("cpu", *host_memory()), **_disk()}
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.accelerator.is_available():
@@ -105,6 +110,8 @@ def default_compute(entries: tuple[str, ...]) -> str:
     for device in entries:
         if device not in ("cpu", "disk") and "+" not in device:  # stripes lie on donors
             return device
+    if (other := supposed()) is not None:
+        return next((name for name in other.devices if ":" in name), "cpu")
     accelerator = torch.accelerator.current_accelerator()
     registered = torch._C._get_privateuse1_backend_name()
     if accelerator is not None and accelerator.type != registered and _is_there():

@@ -7,13 +7,12 @@ from collections.abc import Collection, Sequence
 
 from distorch import _native
 from distorch.errors import PlacementError
-from distorch.machine.links import Calibration, Link, Speed, is_simulated
+from distorch.machine.calibration import Calibration, Link, Speed
+from distorch.machine.links import is_simulated
+from distorch.machine.supposed import supposed
 
-_READ_PART = 4 << 20  # bytes; see csrc/engine/reads.cpp
-_MEASURE = (
-    "is not known; measure it with distorch.calibrate() (on a machine with an accelerator it "
-    "measures only what computes there)"
-)
+READ_PART = 4 << 20  # bytes; see csrc/engine/reads.cpp
+READERS = 6  # threads that read, unless DISTORCH_IO_THREADS says otherwise
 _HALVINGS = 40
 _SHARED = 0.9  # links that together carry less than this part of their sum share hardware
 
@@ -41,15 +40,20 @@ class Rates:
     def _link(self, place: str) -> Link:
         found = self._links.get(place)
         if found is None:
-            raise PlacementError(
-                f"what the link from {place!r} to {self.compute!r} carries {_MEASURE}"
-            )
+            raise _not_known(f"what the link from {place!r} to {self.compute!r} carries")
         return found
 
     def _known_speed(self) -> Speed:
         if self._speed is None:
-            raise PlacementError(f"the speed of computing on {self.compute!r} {_MEASURE}")
+            raise _not_known(f"the speed of computing on {self.compute!r}")
         return self._speed
+
+    def operator_seconds(self, flops: float, nbytes: int, *, is_half: bool) -> float:
+        """Of one operator on the compute device: its arithmetic, or its bytes in memory.
+        `is_half`: the numbers have 16 bits or fewer.
+        """
+        speed = self._known_speed()
+        return max(flops / (speed.half_flops if is_half else speed.flops), nbytes / speed.memory)
 
     def costs(self) -> tuple[float, float]:
         """What the host pays for each operator or copy that it issues, and for each event."""
@@ -62,6 +66,8 @@ class Rates:
         """How many reads the host makes at once: ahead of a use, and for somebody who waits."""
         if is_simulated(self.compute):
             return 2, 1  # csrc/sim/machine.h
+        if supposed() is not None:
+            return READERS, READERS
         return _native.io_threads(), _native.io_threads()
 
     def without_issuing(self, seconds: float, idle: float) -> float:
@@ -108,7 +114,7 @@ class Rates:
         up = self._link("cpu")
         latency = max(0.0, disk.latency - up.latency)
         at_once = self.readers()[1]
-        seconds = max(1 / disk.rate - 1 / up.rate - latency / _READ_PART / at_once, 1e-15)
+        seconds = max(1 / disk.rate - 1 / up.rate - latency / READ_PART / at_once, 1e-15)
         return 1 / seconds, latency
 
     def row_seconds(self, place: str, nbytes: int) -> float:
@@ -127,6 +133,19 @@ class Rates:
         columns = max(elements // max(rows, 1), 1)
         rank = factors / (4 * (rows + columns)) if stored == decoded else 0.0
         return max((stored + decoded + factors) / speed.memory, 2 * elements * rank / speed.flops)
+
+
+def _not_known(what: str) -> PlacementError:
+    if (other := supposed()) is not None:
+        return PlacementError(
+            f"{what} is not known of the machine {other.name!r}: it has figures for "
+            f"{', '.join(sorted(other.devices))}, and computes on "
+            f"{', '.join(speed.device for speed in other.calibration.speeds) or 'none of them'}"
+        )
+    return PlacementError(
+        f"{what} is not known; measure it with distorch.calibrate() (on a machine with an "
+        "accelerator it measures only what computes there)"
+    )
 
 
 def _shared_capacity(links: Sequence[Link]) -> float | None:

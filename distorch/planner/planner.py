@@ -271,7 +271,7 @@ def _missing(device: str, devices: Mapping[str, DeviceInfo]) -> str:
         folder = os.environ.get("DISTORCH_DISK", "not set")
         hint = f"; make the folder for donor files (DISTORCH_DISK in the environment: {folder})"
     elif device.startswith("cuda"):
-        hint = "; PyTorch sees no such GPU (torch.cuda.device_count() says how many there are)"
+        hint = "; torch.cuda.device_count() says how many GPUs PyTorch sees on this computer"
     return f"device {device!r} is not there; this machine has {', '.join(sorted(devices))}{hint}"
 
 

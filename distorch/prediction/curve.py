@@ -18,6 +18,8 @@ from distorch.display.picture import Picture
 from distorch.display.progress import Progress, progress_of
 from distorch.display.tables import html_table, human_bytes, paragraphs, text_table
 from distorch.errors import PlacementError, SpecError
+from distorch.machine.profiles import Machine, machine_of
+from distorch.machine.supposed import supposing
 from distorch.planner import Plan, parse_bytes, shares_of
 from distorch.prediction.predict import predict
 from distorch.runtime.changes import alone
@@ -166,6 +168,7 @@ def curve(
     device: str | None = None,
     points: int = 17,
     progress: Progress = None,
+    machine: Machine | str | None = None,
     **options: Unpack[OptionsOfStep],
 ) -> Curve:
     """Predicts a step for many amounts of memory on one device. Nothing moves.
@@ -182,6 +185,7 @@ def curve(
             stay there to the whole model.
         points: How many amounts are tried, from 2 to 200.
         progress: As in `distribute`. A function is called with the number of points that are done.
+        machine: Another machine than this one, as in `predict`.
         options: Those of `distribute`. Those that are not given are as they are now.
 
     Returns:
@@ -196,14 +200,16 @@ def curve(
         raise SpecError(f"points={points!r}: expected a number from 2 to 200")
     if spec is None:
         spec = distribution_of(module).plan.spec
-    first = predict(module, step, spec, **options)
-    shares = _Shares(module, first.plan, device)
+    there = machine_of(machine)
+    first = predict(module, step, spec, machine=there, **options)
+    with supposing(there):
+        shares = _Shares(module, first.plan, device)
     here = first.plan.bytes[shares.device]
     found, problems = {here: first.seconds}, list[PlacementError]()
     with progress_of(progress, points, "predicting", "placements") as done:
         for nbytes in shares.amounts(points):
             try:
-                own = predict(module, step, shares.spec_with(nbytes), **options)
+                own = predict(module, step, shares.spec_with(nbytes), machine=there, **options)
             except PlacementError as error:  # the other devices do not hold the rest
                 problems.append(error)
             else:

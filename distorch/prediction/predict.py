@@ -11,7 +11,9 @@ from typing_extensions import Unpack
 from distorch import _native
 from distorch.errors import SpecError, warn_at_caller
 from distorch.machine.links import measured_links
+from distorch.machine.profiles import Machine, machine_of
 from distorch.machine.rates import Rates
+from distorch.machine.supposed import supposing
 from distorch.planner import Arrange, Freedom, Plan, PlanFor
 from distorch.prediction.predicted import LinkUse, Prediction
 from distorch.rehearsal import (
@@ -29,13 +31,13 @@ from distorch.runtime.distribution import distribution_of, inventory_now, known_
 from distorch.runtime.groups import group_members
 from distorch.runtime.options import Options, OptionsOfStep, check_module, check_one_placement
 from distorch.runtime.planning import check_plan_fits, devices_for, plan_inventory
-from distorch.runtime.ring_room import look_ahead_bytes, ring_bytes
+from distorch.runtime.ring_room import look_ahead_bytes, reserved_beside, ring_bytes
 from distorch.step import Step
 from distorch.timeline import Span, Timeline
 
 _LINKS = ("copies", "reads")  # the first words of tracks
 _COMPUTING = ("compute", "decodes")
-_ARGUMENTS = ("spec", "plan", "virtual_vram", "donor")
+_ARGUMENTS = ("spec", "plan", "virtual_vram", "donor", "machine")
 
 
 def predict(
@@ -46,6 +48,7 @@ def predict(
     plan: Plan | None = None,
     virtual_vram: str | int | None = None,
     donor: str | None = None,
+    machine: Machine | str | None = None,
     **options: Unpack[OptionsOfStep],
 ) -> Prediction:
     """Says how long a step would take with a placement. Nothing moves.
@@ -61,6 +64,8 @@ def predict(
         plan: A plan, in place of a spec.
         virtual_vram: Bytes to give away, in place of a spec.
         donor: Where the bytes of `virtual_vram` go.
+        machine: Another machine than this one: a `Machine`, its name ("rtx3090-pcie4x16-64gb"), or
+            the path of its file. The times of operators are those of the step (`estimate_step`).
         options: Those of `distribute`. Those that are not given are as they are now.
 
     Returns:
@@ -68,8 +73,9 @@ def predict(
 
     Raises:
         SpecError: The spec or an option is wrong.
+        FormatError: The file of the machine is damaged.
         PlacementError: The placement cannot be done, a link was never measured, or the step is of
-            another model or another device.
+            another model, another device or another machine.
     """
     check_module(module)
     if not isinstance(step, Step):
@@ -78,11 +84,16 @@ def predict(
             f"distorch.Step.load(path), got {type(step).__name__}"
         )
     step.check()
-    measured = measured_links()
     placed_now = spec is None and plan is None and virtual_vram is None and donor is None
     if not placed_now:
         check_one_placement(spec, plan, virtual_vram, donor)
-    with alone(module, nested=True):  # not in the middle of a change
+    there = machine_of(machine)
+    if there is not None and placed_now:
+        raise SpecError(
+            "machine= needs a placement on that machine, such as spec='cuda:0,4gb;cpu,*'"
+        )
+    with supposing(there), alone(module, nested=True):  # not in the middle of a change
+        measured = measured_links()
         state = distribution_of(module) if placed_now else known_distribution(module)
         before = state.lasting_options() if state is not None else None
         opts = Options.of({**options, "step": step}, _ARGUMENTS, before)
@@ -106,7 +117,7 @@ def predict(
                 warn_at_caller(problem)
         check_step_fits(step, groups, plan.compute)
         # Models on one device share a ring, and the largest reservation counts.
-        others = _native.reserved_beside(plan.compute, reservation)
+        others = reserved_beside(plan.compute, reservation)
         ring = max(ring_bytes(groups, plan, opts), others)
         script = script_of(groups, plan, step, ring, measured)
         freedom = noted.freedom or Freedom.within(plan, inventory)

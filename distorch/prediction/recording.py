@@ -11,45 +11,33 @@ host: such a use is marked, and `predict` takes off what the host needs to issue
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distorch import _ops
 from distorch.errors import PlacementError
 from distorch.machine import machine
-from distorch.runtime.distribution import distribution_of
-from distorch.runtime.groups import (
-    byte_extent,
-    form_of,
-    group_members,
-    has_bytes,
-    parts_of,
+from distorch.prediction.operators import (
+    Names,
+    append,
+    is_no_work,
+    needs_values,
+    tensors_in,
+    use_of,
 )
+from distorch.runtime.distribution import distribution_of
+from distorch.runtime.groups import form_of, group_members
 from distorch.step import Step, Use
 from distorch.timeline import Span, Timeline
 from distorch.tracing import trace
 
-_LOOKUPS = frozenset({"aten::embedding"})
-# The hook fetches the weights of these from the last argument to the first: in this order GCC
-# evaluates the arguments of a call (csrc/hook/typed.cpp). Of all others, the first comes first.
-_LAST_FIRST = frozenset({
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::linear",
-    "aten::native_layer_norm", "aten::_scaled_mm",
-})  # fmt: skip
-# They give memory or an answer, and give a device nothing to do. Nor do views.
-_NO_WORK = frozenset({
-    "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty",
-    "aten::new_empty_strided", "aten::is_pinned",
-})  # fmt: skip
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -81,7 +69,7 @@ def record_step(module: nn.Module) -> Iterator[Step]:
     placed = distribution_of(module)
     compute, plan = placed.plan.compute, placed.plan
     step = Step(compute)
-    recorder = _Recorder(_Names(module), torch.device(compute))
+    recorder = _Recorder(Names(module), torch.device(compute))
     if compute != "cpu":
         machine.synchronize(compute)  # what was fetched ahead is decoded, and disturbs no operator
     with trace(module) as timeline, recorder:
@@ -101,36 +89,6 @@ def record_step(module: nn.Module) -> Iterator[Step]:
                 step.decodes[span.name] = (span.end - span.start) / span.bytes
 
 
-class _Names:
-    """The weights of a module, by their bytes in storages."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._known: dict[int, list[tuple[int, float, str]]] = {}  # begin, end, first name
-        for group in group_members(module):
-            whole = group.first
-            alone = not has_bytes(whole) or (_ops.is_sharded(whole) and _ops.state(whole).decoded)
-            begin, end = (0, math.inf) if alone else (group.begin, group.end)
-            for part in parts_of(whole):
-                if has_bytes(part):
-                    self._known.setdefault(_storage(part), []).append((begin, end, group.name))
-
-    def of(self, tensor: torch.Tensor) -> Iterator[str]:
-        """The weights whose bytes a tensor shows; none for one that is no plain memory."""
-        if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:
-                yield from self.of(getattr(tensor, name))
-        elif has_bytes(tensor) and (known := self._known.get(_storage(tensor))):
-            if len(known) == 1:
-                yield known[0][2]
-                return
-            first, last = byte_extent(tensor)
-            yield from (name for begin, end, name in known if begin < last and first < end)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return cast(int, tensor.untyped_storage()._cdata)
-
-
 class _Noted(NamedTuple):
     """A use, with two marks in place of its seconds: their places in the list of all marks."""
 
@@ -144,7 +102,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True  # torch.cond, flex_attention: each counts as one
 
-    def __init__(self, names: _Names, device: torch.device) -> None:
+    def __init__(self, names: Names, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
         self._device = device
@@ -166,22 +124,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        known = isinstance(func, OpOverload)
-        if known and (func.is_view or func._schema.name in _NO_WORK):
+        if is_no_work(func):
             return func(*args, **kwargs)
-        given = list(_tensors_in((*args, *kwargs.values())))
-        if known and func._schema.name in _LAST_FIRST:
-            given.reverse()
-        weights = dict.fromkeys(name for tensor in given for name in self._names.of(tensor))
-        rows = args[1].numel() if known and func._schema.name in _LOOKUPS and weights else 0
+        use = use_of(self._names, func, args, kwargs)
         idle = float(not self._on_host and self._marks[-1].query())
         before = self._mark()
         result = func(*args, **kwargs)
         if not (self._on_host or idle) and self._marks[before].query():
             idle = 0.5  # it ran dry while the operator was issued: for half of that time, say
         behind = self._mark()
-        copied, waits = self._of_the_host(func, args, kwargs) if known else (0, False)
-        use = Use(0.0, 1, tuple(weights), rows, copied, idle, waits)
+        copied, waits = 0, False
+        if isinstance(func, OpOverload):
+            copied, waits = self._of_the_host(func, args, kwargs)
+        use = use._replace(copied=copied, idle=idle, host_waits=waits)
         self._noted.append(_Noted(before, behind, use))
         return result
 
@@ -195,8 +150,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return source.nbytes, not (non_blocking and source.is_pinned())
             leaves = source.device == self._device and not _same_device(target, self._device)
             return 0, leaves and not non_blocking
-        there = [t for t in _tensors_in((*args, *kwargs.values())) if t.device == self._device]
-        if not there or not _needs_values(func):
+        there = [t for t in tensors_in((*args, *kwargs.values())) if t.device == self._device]
+        if not there or not needs_values(func):
             return 0, False
         # An index of numbers is an ordinary operator. One of booleans has to be counted.
         masks = any(tensor.dtype in _MASKS for tensor in there)
@@ -220,10 +175,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             begin, end = at[before], at[behind]
             waited = waits.between(begin, end)
             shared = max(0.0, decodes.between(begin, end) - waited)
-            timed = use._replace(seconds=max(end - begin - waited - shared / 2, 0.0))
-            if found and _are_one(found[-1], timed):
-                timed = _joined(found.pop(), timed)
-            found.append(timed)
+            append(found, use._replace(seconds=max(end - begin - waited - shared / 2, 0.0)))
         return found
 
     def _seconds_of_marks(self) -> list[float]:
@@ -232,26 +184,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for mark, following in zip(self._marks, self._marks[1:], strict=False):
             at.append(at[-1] + _seconds_between(mark, following))
         return at
-
-
-def _are_one(first: Use, then: Use) -> bool:
-    """Whether both are operators on no weight, in a run of such."""
-    plain = not (first.weights or then.weights or first.copied or then.copied)
-    return plain and not first.host_waits
-
-
-def _joined(first: Use, then: Use) -> Use:
-    return then._replace(
-        seconds=first.seconds + then.seconds,
-        operators=first.operators + then.operators,
-        idle=first.idle + then.idle,
-    )
-
-
-def _needs_values(func: OpOverload) -> bool:
-    """Whether the host has to know numbers that a device computes, before it can go on."""
-    tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-    return any(tag in func.tags for tag in tags)
 
 
 def _copy_by(
@@ -272,14 +204,6 @@ def _same_device(named: torch.device, device: torch.device) -> bool:
     if named.type != device.type or named.index is not None:
         return named == device
     return device.index == torch.accelerator.current_device_index()
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
 
 
 class _Times:

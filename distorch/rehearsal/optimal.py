@@ -8,14 +8,21 @@ from typing import Protocol
 
 from distorch import _native, _ops
 from distorch.errors import PlacementError, SpecError
-from distorch.machine.links import Calibration, measured_links
+from distorch.machine.calibration import Calibration
+from distorch.machine.links import measured_links
 from distorch.machine.rates import Rates
 from distorch.planner import Freedom, Plan, PlanFor, WeightInfo
 from distorch.rehearsal.problem import MOST_TIERS, Problem, places_of, problem_of, rows_of
-from distorch.rehearsal.script import Script, check_step_fits, script_of, script_of_sizes
+from distorch.rehearsal.script import (
+    Script,
+    check_step_fits,
+    check_step_machine,
+    script_of,
+    script_of_sizes,
+)
 from distorch.runtime.groups import Group
 from distorch.runtime.options import Options
-from distorch.runtime.ring_room import look_ahead_bytes, ring_bytes
+from distorch.runtime.ring_room import look_ahead_bytes, reserved_beside, ring_bytes
 from distorch.step import Step
 
 # How many of the placements that were found are rehearsed: fewer if a step has many uses, so that
@@ -72,6 +79,7 @@ class _OfFile:
         self._weights, self._options, self._step = weights, options, step
 
     def check(self, plan: Plan) -> None:
+        check_step_machine(self._step)
         absent = [name for name in self._step.weights if name not in plan.placement]
         if self._step.compute == plan.compute and not absent:
             return
@@ -158,7 +166,7 @@ class Arrangement:
 
     def _ring(self, weights: _Weights, plan: Plan) -> int:
         """As `predict` has it: models on one device share a ring, and the largest one counts."""
-        others = _native.reserved_beside(plan.compute, self._reservation)
+        others = reserved_beside(plan.compute, self._reservation)
         return max(weights.ring(plan), others)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from distorch import _donors, _ops
 from distorch.errors import PlacementError
-from distorch.machine.links import Calibration
+from distorch.machine.calibration import Calibration
 from distorch.machine.rates import Rates
+from distorch.machine.supposed import supposed
 from distorch.planner import Plan, WeightInfo
 from distorch.runtime import wrapped
 from distorch.runtime.groups import Group, form_of, parts_of
@@ -245,13 +246,26 @@ def _fits_whole(table: Weight, ring_bytes: int) -> bool:
     return not table.encoded and table.nbytes <= ring_bytes
 
 
+def check_step_machine(step: Step) -> None:
+    """PlacementError if the step was estimated for another machine than the one that counts."""
+    other = supposed()
+    name = "" if other is None else other.name
+    if step.machine and step.machine != name:
+        raise PlacementError(
+            f"the step was estimated for the machine {step.machine!r}, and the placement is for "
+            f"{name or 'this one'!r}; give machine={step.machine!r}, or estimate it anew with "
+            "distorch.estimate_step"
+        )
+
+
 def check_step_fits(step: Step, groups: Sequence[Group], compute: str) -> None:
-    """PlacementError unless the step was recorded of these weights on that device."""
+    """PlacementError unless the step is one of these weights on that device and machine."""
     if not step.uses:
         raise PlacementError(
             "the step is empty: run the model inside of the block of distorch.record_step, in the "
             "same thread"
         )
+    check_step_machine(step)
     forms = {group.name: form_of(group.first) for group in groups}
     for name, form in step.forms.items():
         if forms.get(name) != form:

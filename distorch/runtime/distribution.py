@@ -15,6 +15,7 @@ from torch import nn
 from distorch import _native
 from distorch.display.progress import Progress
 from distorch.errors import PlacementError
+from distorch.machine.supposed import supposed
 from distorch.planner import Inventory, Plan
 from distorch.runtime.groups import Group, inventory_of
 from distorch.runtime.options import Options, check_module
@@ -70,8 +71,11 @@ class Distribution:
     def lasting_options(self) -> Options:
         """The options that hold until others are given: it goes on computing where it does.
 
-        On a CPU that nobody asked for, it does so only until a placement names an accelerator.
+        On a CPU that nobody asked for, it does so only until a placement names an accelerator. On
+        another machine it need not.
         """
+        if supposed() is not None:
+            return dataclasses.replace(self.options, compute=None)
         given = self.options.compute is not None or self.plan.compute != "cpu"
         return dataclasses.replace(self.options, compute=self.plan.compute if given else None)
 

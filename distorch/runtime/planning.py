@@ -13,6 +13,7 @@ from torch import nn
 
 from distorch.errors import PlacementError
 from distorch.machine import machine
+from distorch.machine.supposed import supposed
 from distorch.planner import (
     Arrange,
     DeviceInfo,
@@ -56,6 +57,8 @@ def resolve_spec(
 def devices_for(groups: Iterable[Group], module: nn.Module | None) -> dict[str, DeviceInfo]:
     """The machine's devices; memory that the module holds now counts as free for it."""
     found = machine.devices()
+    if supposed() is not None:  # the module holds nothing there
+        return found
     held: dict[str, int] = {}
     for group in groups:
         if not group.first.is_meta:

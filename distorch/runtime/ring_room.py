@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from distorch import _ops
+from distorch import _native, _ops
+from distorch.machine.supposed import supposed
 from distorch.planner import Plan, parse_bytes
 from distorch.runtime.groups import Group
 from distorch.runtime.options import Options
@@ -41,6 +42,15 @@ def ring_bytes(groups: Sequence[Group], plan: Plan, options: Options) -> int:
     sizes = {g.name: n for g in groups if (n := _fetched_bytes(g, plan))}
     tables = {group.name for group in groups if is_table(group)}
     return look_ahead_bytes(sizes, tables, options.prefetch)
+
+
+def reserved_beside(compute: str, reservation: object | None) -> int:
+    """Bytes of look-ahead that other models have on a device: they share its ring, and the largest
+    one counts. `reservation`: what the module itself has.
+    """
+    if supposed() is not None:  # nobody else is there
+        return 0
+    return _native.reserved_beside(compute, reservation)
 
 
 def look_ahead_bytes(

@@ -344,7 +344,7 @@ def test_free_memory_counts_not_only_the_share():
 
 def test_the_cpu_computes(monkeypatch):
     known = Calibration(
-        (Link("disk", "cpu", 1e9, 1e-4, 1e9, None),), (Speed("cpu", 1e10, 1e11, 0.0, 0.0),)
+        (Link("disk", "cpu", 1e9, 1e-4, 1e9, None),), (Speed("cpu", 1e10, 1e11, 1e11, 0.0, 0.0),)
     )
     monkeypatch.setattr("distorch.rehearsal.optimal.measured_links", lambda: known)
     module = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))).requires_grad_(False)

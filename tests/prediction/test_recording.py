@@ -12,7 +12,8 @@ from torch import nn
 import distorch
 from distorch import _native
 from distorch.machine import links
-from distorch.prediction.recording import _Names, _Recorder
+from distorch.prediction.operators import Names
+from distorch.prediction.recording import _Recorder
 from distorch.testing import sim
 from tests.gguf_files import write_blocks
 from tests.prediction.programs import (
@@ -65,7 +66,7 @@ def test_masks_have_to_be_counted():
     """How many numbers a mask picks, only the device knows. (The simulator runs no such operator.)"""
     configure(mode="eager")
     module = resident(nn.Linear(4, 4))
-    recorder = _Recorder(_Names(module), torch.device("sim:0"))
+    recorder = _Recorder(Names(module), torch.device("sim:0"))
     x = torch.ones(4).to("sim:0")
     index = torch.ops.aten.index.Tensor
     assert recorder._of_the_host(index, (x, [x > 0]), {}) == (0, True)
@@ -211,7 +212,7 @@ def test_what_is_not_a_step():
 def measured(monkeypatch):
     """A CPU whose disk is known: 1 GB/s, and nothing else takes time."""
     link = links.Link("disk", "cpu", 1e9, 0.0, 1e9, None)
-    speed = links.Speed("cpu", 1e10, 1e11, 0.0, 0.0)
+    speed = links.Speed("cpu", 1e10, 1e11, 1e11, 0.0, 0.0)
     found = distorch.Calibration((link,), (speed,))
     monkeypatch.setitem(links._known, links._machine_key(), found)
 

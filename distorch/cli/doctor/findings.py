@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from distorch.display.tables import human_bytes, text_table
-from distorch.machine.links import Calibration
+from distorch.machine.calibration import Calibration
 
 State = Literal["ok", "slow", "NO", "--"]  # "--": this machine does not need it
 

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimates a step from shapes: nothing is computed, on a machine that need not be at hand.
+
+A dispatch mode runs every operator on the meta device instead, where tensors have shapes and no
+values. Its time comes from its arithmetic and its bytes (Rates.operator_seconds).
+
+A weight with values is exchanged for a meta tensor of its form when a function of PyTorch gets it,
+so that autograd sees one device. No gradient reaches the weight itself.
+
+Models also compute small things from numbers that they know, such as positions. As long as no
+weight takes part, such tensors are computed as they are, so that a model may look at them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from distorch import _ops
+from distorch.errors import PlacementError
+from distorch.machine import machine as this_machine
+from distorch.machine.links import measured_links
+from distorch.machine.profiles import Machine, machine_of
+from distorch.machine.rates import Rates
+from distorch.machine.supposed import supposing
+from distorch.prediction.keeping import kept
+from distorch.prediction.operators import Names, append, is_no_work, needs_values, use_of
+from distorch.runtime.distribution import known_distribution
+from distorch.runtime.groups import form_of, group_members, has_bytes
+from distorch.runtime.options import check_module
+from distorch.step import Step, Use
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+# What autocast computes in the shorter dtype.
+_AUTOCAST = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addbmm", "aten::mv",
+    "aten::addmv", "aten::convolution", "aten::linear", "aten::matmul",
+})  # fmt: skip
+# They give numbers to Python. Without this, each has an error of its own.
+_SHOWS_NUMBERS = frozenset({
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__format__,
+    torch.Tensor.__array__, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__,
+    torch.Tensor.__index__,
+})  # fmt: skip
+_ASKED_FOR_NUMBERS = re.compile(
+    r"on meta tensors|meta device type tensor|unallocated storage|with Meta tensors"
+)
+_BACKWARD = 2.5  # times the arithmetic of attention: five products of matrices in place of two
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_SMALL = 1 << 16  # elements: up to so many, what no weight takes part in is computed as it is
+# They read as much of their first argument as they give.
+_PICKS = frozenset({
+    "aten::embedding", "aten::index", "aten::index_select", "aten::gather", "aten::take",
+    "aten::take_along_dim",
+})  # fmt: skip
+
+
+@contextmanager
+def estimate_step(module: nn.Module, machine: Machine | str | None = None) -> Iterator[Step]:
+    """Estimates the step that runs inside of the `with` block. Nothing is computed.
+
+    Example::
+
+        with torch.device("meta"):
+            model = Net()  # no memory
+        with distorch.estimate_step(model, "rtx3090-pcie4x16-64gb") as step:
+            model(torch.empty(1, 4096, 64, device="meta"))
+        machine = "rtx3090-pcie4x16-64gb"
+        print(distorch.predict(model, step, "cuda:0,4gb;cpu,*", machine=machine))
+
+    The module may be on any device, also on "meta", and distributed or not. So may the inputs. The
+    outputs have shapes and no values, and the module is as before. Each operator takes as long as
+    its arithmetic at the speed of the device, or as its bytes in the memory: whichever is longer.
+    A recorded step (`record_step`) is more exact where the model and the machine are at hand.
+
+    Args:
+        module: Any module whose weights have shapes.
+        machine: Which machine computes: a `Machine`, its name, or the path of its file. If not
+            given: this one, as `calibrate` measured it.
+
+    Returns:
+        A context manager that gives a `Step`.
+
+    Raises:
+        SpecError: There is no such machine.
+        FormatError: The file of the machine is damaged.
+        PlacementError: This machine was not measured, or the step needs numbers that were not
+            computed.
+    """
+    check_module(module)
+    there = machine_of(machine)
+    with supposing(there):
+        placed = known_distribution(module) if there is None else None
+        compute = placed.plan.compute if placed is not None else this_machine.default_compute(())
+        rates = Rates(compute, measured_links())
+        rates.operator_seconds(0.0, 0, is_half=False)  # says so if they are not known
+    step = Step(compute, machine="" if there is None else there.name)
+    estimator = _Estimator(Names(module), rates)
+    with kept(module), estimator, _Functions(estimator):
+        yield step
+    step.uses += estimator.uses
+    used = set(step.weights)
+    for group in group_members(module):
+        if group.name in used:
+            step.forms[group.name] = form_of(group.first)
+
+
+class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs every operator on the meta device, and notes what it would take."""
+
+    def __init__(self, names: Names, rates: Rates) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.uses: list[Use] = []
+        self.autocast: torch.dtype | None = None  # of the function that runs now
+        self._names = names
+        self._rates = rates
+        self._in_one: float | None = None  # arithmetic of the parts of one operator, while they run
+        self._in_place_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> both
+        self._made: dict[int, StorageWeakRef] = {}  # storages with values that the step has made
+
+    def note(self, use: Use, flops: float, nbytes: int, *, is_half: bool) -> None:
+        """One operator."""
+        if self._in_one is not None:
+            self._in_one += flops
+            return
+        seconds = self._rates.operator_seconds(flops, nbytes, is_half=is_half)
+        append(self.uses, use._replace(seconds=seconds))
+
+    def note_parts(self, given: list[torch.Tensor], out: torch.Tensor, flops: float = 0.0) -> None:
+        """One operator that PyTorch makes of several."""
+        weights = dict.fromkeys(name for tensor in given for name in self._names.of(tensor))
+        nbytes = _nbytes([*given, out])
+        self.note(Use(0.0, 1, tuple(weights)), flops, nbytes, is_half=_is_half(given[0]))
+
+    def as_one(self, run: Callable[[], Any]) -> tuple[Any, float]:
+        """Runs operators that are parts of one: what they give, and their arithmetic."""
+        before, self._in_one = self._in_one, 0.0
+        try:
+            return run(), self._in_one
+        finally:
+            self._in_one = before
+
+    def stand_in(self, value: Any) -> Any:
+        """A meta tensor in place of a weight or of what wants a gradient; else the value itself."""
+        if not isinstance(value, torch.Tensor) or value.is_meta or not has_bytes(value):
+            return value
+        if not (value.requires_grad or any(self._names.of(value))):
+            return value
+        if id(value) not in self._in_place_of:
+            twin = meta_like(value).requires_grad_(value.requires_grad)
+            self._names.also(twin, value)
+            self._in_place_of[id(value)] = value, twin
+        return self._in_place_of[id(value)][1]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # it calls operators on its parts, which come here
+        given = _tensors(args, kwargs)
+        with_values = not any(tensor.is_meta for tensor in given)
+        if with_values and given and func.is_view:
+            return func(*args, **kwargs)
+        use = use_of(self._names, func, args, kwargs)
+        known = with_values and not use.weights and self._may_be_computed(func, args, given)
+        if _looks_at_numbers(func, given):
+            if known:
+                return self._computed(func, args, kwargs)
+            raise _no_numbers(str(func))
+        originals: dict[int, torch.Tensor] = {}
+        shapes, named = tree_map(lambda value: _without_values(value, originals), (args, kwargs))
+        if func._schema.name in _AUTOCAST and self.autocast is not None:
+            shapes, named = tree_map(self._cast, (shapes, named))
+        elif func._schema.name in _AUTOCAST:
+            _check_dtypes(func, _tensors(shapes, named))
+        if not given and "device" in _arguments(func):
+            named["device"] = torch.device("meta")
+        result, flops = self._run(func, shapes, named)
+        if not is_no_work(func):
+            nbytes, is_half = _bytes_of(func, _tensors(shapes, named), result)
+            self.note(use, flops, nbytes, is_half=is_half)
+        made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        if known and sum(tensor.numel() for tensor in made) <= _SMALL:
+            return self._computed(func, args, kwargs)
+        # An operator that writes gives the tensor that it was given.
+        return tree_map(lambda value: originals.get(id(value), value), result)
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return torch.empty_like(value, dtype=self.autocast) if floating else value
+
+    def _may_be_computed(
+        self, func: OpOverload, args: tuple[Any, ...], given: list[torch.Tensor]
+    ) -> bool:
+        """Whether it is small, of no chance, and writes to nothing that was there before."""
+        if sum(tensor.numel() for tensor in given) > _SMALL:
+            return False
+        if torch.Tag.nondeterministic_seeded in func.tags or any(map(_ops.is_sharded, given)):
+            return False
+        return not func._schema.is_mutable or all(map(self._has_made, _tensors(args[:1], {})))
+
+    def _has_made(self, tensor: torch.Tensor) -> bool:
+        found = self._made.get(tensor.untyped_storage()._cdata)
+        return found is not None and not found.expired()  # type: ignore[no-untyped-call]
+
+    def _computed(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "device" in kwargs:  # such as that of a weight
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        result = func(*args, **kwargs)
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return result
+
+    def _run(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, float]:
+        """What an operator gives, and its arithmetic."""
+        try:
+            formula = flop_registry.get(func.overloadpacket)
+            if formula is None and func.has_kernel_for_dispatch_key(_COMPOSITE):
+                with self:  # in inference mode, such as aten::linear are not taken apart before
+                    return self.as_one(lambda: func.decompose(*args, **kwargs))
+            result = func(*args, **kwargs)
+            if formula is None:
+                return result, _flops_of(func, args)
+            return result, float(formula(*args, **kwargs, out_val=result))
+        except NotImplementedError as error:
+            raise PlacementError(
+                f"estimate_step: {func} cannot be run on shapes alone; record the step with "
+                f"distorch.record_step ({error})"
+            ) from error
+
+
+class _Functions(TorchFunctionMode):
+    """Exchanges weights, and takes for one operator what is one on a GPU: attention, which keeps no
+    matrix of scores, and the norm by the root mean square.
+    """
+
+    def __init__(self, estimator: _Estimator) -> None:
+        super().__init__()
+        self._estimator = estimator
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(self._estimator.stand_in, (args, kwargs or {}))
+        originals: dict[int, torch.Tensor] = {}
+        if any(tensor.is_meta for tensor in _tensors(args, kwargs)):
+            if func in _SHOWS_NUMBERS:
+                raise _no_numbers(getattr(func, "__name__", str(func)))
+            # PyTorch wants all of them in one place.
+            args, kwargs = tree_map(lambda value: _without_values(value, originals), (args, kwargs))
+        estimator = self._estimator
+        before, estimator.autocast = estimator.autocast, _autocast_dtype()
+        try:
+            result = self._called(func, args, kwargs)
+        except (RuntimeError, TypeError) as error:
+            if _ASKED_FOR_NUMBERS.search(str(error)):
+                raise _no_numbers(getattr(func, "__name__", str(func))) from error
+            raise
+        finally:
+            estimator.autocast = before
+        return tree_map(lambda value: originals.get(id(value), value), result)
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
+            wanted = [given.get(name) for name in ("query", "key", "value", "attn_mask")]
+            out, _ = self._estimator.as_one(lambda: func(*args, **kwargs))
+            flops = _attention_flops(given)
+            if torch.is_grad_enabled() and out.requires_grad:
+                out = _Attention.apply(self._estimator, flops, *wanted)  # type: ignore[no-untyped-call]
+            self._estimator.note_parts(_tensors(tuple(wanted), {}), out, flops)
+            return out
+        if func in (functional.rms_norm, torch.rms_norm):
+            out, _ = self._estimator.as_one(lambda: func(*args, **kwargs))
+            self._estimator.note_parts(_tensors(args, kwargs), out)
+            return out
+        return func(*args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose backward pass is one operator, too: it computes the scores anew."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        estimator: _Estimator,
+        flops: float,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The shape of the result."""
+        ctx.estimator, ctx.flops = estimator, flops
+        ctx.save_for_backward(query, key, value)
+        ctx.mask = mask
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """The shapes of the gradients."""
+        given = ctx.saved_tensors
+        made = [torch.empty_like(tensor) for tensor in given]
+        estimator: _Estimator = ctx.estimator
+        estimator.note_parts([*grads, *given, *made[1:]], made[0], _BACKWARD * ctx.flops)
+        mask = ctx.mask
+        wants = mask is not None and mask.requires_grad
+        return None, None, *made, torch.empty_like(mask) if wants else None
+
+
+def _attention_flops(given: dict[str, Any]) -> float:
+    """Of the scores, and of the sums that they weigh."""
+    query, key, value = given["query"], given["key"], given["value"]
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    if given.get("is_causal"):
+        pairs //= 2
+    return float(2 * pairs * (query.shape[-1] + value.shape[-1]))
+
+
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of that form without values."""
+    with torch._C._DisableTorchDispatch():  # this is no operator of the step
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _without_values(value: Any, originals: dict[int, torch.Tensor]) -> Any:
+    """A tensor as a meta tensor, whose original is noted; a device as the meta device."""
+    if isinstance(value, torch.Tensor) and not value.is_meta and has_bytes(value):
+        twin = meta_like(value)
+        originals[id(twin)] = value
+        return twin
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    """What autocast would make of matrices. It does not know the meta device."""
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _check_dtypes(func: OpOverload, given: list[torch.Tensor]) -> None:
+    """On the meta device, products of matrices take what no other device takes."""
+    dtypes = {tensor.dtype for tensor in given if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        raise PlacementError(
+            f"estimate_step: {func} gets numbers of {' and '.join(sorted(map(str, dtypes)))}, "
+            "which a real step refuses; give inputs of the weights' dtype"
+        )
+
+
+def _no_numbers(what: str) -> PlacementError:
+    return PlacementError(
+        f"estimate_step: the step needs numbers that were not computed ({what}); record it with "
+        "distorch.record_step, or give the module a size in their place"
+    )
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+
+
+def _arguments(func: OpOverload) -> set[str]:
+    return {argument.name for argument in func._schema.arguments}
+
+
+def _looks_at_numbers(func: OpOverload, given: list[torch.Tensor]) -> bool:
+    """Whether the result depends on numbers, in its shape or as a number of Python's."""
+    if not needs_values(func):
+        return False
+    masks = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
+    return func._schema.name != "aten::index" or masks
+
+
+def _flops_of(func: OpOverload, args: tuple[Any, ...]) -> float:
+    """Of products that PyTorch's table does not have."""
+    if func._schema.name == "aten::addbmm":
+        batch, rows, inner = args[1].shape
+        return float(2 * batch * rows * inner * args[2].shape[2])
+    if func._schema.name == "aten::_trilinear":  # torch.nn.Bilinear
+        first, weight, second = args[:3]
+        numbers = first.shape[0] * weight.numel() + second.numel() * weight.shape[1]
+        return float(2 * numbers)
+    return 0.0
+
+
+def _bytes_of(func: OpOverload, given: list[torch.Tensor], result: Any) -> tuple[int, bool]:
+    """What an operator reads and writes, and whether its numbers have 16 bits or fewer."""
+    made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+    read = made if func._schema.name in _PICKS else given
+    return _nbytes(read) + _nbytes(made), bool(given) and _is_half(given[0])
+
+
+def _nbytes(tensors: list[torch.Tensor]) -> int:
+    """Without what is only repeated, as by `expand`."""
+    return sum(
+        min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) if t.is_meta else t.nbytes
+        for t in tensors
+    )
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    return tensor.itemsize <= 2

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A module that is afterwards as it was before."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_DEPTH = 3  # of lists and dicts in each other, such as caches by layer and length
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """What the block sets on the module, its parts, and their lists and dicts is taken back.
+
+    Models keep things that they compute once, such as positions. Those of an estimate have no
+    values, and would be found by the next real step.
+    """
+    noted: list[tuple[Any, Any]] = []
+    for part in module.modules():
+        _note(vars(part), noted, 0)
+    try:
+        yield
+    finally:
+        for container, before in noted:
+            _put_back(container, before)
+
+
+def _note(container: Any, noted: list[tuple[Any, Any]], depth: int) -> None:
+    """A container and what it holds now; then those in it."""
+    if depth > _DEPTH:
+        return
+    if type(container) in (dict, OrderedDict):
+        noted.append((container, dict(container)))
+        held = container.values()
+    elif type(container) is list:
+        noted.append((container, list(container)))
+        held = container
+    else:
+        return
+    for value in held:
+        _note(value, noted, depth + 1)
+
+
+def _put_back(container: Any, before: Any) -> None:
+    if isinstance(container, list):
+        if len(container) != len(before) or any(map(_differ, container, before)):
+            container[:] = before
+    elif container.keys() != before.keys() or any(
+        container[key] is not value for key, value in before.items()
+    ):
+        container.clear()
+        container.update(before)
+
+
+def _differ(now: Any, then: Any) -> bool:
+    return now is not then
