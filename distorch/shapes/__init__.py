@@ -48,7 +48,7 @@ MODELS = {
 def model_named(name: str) -> nn.Module:
     """A built-in model on the meta device, in bfloat16. SpecError: there is none of that name."""
     if name not in MODELS:
-        raise SpecError(f"model={name!r}: expected one of {', '.join(MODELS)}")
+        raise SpecError(f"model={name!r}: expected one of the models {', '.join(MODELS)}")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

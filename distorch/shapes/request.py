@@ -29,10 +29,11 @@ class Request:
             value: Any = getattr(self, field.name)
             least = 0 if field.name == "tokens" else 1
             for number in value if field.name == "size" else (value,):
-                if isinstance(number, bool) or not isinstance(number, int):
-                    raise SpecError(f"{field.name}={value!r}: expected a number")
-                if not least <= number <= _MOST:
-                    raise SpecError(f"{field.name}={value!r}: expected {least} to {_MOST}")
+                whole = isinstance(number, int) and not isinstance(number, bool)
+                if not whole or not least <= number <= _MOST:
+                    raise SpecError(
+                        f"{field.name}={value!r}: expected whole numbers from {least} to {_MOST}"
+                    )
 
 
 def empty(*shape: int) -> torch.Tensor:

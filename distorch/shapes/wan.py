@@ -85,7 +85,7 @@ class Wan(nn.Module):
         batch, frames, (width, height) = request.batch, request.frames, request.size
         patches(request.size, _PIXELS)
         if (frames - 1) % _FRAMES:
-            raise SpecError(f"frames={frames}: expected a multiple of {_FRAMES} and one, as 81")
+            raise SpecError(f"frames={frames}: expected multiples of {_FRAMES} and one, as 81")
         latents = empty(batch, _LATENT, (frames - 1) // _FRAMES + 1, height // 8, width // 8)
         x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
         conditions = self.condition_embedder

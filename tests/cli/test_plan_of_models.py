@@ -48,7 +48,7 @@ def test_a_file_for_another_machine(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "status", "said"), [
-    (["--model", "flux", "cuda:0,*", "--machine", MACHINE], 2, "expected one of flux-dev"),
+    (["--model", "flux", "cuda:0,*", "--machine", MACHINE], 2, "expected one of the models flux-dev"),
     ([*LLAMA[1:], "cuda:0,*", "--machine", "gtx-1"], 2, "is not known as a GPU"),
     ([*LLAMA[1:], "cuda:0,*", "--machine", "absent.json"], 1, "cannot read the machine"),
     ([*LLAMA[1:], "cuda:0,4xb", "--machine", MACHINE], 2, "4xb"),
