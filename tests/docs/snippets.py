@@ -104,9 +104,7 @@ def check_output(example: Example) -> None:
     where = f"{example.path}, line {example.line}"
     behind = end >= 0 and not example.document.text[end : example.start].strip()
     assert behind, f"{where}: a `text` block stands right behind the code that prints it"
-    wanted, found = (
-        _narrow(text.replace("cuda:", "sim:")) for text in (example.parsed, printed)
-    )
+    wanted, found = (_narrow(text.replace("cuda:", "sim:")) for text in (example.parsed, printed))
     assert _CHECKER.check_output(wanted, found, _HOW), (
         f"{where}: the page says\n{wanted}\nand the code prints\n{found}"
     )
