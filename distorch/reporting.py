@@ -15,6 +15,7 @@ from distorch import _native
 from distorch.display.picture import Picture
 from distorch.display.placements import part_bars, part_of
 from distorch.display.tables import html_table, human_bytes, paragraphs, text_table
+from distorch.planner import Plan
 from distorch.runtime.changes import alone
 from distorch.runtime.distribution import distribution_of
 from distorch.runtime.groups import byte_extent, group_members, parts_of, unique_buffers
@@ -32,6 +33,7 @@ class Report:
         planned: Device -> bytes that the plan has there.
         placement: Name of a weight -> device.
         layers: Top-level part -> device -> bytes.
+        plan: The plan that is in force.
         problems: Where what was found differs from the plan.
         loras: A dict for each LoRA: `lora` its name, `strength`, `weights` the number of weights
             that it changes, `unmatched` its keys that fit nothing, `for other models` the number of
@@ -49,6 +51,7 @@ class Report:
     planned: dict[str, int]
     placement: dict[str, str]
     layers: dict[str, dict[str, int]]
+    plan: Plan = field(repr=False)
     problems: list[str] = field(default_factory=list)
     loras: list[dict[str, Any]] = field(default_factory=list)
     merging: int = 0
@@ -64,7 +67,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types."""
-        return {**self.__dict__, "ok": self.ok}
+        told = {name: value for name, value in self.__dict__.items() if name != "plan"}
+        return {**told, "ok": self.ok}
+
+    def explain(self, name: str) -> str:
+        """Says in a sentence why a weight lies where it lies, as `Plan.explain`.
+
+        Raises:
+            SpecError: The plan has no weight of that name.
+        """
+        return self.plan.explain(name)
 
     def _devices(self) -> list[str]:
         return list(dict.fromkeys([self.compute, *self.planned, *self.bytes]))
@@ -248,8 +260,8 @@ def _report(module: nn.Module) -> Report:
     loras = state.patching.rows() if state.patching is not None else []
     error = str(merging.error) if merging is not None and merging.error is not None else ""
     return Report(
-        plan.compute, measured, plan.bytes, placement, layers, problems, loras, len(pending), error,
-        state.ring_bytes, plan.floor, plan.spec,
+        plan.compute, measured, plan.bytes, placement, layers, plan, problems, loras, len(pending),
+        error, state.ring_bytes, plan.floor, plan.spec,
     )  # fmt: skip
 
 

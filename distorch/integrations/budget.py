@@ -193,6 +193,7 @@ def _plan_of(
     plan = Plan.build(
         inventory, placement, compute=wish.compute, spec=spec, order="sequential", budget=None,
         floor=sum(w.nbytes for w in inventory.weights if w.name not in leaves), options=chosen,
+        why={w.name: common.why[f"{part}.{w.name}"] for w in inventory.weights},
     )  # fmt: skip
     if options.order != "sequential":
         with suppress(PlacementError):  # spread evenly, it may not fit to the byte

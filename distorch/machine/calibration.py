@@ -79,8 +79,8 @@ class Calibration:
 
     def _speed_rows(self) -> list[tuple[str, ...]]:
         return [
-            (k.device, f"{k.memory / 1e9:.1f}", f"{k.flops / 1e12:.2f}",
-             f"{k.half_flops / 1e12:.2f}", f"{k.issue * 1e6:.2f}")
+            (k.device, f"{k.memory / 1e9:.1f}", f"{k.flops / 1e12:.3g}",
+             f"{k.half_flops / 1e12:.3g}", f"{k.issue * 1e6:.2f}")
             for k in self.speeds
         ]  # fmt: skip
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from distorch._small_files import read_json, write_atomically
 from distorch.display.picture import Picture
 from distorch.display.placements import placement_strip
 from distorch.display.tables import html_table, human_bytes, text_table
-from distorch.errors import FormatError
+from distorch.errors import FormatError, SpecError
 from distorch.planner.inventory import Inventory
+from distorch.planner.why import Why, sentence
 
 _VERSION = 2
 _SHOWN = 3
@@ -63,6 +65,7 @@ class Plan:
         budget: Bytes that the compute device may hold. None: the rest, or a share of 0b, which asks
             for no more than the floor.
         options: The other options that the plan was made with.
+        why: Name -> what decided about the weight, for `explain`.
     """
 
     placement: Mapping[str, str]
@@ -73,6 +76,7 @@ class Plan:
     floor: int
     budget: int | None
     options: Mapping[str, Any]
+    why: Mapping[str, Why] = field(default_factory=dict, compare=False)
 
     @classmethod
     def build(
@@ -86,13 +90,36 @@ class Plan:
         floor: int,
         budget: int | None,
         options: Mapping[str, Any],
+        why: Mapping[str, Why],
     ) -> Plan:
         """A plan in the order of the inventory; `placement` names the first name of each weight."""
         everywhere = {
             name: placement[weight.name] for weight in inventory.weights for name in weight.names
         }
         sizes = {weight.name: weight.nbytes for weight in inventory.weights}
-        return cls(everywhere, sizes, compute, spec, order, floor, budget, dict(options))
+        reasons = {name: why[weight.name] for weight in inventory.weights for name in weight.names}
+        return cls(everywhere, sizes, compute, spec, order, floor, budget, dict(options), reasons)
+
+    def explain(self, name: str) -> str:
+        """Says in a sentence why a weight lies where it lies.
+
+        Raises:
+            SpecError: The plan has no weight of that name. The message has similar ones.
+        """
+        if name not in self.placement:
+            close = difflib.get_close_matches(str(name), self.placement, n=_SHOWN, cutoff=0.3)
+            raise SpecError(
+                f"the plan has no weight {name!r}; similar names are "
+                f"{', '.join(map(repr, close)) or 'not there either'}"
+            )
+        held: dict[str, int] = {}
+        for own, nbytes in self.sizes.items():
+            if self.why.get(own) is Why.FREE:
+                held[self.placement[own]] = held.get(self.placement[own], 0) + nbytes
+        return sentence(
+            name, self.why.get(name), self.placement[name], self.compute, self.order, self.options,
+            held,
+        )  # fmt: skip
 
     def resized(self, sizes: Mapping[str, int]) -> Plan:
         """The same places for weights that have other sizes now (bytes by first name)."""
@@ -164,7 +191,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types, with the hash and the bytes per device."""
-        return {**self._content(), "hash": self.hash, "bytes": self.bytes}
+        why = {name: reason.value for name, reason in self.why.items()}
+        return {**self._content(), "hash": self.hash, "bytes": self.bytes, "why": why}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically."""
@@ -212,7 +240,11 @@ class Plan:
             raise FormatError(f"plan {path!r}: {wrong[0]!r} has a value that it cannot have")
         if absent := [name for name in data["sizes"] if name not in data["placement"]]:
             raise FormatError(f"plan {path!r}: no placement for {absent[0]!r}")
-        return cls(**{name: data[name] for name in names})
+        known = {reason.value: reason for reason in Why}
+        found = data.get("why")
+        told = found.items() if isinstance(found, dict) else ()
+        why = {name: known[word] for name, word in told if isinstance(word, str) and word in known}
+        return cls(**{name: data[name] for name in names}, why=why)
 
     def diff(self, other: Plan) -> PlanDiff:
         """What would move from this plan to the other one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -24,6 +24,7 @@ from distorch.planner.spec import (
     parse_bytes,
     parse_spec,
 )
+from distorch.planner.why import Why
 
 # Fetches of smaller weights cost more than their bytes are worth.
 MIN_BYTES = 1 << 20
@@ -54,6 +55,7 @@ class _Sorted:
     ruled: list[tuple[WeightInfo, str]] = field(default_factory=list)
     offloaded: list[WeightInfo] = field(default_factory=list)
     free: list[WeightInfo] = field(default_factory=list)
+    why: dict[str, Why] = field(default_factory=dict)  # for all of them
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def make_plan(
             budget=budget if give_away is None or floor > (budget or 0) else None,
             options={"min_bytes": least, "keep": list(keep), "offload": list(offload),
                      "rules": [list(rule) for rule in rules]},
+            why=sorted_.why,
         )  # fmt: skip
         _check_capacity(plan, devices, inventory)
         return plan
@@ -342,17 +345,35 @@ def _sort(
             ruled.setdefault(name, target)  # the first rule that matches decides
     result = _Sorted()
     for weight in inventory.weights:
-        if weight.kind == "buffer" or weight.nbytes == 0:
-            result.fixed.append(weight)
-        elif weight.name in ruled:
+        why = _why(weight, min_bytes, ruled, off, kept)
+        result.why[weight.name] = why
+        if why is Why.RULE:
             result.ruled.append((weight, ruled[weight.name]))
-        elif weight.name in off:
+        elif why is Why.OFFLOAD:
             result.offloaded.append(weight)
-        elif weight.name in kept or not _movable(weight, min_bytes):
-            result.fixed.append(weight)
         else:
-            result.free.append(weight)
+            (result.free if why is Why.FREE else result.fixed).append(weight)
     return result
+
+
+def _why(
+    weight: WeightInfo,
+    min_bytes: int,
+    ruled: Collection[str],
+    off: Collection[str],
+    kept: Collection[str],
+) -> Why:
+    """What decides about a weight: the first of these that is so."""
+    decided = {
+        Why.BUFFER: weight.kind == "buffer",
+        Why.EMPTY: weight.nbytes == 0,
+        Why.RULE: weight.name in ruled,
+        Why.OFFLOAD: weight.name in off,
+        Why.KEEP: weight.name in kept,
+        Why.DTYPE: not weight.floating,
+        Why.SMALL: not _movable(weight, min_bytes),
+    }
+    return next((why for why, is_so in decided.items() if is_so), Why.FREE)
 
 
 def _lowered(sorted_: _Sorted, budget: int | None, keep: Sequence[str], compute: str) -> int:
