@@ -13,12 +13,6 @@ from collections.abc import Iterator
 import distorch
 from distorch import shapes
 
-MODELS = {
-    "flux-dev": shapes.Request(),
-    "qwen-image": shapes.Request(),
-    "wan22-14b": shapes.Request(size=(832, 480), frames=81),
-    "llama-70b": shapes.Request(),
-}
 MACHINES = (
     "rtx3060-pcie4x16-64gb-nvme4",
     "rtx4060ti-pcie4x8-64gb-nvme4",
@@ -32,7 +26,8 @@ MACHINES = (
 def predicted(model: str, machine: str) -> distorch.Prediction:
     """A step with the placement that "auto" chooses."""
     module = shapes.model_named(model)
-    step = shapes.estimated(module, MODELS[model], distorch.Machine.named(machine))
+    usual = shapes.shape_named(model).usual
+    step = shapes.estimated(module, usual, distorch.Machine.named(machine))
     return distorch.predict(module, step, "auto", machine=machine)
 
 
@@ -49,10 +44,10 @@ def seconds(value: float) -> str:
 
 def rows(machines: tuple[str, ...] = MACHINES) -> Iterator[str]:
     """The lines of the table."""
-    yield f"| machine | {' | '.join(MODELS)} |"
-    yield "|---" * (len(MODELS) + 1) + "|"
+    yield f"| machine | {' | '.join(shapes.MODELS)} |"
+    yield "|---" * (len(shapes.MODELS) + 1) + "|"
     for machine in machines:
-        cells = (cell(predicted(model, machine)) for model in MODELS)
+        cells = (cell(predicted(model, machine)) for model in shapes.MODELS)
         yield f"| `{machine}` | {' | '.join(cells)} |"
 
 

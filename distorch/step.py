@@ -56,6 +56,8 @@ class Step:
             so in the step.
         machine: The name of the machine for which it was estimated; "" if it was recorded, or
             estimated for the machine at hand.
+        speed: Of the device for which it was estimated: bytes per second in its memory, and
+            operations per second in float32 and in bfloat16. Empty if it was recorded.
     """
 
     compute: str = ""
@@ -63,6 +65,7 @@ class Step:
     forms: dict[str, str] = field(default_factory=dict)
     decodes: dict[str, float] = field(default_factory=dict)
     machine: str = ""
+    speed: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -86,7 +89,7 @@ class Step:
         """The step as JSON types."""
         return {
             "writer": _WRITER, "version": _VERSION, "compute": self.compute,
-            "machine": self.machine,
+            "machine": self.machine, "speed": list(self.speed),
             "uses": [list(use) for use in self.uses],
             "forms": self.forms,
             "decodes": self.decodes,
@@ -171,7 +174,14 @@ def _believed(told: dict[str, Any]) -> Step:
         )  # fmt: skip
     forms = {str(name): str(form) for name, form in told["forms"].items()}
     decodes = {str(name): _seconds(value) for name, value in told["decodes"].items()}
-    return Step(told["compute"], uses, forms, decodes, str(told.get("machine", "")))
+    return Step(
+        told["compute"],
+        uses,
+        forms,
+        decodes,
+        str(told.get("machine", "")),
+        tuple(map(_amount, told.get("speed", ()))),
+    )
 
 
 def _seconds(value: Any) -> float:
@@ -179,6 +189,12 @@ def _seconds(value: Any) -> float:
         raise TypeError(f"{value!r} seconds")
     if not 0 <= value <= _LONGEST:
         raise ValueError(f"{value!r} seconds")
+    return float(value)
+
+
+def _amount(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+        raise ValueError(f"a speed of {value!r}")
     return float(value)
 
 

@@ -71,13 +71,17 @@ inline std::atomic<uint64_t> process_fetches{0};
 // have old bytes, and must not be adopted. So the first thread asks for moves() before it copies,
 // and move_to() refuses when the number has changed since.
 //
-// The number changes when a move or a write begins, because a copy may be under way that has read
-// old bytes. It changes again when the donor has the new bytes, because a copy that began in
+// The number changes when a move begins or bytes begin to go to the donor, because a copy may be
+// under way that has read old bytes. It changes again when the donor has the new bytes, because a copy that began in
 // between may have read some of both. It changes a third time in changed(). Until then, a copy may
 // read old bytes in a slot of the ring, or in the memory that operators use in place.
 //
 // A copy may be adopted while a write is under way. The write finds that out, and brings its bytes
 // to the adopted copy, too (Weight::store).
+//
+// Operators that write to a donor's own memory, in place, are not counted: who copies a weight that
+// does not travel has to know that nobody writes to it. Nor is an operator that fails after it has
+// written to a part of a slot.
 class Weight {
  public:
   // `ring` brings the bytes of donors that cannot be used in place.

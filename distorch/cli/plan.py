@@ -6,10 +6,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from distorch.cli.output import PLOT, show
+from distorch.display.tables import human_bytes
 from distorch.errors import SpecError
+
+if TYPE_CHECKING:
+    from distorch.machine.profiles import Machine
+    from distorch.prediction import Prediction
 
 
 def add_command(commands: Any) -> None:
@@ -17,8 +23,9 @@ def add_command(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="where the weights of a file or a well-known model would go; nothing moves",
-        usage="%(prog)s FILE SPEC [options]\n       %(prog)s --model MODEL SPEC --machine MACHINE "
-        "[options]",
+        usage="%(prog)s FILE SPEC [options]\n"
+        "       %(prog)s --model MODEL SPEC [--machine MACHINE] [options]",
+        allow_abbrev=False,
     )
     plan.add_argument(
         "file", metavar="FILE",
@@ -55,17 +62,17 @@ def add_command(commands: Any) -> None:
         "takes on --machine, or on this one after calibrate",
     )  # fmt: skip
     known.add_argument(
-        "--size", default="1024x1024", metavar="WxH", help="of the picture, in pixels (1024x1024)"
+        "--size",
+        metavar="WxH",
+        help="of the picture in pixels (default 1024x1024; of a video 832x480)",
     )
+    known.add_argument("--frames", type=int, metavar="N", help="of a video (default 81)")
     known.add_argument(
-        "--frames", type=int, default=81, metavar="N", help="of a video (default 81)"
-    )
-    known.add_argument(
-        "--tokens", type=int, default=0, metavar="N",
-        help="of the text, or new ones of a language model (default: what is usual)",
+        "--tokens", type=int, metavar="N",
+        help="of the text (default 512; Qwen-Image 256), or new ones of a language model (1)",
     )  # fmt: skip
     known.add_argument(
-        "--batch", type=int, default=1, metavar="N",
+        "--batch", type=int, metavar="N",
         help="how many at once (default 1); 2 for guidance with a negative prompt",
     )  # fmt: skip
     known.add_argument(
@@ -87,6 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.model is not None:
         return _plan_of_model(arguments)
+    for name in "size", "frames", "tokens", "batch", "curve":
+        if getattr(arguments, name):
+            raise SpecError(f"--{name} goes with --model; of a file no step is known")
+    if arguments.step is not None and arguments.order != "optimal":
+        raise SpecError("--step goes with --order optimal; distorch.predict says what it takes")
     made = plan(
         arguments.file, arguments.spec, order=arguments.order, min_bytes=arguments.min_bytes,
         step=None if arguments.step is None else Step.load(arguments.step),
@@ -99,19 +111,19 @@ def _plan_of_model(arguments: argparse.Namespace) -> int:
     from distorch.machine.profiles import Machine, machine_of
     from distorch.planner import parse_spec
     from distorch.prediction import curve, predict
-    from distorch.shapes import Request, estimated, model_named
+    from distorch.shapes import estimated, model_named, shape_named
 
     if arguments.step is not None:
         raise SpecError("--step goes with a file; the step of --model is estimated")
     parse_spec(arguments.spec)  # what is wrong with it is said at once
-    width, times, height = arguments.size.lower().partition("x")
-    if not (times and width.isdecimal() and height.isdecimal()):
-        raise SpecError(f"--size {arguments.size}: expected a width and a height, as 1024x1024")
-    request = Request(
-        (int(width), int(height)), arguments.frames, arguments.tokens, arguments.batch
-    )
+    name = arguments.model.lower()
+    shape = shape_named(name)
+    request = shape.usual.with_given(
+        size=_size(arguments.size), frames=arguments.frames, tokens=arguments.tokens,
+        batch=arguments.batch,
+    )  # fmt: skip
     machine = machine_of(arguments.machine) or Machine.here()
-    model = model_named(arguments.model)
+    model = model_named(name)
     step = estimated(model, request, machine)
     options = {"order": arguments.order, "min_bytes": arguments.min_bytes, "machine": machine}
     found = predict(model, step, arguments.spec, **options)
@@ -120,6 +132,7 @@ def _plan_of_model(arguments: argparse.Namespace) -> int:
     worth = curve(model, step, arguments.spec, **options) if arguments.curve else None
     if arguments.json:
         told = {
+            "request": asdict(request),
             "machine": machine.to_dict(),
             "plan": found.plan.to_dict(),
             "prediction": found.to_dict(),
@@ -128,7 +141,7 @@ def _plan_of_model(arguments: argparse.Namespace) -> int:
             told["curve"] = worth.to_dict()
         print(json.dumps(told, indent=1))
         return 0
-    print(f"{found.plan}\n\n{found}")
+    print(f"{shape.says}.\n{request}\n\n{found.plan}\n{_on_card(found, machine)}\n\n{found}")
     if worth is not None:
         print(f"\n{worth}")
     is_file = isinstance(arguments.machine, str) and arguments.machine.endswith(".json")
@@ -137,3 +150,26 @@ def _plan_of_model(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         print(f"picture: {arguments.plot}")
     return 0
+
+
+def _size(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    width, times, height = given.lower().partition("x")
+    if not (times and width.isdecimal() and height.isdecimal()):
+        raise SpecError(f"--size {given}: expected a width and a height, as 1024x1024")
+    return int(width), int(height)
+
+
+def _on_card(found: Prediction, machine: Machine) -> str:
+    """What weights take on the device that computes, and what they leave to activations."""
+    compute = found.plan.compute
+    weights, whole = found.plan.bytes[compute], machine.devices[compute]
+    left = whole - weights - found.ring_bytes
+    said = (
+        f"on {compute}: {human_bytes(weights)} of weights and {human_bytes(found.ring_bytes)} of "
+        f"look-ahead, of {human_bytes(whole)}; "
+    )
+    if left < 0:
+        return f"{said}this does not fit: give {compute} {human_bytes(-left)} less"
+    return f"{said}{human_bytes(left)} are left for activations and other programs"

@@ -31,6 +31,7 @@ from distorch.planner import (
     Rest,
     Spec,
     WeightInfo,
+    Why,
     can_leave,
     make_plan,
     parse_spec,
@@ -193,7 +194,7 @@ def _plan_of(
     plan = Plan.build(
         inventory, placement, compute=wish.compute, spec=spec, order="sequential", budget=None,
         floor=sum(w.nbytes for w in inventory.weights if w.name not in leaves), options=chosen,
-        why={w.name: common.why[f"{part}.{w.name}"] for w in inventory.weights},
+        why={w.name: Why(common.why[f"{part}.{w.name}"]) for w in inventory.weights},
     )  # fmt: skip
     if options.order != "sequential":
         with suppress(PlacementError):  # spread evenly, it may not fit to the byte

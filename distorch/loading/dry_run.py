@@ -31,7 +31,7 @@ def plan(
     module: nn.Module | None = None,
     virtual_vram: str | int | None = None,
     donor: str | None = None,
-    machine: Machine | str | None = None,
+    machine: Machine | str | os.PathLike[str] | None = None,
     **options: Unpack[LoadOptions],
 ) -> Plan:
     """Says where every weight would go. Nothing moves.

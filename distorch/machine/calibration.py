@@ -47,6 +47,11 @@ class Speed:
     event: float
 
 
+def figures_of(speed: Speed) -> tuple[float, float, float]:
+    """What decides how long an operator takes there."""
+    return speed.memory, speed.flops, speed.half_flops
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What was measured of every link and compute device of this machine. It prints as a table."""

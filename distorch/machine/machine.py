@@ -54,9 +54,9 @@ def with_exact(known: dict[str, DeviceInfo], placed: Collection[str]) -> dict[st
 
     A device that this process uses already is known exactly.
     """
-    found = dict(known)
     if supposed() is not None:
-        return found
+        return known
+    found = dict(known)
     for name in placed:
         kind, _, index = name.partition(":")
         if name in known and index and not _has_context(kind, int(index)):

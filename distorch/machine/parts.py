@@ -32,6 +32,7 @@ class Gpu(NamedTuple):
     nvlink: float = 0.0
 
 
+BRIDGE = 100e9  # bytes per second: an NVLink of less is a bridge between two boards
 GPUS = {
     "rtx3060": Gpu(12 << 30, 360e9, 12.7e12, 25.5e12),
     "rtx3080": Gpu(10 << 30, 760e9, 29.8e12, 59.5e12),
@@ -47,10 +48,9 @@ GPUS = {
     "rtx5090": Gpu(32 << 30, 1792e9, 104.8e12, 209.5e12),
     "a6000": Gpu(48 << 30, 768e9, 38.7e12, 154.8e12, 56.25e9),
     "l40s": Gpu(48 << 30, 864e9, 91.6e12, 362e12),
-    "t4": Gpu(16 << 30, 320e9, 8.1e12, 65e12),
     "a100": Gpu(80 << 30, 2039e9, 19.5e12, 312e12, 300e9),
     "h100": Gpu(80 << 30, 3350e9, 67e12, 989e12, 450e9),
-    "h200": Gpu(141 * 10**9, 4800e9, 67e12, 989e12, 450e9),
+    "h200": Gpu(140 << 30, 4800e9, 67e12, 989e12, 450e9),
 }
 
 # Bytes per second and direction of one lane, by generation.

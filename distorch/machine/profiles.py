@@ -51,7 +51,8 @@ class Machine(Supposed):
         """
         if not isinstance(name, str):
             raise SpecError(f"machine={name!r}: expected a name, such as 'rtx3090-pcie4x16-64gb'")
-        return cls(name, *_assembled(_parts_of(name)))
+        found = _parts_of(name)
+        return cls(name.lower(), *_assembled(found))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Machine:
@@ -158,13 +159,16 @@ def _parts_of(name: str) -> _Parts:
             ram.append(int(found[1]) << 30)
         elif part in parts.DISKS:
             disk.append(parts.DISKS[part])
-        elif part == "nvlink" and parts.GPUS[gpu[2]].nvlink:
+        elif part == "nvlink" and _has_nvlink(parts.GPUS[gpu[2]], int(gpu[1] or 1)):
             nvlink = True
         else:
             others_known = ["pcie3x16", "pcie4x8", "64gb", *parts.DISKS]
             linked = [known for known, its in parts.GPUS.items() if its.nvlink]
             raise _unknown(
-                name, part, "a part", [*others_known, f"nvlink (of {', '.join(linked)})"]
+                name,
+                part,
+                "a part of it",
+                [*others_known, f"nvlink (between two or more of {', '.join(linked)})"],
             )
     if len(link) != 1 or len(ram) != 1 or len(disk) > 1 or not ram[0]:
         raise SpecError(
@@ -174,6 +178,11 @@ def _parts_of(name: str) -> _Parts:
     return _Parts(
         parts.GPUS[gpu[2]], int(gpu[1] or 1), link[0], ram[0], disk[0] if disk else None, nvlink
     )
+
+
+def _has_nvlink(gpu: parts.Gpu, count: int) -> bool:
+    """Boards that go into a PCIe slot link two of them at most."""
+    return gpu.nvlink > 0 and 2 <= count <= (8 if gpu.nvlink > parts.BRIDGE else 2)
 
 
 def _link_rate(name: str, part: str, generation: int, lanes: int) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from distorch import _donors
 from distorch.machine.calibration import Calibration
-from distorch.planner import DeviceInfo
+from distorch.planner import DeviceInfo, DevicesElsewhere
 
 _NOT_FREE = {"cpu": 4 << 30, "disk": 0}  # what the system and its programs hold
 _NOT_FREE_OF_A_GPU = 1 << 30
@@ -24,9 +24,9 @@ class Supposed:
     devices: Mapping[str, int]
     calibration: Calibration
 
-    def memory(self) -> dict[str, DeviceInfo]:
+    def memory(self) -> DevicesElsewhere:
         """Every tier, with what is free if no other program computes there."""
-        found = {}
+        found = DevicesElsewhere(self.name, {})
         for name, total in self.devices.items():
             held = min(_NOT_FREE.get(name, _NOT_FREE_OF_A_GPU), total // 2)
             found[name] = DeviceInfo(name, total, total - held)

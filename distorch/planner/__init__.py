@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a placement string to a plan: pure policy over numbers, no devices."""
 
-from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
+from distorch.planner.inventory import DeviceInfo, DevicesElsewhere, Inventory, WeightInfo
 from distorch.planner.plan import Plan, PlanDiff
 from distorch.planner.planner import (
     MIN_BYTES,
@@ -15,12 +15,14 @@ from distorch.planner.planner import (
     virtual_vram_spec,
 )
 from distorch.planner.spec import Entry, Rest, Spec, parse_bytes, parse_spec
+from distorch.planner.why import Why
 
 __all__ = [
     "MIN_BYTES",
     "ORDERS",
     "Arrange",
     "DeviceInfo",
+    "DevicesElsewhere",
     "Entry",
     "Freedom",
     "Inventory",
@@ -30,6 +32,7 @@ __all__ = [
     "Rest",
     "Spec",
     "WeightInfo",
+    "Why",
     "can_leave",
     "make_plan",
     "parse_bytes",

@@ -59,3 +59,11 @@ class DeviceInfo:
     total_bytes: int
     free_bytes: int
     links: Mapping[str, float] = field(default_factory=dict)
+
+
+class DevicesElsewhere(dict[str, DeviceInfo]):
+    """Devices of another machine than this one; `machine` is its name."""
+
+    def __init__(self, machine: str, known: Mapping[str, DeviceInfo]) -> None:
+        super().__init__(known)
+        self.machine = machine

@@ -76,7 +76,7 @@ class Plan:
     floor: int
     budget: int | None
     options: Mapping[str, Any]
-    why: Mapping[str, Why] = field(default_factory=dict, compare=False)
+    why: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def build(
@@ -97,7 +97,9 @@ class Plan:
             name: placement[weight.name] for weight in inventory.weights for name in weight.names
         }
         sizes = {weight.name: weight.nbytes for weight in inventory.weights}
-        reasons = {name: why[weight.name] for weight in inventory.weights for name in weight.names}
+        reasons = {
+            name: why[weight.name].value for weight in inventory.weights for name in weight.names
+        }
         return cls(everywhere, sizes, compute, spec, order, floor, budget, dict(options), reasons)
 
     def explain(self, name: str) -> str:
@@ -114,12 +116,12 @@ class Plan:
             )
         held: dict[str, int] = {}
         for own, nbytes in self.sizes.items():
-            if self.why.get(own) is Why.FREE:
+            if self.why.get(own) == Why.FREE:
                 held[self.placement[own]] = held.get(self.placement[own], 0) + nbytes
+        why = Why(self.why[name]) if name in self.why else None
         return sentence(
-            name, self.why.get(name), self.placement[name], self.compute, self.order, self.options,
-            held,
-        )  # fmt: skip
+            name, why, self.placement[name], self.compute, self.order, self.options, held
+        )
 
     def resized(self, sizes: Mapping[str, int]) -> Plan:
         """The same places for weights that have other sizes now (bytes by first name)."""
@@ -191,8 +193,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types, with the hash and the bytes per device."""
-        why = {name: reason.value for name, reason in self.why.items()}
-        return {**self._content(), "hash": self.hash, "bytes": self.bytes, "why": why}
+        return {
+            **self._content(), "hash": self.hash, "bytes": self.bytes, "why": dict(self.why),
+        }  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, atomically."""
@@ -240,10 +243,10 @@ class Plan:
             raise FormatError(f"plan {path!r}: {wrong[0]!r} has a value that it cannot have")
         if absent := [name for name in data["sizes"] if name not in data["placement"]]:
             raise FormatError(f"plan {path!r}: no placement for {absent[0]!r}")
-        known = {reason.value: reason for reason in Why}
+        known = [reason.value for reason in Why]
         found = data.get("why")
         told = found.items() if isinstance(found, dict) else ()
-        why = {name: known[word] for name, word in told if isinstance(word, str) and word in known}
+        why = {name: word for name, word in told if word in known}
         return cls(**{name: data[name] for name in names}, why=why)
 
     def diff(self, other: Plan) -> PlanDiff:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from distorch.display.tables import human_bytes
 from distorch.errors import PlacementError, SpecError
-from distorch.planner.inventory import DeviceInfo, Inventory, WeightInfo
+from distorch.planner.inventory import DeviceInfo, DevicesElsewhere, Inventory, WeightInfo
 from distorch.planner.plan import Plan
 from distorch.planner.spec import (
     Bytes,
@@ -269,12 +269,20 @@ def _auto_spec(
 
 
 def _missing(device: str, devices: Mapping[str, DeviceInfo]) -> str:
+    if isinstance(devices, DevicesElsewhere):
+        return (
+            f"device {device!r} is not there; the machine {devices.machine!r} has "
+            f"{', '.join(sorted(devices))}. Give another machine=, or place on these"
+        )
     hint = ""
     if device == "disk":
         folder = os.environ.get("DISTORCH_DISK", "not set")
         hint = f"; make the folder for donor files (DISTORCH_DISK in the environment: {folder})"
     elif device.startswith("cuda"):
-        hint = "; torch.cuda.device_count() says how many GPUs PyTorch sees on this computer"
+        hint = (
+            "; torch.cuda.device_count() says how many GPUs PyTorch sees on this computer. For "
+            "another one give machine="
+        )
     return f"device {device!r} is not there; this machine has {', '.join(sorted(devices))}{hint}"
 
 

@@ -168,7 +168,7 @@ def curve(
     device: str | None = None,
     points: int = 17,
     progress: Progress = None,
-    machine: Machine | str | None = None,
+    machine: Machine | str | os.PathLike[str] | None = None,
     **options: Unpack[OptionsOfStep],
 ) -> Curve:
     """Predicts a step for many amounts of memory on one device. Nothing moves.
@@ -193,7 +193,7 @@ def curve(
 
     Raises:
         SpecError: An argument is wrong.
-        PlacementError: As in `predict`.
+        FormatError, PlacementError: As in `predict`.
     """
     check_module(module)
     if isinstance(points, bool) or not isinstance(points, int) or not 2 <= points <= 200:

@@ -13,9 +13,13 @@ weight takes part, such tensors are computed as they are, so that a model may lo
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves, tree_map
@@ -31,15 +36,16 @@ from torch.utils.flop_counter import flop_registry
 from distorch import _ops
 from distorch.errors import PlacementError
 from distorch.machine import machine as this_machine
+from distorch.machine.calibration import figures_of
 from distorch.machine.links import measured_links
 from distorch.machine.profiles import Machine, machine_of
 from distorch.machine.rates import Rates
 from distorch.machine.supposed import supposing
 from distorch.prediction.keeping import kept
 from distorch.prediction.operators import Names, append, is_no_work, needs_values, use_of
-from distorch.runtime.distribution import known_distribution
+from distorch.runtime.distribution import known_distribution, no_changes
 from distorch.runtime.groups import form_of, group_members, has_bytes
-from distorch.runtime.options import check_module
+from distorch.runtime.options import check_module, compute_device
 from distorch.step import Step, Use
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -57,18 +63,46 @@ _SHOWS_NUMBERS = frozenset({
 _ASKED_FOR_NUMBERS = re.compile(
     r"on meta tensors|meta device type tensor|unallocated storage|with Meta tensors"
 )
+_BACKWARD_PASSES: dict[Any, tuple[str, ...]] = {
+    torch.Tensor.backward: (
+        "tensors", "grad_tensors", "retain_graph", "create_graph", "inputs"
+    ),
+    torch.autograd.backward: (
+        "tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs"
+    ),
+}  # fmt: skip
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _BACKWARD = 2.5  # times the arithmetic of attention: five products of matrices in place of two
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+# Functions that PyTorch makes of several operators, and that a GPU does in one or a few.
+_PARTS = frozenset({
+    functional.rms_norm, torch.rms_norm, functional.multi_head_attention_forward,
+})  # fmt: skip
 _SMALL = 1 << 16  # elements: up to so many, what no weight takes part in is computed as it is
 # They read as much of their first argument as they give.
 _PICKS = frozenset({
     "aten::embedding", "aten::index", "aten::index_select", "aten::gather", "aten::take",
-    "aten::take_along_dim",
+    "aten::take_along_dim", "aten::_embedding_bag", "aten::embedding_bag",
+})  # fmt: skip
+# They write to places of their first argument, and read the others.
+_PUTS = frozenset({
+    "aten::index_put", "aten::_index_put_impl", "aten::index_copy", "aten::index_add",
+    "aten::index_fill", "aten::scatter", "aten::scatter_add", "aten::scatter_reduce",
+})  # fmt: skip
+# They do not read what they write to.
+_OVERWRITES = frozenset({
+    "aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_",
+    "aten::bernoulli_", "aten::exponential_",
 })  # fmt: skip
 
 
 @contextmanager
-def estimate_step(module: nn.Module, machine: Machine | str | None = None) -> Iterator[Step]:
+def estimate_step(
+    module: nn.Module,
+    machine: Machine | str | os.PathLike[str] | None = None,
+    *,
+    compute: str | None = None,
+) -> Iterator[Step]:
     """Estimates the step that runs inside of the `with` block. Nothing is computed.
 
     Example::
@@ -89,6 +123,8 @@ def estimate_step(module: nn.Module, machine: Machine | str | None = None) -> It
         module: Any module whose weights have shapes.
         machine: Which machine computes: a `Machine`, its name, or the path of its file. If not
             given: this one, as `calibrate` measured it.
+        compute: Which of its devices computes. If not given: the first GPU, or on this machine what
+            computes the module now.
 
     Returns:
         A context manager that gives a `Step`.
@@ -96,20 +132,41 @@ def estimate_step(module: nn.Module, machine: Machine | str | None = None) -> It
     Raises:
         SpecError: There is no such machine.
         FormatError: The file of the machine is damaged.
-        PlacementError: This machine was not measured, or the step needs numbers that were not
-            computed.
+        PlacementError: This machine was not measured, the step needs numbers that were not
+            computed, or the block changes a module or steps an optimizer.
     """
     check_module(module)
     there = machine_of(machine)
+    state = known_distribution(module)
+    plan = state.plan if state is not None else None
+
+    def is_unchanged() -> bool:
+        now = known_distribution(module)
+        return now is state and (now is None or now.plan is plan)
+
     with supposing(there):
-        placed = known_distribution(module) if there is None else None
-        compute = placed.plan.compute if placed is not None else this_machine.default_compute(())
-        rates = Rates(compute, measured_links())
+        if compute is not None:
+            device = compute_device(compute)
+        elif plan is not None and there is None:
+            device = plan.compute
+        else:
+            device = this_machine.default_compute(())
+        measured = measured_links()
+        rates = Rates(device, measured)
         rates.operator_seconds(0.0, 0, is_half=False)  # says so if they are not known
-    step = Step(compute, machine="" if there is None else there.name)
+    speed = measured.speed(device)
+    assert speed is not None
+    step = Step(device, machine="" if there is None else there.name, speed=figures_of(speed))
     estimator = _Estimator(Names(module), rates)
-    with kept(module), estimator, _Functions(estimator):
+    import_module(
+        "torch._dynamo"
+    )  # else a mode does so at its first call, and notes what that runs
+    with kept(module, is_unchanged), _nothing_else(), estimator, _Functions(estimator):
         yield step
+    if not is_unchanged():
+        raise PlacementError(
+            "the module was placed anew while its step was estimated; estimate a step alone"
+        )
     step.uses += estimator.uses
     used = set(step.weights)
     for group in group_members(module):
@@ -117,8 +174,31 @@ def estimate_step(module: nn.Module, machine: Machine | str | None = None) -> It
             step.forms[group.name] = form_of(group.first)
 
 
+@contextmanager
+def _nothing_else() -> Iterator[None]:
+    """In the block, this thread changes no module, and no optimizer takes a step: both would keep
+    tensors without values.
+    """
+    own = threading.get_ident()
+
+    def refuse(*_: object) -> None:
+        if threading.get_ident() == own:
+            raise PlacementError(
+                "estimate_step: an optimizer would keep tensors without values; leave its step out"
+            )
+
+    hook = register_optimizer_step_pre_hook(refuse)
+    try:
+        with no_changes("no module can be changed in the block of distorch.estimate_step"):
+            yield
+    finally:
+        hook.remove()
+
+
 class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operator on the meta device, and notes what it would take."""
+
+    supports_higher_order_operators = True  # they are refused by name
 
     def __init__(self, names: Names, rates: Rates) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -129,6 +209,8 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_one: float | None = None  # arithmetic of the parts of one operator, while they run
         self._in_place_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> both
         self._made: dict[int, StorageWeakRef] = {}  # storages with values that the step has made
+        self._stale: dict[int, StorageWeakRef] = {}  # storages that were to be written to
+        self._has_cast = False  # autocast was at work
 
     def note(self, use: Use, flops: float, nbytes: int, *, is_half: bool) -> None:
         """One operator."""
@@ -138,10 +220,12 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seconds = self._rates.operator_seconds(flops, nbytes, is_half=is_half)
         append(self.uses, use._replace(seconds=seconds))
 
-    def note_parts(self, given: list[torch.Tensor], out: torch.Tensor, flops: float = 0.0) -> None:
+    def note_parts(
+        self, given: list[torch.Tensor], made: list[torch.Tensor], flops: float = 0.0
+    ) -> None:
         """One operator that PyTorch makes of several."""
         weights = dict.fromkeys(name for tensor in given for name in self._names.of(tensor))
-        nbytes = _nbytes([*given, out])
+        nbytes = _nbytes([*given, *made])
         self.note(Use(0.0, 1, tuple(weights)), flops, nbytes, is_half=_is_half(given[0]))
 
     def as_one(self, run: Callable[[], Any]) -> tuple[Any, float]:
@@ -167,12 +251,18 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # it calls operators on its parts, which come here
+        if not isinstance(func, OpOverload):  # torch.cond, flex_attention
+            raise _cannot_run(func)
+        return self._dispatched(func, args, kwargs or {})
+
+    def _dispatched(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _tensors(args, kwargs)
-        with_values = not any(tensor.is_meta for tensor in given)
-        if with_values and given and func.is_view:
+        with_values = not any(tensor.is_meta or self.is_stale(tensor) for tensor in given)
+        if given and func.is_view and not any(tensor.is_meta for tensor in given):
+            if func._schema.name == "aten::lift_fresh":  # torch.tensor(...) has just made it
+                self._note_made(given[0])
             return func(*args, **kwargs)
         use = use_of(self._names, func, args, kwargs)
         known = with_values and not use.weights and self._may_be_computed(func, args, given)
@@ -184,19 +274,30 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shapes, named = tree_map(lambda value: _without_values(value, originals), (args, kwargs))
         if func._schema.name in _AUTOCAST and self.autocast is not None:
             shapes, named = tree_map(self._cast, (shapes, named))
-        elif func._schema.name in _AUTOCAST:
+            self._has_cast = True
+        elif func._schema.name in _AUTOCAST and not self._has_cast:
             _check_dtypes(func, _tensors(shapes, named))
         if not given and "device" in _arguments(func):
             named["device"] = torch.device("meta")
+        if self._brings(func, args, kwargs):
+            use = use._replace(copied=args[0].nbytes)
         result, flops = self._run(func, shapes, named)
         if not is_no_work(func):
-            nbytes, is_half = _bytes_of(func, _tensors(shapes, named), result)
+            nbytes, is_half = _bytes_of(func, shapes, named, result)
             self.note(use, flops, nbytes, is_half=is_half)
         made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
         if known and sum(tensor.numel() for tensor in made) <= _SMALL:
             return self._computed(func, args, kwargs)
+        self._note_stale(_written(func, args, kwargs))
         # An operator that writes gives the tensor that it was given.
         return tree_map(lambda value: originals.get(id(value), value), result)
+
+    def _brings(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it copies a tensor from RAM to the device that computes."""
+        target = kwargs.get("device")
+        if func._schema.name != "aten::_to_copy" or target is None or args[0].device.type != "cpu":
+            return False
+        return self._rates.compute != "cpu" and target.type == self._rates.compute.split(":")[0]
 
     def _cast(self, value: Any) -> Any:
         floating = isinstance(value, torch.Tensor) and value.dtype == torch.float32
@@ -213,8 +314,11 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return not func._schema.is_mutable or all(map(self._has_made, _tensors(args[:1], {})))
 
     def _has_made(self, tensor: torch.Tensor) -> bool:
-        found = self._made.get(tensor.untyped_storage()._cdata)
-        return found is not None and not found.expired()  # type: ignore[no-untyped-call]
+        return _knows(self._made, tensor)
+
+    def is_stale(self, tensor: torch.Tensor) -> bool:
+        """Whether something was written to it that has no values."""
+        return bool(self._stale) and has_bytes(tensor) and _knows(self._stale, tensor)
 
     def _computed(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "device" in kwargs:  # such as that of a weight
@@ -222,9 +326,20 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                self._made[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._note_made(value)
         return result
+
+    def _note_stale(self, written: list[torch.Tensor]) -> None:
+        """Tensors with values that were not written to, as they would be in a real step."""
+        for tensor in written:
+            if not tensor.is_meta and has_bytes(tensor):
+                storage = tensor.untyped_storage()
+                self._stale[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+    def _note_made(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._made[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._stale.pop(storage._cdata, None)
 
     def _run(
         self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -238,12 +353,28 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
             if formula is None:
                 return result, _flops_of(func, args)
-            return result, float(formula(*args, **kwargs, out_val=result))
+            # A product of complex numbers is four of real ones.
+            times = 4 if any(tensor.is_complex() for tensor in _tensors(args, {})) else 1
+            return result, float(times * formula(*args, **kwargs, out_val=result))
         except NotImplementedError as error:
-            raise PlacementError(
-                f"estimate_step: {func} cannot be run on shapes alone; record the step with "
-                f"distorch.record_step ({error})"
-            ) from error
+            raise _cannot_run(func) from error
+
+
+def _knows(storages: dict[int, StorageWeakRef], tensor: torch.Tensor) -> bool:
+    found = storages.get(tensor.untyped_storage()._cdata)
+    return found is not None and not found.expired()  # type: ignore[no-untyped-call]
+
+
+def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operator writes to."""
+    if not func._schema.is_mutable:
+        return []
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += _tensors((given,), {})
+    return written
 
 
 class _Functions(TorchFunctionMode):
@@ -260,9 +391,10 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         args, kwargs = tree_map(self._estimator.stand_in, (args, kwargs or {}))
         originals: dict[int, torch.Tensor] = {}
-        if any(tensor.is_meta for tensor in _tensors(args, kwargs)):
-            if func in _SHOWS_NUMBERS:
-                raise _no_numbers(getattr(func, "__name__", str(func)))
+        given = _tensors(args, kwargs)
+        if func in _SHOWS_NUMBERS and any(t.is_meta or self._estimator.is_stale(t) for t in given):
+            raise _no_numbers(getattr(func, "__name__", str(func)))
+        if any(tensor.is_meta for tensor in given):
             # PyTorch wants all of them in one place.
             args, kwargs = tree_map(lambda value: _without_values(value, originals), (args, kwargs))
         estimator = self._estimator
@@ -279,19 +411,59 @@ class _Functions(TorchFunctionMode):
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.scaled_dot_product_attention:
-            given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
-            wanted = [given.get(name) for name in ("query", "key", "value", "attn_mask")]
-            out, _ = self._estimator.as_one(lambda: func(*args, **kwargs))
-            flops = _attention_flops(given)
-            if torch.is_grad_enabled() and out.requires_grad:
-                out = _Attention.apply(self._estimator, flops, *wanted)  # type: ignore[no-untyped-call]
-            self._estimator.note_parts(_tensors(tuple(wanted), {}), out, flops)
-            return out
-        if func in (functional.rms_norm, torch.rms_norm):
-            out, _ = self._estimator.as_one(lambda: func(*args, **kwargs))
-            self._estimator.note_parts(_tensors(args, kwargs), out)
-            return out
+            return self._attention(dict(zip(_ATTENTION, args, strict=False)) | kwargs)
+        if func in _PARTS:
+            made, flops = self._estimator.as_one(lambda: func(*args, **kwargs))
+            self._estimator.note_parts(_tensors(args, kwargs), _tensors(made, {}), flops)
+            return made
+        if func in _BACKWARD_PASSES:
+            given = dict(zip(_BACKWARD_PASSES[func], args, strict=False)) | kwargs
+            with self:  # what is computed again in it comes here, too
+                return _run_backward(**given)
+        if func == _SET_DATA and not args[0].is_meta:
+            return None
         return func(*args, **kwargs)
+
+    def _attention(self, given: dict[str, Any]) -> torch.Tensor:
+        for name in "query", "key", "value":
+            if self._estimator.autocast is not None:
+                given[name] = given[name].to(self._estimator.autocast)
+        wanted = [given.get(name) for name in ("query", "key", "value", "attn_mask")]
+        out: torch.Tensor
+        out, _ = self._estimator.as_one(lambda: functional.scaled_dot_product_attention(**given))
+        flops, shape = _attention_flops(given, out), out.shape
+        if torch.is_grad_enabled() and out.requires_grad:
+            out = _Attention.apply(self._estimator, flops, shape, *wanted)  # type: ignore[no-untyped-call]
+        self._estimator.note_parts(_tensors(tuple(wanted), {}), [out], flops)
+        return out
+
+
+def _run_backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **others: Any,
+) -> None:
+    """As torch.autograd.backward, which would call the function mode once more."""
+    roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    given = others.get("gradient", grad_tensors)
+    given = (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
+    gradients = tuple(
+        torch.ones_like(root) if gradient is None else gradient
+        for root, gradient in itertools.zip_longest(roots, given)
+    )
+    inputs = others.get("inputs") or ()
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    torch.autograd.Variable._execution_engine.run_backward(
+        roots,
+        gradients,
+        create_graph if retain_graph is None else retain_graph,
+        create_graph,
+        inputs,
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -302,6 +474,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any,
         estimator: _Estimator,
         flops: float,
+        shape: torch.Size,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -311,7 +484,7 @@ class _Attention(torch.autograd.Function):
         ctx.estimator, ctx.flops = estimator, flops
         ctx.save_for_backward(query, key, value)
         ctx.mask = mask
-        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return query.new_empty(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -319,16 +492,16 @@ class _Attention(torch.autograd.Function):
         given = ctx.saved_tensors
         made = [torch.empty_like(tensor) for tensor in given]
         estimator: _Estimator = ctx.estimator
-        estimator.note_parts([*grads, *given, *made[1:]], made[0], _BACKWARD * ctx.flops)
+        estimator.note_parts([*grads, *given], made, _BACKWARD * ctx.flops)
         mask = ctx.mask
         wants = mask is not None and mask.requires_grad
-        return None, None, *made, torch.empty_like(mask) if wants else None
+        return None, None, None, *made, torch.empty_like(mask) if wants else None
 
 
-def _attention_flops(given: dict[str, Any]) -> float:
+def _attention_flops(given: dict[str, Any], out: torch.Tensor) -> float:
     """Of the scores, and of the sums that they weigh."""
     query, key, value = given["query"], given["key"], given["value"]
-    pairs = query.shape[:-1].numel() * key.shape[-2]
+    pairs = out.shape[:-1].numel() * key.shape[-2]
     if given.get("is_causal"):
         pairs //= 2
     return float(2 * pairs * (query.shape[-1] + value.shape[-1]))
@@ -355,6 +528,13 @@ def _autocast_dtype() -> torch.dtype | None:
         if torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
     return None
+
+
+def _cannot_run(func: object) -> PlacementError:
+    return PlacementError(
+        f"estimate_step: {func} cannot be run on shapes alone; record the step with "
+        "distorch.record_step"
+    )
 
 
 def _check_dtypes(func: OpOverload, given: list[torch.Tensor]) -> None:
@@ -395,6 +575,8 @@ def _flops_of(func: OpOverload, args: tuple[Any, ...]) -> float:
     if func._schema.name == "aten::addbmm":
         batch, rows, inner = args[1].shape
         return float(2 * batch * rows * inner * args[2].shape[2])
+    if func._schema.name == "aten::_int_mm":
+        return float(2 * args[0].numel() * args[1].shape[1])
     if func._schema.name == "aten::_trilinear":  # torch.nn.Bilinear
         first, weight, second = args[:3]
         numbers = first.shape[0] * weight.numel() + second.numel() * weight.shape[1]
@@ -402,11 +584,22 @@ def _flops_of(func: OpOverload, args: tuple[Any, ...]) -> float:
     return 0.0
 
 
-def _bytes_of(func: OpOverload, given: list[torch.Tensor], result: Any) -> tuple[int, bool]:
+def _bytes_of(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> tuple[int, bool]:
     """What an operator reads and writes, and whether its numbers have 16 bits or fewer."""
+    given = _tensors(args, kwargs)
     made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-    read = made if func._schema.name in _PICKS else given
-    return _nbytes(read) + _nbytes(made), bool(given) and _is_half(given[0])
+    name, is_half = func._schema.name, bool(given) and _is_half(given[0])
+    if name in _PICKS:
+        return 2 * _nbytes(made[:1]), is_half
+    if name.rstrip("_") in _PUTS:  # what is put there is read and written, and so is the place
+        return 2 * _nbytes(given[1:]), is_half
+    if name in _OVERWRITES:
+        return _nbytes(given), is_half
+    if name.endswith("_like"):
+        return _nbytes(made), is_half
+    return _nbytes(given) + _nbytes(made or _written(func, args, kwargs)), is_half
 
 
 def _nbytes(tensors: list[torch.Tensor]) -> int:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,30 +13,37 @@ _DEPTH = 3  # of lists and dicts in each other, such as caches by layer and leng
 
 
 @contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
+def kept(module: nn.Module, as_long_as: Callable[[], bool]) -> Iterator[None]:
     """What the block sets on the module, its parts, and their lists and dicts is taken back.
 
     Models keep things that they compute once, such as positions. Those of an estimate have no
-    values, and would be found by the next real step.
+    values, and would be found by the next real step. (What is kept elsewhere stays, as by
+    `functools.lru_cache`.) Gradients are as before, too. Nothing is taken back unless `as_long_as`
+    then says that nobody else has changed the module.
     """
     noted: list[tuple[Any, Any]] = []
     for part in module.modules():
         _note(vars(part), noted, 0)
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     try:
         yield
     finally:
-        for container, before in noted:
-            _put_back(container, before)
+        if as_long_as():
+            for container, before in noted:
+                _put_back(container, before)
+            for parameter, gradient in gradients:
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
 
 
 def _note(container: Any, noted: list[tuple[Any, Any]], depth: int) -> None:
     """A container and what it holds now; then those in it."""
     if depth > _DEPTH:
         return
-    if type(container) in (dict, OrderedDict):
+    if isinstance(container, dict):
         noted.append((container, dict(container)))
-        held = container.values()
-    elif type(container) is list:
+        held = list(container.values())
+    elif isinstance(container, list):
         noted.append((container, list(container)))
         held = container
     else:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from torch import nn
@@ -48,7 +49,7 @@ def predict(
     plan: Plan | None = None,
     virtual_vram: str | int | None = None,
     donor: str | None = None,
-    machine: Machine | str | None = None,
+    machine: Machine | str | os.PathLike[str] | None = None,
     **options: Unpack[OptionsOfStep],
 ) -> Prediction:
     """Says how long a step would take with a placement. Nothing moves.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import torch
 
 from distorch import _donors, _ops
 from distorch.errors import PlacementError
-from distorch.machine.calibration import Calibration
+from distorch.machine.calibration import Calibration, figures_of
+from distorch.machine.links import known_links
 from distorch.machine.rates import Rates
 from distorch.machine.supposed import supposed
 from distorch.planner import Plan, WeightInfo
@@ -247,15 +249,24 @@ def _fits_whole(table: Weight, ring_bytes: int) -> bool:
 
 
 def check_step_machine(step: Step) -> None:
-    """PlacementError if the step was estimated for another machine than the one that counts."""
+    """PlacementError if the step was estimated for a device of another speed than the one that is
+    to compute. (Links do not matter to a step.)
+    """
     other = supposed()
-    name = "" if other is None else other.name
-    if step.machine and step.machine != name:
+    if not step.speed or (other is None and not step.machine):  # it was measured again, maybe
+        return
+    known = known_links()
+    speed = known.speed(step.compute) if known is not None else None
+    if speed is None or not all(map(_are_close, step.speed, figures_of(speed))):
+        name = "this machine" if other is None else repr(other.name)
         raise PlacementError(
-            f"the step was estimated for the machine {step.machine!r}, and the placement is for "
-            f"{name or 'this one'!r}; give machine={step.machine!r}, or estimate it anew with "
-            "distorch.estimate_step"
+            f"the step was estimated for {step.compute!r} of {step.machine or 'this machine'!r}, "
+            f"and {name} has another speed there; estimate it anew with distorch.estimate_step"
         )
+
+
+def _are_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-3)
 
 
 def check_step_fits(step: Step, groups: Sequence[Group], compute: str) -> None:
@@ -277,5 +288,5 @@ def check_step_fits(step: Step, groups: Sequence[Group], compute: str) -> None:
     if step.compute != compute:
         raise PlacementError(
             f"the step was recorded on {step.compute!r}, and the placement computes on "
-            f"{compute!r}; record one there"
+            f"{compute!r}; record (or estimate) one there"
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,6 +87,20 @@ class Distribution:
         self.reservation = _native.reserve(str(torch.device(self.plan.compute)), nbytes)
 
 
+# Why this thread may not change any module now.
+_no_changes: ContextVar[str] = ContextVar("no_changes", default="")
+
+
+@contextmanager
+def no_changes(why: str) -> Iterator[None]:
+    """Inside of the block, changes that this thread asks for are a PlacementError."""
+    before = _no_changes.set(why)
+    try:
+        yield
+    finally:
+        _no_changes.reset(before)
+
+
 def _nothing() -> None:
     return None
 
@@ -128,8 +143,11 @@ def inventory_now(module: nn.Module, groups: list[Group]) -> Inventory:
 def nothing_merging(module: nn.Module) -> Iterator[None]:
     """No thread merges LoRAs into the weights of the module meanwhile, or of a part of it that was
     distributed by itself. The threads go on when the outermost block ends. REQUIRES: a block of
-    `changes.alone` around it.
+    `changes.alone` around it, as all that changes a module has. PlacementError in a block of
+    `no_changes`.
     """
+    if why := _no_changes.get():
+        raise PlacementError(why)
     with ExitStack() as held:
         for part in module.modules():
             state = known_distribution(part)

@@ -18,11 +18,15 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     return (x.float() * angles + swapped.float() * angles).to(x.dtype)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool = False
+) -> torch.Tensor:
     """[batch, tokens, heads, numbers] of each -> [batch, tokens, heads * numbers]."""
     grouped = query.shape[2] != key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out = functional.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, enable_gqa=grouped
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -134,9 +138,9 @@ class JointAttention(nn.Module):
         return self.to_out[0](out[:, count:]), self.to_add_out(out[:, :count])
 
 
-def patches(size: tuple[int, int], pixels: int) -> int:
+def patches(size: tuple[int, int] | None, pixels: int) -> int:
     """Tokens of a picture, of so many pixels in each direction. SpecError unless it divides."""
-    width, height = size
+    width, height = size or (0, 0)
     if width % pixels or height % pixels:
         raise SpecError(f"size={width}x{height}: expected multiples of {pixels} pixels")
     return width // pixels * (height // pixels)

@@ -21,7 +21,7 @@ from distorch.shapes.common import (
 from distorch.shapes.request import Request, empty
 
 _WIDTH, _HEADS, _DOUBLE, _SINGLE = 3072, 24, 19, 38
-_TEXT_WIDTH, _POOLED, _TEXT, _LATENT = 4096, 768, 512, 64
+_TEXT_WIDTH, _POOLED, _LATENT = 4096, 768, 64
 _PIXELS = 16  # of a token, in each direction
 
 
@@ -101,7 +101,7 @@ class Flux(nn.Module):
         batch = request.batch
         image = self.x_embedder(empty(batch, patches(request.size, _PIXELS), _LATENT))
         time = self.time_text_embed(empty(batch, 256), empty(batch, _POOLED))
-        text = self.context_embedder(empty(batch, request.tokens or _TEXT, _TEXT_WIDTH))
+        text = self.context_embedder(empty(batch, request.tokens, _TEXT_WIDTH))
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             image, text = block(image, text, time)
         out: torch.Tensor = self.proj_out(modulated(image, *self.norm_out(time)))

@@ -26,7 +26,7 @@ class _Attention(nn.Module):
         query, key, value = (
             f(x).unflatten(-1, (-1, _HEAD)) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out: torch.Tensor = self.o_proj(attention(turned(query), turned(key), value))
+        out: torch.Tensor = self.o_proj(attention(turned(query), turned(key), value, causal=True))
         return out
 
 
@@ -74,7 +74,7 @@ class Llama(nn.Module):
 
     def step(self, request: Request) -> torch.Tensor:
         """One pass over the tokens that are new. Of those before, nothing is read."""
-        words = torch.empty(request.batch, request.tokens or 1, dtype=torch.int64, device="meta")
+        words = torch.empty(request.batch, request.tokens, dtype=torch.int64, device="meta")
         x = self.model.embed_tokens(words)
         for block in self.model.layers:
             x = block(x)

@@ -19,7 +19,7 @@ from distorch.shapes.common import (
 from distorch.shapes.request import Request, empty
 
 _WIDTH, _HEADS, _BLOCKS = 3072, 24, 60
-_TEXT_WIDTH, _TEXT, _LATENT = 3584, 256, 64
+_TEXT_WIDTH, _LATENT = 3584, 64
 _PARTS = (
     *OF_IMAGE, "add_k_proj", "add_v_proj", "add_q_proj", "to_out", "to_add_out", *NORMS_OF_TEXT,
 )  # fmt: skip
@@ -73,7 +73,7 @@ class QwenImage(nn.Module):
         """One step of sampling."""
         batch = request.batch
         image = self.img_in(empty(batch, patches(request.size, _PIXELS), _LATENT))
-        text = self.txt_in(self.txt_norm(empty(batch, request.tokens or _TEXT, _TEXT_WIDTH)))
+        text = self.txt_in(self.txt_norm(empty(batch, request.tokens, _TEXT_WIDTH)))
         time = self.time_text_embed.timestep_embedder(empty(batch, 256))
         for block in self.transformer_blocks:
             image, text = block(image, text, time)

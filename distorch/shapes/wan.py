@@ -14,7 +14,7 @@ from distorch.shapes.common import Embedding, FeedForward, attention, modulated,
 from distorch.shapes.request import Request, empty
 
 _WIDTH, _HEADS, _BLOCKS, _INNER = 5120, 40, 40, 13824
-_TEXT_WIDTH, _TEXT, _LATENT = 4096, 512, 16
+_TEXT_WIDTH, _LATENT = 4096, 16
 _PIXELS, _FRAMES = 16, 4  # of a token: pixels in each direction; frames behind the first one
 
 
@@ -82,7 +82,8 @@ class Wan(nn.Module):
 
     def step(self, request: Request) -> torch.Tensor:
         """One step of sampling."""
-        batch, frames, (width, height) = request.batch, request.frames, request.size
+        batch, frames = request.batch, request.frames or 1
+        width, height = request.size or (0, 0)
         patches(request.size, _PIXELS)
         if (frames - 1) % _FRAMES:
             raise SpecError(f"frames={frames}: expected multiples of {_FRAMES} and one, as 81")
@@ -91,7 +92,7 @@ class Wan(nn.Module):
         conditions = self.condition_embedder
         time = conditions.time_embedder(empty(batch, 256).float()).to(x.dtype)
         parts = conditions.time_proj(functional.silu(time)).unflatten(1, (6, -1))
-        text = conditions.text_embedder(empty(batch, request.tokens or _TEXT, _TEXT_WIDTH))
+        text = conditions.text_embedder(empty(batch, request.tokens, _TEXT_WIDTH))
         for block in self.blocks:
             x = block(x, text, parts)
         shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)

@@ -21,6 +21,8 @@ def test_a_well_known_model(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "131.42 GiB" in text  # 70.55e9 numbers of bfloat16
     assert "a step takes" in text
+    assert "16 tokens of text, batch 1" in text
+    assert "of look-ahead, of 24.00 GiB; " in text
     assert "disk is busy all the time" in text
     assert "operators from their shapes, links and speeds from data sheets" in text
     assert (tmp_path / "plan.svg").exists()
@@ -32,9 +34,12 @@ def test_a_well_known_model(capsys, tmp_path):
 
 
 def test_options_may_stand_anywhere(capsys):
-    arguments = ["--machine", MACHINE, "--model=flux-dev", "cuda:0,*", "--size", "256x256"]
+    arguments = ["--machine", MACHINE, "--model=FLUX-dev", "cuda:0,*", "--size", "256x256"]
     assert main(["plan", *arguments]) == 0
-    assert "a step takes" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "a step takes" in text
+    assert "text encoders and VAE are left out" in text
+    assert "256x256 pixels, 512 tokens of text, batch 1" in text
 
 
 def test_a_file_for_another_machine(tmp_path, capsys):
@@ -52,7 +57,12 @@ def test_a_file_for_another_machine(tmp_path, capsys):
     ([*LLAMA[1:], "cuda:0,*", "--machine", "gtx-1"], 2, "is not known as a GPU"),
     ([*LLAMA[1:], "cuda:0,*", "--machine", "absent.json"], 1, "cannot read the machine"),
     ([*LLAMA[1:], "cuda:0,4xb", "--machine", MACHINE], 2, "4xb"),
-    ([*LLAMA[1:], "cuda:0,*", "--machine", MACHINE, "--size", "big"], 2, "expected a width"),
+    (["--model", "flux-dev", "cuda:0,*", "--machine", MACHINE, "--size", "9"], 2, "expected a width"),
+    ([*LLAMA[1:], "cuda:0,*", "--machine", MACHINE, "--size", "8x8"], 2, "size= is nothing that"),
+    (["--model", "flux-dev", "cuda:0,*", "--frames", "5"], 2, "frames= is nothing that"),
+    (["m.safetensors", "cuda:0,*", "--curve"], 2, "--curve goes with --model"),
+    (["m.safetensors", "cuda:0,*", "--step", "s.json"], 2, "--step goes with --order optimal"),
+    (["m.safetensors", "cuda:0,*", "--mod", "flux-dev"], 2, ""),
     ([*LLAMA[1:], "cuda:0,*", "--machine", MACHINE, "--batch", "0"], 2, "batch=0"),
     ([*LLAMA[1:], "cuda:0,*", "--machine", MACHINE, "--step", "s.json"], 2, "goes with a file"),
     ([*LLAMA[1:], "cuda:0,*", "--machine", MACHINE], 1, "131.42 GiB"),  # it does not fit
@@ -60,7 +70,10 @@ def test_a_file_for_another_machine(tmp_path, capsys):
     (["--model", "wan22-14b", "cuda:0,*", "--machine", MACHINE, "--frames", "80"], 2, "as 81"),
 ])  # fmt: skip
 def test_mistakes_are_said(arguments, status, said, capsys):
-    assert main(["plan", *arguments]) == status
+    try:
+        assert main(["plan", *arguments]) == status
+    except SystemExit as error:  # of argparse
+        assert error.code == status
     assert said in capsys.readouterr().err
 
 

@@ -70,7 +70,7 @@ def test_a_saved_plan_still_says_it(module, tmp_path):
     assert [loaded.explain(name) for name in REASONS] == [plan.explain(name) for name in REASONS]
 
 
-@pytest.mark.parametrize("why", [None, [], {"0.weight": 7}, {"0.weight": "because"}])
+@pytest.mark.parametrize("why", [None, [], {"0.weight": 7, "0.bias": []}, {"0.weight": "because"}])
 def test_a_plan_that_does_not_know(module, tmp_path, why):
     """Of an older version, or edited: it is no part of what the hash holds together."""
     plan = distorch.plan(module, "cpu,50%;disk,*")

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import distorch
 from tests.prediction.programs import DTYPE, chain, inference, record, there
@@ -245,6 +247,149 @@ def test_the_module_is_as_before(fails):
     assert torch.equal(module.norm.running_var, other.norm.running_var)
 
 
+def test_gradients_and_data_are_as_before():
+    module = on_meta(lambda: nn.Linear(8, 8))
+    with distorch.estimate_step(module, NAME):
+        module(meta(4, 8)).sum().backward()
+    assert all(p.grad is None for p in module.parameters())
+
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.ones(3))
+
+        def forward(self, x):
+            self.mean.data = torch.zeros(3)
+            return x
+
+    module = Sets()
+    estimate(module, torch.zeros(3))
+    assert torch.equal(module.mean, torch.ones(3))
+
+
+def test_no_module_is_changed_in_the_block():
+    module = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    for change in (
+        lambda: distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0, compute="cpu"),
+        lambda: distorch.undistribute(distorch.distribute(nn.Linear(8, 8), "cpu,*")),
+    ):
+        refused = pytest.raises(distorch.PlacementError, match="no module can be changed in the")
+        with refused, distorch.estimate_step(module, NAME):
+            change()
+    assert not any(distorch.is_sharded(p) for p in module.parameters())
+    distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0, compute="cpu")
+
+
+def test_what_another_thread_places_stays():
+    module = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+
+    def place():
+        distorch.distribute(module, "cpu,0b;disk,*", min_bytes=0, compute="cpu", progress=False)
+
+    refused = pytest.raises(distorch.PlacementError, match="placed anew while its step was")
+    with refused, distorch.estimate_step(module, NAME):
+        thread = threading.Thread(target=place)
+        thread.start()
+        thread.join()
+    assert distorch.report(module).ok
+
+
+def test_an_optimizer_takes_no_step():
+    module = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    refused = pytest.raises(distorch.PlacementError, match="an optimizer would keep tensors")
+    with refused, distorch.estimate_step(module, NAME):
+        module(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    before = module.weight.clone()
+    module(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(module.weight, before)
+
+
+# ---- as a real step would ------------------------------------------------------------
+
+
+def test_layers_of_attention_are_as_fast_as_attention():
+    layer = nn.MultiheadAttention(512, 8, batch_first=True, bias=False).eval()
+    x = torch.zeros(1, 4096, 512)
+    with torch.no_grad(), distorch.estimate_step(layer, NAME) as step:
+        layer(x, x, x, need_weights=False)
+    products = 2 * 4096 * 512 * 4 * 512 / SPEED.flops
+    scores = 2 * 2 * 4096**2 * 512 / SPEED.flops
+    assert step.seconds == pytest.approx(products + scores, rel=0.1)
+    assert step.weights == ("in_proj_weight", "out_proj.weight")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_in_the_backward_pass(reentrant):
+    first, module = nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    whole = nn.Sequential(first, module)
+    with distorch.estimate_step(whole, NAME) as step:
+        checkpoint(module, first(torch.randn(8, 64)), use_reentrant=reentrant).sum().backward()
+    assert sum("1.0.weight" in use.weights for use in step.uses) == 3
+
+
+def test_training_under_autocast():
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16), distorch.estimate_step(module, NAME) as step:
+        module(torch.randn(8, 64)).float().sum().backward()
+    assert sum("1.weight" in use.weights for use in step.uses) == 2
+
+
+def test_attention_under_autocast():
+    def run(w, x):
+        return functional.scaled_dot_product_attention(x, x, x)
+
+    x = meta(1, 8, 4096, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = estimate(Call(run, 1), x)
+    assert half.uses[-1].seconds < 0.6 * estimate(Call(run, 1), x).seconds
+
+
+def test_attention_with_a_batch_that_is_repeated():
+    q, k = meta(1, 4, 16, 8).requires_grad_(), meta(3, 4, 16, 8)
+    module = Call(lambda w: functional.scaled_dot_product_attention(q, k, k), 1)
+    with distorch.estimate_step(module, NAME):
+        out = module()
+        out.sum().backward()
+    assert out.shape == (3, 4, 16, 8)
+
+
+BYTES = {
+    "copy_": (lambda w, x: x.copy_(w), 2),
+    "zero_": (lambda w, x: x.zero_(), 1),
+    "full_like": (lambda w, x: torch.full_like(x, 1.0), 1),
+    "clone": (lambda w, x: x.clone(), 2),
+    "add": (lambda w, x: x + w, 3),
+    "add_": (lambda w, x: x.add_(w), 3),
+    "foreach": (lambda w, x: torch._foreach_add_([x], [w]), 3),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_that_are_read_and_written(name):
+    run, times = BYTES[name]
+    step = estimate(Call(run, 1024, 1024), meta(1024, 1024))
+    assert step.seconds == pytest.approx(times * 4 * 1024**2 / SPEED.memory)
+
+
+def test_one_token_into_a_cache():
+    cache, token = meta(4096, 1024), meta(1, 1024)
+    step = estimate(Call(lambda w: cache.index_copy_(0, torch.tensor([7]), token), 1))
+    assert step.seconds < 20 * token.nbytes / SPEED.memory
+
+
+def test_inputs_from_ram_travel():
+    module = chain(2, width=256)
+    distorch.distribute(module, "sim:0,*", min_bytes=0)
+    distorch.calibrate(progress=False)
+    x = torch.zeros(1024, 256, dtype=DTYPE)
+    with torch.no_grad(), distorch.estimate_step(module) as step:
+        module(x.to("sim:0"))
+    assert step.uses[0].copied == x.nbytes
+
+
 # ---- what needs numbers --------------------------------------------------------------
 
 NUMBERS = {
@@ -293,6 +438,40 @@ def test_numbers_that_no_weight_takes_part_in_are_known():
 
     estimate(Call(run, 8, 8), torch.randn(5, 8))
     assert seen == [([3, 4], 1)]
+
+
+def test_numbers_that_the_step_writes_itself():
+    seen = []
+
+    def run(w, x):
+        n = torch.tensor(2)
+        n += 3
+        places = torch.tensor([0, 0])
+        places[0] = 4
+        seen.append((int(n), places.tolist()))
+        return x[: int(n)] @ w
+
+    estimate(Call(run, 8, 8), torch.randn(9, 8))
+    assert seen == [(5, [4, 0])]
+
+
+def test_numbers_that_were_not_written_are_not_read():
+    ids = torch.tensor([1, 2])
+
+    def run(w):
+        ids[0] = 9
+        return ids.tolist()
+
+    with pytest.raises(distorch.PlacementError, match="needs numbers"):
+        estimate(Call(run, 8))
+    assert ids.tolist() == [1, 2]
+
+
+def test_operators_of_higher_order_are_refused():
+    with pytest.raises(distorch.PlacementError, match="cannot be run on shapes alone"):
+        estimate(
+            Call(lambda w, x: torch.cond(x.sum() > 2, lambda: x @ w, lambda: x), 8, 8), meta(4, 8)
+        )
 
 
 def test_dtypes_that_do_not_fit_are_refused():

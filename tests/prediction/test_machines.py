@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 
@@ -56,7 +57,7 @@ def test_several_gpus_share_the_links_of_each():
 @pytest.mark.parametrize(("name", "known"), [
     ("rtx9999-pcie4x16-64gb", "rtx3090"),
     ("rtx3090-agp-64gb", "pcie4x8"),
-    ("rtx4090-pcie4x16-64gb-nvlink", "nvlink (of rtx3090"),
+    ("rtx4090-pcie4x16-64gb-nvlink", "between two or more of rtx3090"),
     ("rtx3090-pcie9x16-64gb", "3, 4, 5"),
     ("rtx3090-pcie4x7-64gb", "1, 2, 4, 8, 16"),
     ("rtx3090-64gb", "expected a GPU, its link and the RAM"),
@@ -194,7 +195,7 @@ def test_what_it_does_not_have_is_refused():
     module = large()
     step = estimated(module)
     for spec, match in {
-        "cuda:1,1gb;cpu,*": "'cuda:1' is not there",
+        "cuda:1,1gb;cpu,*": f"'cuda:1' is not there; the machine '{NAME}' has",
         "cuda:0,0b;cuda:1,*": "cuda:1",
         "cuda:0,30gb;cpu,*": "30",
         "cpu,1gb;disk,*": "is not known of the machine|computes on",
@@ -203,18 +204,52 @@ def test_what_it_does_not_have_is_refused():
             distorch.predict(module, step, spec, machine=NAME, compute=spec.split(",")[0])
 
 
-def test_a_step_is_of_one_machine():
+def test_a_step_is_of_one_speed():
+    """Links do not matter to it, and the device that computes does."""
     module = large(2)
     step = estimated(module)
-    with pytest.raises(distorch.PlacementError, match=f"estimated for the machine '{NAME}'"):
-        distorch.predict(module, step, "cuda:0,0b;cpu,*", machine="rtx3090-pcie3x16-64gb")
-    with pytest.raises(distorch.PlacementError, match="is for 'this one'"):
-        distorch.calibrate(progress=False)
-        distorch.predict(module, step, "sim:0,0b;cpu,*")
-    with pytest.raises(distorch.PlacementError, match="estimated for the machine"):
-        distorch.plan(module, ALL_AWAY, order="optimal", step=step)
+    spec = "cuda:0,0b;cpu,*"
+    slower = distorch.predict(module, step, spec, machine="RTX3090-64gb-pcie3x8", prefetch="1mb")
+    assert (
+        slower.seconds > distorch.predict(module, step, spec, machine=NAME, prefetch="1mb").seconds
+    )
+    with pytest.raises(distorch.PlacementError, match=f"of '{NAME}', and 'rtx4090-"):
+        distorch.predict(module, step, spec, machine="rtx4090-pcie4x16-64gb")
     with pytest.raises(distorch.SpecError, match="machine= needs a placement"):
         distorch.predict(module, step, machine=NAME)
+
+
+def test_a_step_for_another_machine_is_refused_here(monkeypatch):
+    module, machine = large(2), distorch.Machine.named(NAME)
+    found = dataclasses.replace(
+        machine.calibration,
+        speeds=(dataclasses.replace(machine.calibration.speeds[0], device="sim:0"),),
+        links=tuple(dataclasses.replace(k, compute="sim:0") for k in machine.calibration.links),
+    )
+    there = distorch.Machine("another", {"sim:0": 24 * GB, "cpu": 64 * GB}, found)
+    step = estimated(module, there)
+    distorch.calibrate(progress=False)
+    with pytest.raises(distorch.PlacementError, match="of 'another', and this machine has"):
+        distorch.predict(module, step, ALL_AWAY)
+    with pytest.raises(distorch.PlacementError, match="of 'another', and this machine has"):
+        distorch.plan(module, ALL_AWAY, order="optimal", step=step)
+    with distorch.estimate_step(module, compute="sim:0") as here:
+        module(torch.empty(16, 8192, dtype=torch.bfloat16, device="meta"))
+    with pytest.raises(distorch.PlacementError, match="of 'this machine', and 'another'"):
+        distorch.predict(module, here, ALL_AWAY, machine=there)
+    distorch.calibrate(progress=False)
+    distorch.predict(module, here, ALL_AWAY)
+
+
+def test_the_second_gpu_may_compute():
+    machine, module = "2xrtx3090-pcie4x16-64gb", large(2)
+    with torch.no_grad(), distorch.estimate_step(module, machine, compute="cuda:1") as step:
+        module(torch.empty(16, 8192, dtype=torch.bfloat16, device="meta"))
+    assert step.compute == "cuda:1"
+    found = distorch.predict(
+        module, step, "cuda:1,0b;cpu,*", machine=machine, compute="cuda:1", prefetch="1mb"
+    )
+    assert found.links.keys() == {"cpu->cuda:1"}
 
 
 def test_a_step_keeps_its_machine(tmp_path):

@@ -68,11 +68,17 @@ def llama_config() -> Any:
 
 PUBLISHED = {
     "flux-dev": Published(
-        lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True), flux, shapes.Request()
+        lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
+        flux,
+        shapes.MODELS["flux-dev"].usual,
     ),
-    "qwen-image": Published(diffusers.QwenImageTransformer2DModel, qwen, shapes.Request()),
+    "qwen-image": Published(
+        diffusers.QwenImageTransformer2DModel, qwen, shapes.MODELS["qwen-image"].usual
+    ),
     "wan22-14b": Published(
-        diffusers.WanTransformer3DModel, wan, shapes.Request(size=(1280, 720), frames=81)
+        diffusers.WanTransformer3DModel,
+        wan,
+        shapes.Request(size=(1280, 720), frames=81, tokens=512),
     ),
     "llama-70b": Published(
         lambda: transformers.LlamaForCausalLM(llama_config()), llama, shapes.Request(tokens=64)
