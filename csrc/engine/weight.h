@@ -72,9 +72,10 @@ inline std::atomic<uint64_t> process_fetches{0};
 // and move_to() refuses when the number has changed since.
 //
 // The number changes when a move begins or bytes begin to go to the donor, because a copy may be
-// under way that has read old bytes. It changes again when the donor has the new bytes, because a copy that began in
-// between may have read some of both. It changes a third time in changed(). Until then, a copy may
-// read old bytes in a slot of the ring, or in the memory that operators use in place.
+// under way that has read old bytes. It changes again when the donor has the new bytes, because a
+// copy that began in between may have read some of both. It changes a third time in changed().
+// Until then, a copy may read old bytes in a slot of the ring, or in the memory that operators use
+// in place.
 //
 // A copy may be adopted while a write is under way. The write finds that out, and brings its bytes
 // to the adopted copy, too (Weight::store).
