@@ -86,8 +86,8 @@ _PICKS = frozenset({
 })  # fmt: skip
 # They write to places of their first argument, and read the others.
 _PUTS = frozenset({
-    "aten::index_put", "aten::_index_put_impl", "aten::index_copy", "aten::index_add",
-    "aten::index_fill", "aten::scatter", "aten::scatter_add", "aten::scatter_reduce",
+    "aten::index_put_", "aten::_index_put_impl_", "aten::index_copy_", "aten::index_add_",
+    "aten::index_fill_", "aten::scatter_", "aten::scatter_add_", "aten::scatter_reduce_",
 })  # fmt: skip
 # They do not read what they write to.
 _OVERWRITES = frozenset({
@@ -158,9 +158,8 @@ def estimate_step(
     assert speed is not None
     step = Step(device, machine="" if there is None else there.name, speed=figures_of(speed))
     estimator = _Estimator(Names(module), rates)
-    import_module(
-        "torch._dynamo"
-    )  # else a mode does so at its first call, and notes what that runs
+    # Else a mode imports it when it is called first, and notes the operators that this runs.
+    import_module("torch._dynamo")
     with kept(module, is_unchanged), _nothing_else(), estimator, _Functions(estimator):
         yield step
     if not is_unchanged():
@@ -210,6 +209,8 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_place_of: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> both
         self._made: dict[int, StorageWeakRef] = {}  # storages with values that the step has made
         self._stale: dict[int, StorageWeakRef] = {}  # storages that were to be written to
+        # Of the function that runs now: storages of meta tensors, and what they stand for.
+        self.stand_for: dict[int, torch.Tensor] = {}
         self._has_cast = False  # autocast was at work
 
     def note(self, use: Use, flops: float, nbytes: int, *, is_half: bool) -> None:
@@ -332,8 +333,11 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_stale(self, written: list[torch.Tensor]) -> None:
         """Tensors with values that were not written to, as they would be in a real step."""
         for tensor in written:
-            if not tensor.is_meta and has_bytes(tensor):
-                storage = tensor.untyped_storage()
+            if not has_bytes(tensor):
+                continue
+            original = self.stand_for.get(tensor.untyped_storage()._cdata, tensor)
+            if not original.is_meta:
+                storage = original.untyped_storage()
                 self._stale[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def _note_made(self, tensor: torch.Tensor) -> None:
@@ -378,8 +382,8 @@ def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class _Functions(TorchFunctionMode):
-    """Exchanges weights, and takes for one operator what is one on a GPU: attention, which keeps no
-    matrix of scores, and the norm by the root mean square.
+    """Exchanges weights. Takes for one operator what a GPU does in one, or in a few: attention,
+    which keeps no matrix of scores, and what _PARTS names.
     """
 
     def __init__(self, estimator: _Estimator) -> None:
@@ -394,11 +398,16 @@ class _Functions(TorchFunctionMode):
         given = _tensors(args, kwargs)
         if func in _SHOWS_NUMBERS and any(t.is_meta or self._estimator.is_stale(t) for t in given):
             raise _no_numbers(getattr(func, "__name__", str(func)))
+        stand_for = dict(self._estimator.stand_for)
         if any(tensor.is_meta for tensor in given):
             # PyTorch wants all of them in one place.
             args, kwargs = tree_map(lambda value: _without_values(value, originals), (args, kwargs))
+            for tensor in _tensors(args, kwargs):
+                if id(tensor) in originals:
+                    stand_for[tensor.untyped_storage()._cdata] = originals[id(tensor)]
         estimator = self._estimator
-        before, estimator.autocast = estimator.autocast, _autocast_dtype()
+        before = estimator.autocast, estimator.stand_for
+        estimator.autocast, estimator.stand_for = _autocast_dtype(), stand_for
         try:
             result = self._called(func, args, kwargs)
         except (RuntimeError, TypeError) as error:
@@ -406,7 +415,7 @@ class _Functions(TorchFunctionMode):
                 raise _no_numbers(getattr(func, "__name__", str(func))) from error
             raise
         finally:
-            estimator.autocast = before
+            estimator.autocast, estimator.stand_for = before
         return tree_map(lambda value: originals.get(id(value), value), result)
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -417,9 +426,11 @@ class _Functions(TorchFunctionMode):
             self._estimator.note_parts(_tensors(args, kwargs), _tensors(made, {}), flops)
             return made
         if func in _BACKWARD_PASSES:
-            given = dict(zip(_BACKWARD_PASSES[func], args, strict=False)) | kwargs
+            named = dict(zip(_BACKWARD_PASSES[func], args, strict=False)) | kwargs
+            if "gradient" in named:  # as Tensor.backward has it
+                named["grad_tensors"] = named.pop("gradient")
             with self:  # what is computed again in it comes here, too
-                return _run_backward(**given)
+                return _run_backward(**named)
         if func == _SET_DATA and not args[0].is_meta:
             return None
         return func(*args, **kwargs)
@@ -443,24 +454,26 @@ def _run_backward(
     grad_tensors: Any = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
-    **others: Any,
+    inputs: Any = None,
+    **_: Any,
 ) -> None:
     """As torch.autograd.backward, which would call the function mode once more."""
     roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
-    given = others.get("gradient", grad_tensors)
-    given = (given,) if given is None or isinstance(given, torch.Tensor) else tuple(given)
+    if grad_tensors is None and any(root.numel() != 1 for root in roots):
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    whole = grad_tensors is None or isinstance(grad_tensors, torch.Tensor)
+    given = (grad_tensors,) if whole else tuple(grad_tensors)
     gradients = tuple(
         torch.ones_like(root) if gradient is None else gradient
         for root, gradient in itertools.zip_longest(roots, given)
     )
-    inputs = others.get("inputs") or ()
-    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    wanted = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())
     torch.autograd.Variable._execution_engine.run_backward(
         roots,
         gradients,
         create_graph if retain_graph is None else retain_graph,
         create_graph,
-        inputs,
+        wanted,
         allow_unreachable=True,
         accumulate_grad=True,
     )
@@ -593,7 +606,7 @@ def _bytes_of(
     name, is_half = func._schema.name, bool(given) and _is_half(given[0])
     if name in _PICKS:
         return 2 * _nbytes(made[:1]), is_half
-    if name.rstrip("_") in _PUTS:  # what is put there is read and written, and so is the place
+    if name in _PUTS:  # what is put there is read and written, and so is the place
         return 2 * _nbytes(given[1:]), is_half
     if name in _OVERWRITES:
         return _nbytes(given), is_half

@@ -462,9 +462,24 @@ def test_numbers_that_were_not_written_are_not_read():
         ids[0] = 9
         return ids.tolist()
 
-    with pytest.raises(distorch.PlacementError, match="needs numbers"):
-        estimate(Call(run, 8))
-    assert ids.tolist() == [1, 2]
+    def run_with_weight(w):
+        ids[:] = w[:2].long()
+        return int(ids[0])
+
+    for program in run, run_with_weight:
+        with pytest.raises(distorch.PlacementError, match="needs numbers"):
+            estimate(Call(program, 8))
+        assert ids.tolist() == [1, 2]
+
+
+def test_a_backward_pass_wants_a_number():
+    module = nn.Linear(8, 8)
+    with distorch.estimate_step(module, NAME):
+        y = module(torch.randn(4, 8))
+        with pytest.raises(RuntimeError, match="only for scalar outputs"):
+            y.backward()
+        y.backward(gradient=torch.ones(4, 8))
+        torch.autograd.backward([module(torch.randn(4, 8)).sum()], inputs=list(module.parameters()))
 
 
 def test_operators_of_higher_order_are_refused():
