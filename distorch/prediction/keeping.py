@@ -56,11 +56,13 @@ def _put_back(container: Any, before: Any) -> None:
     if isinstance(container, list):
         if len(container) != len(before) or any(map(_differ, container, before)):
             container[:] = before
-    elif container.keys() != before.keys() or any(
-        container[key] is not value for key, value in before.items()
-    ):
-        container.clear()
-        container.update(before)
+        return
+    # One by one: another thread may be calling the module, and must not find it empty.
+    for key in [key for key in container if key not in before]:
+        container.pop(key, None)
+    for key, value in before.items():
+        if container.get(key, before) is not value:
+            container[key] = value
 
 
 def _differ(now: Any, then: Any) -> bool:
