@@ -32,7 +32,8 @@ _TINY = 200  # operators or events in a row, for which the device waits
 # Sides of square matrices, whose two products give the speed of a device.
 _SIDES = (1024, 1536)
 _HALF_SIDES = (3072, 4096)  # of bfloat16: a GPU is done with small ones before it is told
-_HALF_SIDES_ON_HOST = (512, 768)  # a processor may have to emulate it
+# A processor may have to emulate it, and then does less than 1e9 operations in a second.
+_HALF_SIDES_ON_HOST = (128, 256)
 _CACHE_VERSION = 3  # of what the cache file says; a file of another one is not believed
 
 
