@@ -259,9 +259,11 @@ def _speed(compute: str) -> Speed:
 
     four = copies(4)
     memory = 2 * 3 * _LARGE / max(four - copies(1), four / 2)
-    on_host = compute == "cpu" or is_simulated(compute)
-    half_sides = _HALF_SIDES_ON_HOST if on_host else _HALF_SIDES
-    speeds = memory, flops(_SIDES, torch.float32), flops(half_sides, torch.bfloat16)
+    single = half = flops(_SIDES, torch.float32)
+    if not is_simulated(compute):  # which computes in all dtypes alike (csrc/sim/call.cpp)
+        sides = _HALF_SIDES_ON_HOST if compute == "cpu" else _HALF_SIDES
+        half = flops(sides, torch.bfloat16)
+    speeds = memory, single, half
     if compute == "cpu":
         return Speed(compute, *speeds, issue=0.0, event=0.0)
     one = torch.zeros(1, dtype=torch.float32, device=device)
