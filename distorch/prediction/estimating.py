@@ -160,8 +160,12 @@ def estimate_step(
     estimator = _Estimator(Names(module), rates)
     # Else a mode imports it when it is called first, and notes the operators that this runs.
     import_module("torch._dynamo")
-    with kept(module, is_unchanged), _nothing_else(), estimator, _Functions(estimator):
-        yield step
+    try:
+        with kept(module, is_unchanged), _nothing_else(), estimator, _Functions(estimator):
+            yield step
+    finally:
+        if estimator.has_refused_compiled:  # what it compiled fails in later calls, too
+            torch._dynamo.reset()
     if not is_unchanged():
         raise PlacementError(
             "the module was placed anew while its step was estimated; estimate a step alone"
@@ -212,6 +216,7 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Of the function that runs now: storages of meta tensors, and what they stand for.
         self.stand_for: dict[int, torch.Tensor] = {}
         self._has_cast = False  # autocast was at work
+        self.has_refused_compiled = False  # an operator that PyTorch compiles when it is called
 
     def note(self, use: Use, flops: float, nbytes: int, *, is_half: bool) -> None:
         """One operator."""
@@ -255,6 +260,7 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # it calls operators on its parts, which come here
         if not isinstance(func, OpOverload):  # torch.cond, flex_attention
+            self.has_refused_compiled = True
             raise _cannot_run(func)
         return self._dispatched(func, args, kwargs or {})
 
