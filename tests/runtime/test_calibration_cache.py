@@ -13,8 +13,15 @@ from distorch.machine import links
 
 LINK = {"donor": "cpu", "compute": "sim:0", "rate": 2e9, "latency": 1e-5, "together": 1e9,
         "back": None}  # fmt: skip
-SPEED = {"device": "sim:0", "memory": 9e11, "flops": 2e13, "issue": 2e-6, "event": 3e-7}
-RIGHT = {"version": 2, "links": [LINK], "speeds": [SPEED]}
+SPEED = {
+    "device": "sim:0",
+    "memory": 9e11,
+    "flops": 2e13,
+    "half_flops": 2e13,
+    "issue": 2e-6,
+    "event": 3e-7,
+}
+RIGHT = {"version": 3, "links": [LINK], "speeds": [SPEED]}
 
 
 @pytest.fixture
@@ -66,8 +73,8 @@ WRONG = {
     "not JSON": "{",
     "deep": "[" * 100_000,
     "a list": "[]",
-    "no links": '{"version": 2, "speeds": []}',
-    "no speeds": json.dumps({"version": 2, "links": [LINK]}),
+    "no links": '{"version": 3, "speeds": []}',
+    "no speeds": json.dumps({"version": 3, "links": [LINK]}),
     "another version": json.dumps(RIGHT | {"version": 1}),
     "of no version": json.dumps({"links": [LINK], "speeds": [SPEED]}),
     "a name more": json.dumps(RIGHT | {"links": [LINK | {"more": 1}]}),
