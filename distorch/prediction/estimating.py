@@ -43,6 +43,14 @@ from distorch.machine.rates import Rates
 from distorch.machine.supposed import supposing
 from distorch.prediction.keeping import kept
 from distorch.prediction.operators import Names, append, is_no_work, needs_values, use_of
+from distorch.prediction.work import (
+    all_tensors,
+    bytes_in,
+    bytes_of,
+    flops_of,
+    is_half,
+    written_by,
+)
 from distorch.runtime.distribution import known_distribution, no_changes
 from distorch.runtime.groups import form_of, group_members, has_bytes
 from distorch.runtime.options import check_module, compute_device
@@ -79,21 +87,6 @@ _PARTS = frozenset({
     functional.rms_norm, torch.rms_norm, functional.multi_head_attention_forward,
 })  # fmt: skip
 _SMALL = 1 << 16  # elements: up to so many, what no weight takes part in is computed as it is
-# They read as much of their first argument as they give.
-_PICKS = frozenset({
-    "aten::embedding", "aten::index", "aten::index_select", "aten::gather", "aten::take",
-    "aten::take_along_dim", "aten::_embedding_bag", "aten::embedding_bag",
-})  # fmt: skip
-# They write to places of their first argument, and read the others.
-_PUTS = frozenset({
-    "aten::index_put_", "aten::_index_put_impl_", "aten::index_copy_", "aten::index_add_",
-    "aten::index_fill_", "aten::scatter_", "aten::scatter_add_", "aten::scatter_reduce_",
-})  # fmt: skip
-# They do not read what they write to.
-_OVERWRITES = frozenset({
-    "aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_",
-    "aten::bernoulli_", "aten::exponential_",
-})  # fmt: skip
 
 
 @contextmanager
@@ -231,8 +224,8 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """One operator that PyTorch makes of several."""
         weights = dict.fromkeys(name for tensor in given for name in self._names.of(tensor))
-        nbytes = _nbytes([*given, *made])
-        self.note(Use(0.0, 1, tuple(weights)), flops, nbytes, is_half=_is_half(given[0]))
+        nbytes = bytes_in([*given, *made])
+        self.note(Use(0.0, 1, tuple(weights)), flops, nbytes, is_half=is_half(given[0]))
 
     def as_one(self, run: Callable[[], Any]) -> tuple[Any, float]:
         """Runs operators that are parts of one: what they give, and their arithmetic."""
@@ -265,7 +258,7 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._dispatched(func, args, kwargs or {})
 
     def _dispatched(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = _tensors(args, kwargs)
+        given = all_tensors(args, kwargs)
         with_values = not any(tensor.is_meta or self.is_stale(tensor) for tensor in given)
         if given and func.is_view and not any(tensor.is_meta for tensor in given):
             if func._schema.name == "aten::lift_fresh":  # torch.tensor(...) has just made it
@@ -283,19 +276,19 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shapes, named = tree_map(self._cast, (shapes, named))
             self._has_cast = True
         elif func._schema.name in _AUTOCAST and not self._has_cast:
-            _check_dtypes(func, _tensors(shapes, named))
+            _check_dtypes(func, all_tensors(shapes, named))
         if not given and "device" in _arguments(func):
             named["device"] = torch.device("meta")
         if self._brings(func, args, kwargs):
             use = use._replace(copied=args[0].nbytes)
         result, flops = self._run(func, shapes, named)
         if not is_no_work(func):
-            nbytes, is_half = _bytes_of(func, shapes, named, result)
+            nbytes, is_half = bytes_of(func, shapes, named, result)
             self.note(use, flops, nbytes, is_half=is_half)
         made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
         if known and sum(tensor.numel() for tensor in made) <= _SMALL:
             return self._computed(func, args, kwargs)
-        self._note_stale(_written(func, args, kwargs))
+        self._note_stale(written_by(func, args, kwargs))
         # An operator that writes gives the tensor that it was given.
         return tree_map(lambda value: originals.get(id(value), value), result)
 
@@ -318,7 +311,7 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         if torch.Tag.nondeterministic_seeded in func.tags or any(map(_ops.is_sharded, given)):
             return False
-        return not func._schema.is_mutable or all(map(self._has_made, _tensors(args[:1], {})))
+        return not func._schema.is_mutable or all(map(self._has_made, all_tensors(args[:1], {})))
 
     def _has_made(self, tensor: torch.Tensor) -> bool:
         return _knows(self._made, tensor)
@@ -362,9 +355,9 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     return self.as_one(lambda: func.decompose(*args, **kwargs))
             result = func(*args, **kwargs)
             if formula is None:
-                return result, _flops_of(func, args)
+                return result, flops_of(func, args)
             # A product of complex numbers is four of real ones.
-            times = 4 if any(tensor.is_complex() for tensor in _tensors(args, {})) else 1
+            times = 4 if any(tensor.is_complex() for tensor in all_tensors(args, {})) else 1
             return result, float(times * formula(*args, **kwargs, out_val=result))
         except NotImplementedError as error:
             raise _cannot_run(func) from error
@@ -373,18 +366,6 @@ class _Estimator(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _knows(storages: dict[int, StorageWeakRef], tensor: torch.Tensor) -> bool:
     found = storages.get(tensor.untyped_storage()._cdata)
     return found is not None and not found.expired()  # type: ignore[no-untyped-call]
-
-
-def _written(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an operator writes to."""
-    if not func._schema.is_mutable:
-        return []
-    written = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            written += _tensors((given,), {})
-    return written
 
 
 class _Functions(TorchFunctionMode):
@@ -401,14 +382,14 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         args, kwargs = tree_map(self._estimator.stand_in, (args, kwargs or {}))
         originals: dict[int, torch.Tensor] = {}
-        given = _tensors(args, kwargs)
+        given = all_tensors(args, kwargs)
         if func in _SHOWS_NUMBERS and any(t.is_meta or self._estimator.is_stale(t) for t in given):
             raise _no_numbers(getattr(func, "__name__", str(func)))
         stand_for = dict(self._estimator.stand_for)
         if any(tensor.is_meta for tensor in given):
             # PyTorch wants all of them in one place.
             args, kwargs = tree_map(lambda value: _without_values(value, originals), (args, kwargs))
-            for tensor in _tensors(args, kwargs):
+            for tensor in all_tensors(args, kwargs):
                 if id(tensor) in originals:
                     stand_for[tensor.untyped_storage()._cdata] = originals[id(tensor)]
         estimator = self._estimator
@@ -429,7 +410,7 @@ class _Functions(TorchFunctionMode):
             return self._attention(dict(zip(_ATTENTION, args, strict=False)) | kwargs)
         if func in _PARTS:
             made, flops = self._estimator.as_one(lambda: func(*args, **kwargs))
-            self._estimator.note_parts(_tensors(args, kwargs), _tensors(made, {}), flops)
+            self._estimator.note_parts(all_tensors(args, kwargs), all_tensors(made, {}), flops)
             return made
         if func in _BACKWARD_PASSES:
             named = dict(zip(_BACKWARD_PASSES[func], args, strict=False)) | kwargs
@@ -451,7 +432,7 @@ class _Functions(TorchFunctionMode):
         flops, shape = _attention_flops(given, out), out.shape
         if torch.is_grad_enabled() and out.requires_grad:
             out = _Attention.apply(self._estimator, flops, shape, *wanted)  # type: ignore[no-untyped-call]
-        self._estimator.note_parts(_tensors(tuple(wanted), {}), [out], flops)
+        self._estimator.note_parts(all_tensors(tuple(wanted), {}), [out], flops)
         return out
 
 
@@ -573,10 +554,6 @@ def _no_numbers(what: str) -> PlacementError:
     )
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-
-
 def _arguments(func: OpOverload) -> set[str]:
     return {argument.name for argument in func._schema.arguments}
 
@@ -587,47 +564,3 @@ def _looks_at_numbers(func: OpOverload, given: list[torch.Tensor]) -> bool:
         return False
     masks = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
     return func._schema.name != "aten::index" or masks
-
-
-def _flops_of(func: OpOverload, args: tuple[Any, ...]) -> float:
-    """Of products that PyTorch's table does not have."""
-    if func._schema.name == "aten::addbmm":
-        batch, rows, inner = args[1].shape
-        return float(2 * batch * rows * inner * args[2].shape[2])
-    if func._schema.name == "aten::_int_mm":
-        return float(2 * args[0].numel() * args[1].shape[1])
-    if func._schema.name == "aten::_trilinear":  # torch.nn.Bilinear
-        first, weight, second = args[:3]
-        numbers = first.shape[0] * weight.numel() + second.numel() * weight.shape[1]
-        return float(2 * numbers)
-    return 0.0
-
-
-def _bytes_of(
-    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-) -> tuple[int, bool]:
-    """What an operator reads and writes, and whether its numbers have 16 bits or fewer."""
-    given = _tensors(args, kwargs)
-    made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
-    name, is_half = func._schema.name, bool(given) and _is_half(given[0])
-    if name in _PICKS:
-        return 2 * _nbytes(made[:1]), is_half
-    if name in _PUTS:  # what is put there is read and written, and so is the place
-        return 2 * _nbytes(given[1:]), is_half
-    if name in _OVERWRITES:
-        return _nbytes(given), is_half
-    if name.endswith("_like"):
-        return _nbytes(made), is_half
-    return _nbytes(given) + _nbytes(made or _written(func, args, kwargs)), is_half
-
-
-def _nbytes(tensors: list[torch.Tensor]) -> int:
-    """Without what is only repeated, as by `expand`."""
-    return sum(
-        min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) if t.is_meta else t.nbytes
-        for t in tensors
-    )
-
-
-def _is_half(tensor: torch.Tensor) -> bool:
-    return tensor.itemsize <= 2
