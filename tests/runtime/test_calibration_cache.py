@@ -31,6 +31,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(links, "_known", {})
     monkeypatch.setattr("distorch._donors.link_rates", {})
     monkeypatch.setattr(links, "_measure", lambda donor, compute: links.Link(**LINK))
+    monkeypatch.setattr(links, "_speed", lambda compute: links.Speed(**SPEED))
     monkeypatch.setattr(links, "_with_others", lambda found: found)
     monkeypatch.setattr(links, "is_simulated", lambda compute: False)
     return links._cache_file()
