@@ -102,18 +102,13 @@ def write_atomically(target: Path, content: str | bytes, *, private: bool = Fals
     real = target if private else Path(os.path.realpath(target))
     if not private:
         check_not_strangers(target)
-    temporary = real.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         if not private and kind_of(real) == "other":
             real.write_bytes(data)
             return
-        _write_new(temporary, data, 0o600 if private else _permissions(real))
-        temporary.replace(real)
-    except OSError as error:  # it names the temporary file
+        _write_new(real, data, 0o600 if private else _permissions(real))
+    except OSError as error:  # it may name a temporary file
         raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        with suppress(OSError):  # the disk can be read only; the error above is the one to tell
-            temporary.unlink(missing_ok=True)
 
 
 def _permissions(path: Path) -> int | None:
@@ -143,23 +138,84 @@ def check_not_strangers(path: Path) -> None:
 
 
 def _write_new(path: Path, data: bytes, mode: int | None) -> None:
-    """Writes a file that is not there yet, with these permissions or with the usual ones.
-
-    It gets its name when it is complete: a process that is killed meanwhile leaves nothing behind.
-    """
+    """Puts a new file in the place of an older one, with these permissions or the usual ones."""
     flags, first_mode = os.O_WRONLY | os.O_CLOEXEC, 0o666 if mode is None else mode
     try:
         descriptor = os.open(path.parent, flags | os.O_TMPFILE, first_mode)
-        has_name = False
     except OSError:  # not on this file system; or there is no such folder, which is said below
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, first_mode)
-        has_name = True
+        _write_beside(path, data, mode)
+        return
     with os.fdopen(descriptor, "wb") as file:
-        if mode is not None:
-            os.fchmod(descriptor, mode)  # whatever the user's mask has taken away
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)  # else a power cut may leave an empty file under the new name
-        if not has_name:
-            # Any directory: it makes Python follow the link in /proc, and the path is absolute.
-            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
+        _fill(file, data, mode)
+        _give_name(descriptor, path)
+
+
+def _write_beside(path: Path, data: bytes, mode: int | None) -> None:
+    """The same where files have names from the beginning. A process that is killed meanwhile leaves
+    a half of one.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL
+    descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _fill(file, data, mode)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):  # the disk can be read only; the error above is the one to tell
+            temporary.unlink(missing_ok=True)
+
+
+def _fill(file: BinaryIO, data: bytes, mode: int | None) -> None:
+    if mode is not None:
+        os.fchmod(file.fileno(), mode)  # whatever the user's mask has taken away
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
+
+
+def spare_name(path: Path) -> Path:
+    """The name that a new file has for a moment, before it takes the place of `path`."""
+    return path.with_name(f".{uuid.uuid5(uuid.NAMESPACE_URL, path.name).hex}.tmp")
+
+
+def _give_name(descriptor: int, path: Path) -> None:
+    """Names a complete file that has no name yet.
+
+    Linux cannot give it the name of an older file in one step. So it has a spare name for a moment,
+    and a process that is killed in this moment leaves a complete file under that name. The name is
+    always the same for one path. So there is one such file at most, and the next write takes it
+    away. It may also be that of another process or thread, which is just writing. Then it is moved
+    to its place, as its writer would do, and ours follows.
+    """
+    # Any directory: it makes Python follow the link in /proc, and the path is absolute.
+    own, folder = f"/proc/self/fd/{descriptor}", descriptor
+    spare = spare_name(path)
+    try:
+        os.link(own, path, src_dir_fd=folder)
+    except FileExistsError:
+        pass
+    else:
+        with suppress(OSError):  # it was left when there was an older file
+            spare.unlink()
+        return
+    while True:
+        try:
+            os.link(own, spare, src_dir_fd=folder)
+            break
+        except FileExistsError:
+            try:
+                if spare.lstat().st_uid != os.geteuid():
+                    raise PermissionError(errno.EPERM, "a file of another user", str(spare))
+                spare.replace(path)
+            except FileNotFoundError:
+                pass  # its writer has moved it
+            except OSError:  # nobody else knows this one
+                spare = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with suppress(FileNotFoundError):  # another writer has moved it
+            spare.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            spare.unlink()
+        raise

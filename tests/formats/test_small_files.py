@@ -2,13 +2,22 @@
 """Files are written whole or not at all, and else as an ordinary write would."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from distorch._small_files import kind_of, open_regular, read_json, write_atomically
+from distorch._small_files import (
+    kind_of,
+    open_regular,
+    read_json,
+    spare_name,
+    write_atomically,
+)
 
 
 def test_an_older_file_is_replaced_and_keeps_its_permissions(tmp_path):
@@ -59,6 +68,68 @@ def test_permissions_of_another_users_file(tmp_path):
         write_atomically(path, "new")
         assert path.read_text() == "new" and path.stat().st_uid == 0
         assert stat.S_IMODE(path.stat().st_mode) == after
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from distorch import _small_files
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+_small_files.write_atomically(Path(sys.argv[1]), "new")
+"""
+
+
+def killed_at_the_last_moment(path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("then", ["written", "deleted"])
+def test_what_is_left_at_the_last_moment_goes_with_the_next_write(tmp_path, then):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    for _ in range(2):  # the second one meets what the first has left
+        killed_at_the_last_moment(path)
+        assert path.read_text() in ("old", "new") and spare_name(path).read_text() == "new"
+        assert len(list(tmp_path.iterdir())) == 2
+    if then == "deleted":
+        path.unlink()
+    write_atomically(path, "newer")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and path.read_text() == "newer"
+
+
+def test_many_write_to_one_path(tmp_path):
+    path, errors = tmp_path / "x", []
+
+    def write(letter):
+        try:
+            for _ in range(200):
+                write_atomically(path, letter * 1000)
+                found = path.read_text()
+                assert found == found[0] * 1000
+        except BaseException as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "abcdef"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert errors == [] and [p.name for p in tmp_path.iterdir()] == ["x"]
+    write_atomically(path, "last")
+    assert path.read_text() == "last"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_stranger_where_the_new_file_would_be_for_a_moment(tmp_path, monkeypatch, kind):
+    path = tmp_path / "x"
+    path.write_text("old")
+    stranger = spare_name(path)
+    stranger.mkdir() if kind == "folder" else stranger.write_text("theirs")
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + (kind == "file"))
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and stranger.exists()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import distorch
+from distorch._small_files import spare_name, write_atomically
 
 WIDTH, LAYERS = 256, 6
 SPECS = ("disk,*", "cpu,50%;disk,*", "cpu,0b;disk,*", "cpu,*")
@@ -100,20 +101,35 @@ class Victim:
         return name
 
 
+def _check_trace(file: Path) -> None:
+    assert "traceEvents" in json.loads(file.read_text())
+
+
+def _check_picture(file: Path) -> None:
+    assert file.read_text().rstrip().endswith("</svg>")
+
+
+# What the victim saves, and what tells whether it is whole.
+SAVED = {"plan.json": distorch.Plan.load, "trace.json": _check_trace, "plan.svg": _check_picture}
+
+
 def check_folder(folder: Path, scratch: Path) -> None:
     """Nothing half written is there, and nothing that nobody needs."""
     left = [path.name for path in scratch.iterdir()]
     assert left == [], f"scratch is left: {left}"
-    known = {"model.safetensors", "plan.json", "plan.svg", "trace.json"}
+    assert len(load_file(folder / "model.safetensors")) == 2 * LAYERS
+    for name, check in SAVED.items():
+        file = folder / name
+        spare = spare_name(file)
+        if file.is_file():
+            check(file)
+        if spare.is_file():  # killed in the moment in which the new file has this name
+            check(spare)
+            assert file.is_file(), f"{spare.name} is left, and there was nothing to replace"
+            write_atomically(file, file.read_bytes())
+    known = {"model.safetensors", *SAVED}
     others = [path.name for path in folder.iterdir() if path.name not in known]
     assert others == [], f"files are left: {others}"
-    assert len(load_file(folder / "model.safetensors")) == 2 * LAYERS
-    if (folder / "plan.json").is_file():
-        distorch.Plan.load(folder / "plan.json")
-    if (folder / "trace.json").is_file():
-        assert "traceEvents" in json.loads((folder / "trace.json").read_text())
-    if (folder / "plan.svg").is_file():
-        assert (folder / "plan.svg").read_text().rstrip().endswith("</svg>")
 
 
 def check_nothing_left() -> None:
