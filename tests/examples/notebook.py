@@ -27,8 +27,9 @@ def read(path: Path = TOUR) -> NotebookNode:
 def executed(notebook: NotebookNode, folder: Path) -> NotebookNode:
     """A copy that was run in `folder`, with its outputs and without what differs each time."""
     done = copy.deepcopy(notebook)
+    # What one cell prints comes in several pieces if the machine is slow.
     client = NotebookClient(
-        done, timeout=_SECONDS, kernel_name="python3", record_timing=False,
+        done, timeout=_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip
     client.execute()
