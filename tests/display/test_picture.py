@@ -125,15 +125,16 @@ def test_what_cannot_be_saved(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"No space left .*new\.svg'$") as caught:
             made.save(tmp_path / "new.svg")
         assert "tmp" not in caught.value.filename.removeprefix(str(tmp_path))
-    kept = tmp_path / "kept.png"
-    kept.write_bytes(b"old")
+    for name in ("kept.png", "kept.svg"):
+        (tmp_path / name).write_bytes(b"old")
     monkeypatch.setattr(Picture, "png", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        made.save(kept)
+        made.save(tmp_path / "kept.png")
     monkeypatch.setattr("pathlib.Path.replace", lambda self, target: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        made.save(tmp_path / "new.svg")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("kept.png", b"old")]
+        made.save(tmp_path / "kept.svg")
+    left = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    assert left == [("kept.png", b"old"), ("kept.svg", b"old")]
 
 
 def no_room(descriptor):
