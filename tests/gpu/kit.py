@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 WORK = ROOT / "out" / "gpu-kit"  # the environment, libraries with symbols
 LIBRARIES = ("distorch/_C.{abi}.so", "distorch/testing/_sim.{abi}.so", "distorch/_cuda.so")
 NEEDS = ("numpy", "safetensors", "psutil", "platformdirs", "tqdm")  # of `import distorch`
-FOR_TESTS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "expecttest",
-             "transformers>=5", "accelerate>=1", "peft>=0.17", "pillow", "requests", "pyyaml",
+FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "transformers>=5",
+             "accelerate>=1", "peft>=0.17", "pillow", "requests", "pyyaml",
              "scikit-learn")  # fmt: skip
 # psutil and numpy are not pure Python, so they are not carried.
 CARRIED = ("gguf", "diffusers", "importlib_metadata", "platformdirs", "tqdm",
