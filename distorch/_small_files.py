@@ -180,42 +180,60 @@ def spare_name(path: Path) -> Path:
 
 
 def _give_name(descriptor: int, path: Path) -> None:
-    """Names a complete file that has no name yet.
+    """Gives a complete file that has no name yet the name `path`, in place of an older file.
 
-    Linux cannot give it the name of an older file in one step. So it has a spare name for a moment,
-    and a process that is killed in this moment leaves a complete file under that name. The name is
-    always the same for one path. So there is one such file at most, and the next write takes it
-    away. It may also be that of another process or thread, which is just writing. Then it is moved
-    to its place, as its writer would do, and ours follows.
+    Linux cannot do this in one step. So the new file has a spare name for a moment. A process that
+    is killed in this moment leaves a whole file there. The spare name depends on the path alone, so
+    one file is left at most, and the next write to the path takes it away.
     """
-    # Any directory: it makes Python follow the link in /proc, and the path is absolute.
-    own, folder = f"/proc/self/fd/{descriptor}", descriptor
     spare = spare_name(path)
     try:
-        os.link(own, path, src_dir_fd=folder)
-    except FileExistsError:
-        pass
-    else:
-        with suppress(OSError):  # it was left when there was an older file
-            spare.unlink()
-        return
-    while True:
-        try:
-            os.link(own, spare, src_dir_fd=folder)
-            break
-        except FileExistsError:
-            try:
-                if spare.lstat().st_uid != os.geteuid():
-                    raise PermissionError(errno.EPERM, "a file of another user", str(spare))
-                spare.replace(path)
-            except FileNotFoundError:
-                pass  # its writer has moved it
-            except OSError:  # nobody else knows this one
-                spare = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with suppress(FileNotFoundError):  # another writer has moved it
+        if _linked(descriptor, path):  # there was no older file
+            # One was left when there was. If a thread is just writing it, it counts as older, too.
+            with suppress(OSError):
+                if _is_this_users(spare):
+                    spare.unlink()
+            return
+        while not _linked(descriptor, spare):
+            spare = _cleared(spare, path)
+        with suppress(FileNotFoundError):  # another writer has moved it there: see _cleared
             spare.replace(path)
     except BaseException:
         with suppress(OSError):
-            spare.unlink()
+            if os.path.samestat(spare.lstat(), os.fstat(descriptor)):
+                spare.unlink()
         raise
+
+
+def _linked(descriptor: int, path: Path) -> bool:
+    """Gives an open file a name. False if some file has that name."""
+    try:
+        # Any directory: it makes Python follow the link in /proc, and the path is absolute.
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _cleared(spare: Path, path: Path) -> Path:
+    """A name that is likely to be free now. The file that has it may be one that was left, or that
+    of a thread or process that is just writing. In both cases it is whole, and it goes to its
+    place, as its writer would have it.
+    """
+    try:
+        if _is_this_users(spare):
+            spare.replace(path)
+            return spare
+    except FileNotFoundError:  # its writer has moved it
+        return spare
+    except OSError:  # it is a folder
+        pass
+    return path.with_name(f".{uuid.uuid4().hex}.tmp")
+
+
+def _is_this_users(path: Path) -> bool:
+    """Whether the user owns what is there, or nothing is there."""
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return True
